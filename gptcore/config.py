@@ -1,0 +1,262 @@
+"""What can be configured: the one schema behind pipelines.yaml, the command line and the form in the Prefect UI.
+
+Each section is a frozen pydantic model that refuses unknown keys. The string under a field is its documentation: it
+becomes the help of `gptflow run --help` and the text beside the field in the form. Nothing here imports torch, so that
+a wrong value is answered at once.
+"""
+
+import difflib
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from gptcore.errors import ConfigError
+
+SizeName = Literal["nano", "mini", "small", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]
+
+_SHAPE = ("context_length", "emb_dim", "n_heads", "n_layers")
+SIZES: dict[str, dict[str, int]] = {
+    name: dict(zip(_SHAPE, shape))
+    for name, shape in {
+        "nano": (64, 128, 4, 4),
+        "mini": (128, 128, 4, 4),
+        "small": (256, 384, 6, 6),
+        # Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", table 2, with 64-wide heads.
+        "gpt2": (1024, 768, 12, 12),
+        "gpt2-medium": (1024, 1024, 16, 24),
+        "gpt2-large": (1024, 1280, 20, 36),
+        "gpt2-xl": (1024, 1600, 25, 48),
+    }.items()
+}
+"""The named model sizes."""
+
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1, le=2**48)]
+
+
+class Section(BaseModel):
+    """A part of the configuration: immutable, without unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class CorpusConfig(Section):
+    """Which text is learned from, how it becomes tokens, and how it is split."""
+
+    sources: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)] = ("python-docs",)
+    """Where text comes from: a file, a directory, a glob, an http(s) URL (append #sha256=HEX to have it checked),
+    anything fsspec opens (s3://, gs://, hf://), or python-docs, the reference that ships inside Python. Formats by
+    suffix: .txt .md .jsonl .csv .parquet, each also .gz or .zst; tables need a column named text."""
+    tokenizer: Annotated[str, Field(pattern=r"^(bytes|bpe:[0-9]{3,6}|[A-Za-z][A-Za-z0-9_.\-]*)$")] = "gpt2"
+    """gpt2 or another tiktoken name; bpe:N, a vocabulary of N entries trained on the train split; or bytes."""
+    split: Literal["hash", "contiguous"] = "hash"
+    """hash: every block of text belongs to train, val or holdout by its content alone, so the corpus may grow and
+    yesterday's holdout stays unseen. contiguous: the first part is train, then val, then holdout."""
+    block_bytes: Annotated[int, Field(ge=256, le=1_048_576)] = 2048
+    """About how many bytes of a long document stay together on one side of the split."""
+    val_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
+    """Share of the text that chooses the best checkpoint."""
+    holdout_fraction: Fraction = 0.05
+    """Share of the text that no training or selection sees: it gives the reported scores. With 0, scores come from
+    val and are marked as also used for selection."""
+    errors: Literal["strict", "replace"] = "strict"
+    """What to do about bytes that are not UTF-8: refuse the file and say where, or replace them by U+FFFD."""
+
+    @model_validator(mode="after")
+    def _fractions_leave_something_to_train(self) -> Self:
+        if self.val_fraction + self.holdout_fraction >= 1:
+            raise ValueError(
+                f"val_fraction {self.val_fraction} and holdout_fraction {self.holdout_fraction} add up to 1 or more: "
+                "nothing is left to train on; lower one of them"
+            )
+        if (kind := self.tokenizer).startswith("bpe:") and not 257 <= int(kind[4:]) <= 200_000:
+            raise ValueError(f"tokenizer {kind!r}: N of bpe:N must lie between 257 and 200000")
+        return self
+
+
+class ModelConfig(Section):
+    """The model's architecture. `size` gives a shape, and the other fields override it one by one."""
+
+    size: SizeName = "mini"
+    """A named size: nano (context 64, width 128, 4 layers), mini (128, 128, 4), small (256, 384, 6), or GPT-2's
+    four published sizes (context 1024)."""
+    context_length: Annotated[int, Field(ge=1, le=1_048_576)] | None = None
+    """Tokens the model sees at once. Left empty: the size's."""
+    emb_dim: Annotated[int, Field(ge=1, le=65_536)] | None = None
+    """Width of the embeddings and of every block. Must be divisible by n_heads. Left empty: the size's."""
+    n_heads: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """Attention heads per block. Left empty: the size's."""
+    n_layers: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """Transformer blocks. Left empty: the size's."""
+    drop_rate: Fraction = 0.0
+    """Dropout probability. The seed's configuration uses 0.1; on a CPU dropout in attention costs speed."""
+    qkv_bias: bool = False
+    """Whether the query, key and value projections have a bias."""
+
+    def shape(self) -> dict[str, int]:
+        """context_length, emb_dim, n_heads and n_layers with the size's values filled in."""
+        return {key: getattr(self, key) or SIZES[self.size][key] for key in _SHAPE}
+
+    def for_vocabulary(self, vocab_size: int) -> dict[str, Any]:
+        """The seed's dict of seven keys, from which GPTModel is built."""
+        return {"vocab_size": vocab_size, **self.shape(), "drop_rate": self.drop_rate, "qkv_bias": self.qkv_bias}
+
+    @model_validator(mode="after")
+    def _heads_divide_the_width(self) -> Self:
+        width, heads = self.shape()["emb_dim"], self.shape()["n_heads"]
+        if width % heads:
+            raise ValueError(
+                f"emb_dim {width} is not divisible by n_heads {heads}; the nearest widths that are: "
+                f"{max(width // heads, 1) * heads} and {(width // heads + 1) * heads}"
+            )
+        return self
+
+
+class TrainConfig(Section):
+    """How the model learns. Several budgets may be given; the first one reached ends the training."""
+
+    max_steps: Count | None = 1000
+    """Updates of the weights. Not applied where only another budget is given."""
+    max_epochs: Count | None = None
+    """Passes over the train split."""
+    max_tokens: Count | None = None
+    """Tokens trained on."""
+    max_seconds: Annotated[Finite, Field(gt=0)] | None = None
+    """Seconds spent in updates, over every attempt. A run with this budget is not repeatable bit for bit."""
+    batch_size: Annotated[int, Field(ge=1, le=65_536)] = 16
+    """Windows per forward pass."""
+    accumulation: Annotated[int, Field(ge=1, le=65_536)] = 1
+    """Forward passes per update: gradients of accumulation x batch_size windows are averaged."""
+    stride: Annotated[int, Field(ge=1, le=1_048_576)] | None = None
+    """Tokens between the starts of two windows. Left empty: the context length, so that windows do not overlap."""
+    learning_rate: Annotated[Finite, Field(gt=0, le=10)] = 1e-3
+    """The highest learning rate of the schedule."""
+    weight_decay: Annotated[Finite, Field(ge=0, le=10)] = 0.1
+    """Decoupled weight decay. It acts on matrices, embeddings included, and not on biases and gains."""
+    schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    """How the learning rate falls after the warm-up: not at all, or to zero along a cosine or a line."""
+    warmup_steps: Annotated[int, Field(ge=0, le=2**48)] = 0
+    """Updates over which the learning rate rises from near zero."""
+    grad_clip: Annotated[Finite, Field(ge=0)] = 1.0
+    """Largest norm of the gradient; longer ones are scaled down to it. 0 switches clipping off."""
+    eval_every: Count = 25
+    """Updates between two evaluations. The first is after update 1, and there is one after the last."""
+    eval_batches: Count | None = 20
+    """Batches per evaluation, the same ones every time, from train and from val. Empty: the whole val split."""
+    patience: Count | None = None
+    """Stop after this many evaluations in a row without a new best validation loss. Empty: never."""
+    checkpoint_seconds: Annotated[Finite, Field(gt=0)] | None = 300.0
+    """Seconds between two checkpoints. Empty: none by time."""
+    checkpoint_steps: Count | None = None
+    """Updates between two checkpoints. Empty: none by steps."""
+    keep_checkpoints: Annotated[int, Field(ge=1, le=1000)] = 2
+    """How many of the newest checkpoints are kept while training."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 123
+    """Seed of the initial weights, the batch order and dropout."""
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:[0-9]+)?)$")] = "auto"
+    """auto (cuda, else mps, else cpu), cpu, cuda, cuda:N or mps."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of the forward and backward pass. Weights and optimiser stay fp32. auto: bf16 on cuda, else fp32."""
+    threads: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"] = "auto"
+    """CPU threads. auto: the cores this process may use."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _another_budget_replaces_the_default_steps(cls, given: Any) -> Any:
+        others = ("max_epochs", "max_tokens", "max_seconds")
+        if isinstance(given, Mapping) and "max_steps" not in given and any(given.get(key) is not None for key in others):
+            return {**given, "max_steps": None}
+        return given
+
+    @model_validator(mode="after")
+    def _some_budget_is_given(self) -> Self:
+        if self.max_steps is self.max_epochs is self.max_tokens is self.max_seconds is None:
+            raise ValueError("no budget: give at least one of max_steps, max_epochs, max_tokens, max_seconds")
+        return self
+
+
+class SampleConfig(Section):
+    """Which texts the trained model writes for people to read."""
+
+    prompts: Annotated[tuple[str, ...], Field(max_length=64)] = ("The", "In", "When")
+    """What the model continues. An empty prompt starts a new document."""
+    temperatures: Annotated[tuple[Annotated[Finite, Field(ge=0, le=100)], ...], Field(min_length=1, max_length=16)] = (
+        0.0,
+        0.8,
+    )
+    """Each prompt is continued once at each temperature; 0 takes the likeliest token every time."""
+    max_new_tokens: Annotated[int, Field(ge=1, le=100_000)] = 100
+    """Tokens written per sample."""
+    top_k: Count | None = 50
+    """Draw among this many likeliest tokens only. Empty: all."""
+    top_p: Annotated[Finite, Field(gt=0, le=1)] = 1.0
+    """Draw among the likeliest tokens that together reach this probability."""
+
+
+class RunConfig(Section):
+    """What RUN_DIR/config.json says: all that `python -m gptcore.train RUN_DIR` has to know."""
+
+    training_version: int
+    """Raised when the arithmetic of training changes; a trainer of another version refuses the directory."""
+    tokens: str
+    """The token directory, absolute or relative to RUN_DIR."""
+    tokens_sha256: str
+    """Identity of the token directory, compared before training."""
+    model: ModelConfig
+    vocab_size: Annotated[int, Field(ge=2)]
+    train: TrainConfig
+    """Device, precision and threads are resolved: no auto."""
+    run_key: str
+    """Names the training: equal keys train equal weights."""
+
+    def cfg(self) -> dict[str, Any]:
+        """The seed's dict of seven keys."""
+        return self.model.for_vocabulary(self.vocab_size)
+
+
+S = TypeVar("S", bound=Section)
+Path = tuple[str | int, ...]
+
+
+def parse(section: type[S], given: Mapping[str, Any], where: str) -> S:
+    """Builds a section from plain data. Raises ConfigError with `where`, the key, the value, the range and the cure."""
+    built, problems = check(section, given)
+    if built is None:
+        lines = [f"{where}: {'.'.join(map(str, path))}: {message}" for path, message in problems]
+        raise ConfigError("\n".join(lines))
+    return built
+
+
+def check(section: type[S], given: Mapping[str, Any]) -> tuple[S | None, list[tuple[Path, str]]]:
+    """The section, or None with every problem: the path of the key and what is wrong with it.
+
+    Validation is strict, as JSON: a list becomes a tuple and an integer a float, but no string becomes a number.
+    """
+    try:
+        return section.model_validate_json(json.dumps(given, default=str), strict=True), []
+    except ValidationError as error:
+        return None, [_problem(detail, section) for detail in error.errors(include_url=False)]
+
+
+def _problem(detail: Any, section: type[BaseModel]) -> tuple[Path, str]:
+    # In a union, pydantic appends the member that failed to the location: it is no key of ours.
+    path = tuple(part for part in detail["loc"] if not str(part).startswith(("constrained-", "literal[", "int", "float")))
+    if detail["type"] == "extra_forbidden":
+        known = _fields_at(section, path[:-1])
+        near = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(known))}"
+        return path, f"there is no such key; {hint}"
+    message = detail["msg"].removeprefix("Value error, ")
+    given = "" if detail["type"] in ("value_error", "missing") else f" (given: {detail['input']!r:.80})"
+    return path, f"{message[0].lower()}{message[1:]}{given}"
+
+
+def _fields_at(section: type[BaseModel], path: Path) -> list[str]:
+    for part in path:
+        inner = section.model_fields[str(part)].annotation
+        assert isinstance(inner, type) and issubclass(inner, BaseModel), "only sections forbid keys"
+        section = inner
+    return list(section.model_fields)

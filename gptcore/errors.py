@@ -1,0 +1,45 @@
+"""What can go wrong, by whose fault it is.
+
+Every error that a user can cause or meet is one of these classes; the command line prints its message without a
+traceback and ends with its `exit_code`. A message says what is wrong, where, which two values disagree, and the cure.
+Mistakes of our own are `assert`s and other exceptions, and keep their tracebacks.
+"""
+
+
+class GPTCoreError(Exception):
+    """The root. `exit_code` is 2 where the user's input is wrong and 1 otherwise."""
+
+    exit_code = 1
+
+
+class ConfigError(GPTCoreError):
+    """A configuration value is unknown, of the wrong type, out of range or contradicts another one."""
+
+    exit_code = 2
+
+
+class CorpusError(GPTCoreError):
+    """The text cannot be used: missing, unreadable, not UTF-8, altered, or too small for the model's context."""
+
+    exit_code = 2
+
+
+class SourceUnavailable(GPTCoreError):
+    """A remote source did not answer. The input may be right, so trying again later can help."""
+
+
+class TokenizerError(GPTCoreError):
+    """A vocabulary is missing or damaged."""
+
+
+class CheckpointError(GPTCoreError):
+    """A checkpoint or another committed directory is damaged, or belongs to another configuration."""
+
+
+class TrainingDiverged(GPTCoreError):
+    """The loss or a gradient became infinite or not a number. Raised before the update: the weights are still finite."""
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step
+        """Updates completed before the one that would have diverged."""

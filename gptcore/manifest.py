@@ -1,0 +1,141 @@
+"""Directories that are complete or do not exist.
+
+Every step of the pipeline leaves a directory behind: a corpus snapshot, token files, a checkpoint, an evaluation. Each
+is filled under a temporary name beside its goal; its manifest (size and sha256 of every file) is written last; all of
+it is flushed to disk; and one rename commits it. A process killed in between leaves a `.tmp-` directory that nobody
+reads and that the next one sweeps up. No step needs clean-up code to be correct.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from gptcore.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+_TEMPORARY = ".tmp-"
+_STALE_SECONDS = 24 * 3600
+
+
+def sha256_of(value: Any) -> str:
+    """Hex sha256 of `value` as canonical JSON (sorted keys, no spaces): equal values have equal hashes."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def sha256_of_file(path: Path) -> str:
+    """Hex sha256 of a file's bytes, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def staging(parent: Path) -> Iterator[Path]:
+    """A temporary directory inside `parent`, removed on exit unless `commit` has renamed it away."""
+    parent.mkdir(parents=True, exist_ok=True)
+    directory = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=parent))
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def commit(staged: Path, goal: Path, about: Mapping[str, Any]) -> Path:
+    """Writes the manifest into `staged`, flushes everything and renames it to `goal`.
+
+    `about` is what the directory is about, as JSON; it is kept in the manifest. If `goal` exists already, it was made
+    from the same inputs: it stays, and what was staged is dropped by `staging`.
+    """
+    files = sorted(path for path in staged.rglob("*") if path.is_file())
+    listed = {
+        path.relative_to(staged).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
+        for path in files
+    }
+    body = {"format": FORMAT, "files": listed, "about": dict(about)}
+    (staged / MANIFEST).write_text(json.dumps(body, indent=1, allow_nan=False) + "\n")
+    for path in [*files, staged / MANIFEST, *(p for p in staged.rglob("*") if p.is_dir()), staged]:
+        flush(path)
+    staged.chmod(0o755)
+    goal.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        staged.rename(goal)
+    except OSError:
+        if not is_committed(goal):
+            raise
+    flush(goal.parent)
+    return goal
+
+
+def flush(path: Path) -> None:
+    """fsync of a file or a directory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def is_committed(directory: Path) -> bool:
+    """Whether `directory` was published whole. (The rename is the commit, so the manifest's presence is enough.)"""
+    return (directory / MANIFEST).is_file()
+
+
+def about(directory: Path) -> dict[str, Any]:
+    """What the manifest says the directory is about. Raises CheckpointError where there is no readable manifest."""
+    return _read(directory)["about"]
+
+
+def verify(directory: Path) -> dict[str, Any]:
+    """Checks size and sha256 of every file against the manifest and returns `about`.
+
+    Raises CheckpointError naming the first file that is missing, altered, or not listed.
+    """
+    body = _read(directory)
+    for name, listed in body["files"].items():
+        path = directory / name
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing, though {directory / MANIFEST} lists it.")
+        if (size := path.stat().st_size) != listed["bytes"]:
+            raise CheckpointError(f"{path} has {size} bytes, its manifest says {listed['bytes']}: it was altered.")
+        if (digest := sha256_of_file(path)) != listed["sha256"]:
+            raise CheckpointError(f"{path} has sha256 {digest}, its manifest says {listed['sha256']}: it was altered.")
+    return body["about"]
+
+
+def _read(directory: Path) -> dict[str, Any]:
+    path = directory / MANIFEST
+    try:
+        body = json.loads(path.read_text())
+        if body["format"] != FORMAT:
+            raise CheckpointError(f"{path} has format {body['format']}, this release reads format {FORMAT}.")
+        if not isinstance(body["files"], dict) or not isinstance(body["about"], dict):
+            raise TypeError("'files' and 'about' must be objects")
+    except FileNotFoundError:
+        raise CheckpointError(f"{directory} has no {MANIFEST}: it was never completed.") from None
+    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from None
+    return body
+
+
+def remove(directory: Path) -> None:
+    """Removes a committed directory such that it is whole or gone at every instant."""
+    doomed = directory.with_name(f"{_TEMPORARY}removed-{directory.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    directory.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def sweep(parent: Path, older_than_seconds: float = _STALE_SECONDS) -> None:
+    """Removes what killed processes left half-made inside `parent`: temporary directories of a certain age."""
+    for leftover in parent.glob(f"{_TEMPORARY}*"):
+        with contextlib.suppress(OSError):
+            if time.time() - leftover.stat().st_mtime >= older_than_seconds:
+                shutil.rmtree(leftover, ignore_errors=True)

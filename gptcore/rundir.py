@@ -1,0 +1,184 @@
+"""The run directory: the contract between a training and whoever starts, follows or reads it.
+
+    config.json     what to train, written once by whoever prepares the directory (`RunConfig`)
+    lock            held by the one trainer that may write here
+    metrics.jsonl   one line per update, with the losses on those updates that were evaluated
+    checkpoints/    step-XXXXXXXX/, see gptcore.checkpoint
+    final/          the best weights and the result; its presence means that the training is finished
+    failure.json    why the last attempt ended, if it failed
+
+Training itself lives in gptcore.train; nothing here needs torch.
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from gptcore import errors, manifest
+from gptcore.config import RunConfig, parse
+from gptcore.errors import CheckpointError, ConfigError, GPTCoreError, TrainingDiverged
+
+Metrics = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a training ended."""
+
+    steps: int
+    tokens_seen: int
+    seconds: float
+    stopped_by: str
+    """The budget that ran out (max_steps, max_epochs, max_tokens, max_seconds), or patience."""
+    best_step: int
+    best_val_loss: float
+    """Nats per token on the val split, at best_step."""
+    weights_sha256: str
+    """Of final/model.safetensors: the weights of best_step."""
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Paths and records inside one run directory."""
+
+    path: Path
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def final(self) -> Path:
+        return self.path / "final"
+
+    @property
+    def weights(self) -> Path:
+        return self.final / "model.safetensors"
+
+    def prepare(self, config: RunConfig) -> None:
+        """Writes config.json. Raises CheckpointError if the directory is for another training already."""
+        path = self.path / "config.json"
+        if path.exists():
+            if (there := self.config().run_key) != config.run_key:
+                raise CheckpointError(
+                    f"{self.path} belongs to run key {there[:16]}, not to {config.run_key[:16]}. Take another directory."
+                )
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        _write_atomically(path, config.model_dump_json(indent=1) + "\n")
+
+    def config(self) -> RunConfig:
+        """Reads config.json. Raises ConfigError if it is missing or wrong."""
+        path = self.path / "config.json"
+        try:
+            given = json.loads(path.read_text())
+        except FileNotFoundError:
+            raise ConfigError(f"{path} does not exist: `gptflow prepare PIPELINE DIR` makes a run directory.") from None
+        except ValueError as error:
+            raise ConfigError(f"{path} is not JSON: {error}") from None
+        return parse(RunConfig, given, str(path))
+
+    def tokens_path(self) -> Path:
+        """The token directory that config.json names."""
+        return (self.path / self.config().tokens).resolve()
+
+    def result(self) -> Result | None:
+        """How the training ended, or None while it is unfinished."""
+        return Result(**manifest.about(self.final)["result"]) if manifest.is_committed(self.final) else None
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Holds the directory for one writer. The kernel frees the lock when its holder dies.
+
+        Raises GPTCoreError naming the process that holds it.
+        """
+        with (self.path / "lock").open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise GPTCoreError(
+                    f"{self.path} is being trained by process {file.read().strip() or 'unknown'}. "
+                    "Wait for it or stop it."
+                ) from None
+            file.truncate(0)
+            file.write(f"{os.getpid()}\n")
+            file.flush()
+            yield
+
+    def read_metrics(self) -> list[Metrics]:
+        """All complete lines of metrics.jsonl."""
+        return MetricsReader(self.metrics).new_lines()
+
+    def truncate_metrics(self, step: int) -> None:
+        """Drops the lines after update number `step`: a resumed training writes them again."""
+        if not self.metrics.exists():
+            return
+        kept = [line for line in self.read_metrics() if line["step"] <= step]
+        _write_atomically(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def record_failure(self, error: GPTCoreError) -> None:
+        """Leaves the reason for whoever started the trainer."""
+        body = {"error": type(error).__name__, "message": str(error), "step": getattr(error, "step", None)}
+        _write_atomically(self.path / "failure.json", json.dumps(body) + "\n")
+
+    def clear_failure(self) -> None:
+        (self.path / "failure.json").unlink(missing_ok=True)
+
+    def failure(self) -> GPTCoreError | None:
+        """The error that ended the last attempt, as an exception of its class."""
+        path = self.path / "failure.json"
+        if not path.exists():
+            return None
+        body = json.loads(path.read_text())
+        kind = getattr(errors, body["error"], GPTCoreError)
+        if kind is TrainingDiverged:
+            return TrainingDiverged(body["message"], body["step"])
+        return kind(body["message"])
+
+
+class MetricsReader:
+    """Follows a metrics.jsonl that may still be growing: each complete line is returned once."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.offset = 0
+        self.inode = 0
+
+    def new_lines(self) -> list[Metrics]:
+        """Lines completed since the last call. Starts over when a resumed training has replaced the file."""
+        if not self.path.exists():
+            return []
+        with self.path.open("rb") as file:
+            inode = os.fstat(file.fileno()).st_ino
+            if inode != self.inode:
+                self.inode, self.offset = inode, 0
+            file.seek(self.offset)
+            text = file.read()
+        complete = text[: text.rfind(b"\n") + 1]
+        self.offset += len(complete)
+        return [json.loads(line) for line in complete.splitlines()]
+
+
+def result_about(result: Result) -> dict[str, Any]:
+    """What the manifest of final/ says."""
+    return {"kind": "final", "result": asdict(result)}
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(f".tmp-{path.name}")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    manifest.flush(path.parent)

@@ -57,7 +57,7 @@ def restore(checkpoints: Path, state: "TrainState", identity: dict[str, Any]) ->
         return True
     if found:
         raise CheckpointError(
-            f"none of the {len(found)} checkpoints in {checkpoints} can be used; training does not start over silently. "
+            f"none of the {len(found)} checkpoints in {checkpoints} can be used, and training does not start over. "
             "Restore one from a backup, or remove the directory to train from the beginning."
         )
     return False
@@ -74,8 +74,8 @@ def _compare(directory: Path, there: dict[str, Any], here: dict[str, Any]) -> No
     for key in sorted({*there, *here}):
         if there.get(key) != here.get(key):
             raise CheckpointError(
-                f"{directory} belongs to another training: {key} is {there.get(key)!r} there and {here.get(key)!r} here. "
-                "Use another run directory."
+                f"{directory} belongs to another training: {key} is {there.get(key)!r} there and {here.get(key)!r} "
+                "here. Use another run directory."
             )
 
 

@@ -166,10 +166,10 @@ class TrainConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _another_budget_replaces_the_default_steps(cls, given: Any) -> Any:
-        others = ("max_epochs", "max_tokens", "max_seconds")
-        if isinstance(given, Mapping) and "max_steps" not in given and any(given.get(key) is not None for key in others):
-            return {**given, "max_steps": None}
-        return given
+        if not isinstance(given, Mapping) or "max_steps" in given:
+            return given
+        has_other = any(given.get(key) is not None for key in ("max_epochs", "max_tokens", "max_seconds"))
+        return {**given, "max_steps": None} if has_other else given
 
     @model_validator(mode="after")
     def _some_budget_is_given(self) -> Self:
@@ -243,7 +243,8 @@ def check(section: type[S], given: Mapping[str, Any]) -> tuple[S | None, list[tu
 
 def _problem(detail: Any, section: type[BaseModel]) -> tuple[Path, str]:
     # In a union, pydantic appends the member that failed to the location: it is no key of ours.
-    path = tuple(part for part in detail["loc"] if not str(part).startswith(("constrained-", "literal[", "int", "float")))
+    members = ("constrained-", "literal[", "int", "float")
+    path = tuple(part for part in detail["loc"] if not str(part).startswith(members))
     if detail["type"] == "extra_forbidden":
         known = _fields_at(section, path[:-1])
         near = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.5)

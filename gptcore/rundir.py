@@ -70,7 +70,7 @@ class RunDirectory:
         if path.exists():
             if (there := self.config().run_key) != config.run_key:
                 raise CheckpointError(
-                    f"{self.path} belongs to run key {there[:16]}, not to {config.run_key[:16]}. Take another directory."
+                    f"{self.path} belongs to run key {there[:16]}, not {config.run_key[:16]}: take another directory."
                 )
             return
         self.path.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -124,7 +124,8 @@ class _Training:
     def run(self, stop: Stop) -> Result | None:
         with self.directory.metrics.open("a", buffering=1) as log:
             for done in self.updates():
-                line = {**asdict(done), "memory_mb": _memory_mb(self.state.device), "time_ms": time.time_ns() // 1_000_000}
+                now = time.time_ns() // 1_000_000
+                line = {**asdict(done), "memory_mb": _memory_mb(self.state.device), "time_ms": now}
                 if self.must_evaluate():
                     self.evaluate()
                     line |= dict(zip(("train_loss", "val_loss"), self.state.losses))
@@ -201,20 +202,21 @@ class _Training:
 
     def reason(self) -> str:
         train, state = self.config.train, self.state
-        reached = {
-            "max_steps": train.max_steps is not None and state.step >= train.max_steps,
-            "max_epochs": train.max_epochs is not None and state.step >= train.max_epochs * self.batches.steps_per_epoch,
-            "max_tokens": train.max_tokens is not None and state.tokens_seen >= train.max_tokens,
-            "max_seconds": train.max_seconds is not None and state.seconds >= train.max_seconds,
+        spent = {
+            "max_steps": state.step,
+            "max_epochs": state.step / self.batches.steps_per_epoch,
+            "max_tokens": state.tokens_seen,
+            "max_seconds": state.seconds,
         }
-        return next((name for name, is_reached in reached.items() if is_reached), "patience")
+        limits = {key: limit for key in spent if (limit := getattr(train, key)) is not None}
+        return next((key for key, limit in limits.items() if spent[key] >= limit), "patience")
 
 
 def _load_checked_tokens(directory: RunDirectory, config: RunConfig) -> Tokens:
     if config.training_version != TRAINING_VERSION:
         raise CheckpointError(
-            f"{directory.path} was prepared for training version {config.training_version}, this release trains version "
-            f"{TRAINING_VERSION}. Prepare it again."
+            f"{directory.path} was prepared for training version {config.training_version}, this release has version "
+            f"{TRAINING_VERSION}: prepare another run directory."
         )
     tokens = load_tokens(directory.tokens_path())
     if tokens.sha256 != config.tokens_sha256:

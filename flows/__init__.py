@@ -1,0 +1,1 @@
+"""Prefect flows, MLflow tracking and registry, and the command line, over the core package gptcore."""

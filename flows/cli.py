@@ -1,0 +1,176 @@
+"""The command line `gptflow`.
+
+Each command imports what it needs when it runs, so that help and wrong input are answered at once. User errors are
+printed as one message without a traceback; exit codes are 0 (done), 2 (the input is wrong) and 1 (anything else).
+"""
+
+import json as json_module
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from flows.state import StateRoot
+
+_FILE = click.option("--file", metavar="PATH", help="pipelines.yaml to use. Default: the working directory's.")
+_JSON = click.option("--json", is_flag=True, help="Print the result as JSON.")
+_SET = click.option("--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Override a key: train.max_steps=50")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="gptflow")
+def cli() -> None:
+    """Train GPTs that keep themselves up to date, and look up which one is the champion."""
+
+
+class _RunCommand(click.Command):
+    """`gptflow run`, whose help lists every key of the configuration."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        from flows.pipelines import SECTIONS, Pipeline
+
+        for section in SECTIONS:
+            fields = Pipeline.model_fields[section].annotation.model_fields  # type: ignore[union-attr]
+            with formatter.section(f"Keys of {section}"):
+                formatter.write_dl(
+                    [(f"{section}.{key}", f"{field.description} [{field.default}]") for key, field in fields.items()]
+                )
+
+
+@cli.command(cls=_RunCommand)
+@click.argument("pipeline", default="quickstart")
+@_SET
+@click.option("--force", is_flag=True, help="Train again even if nothing has changed.")
+@_FILE
+@_JSON
+def run(pipeline: str, overrides: tuple[str, ...], force: bool, file: str | None, json: bool) -> None:
+    """Retrain PIPELINE here and now: corpus in; a trained, evaluated, registered model out."""
+    from flows.launch import launch
+    from flows.pipelines import PipelinesFile, find_pipelines_file
+    from flows.state import state_root
+    from gptcore.sources import check
+
+    path = find_pipelines_file(file)
+    asked = PipelinesFile(path).pipeline(pipeline, overrides)
+    check(asked.corpus.sources, path.parent)
+    launch(asked, state_root(path).create(), force, json)
+
+
+@cli.command()
+@click.argument("pipeline")
+@click.argument("directory", type=click.Path(path_type=Path))
+@_SET
+@_FILE
+def prepare(pipeline: str, directory: Path, overrides: tuple[str, ...], file: str | None) -> None:
+    """Make DIRECTORY a run directory of PIPELINE, to be trained by hand with `python -m gptcore.train DIRECTORY`."""
+    from flows.pipelines import PipelinesFile, find_pipelines_file
+    from flows.prepare import prepare as prepare_directory
+    from flows.state import state_root
+
+    path = find_pipelines_file(file)
+    asked = PipelinesFile(path).pipeline(pipeline, overrides)
+    tokens = prepare_directory(asked, state_root(path).create(), directory)
+    counts = tokens.counts
+    click.echo(f"{directory}: {counts['train']:,} train and {counts['val']:,} val tokens, {tokens.tokenizer}")
+    click.echo(f"train it with: python -m gptcore.train {directory}")
+
+
+@cli.command()
+@click.argument("model", required=False)
+@_FILE
+@_JSON
+def models(model: str | None, file: str | None, json: bool) -> None:
+    """List the versions of MODEL, or of every registered model, with their scores and the gate's verdicts."""
+    from flows import registry
+    from flows.show import models_table
+
+    root = _entered(file)
+    listed = [registry.summary(root, version) for version in registry.versions(root, model)]
+    if json:
+        click.echo(json_module.dumps(listed, indent=1))
+    else:
+        models_table(listed)
+
+
+@cli.command()
+@click.argument("uri")
+@_FILE
+@_JSON
+def show(uri: str, file: str | None, json: bool) -> None:
+    """Show the whole lineage of the version URI, such as models:/gpt-quickstart@champion."""
+    from flows import registry
+    from flows.show import lineage_table
+
+    root = _entered(file)
+    described = registry.describe(root, registry.resolve(root, uri))
+    if json:
+        click.echo(json_module.dumps(described, indent=1))
+    else:
+        lineage_table(described)
+
+
+@cli.command()
+@click.argument("uri")
+@click.option("--prompt", default="", help="What to continue. Empty: begin a new document.")
+@click.option("--max-new-tokens", default=100, show_default=True, type=click.IntRange(1))
+@click.option("--temperature", default=0.8, show_default=True, type=click.FloatRange(0), help="0 is greedy.")
+@click.option("--top-k", type=click.IntRange(1), help="Draw among this many likeliest tokens.")
+@click.option("--top-p", default=1.0, show_default=True, type=click.FloatRange(0, 1, min_open=True))
+@click.option("--seed", type=click.IntRange(0), help="Repeat a text. Default: a new one each time.")
+@click.option("--num-samples", default=1, show_default=True, type=click.IntRange(1))
+@_FILE
+def generate(uri: str, prompt: str, file: str | None, num_samples: int, seed: int | None, **options: Any) -> None:
+    """Continue a prompt with the version URI, token by token as they come."""
+    from flows import registry
+    from gptcore.bundle import load
+    from gptcore.generate import generate as continue_ids
+    from gptcore.generate import stream_text
+
+    root = _entered(file)
+    found = registry.resolve(root, uri)
+    loaded = load(registry.bundle_path(root, found.name, str(found.version)))
+    tokenizer = loaded.tokenizer
+    ids = tokenizer.encode(prompt) or [tokenizer.eot]
+    for number in range(num_samples):
+        click.echo(prompt, nl=False)
+        own_seed = None if seed is None else seed + number
+        drawn = continue_ids(loaded.model, ids, seed=own_seed, eos_id=tokenizer.eot, **options)
+        for piece in stream_text(tokenizer, drawn):
+            click.echo(piece, nl=False)
+        click.echo()
+
+
+def _entered(file: str | None) -> "StateRoot":
+    """The state root for a command that reads the registry, with the libraries' voices lowered."""
+    from flows.launch import quieten
+    from flows.pipelines import find_pipelines_file
+    from flows.state import state_root
+
+    root = state_root(find_pipelines_file(file) if file else None).create()
+    root.enter()
+    quieten(root)
+    return root
+
+
+def main() -> None:
+    """Entry point: runs a command, and turns our errors into a message and an exit code."""
+    from gptcore.errors import GPTCoreError
+
+    try:
+        cli(standalone_mode=False)
+    except click.exceptions.Exit as done:
+        sys.exit(done.exit_code)
+    except click.Abort:
+        sys.exit(130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except GPTCoreError as error:
+        click.secho("error: ", fg="red", bold=True, nl=False, err=True)
+        click.echo(str(error), err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        click.echo("interrupted; the same command goes on from the last checkpoint", err=True)
+        sys.exit(130)

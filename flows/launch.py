@@ -1,0 +1,103 @@
+"""One retraining, here and now: start Prefect, run the flow, show how it went.
+
+Importing Prefect, MLflow and torch and starting Prefect's server take seconds each, so they happen here, after the
+input was found to be right, and side by side.
+"""
+
+import json as json_module
+import logging
+import os
+import time
+from dataclasses import asdict
+from importlib import import_module
+from threading import Thread
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from flows.console import Console
+from flows.pipelines import Pipeline
+from flows.state import StateRoot
+from gptcore.errors import GPTCoreError
+
+if TYPE_CHECKING:
+    from flows.retrain import Outcome
+
+
+def launch(pipeline: Pipeline, root: StateRoot, force: bool, json: bool) -> None:
+    """Runs the retraining flow in this process and prints its outcome. Raises what the flow raised."""
+    began = time.perf_counter()
+    root.enter()
+    quieten(root)
+    console = Console()
+    if json:
+        console.terminal.quiet = True
+    with console.terminal.status("starting Prefect and MLflow"):
+        _start()
+    seconds = {"start": round(time.perf_counter() - began, 2)}
+    with console.watching():
+        outcome = _run(pipeline, force)
+    total = time.perf_counter() - began
+    outcome.seconds.update({**seconds, **outcome.seconds, "total": round(total, 2)})
+    if json:
+        print(json_module.dumps(asdict(outcome), indent=1))
+    else:
+        _show(console, outcome)
+
+
+def quieten(root: StateRoot) -> None:
+    """Sends what libraries log and warn to a file, so that the screen is ours. Call it before importing them."""
+    os.environ.setdefault("MLFLOW_CONFIGURE_LOGGING", "false")
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+    handler = logging.FileHandler(root.logs / "libraries.log", delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s"))
+    logging.getLogger().addHandler(handler)
+    logging.captureWarnings(True)
+
+
+def _start() -> None:
+    """Imports the flow while Prefect's server starts. Raises GPTCoreError if the server does not answer."""
+    from prefect.client.orchestration import get_client
+
+    imports = Thread(target=import_module, args=("flows.retrain",))
+    imports.start()
+    try:
+        with get_client(sync_client=True) as client:
+            error = client.api_healthcheck()
+    except Exception as failure:  # whatever it is, the user has to know that Prefect is not there
+        error = failure
+    finally:
+        imports.join()
+    if error is not None:
+        where = os.environ.get("PREFECT_API_URL", "its own temporary server")
+        raise GPTCoreError(f"Prefect at {where} does not answer: {error}. Start it, or unset PREFECT_API_URL.")
+
+
+def _run(pipeline: Pipeline, force: bool) -> "Outcome":
+    from flows.retrain import Outcome, retrain
+
+    sections = {name: getattr(pipeline, name) for name in ("corpus", "model", "train", "sample")}
+    state = retrain(pipeline=pipeline.name, model_name=pipeline.model_name, **sections, force=force, return_state=True)
+    outcome = state.result()
+    assert isinstance(outcome, Outcome), "the flow returns a state that carries its outcome"
+    return outcome
+
+
+def _show(console: Console, outcome: "Outcome") -> None:
+    print_ = console.terminal.print
+    if outcome.verdict == "skipped":
+        print_(f"[bold]skipped[/bold]  {outcome.reason}  ({outcome.seconds['total']:.1f} s)")
+        return
+    table = Table(show_header=False, title=f"{outcome.pipeline}: {outcome.verdict}", title_style="bold", min_width=60)
+    table.add_row("verdict", f"{outcome.verdict}: {outcome.reason}")
+    for name, value in outcome.rows:
+        table.add_row(name, value)
+    table.add_row("model", outcome.uri)
+    table.add_row("plots", outcome.plots)
+    table.add_row("seconds", ", ".join(f"{name} {took:.1f}" for name, took in outcome.seconds.items()))
+    print_(table)
+    champion = f"{outcome.uri.rpartition('/')[0]}@champion"
+    prompt = "The assert statement" if outcome.pipeline == "quickstart" else "Once upon a time"
+    print_("Next:")
+    for command in (f'gptflow generate {champion} --prompt "{prompt}"', f"gptflow show {champion}", "gptflow models"):
+        print_(f"  [green]{command}[/green]")

@@ -1,0 +1,200 @@
+"""pipelines.yaml -> Pipeline objects, strictly.
+
+Precedence: the schema's defaults < `defaults:` < the pipeline < what was given on the command line. An unknown key, a
+wrong type or an impossible value is refused with the file, the line, the key, the allowed range and the nearest name.
+"""
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field
+
+from gptcore.config import CorpusConfig, ModelConfig, SampleConfig, Section, TrainConfig, check
+from gptcore.errors import ConfigError
+
+SECTIONS = ("corpus", "model", "train", "sample")
+_SHAPE_KEYS = ("context_length", "emb_dim", "n_heads", "n_layers")
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+
+Marks = dict[tuple[str | int, ...], int]
+
+
+class Pipeline(Section):
+    """One entry of pipelines.yaml, with every default filled in."""
+
+    name: str = Field(pattern=_NAME)
+    """The pipeline's name."""
+    model_name: str = Field(pattern=_NAME)
+    """The registered model that its champions belong to. Default: gpt-<pipeline>."""
+    corpus: CorpusConfig = CorpusConfig()
+    model: ModelConfig = ModelConfig()
+    train: TrainConfig = TrainConfig()
+    sample: SampleConfig = SampleConfig()
+
+
+class PipelinesFile:
+    """A parsed pipelines.yaml: plain data, and the line on which each key stands."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises ConfigError if the file is missing, is not YAML, or has unknown keys at the top."""
+        self.path = path
+        self.data, self.marks = _read(path)
+        self._check_top()
+
+    def names(self) -> list[str]:
+        """The pipelines, in the file's order."""
+        return list(self.data["pipelines"])
+
+    def pipeline(self, name: str, overrides: Sequence[str] = ()) -> Pipeline:
+        """The pipeline `name` with `overrides` ("section.key=value") merged over it. Raises ConfigError."""
+        if name not in self.data["pipelines"]:
+            near = difflib.get_close_matches(name, self.names(), n=1)
+            hint = f"Did you mean {near[0]}?" if near else f"There are: {', '.join(self.names())}."
+            raise ConfigError(f"{self.path} has no pipeline {name!r}. {hint}")
+        layers = [self.data.get("defaults") or {}, self.data["pipelines"][name] or {}, parse_overrides(overrides)]
+        merged = {"name": name, "model_name": f"gpt-{name}", **merge(layers)}
+        built, problems = check(Pipeline, merged)
+        if built is None:
+            raise ConfigError("\n".join(f"{self._where(name, path, layers)}: {what}" for path, what in problems))
+        corpus = built.corpus.model_copy(
+            update={"sources": tuple(_absolute(source, self.path.parent) for source in built.corpus.sources)}
+        )
+        return built.model_copy(update={"corpus": corpus})
+
+    def _check_top(self) -> None:
+        for key in self.data:
+            if key not in ("defaults", "pipelines"):
+                raise ConfigError(f"{self._at((key,))}{key}: there is no such key; known are defaults, pipelines")
+        if not isinstance(self.data.get("pipelines"), dict) or not self.data["pipelines"]:
+            raise ConfigError(f"{self.path}: pipelines: must map each pipeline's name to its settings")
+        mappings: dict[tuple[str, ...], Any] = {("defaults",): self.data.get("defaults")}
+        mappings |= {("pipelines", name): value for name, value in self.data["pipelines"].items()}
+        for path, value in mappings.items():
+            if value is not None and not isinstance(value, dict):
+                raise ConfigError(f"{self._at(path)}{'.'.join(map(str, path))}: must be a mapping of sections to keys")
+
+    def _where(self, name: str, path: tuple[str | int, ...], layers: list[Any]) -> str:
+        """Names the layer that a value came from: the topmost one that gives it."""
+        key = ".".join(map(str, path))
+        if _has(layers[2], path):
+            return f"--set {key}"
+        for prefix in (("pipelines", name), ("defaults",)):
+            if (*prefix, *path) in self.marks:
+                return f"{self._at((*prefix, *path))}{'.'.join(map(str, (*prefix, *path)))}"
+        return f"{self._at(('pipelines', name, *path))}pipelines.{name}{'.' if key else ''}{key}"
+
+    def _at(self, path: tuple[str | int, ...]) -> str:
+        """The file and the line of the key, or of the nearest key around it."""
+        while path and path not in self.marks:
+            path = path[:-1]
+        return f"{self.path}:{self.marks[path]}: " if path else f"{self.path}: "
+
+
+def find_pipelines_file(given: str | None) -> Path:
+    """The file given, else pipelines.yaml of the working directory. Raises ConfigError."""
+    path = Path(given or "pipelines.yaml").expanduser().resolve()
+    if not path.is_file():
+        raise ConfigError(f"{path} does not exist. Go to a directory with a pipelines.yaml, or name one with --file.")
+    return path
+
+
+def merge(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Later layers win, key by key inside the sections. A layer that names a size drops earlier layers' shape keys."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in layer.items():
+            if key not in SECTIONS or not isinstance(value, Mapping):
+                merged[key] = value
+                continue
+            below = merged.get(key, {})
+            if key == "model" and "size" in value:
+                below = {name: kept for name, kept in below.items() if name not in _SHAPE_KEYS}
+            merged[key] = {**below, **value}
+    return merged
+
+
+def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """`["train.max_steps=50"]` -> `{"train": {"max_steps": 50}}`; values are YAML. Raises ConfigError."""
+    parsed: dict[str, Any] = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        section, _, name = key.strip().partition(".")
+        if not equals or not section:
+            raise ConfigError(f"--set {override}: must have the form section.key=value, as in train.max_steps=50")
+        try:
+            value = yaml.load(text, Loader=_Loader)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {key}: {text!r} is not YAML: {error}") from None
+        if name:
+            parsed.setdefault(section, {})[name] = value
+        else:
+            parsed[section] = value
+    return parsed
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with numbers such as 1e-3, which YAML 1.1 takes for strings."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _read(path: Path) -> tuple[dict[str, Any], Marks]:
+    marks: Marks = {}
+    try:
+        text = path.read_text(encoding="utf-8")
+        for event in yaml.parse(text, Loader=_Loader):
+            if isinstance(event, yaml.AliasEvent):
+                line = event.start_mark.line + 1 if event.start_mark else 1
+                raise ConfigError(f"{path}:{line}: aliases are not supported; put what is shared into defaults:")
+        node = yaml.compose(text, Loader=_Loader)
+        data = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}{line}: not YAML: {getattr(error, 'problem', None) or error}") from None
+    except (OSError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: must be a mapping with the keys defaults and pipelines")
+    _mark(node, (), marks, path)
+    return data, marks
+
+
+def _mark(node: Any, at: tuple[str | int, ...], marks: Marks, file: Path) -> None:
+    """Notes the line of every key; a key that stands twice is an error."""
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            path = (*at, key.value)
+            line = key.start_mark.line + 1
+            if path in marks:
+                raise ConfigError(f"{file}:{line}: {key.value} stands twice, first on line {marks[path]}")
+            marks[path] = line
+            _mark(value, path, marks, file)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            marks[*at, index] = value.start_mark.line + 1
+            _mark(value, (*at, index), marks, file)
+
+
+def _has(layer: Any, path: tuple[str | int, ...]) -> bool:
+    for part in path:
+        if isinstance(layer, Mapping) and part in layer:
+            layer = layer[part]
+        elif isinstance(layer, list | tuple) and isinstance(part, int):
+            return True
+        else:
+            return False
+    return bool(path)
+
+
+def _absolute(source: str, base: Path) -> str:
+    """A relative path is meant from the file's directory; URLs and python-docs stay as they are."""
+    is_local = source != "python-docs" and "://" not in source
+    return str(base / Path(source).expanduser()) if is_local else source

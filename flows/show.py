@@ -1,0 +1,50 @@
+"""Tables of the registry for people: versions at a glance, and one version's lineage."""
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def models_table(listed: Sequence[Mapping[str, Any]]) -> None:
+    """One row per version. Scores of different holdouts do not compare, so each row shows the gate's own pair."""
+    if not listed:
+        print("no models are registered yet: gptflow run quickstart")
+        return
+    table = Table("model", "version", "aliases", "verdict", "bits per byte", "champion then", "trained", "weights")
+    for version in listed:
+        table.add_row(
+            version["model"],
+            str(version["version"]),
+            ", ".join(version["aliases"]),
+            version["verdict"] or "undecided",
+            _score(version["gate_bits_per_byte"]),
+            _score(version["gate_champion_bits_per_byte"]),
+            datetime.fromtimestamp(version["created_ms"] / 1000).strftime("%Y-%m-%d %H:%M"),
+            (version["weights_sha256"] or "")[:12],
+        )
+    Console(highlight=False).print(table)
+
+
+def lineage_table(described: Mapping[str, Any]) -> None:
+    """Every key of a version's lineage, nested ones with dots."""
+    table = Table(show_header=False, title=described["uri"], title_style="bold")
+    for key, value in _flat(described).items():
+        table.add_row(key, "" if value is None else str(value))
+    Console(highlight=False).print(table)
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    rows: dict[str, Any] = {}
+    for key, inner in value.items():
+        if isinstance(inner, Mapping):
+            rows |= _flat(inner, f"{prefix}{key}.")
+        else:
+            rows[f"{prefix}{key}"] = ", ".join(map(str, inner)) if isinstance(inner, list) else inner
+    return rows
+
+
+def _score(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"

@@ -1,0 +1,45 @@
+"""The steps of a retraining as Prefect tasks: a table of core functions, and which of their errors are tried again."""
+
+import errno
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+from prefect import Task, task
+from prefect.cache_policies import NO_CACHE
+
+from flows import registry, training
+from gptcore import corpus, data, dossier
+from gptcore.errors import SourceUnavailable
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def is_transient(_task: Any, _run: Any, state: Any) -> bool:
+    """Whether the error of a failed task may be gone in a moment. Wrong input, divergence and a full disk are not."""
+    error = state.result(raise_on_failure=False)
+    if isinstance(error, OSError):
+        return error.errno != errno.ENOSPC
+    return isinstance(error, SourceUnavailable | training.TrainerDied)
+
+
+def _step(function: Callable[P, R], name: str) -> Task[P, R]:
+    # The steps are content-addressed themselves; Prefect's cache would compare paths, not what is in the files.
+    return task(
+        name=name,
+        cache_policy=NO_CACHE,
+        persist_result=False,
+        retries=2,
+        retry_delay_seconds=[1, 4],
+        retry_condition_fn=is_transient,
+    )(function)
+
+
+ingest = _step(corpus.ingest, "ingest")
+tokenize = _step(data.tokenize, "tokenize")
+train = _step(training.train_tracked, "train")
+evaluate = _step(dossier.evaluate_run, "evaluate")
+sample = _step(dossier.sample_run, "sample")
+plot = _step(dossier.plot_run, "plot")
+register = _step(registry.register, "register")
+gate = _step(registry.gate, "gate")

@@ -1,0 +1,136 @@
+"""MLflow runs: one per run key and attempt, found by its tags before anything is created.
+
+With registry.py the only place that talks to MLflow. A retry, or a run after a crash, finds the run of its key and goes
+on with it, so nothing is doubled; metrics carry the trainer's own timestamps.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.entities import Dataset, DatasetInput, Metric, Param, RunStatus, RunTag
+from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+from flows.pipelines import Pipeline
+from flows.state import StateRoot
+from gptcore.corpus import Snapshot
+from gptcore.rundir import Metrics
+
+LOGGED = (
+    "loss",
+    "train_loss",
+    "val_loss",
+    "learning_rate",
+    "grad_norm",
+    "epoch",
+    "tokens_seen",
+    "tokens_per_second",
+    "memory_mb",
+)
+"""What of a line of metrics.jsonl becomes an MLflow metric."""
+_BATCH = 1000  # MLflow's limit on metrics per request
+_SYSTEM_METRICS_SECONDS = 5
+
+
+def open_run(root: StateRoot, pipeline: Pipeline, run_key: str, attempt: int, tags: Mapping[str, str]) -> str:
+    """The id of the MLflow run of this key and attempt: the one that exists, set running again, or a new one."""
+    client = MlflowClient(root.tracking_uri)
+    experiment = _experiment(client, root, pipeline.name)
+    own = f"tags.run_key = '{run_key}' and tags.attempt = '{attempt}'"
+    if found := client.search_runs([experiment], own, max_results=1):
+        run_id = found[0].info.run_id
+        client.update_run(run_id, status="RUNNING")
+    else:
+        every_tag = {**tags, "run_key": run_key, "attempt": str(attempt), "pipeline": pipeline.name}
+        run = client.create_run(experiment, tags=every_tag, run_name=f"{run_key[:8]}-{attempt}")
+        run_id = run.info.run_id
+    params = [Param(key, value) for key, value in flat(pipeline.model_dump(mode="json")).items()]
+    client.log_batch(run_id, params=params, tags=[RunTag(key, value) for key, value in tags.items()])
+    return run_id
+
+
+def log_dataset(root: StateRoot, run_id: str, pipeline: Pipeline, snapshot: Snapshot) -> None:
+    """Names the corpus snapshot as the run's input."""
+    dataset = Dataset(
+        name=pipeline.name,
+        digest=snapshot.sha256[:36],
+        source_type="gptflow-corpus",
+        source=json.dumps({"sources": list(pipeline.corpus.sources), "snapshot": str(snapshot.path)}),
+        profile=json.dumps({"documents": snapshot.documents, "blocks": snapshot.blocks, "bytes": snapshot.bytes}),
+    )
+    MlflowClient(root.tracking_uri).log_inputs(run_id, [DatasetInput(dataset)])
+
+
+class MetricsLog:
+    """Sends lines of metrics.jsonl to a run, each update once, however often a line is read."""
+
+    def __init__(self, root: StateRoot, run_id: str) -> None:
+        self.client = MlflowClient(root.tracking_uri)
+        self.run_id = run_id
+        history = self.client.get_metric_history(run_id, "loss")
+        self.last_step = max((metric.step for metric in history), default=0)
+
+    def send(self, lines: Sequence[Metrics]) -> None:
+        """Logs those lines that belong to updates not yet logged."""
+        new = [line for line in lines if line["step"] > self.last_step]
+        metrics = [
+            Metric(key, line[key], line["time_ms"], line["step"]) for line in new for key in LOGGED if key in line
+        ]
+        for begin in range(0, len(metrics), _BATCH):
+            self.client.log_batch(self.run_id, metrics=metrics[begin : begin + _BATCH])
+        if new:
+            self.last_step = new[-1]["step"]
+
+
+@contextmanager
+def system_metrics(run_id: str) -> Iterator[None]:
+    """Logs the machine's CPU, memory, disk and network use to the run while this holds."""
+    monitor = SystemMetricsMonitor(run_id, sampling_interval=_SYSTEM_METRICS_SECONDS, resume_logging=True)
+    monitor.start()
+    try:
+        yield
+    finally:
+        monitor.finish()
+
+
+def log_results(root: StateRoot, run_id: str, values: Mapping[str, float], directories: Sequence[Path]) -> None:
+    """Logs final scores as metrics, and each directory's files under the name before its hash."""
+    client = MlflowClient(root.tracking_uri)
+    for key, value in values.items():
+        client.log_metric(run_id, key, value)
+    for directory in directories:
+        client.log_artifacts(run_id, str(directory), artifact_path=directory.name.rpartition("-")[0])
+
+
+def log_text(root: StateRoot, run_id: str, text: str, name: str) -> None:
+    """Stores a text file with the run."""
+    MlflowClient(root.tracking_uri).log_text(run_id, text, name)
+
+
+def close_run(root: StateRoot, run_id: str, status: str, tags: Mapping[str, str]) -> None:
+    """Ends the run as FINISHED, FAILED or KILLED."""
+    client = MlflowClient(root.tracking_uri)
+    client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+    client.set_terminated(run_id, RunStatus.to_string(RunStatus.from_string(status)))
+
+
+def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """`{"train": {"seed": 1}}` -> `{"train.seed": "1"}`."""
+    result: dict[str, str] = {}
+    for key, inner in value.items():
+        name = f"{prefix}{key}"
+        if isinstance(inner, Mapping):
+            result |= flat(inner, f"{name}.")
+        else:
+            result[name] = inner if isinstance(inner, str) else json.dumps(inner)
+    return result
+
+
+def _experiment(client: MlflowClient, root: StateRoot, name: str) -> str:
+    if (experiment := client.get_experiment_by_name(name)) is not None:
+        return experiment.experiment_id
+    local = root.tracking_uri.startswith("sqlite:")
+    return client.create_experiment(name, artifact_location=str(root.artifacts / name) if local else None)

@@ -1,0 +1,55 @@
+"""The bundle: a directory that holds a whole model, and from which it is used anywhere.
+
+    model.safetensors   the weights
+    config.json         the seed's dict of seven keys
+    tokenizer/          the vocabulary (gptcore.tokenizer)
+    lineage.json        where the model comes from, if it was released by a pipeline
+
+Only safetensors and JSON are read: no file of a bundle can run code.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from gptcore.errors import CheckpointError
+from gptcore.model import GPTModel
+from gptcore.tokenizer import Tokenizer
+
+WEIGHTS = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in eval mode and its tokenizer."""
+
+    model: GPTModel
+    tokenizer: Tokenizer
+
+
+def write_bundle(
+    directory: Path, cfg: Mapping[str, Any], weights: Path, tokenizer: Tokenizer, lineage: Mapping[str, Any]
+) -> None:
+    """Fills `directory`, which must exist. `weights` is a safetensors file of a GPTModel(cfg)."""
+    (directory / WEIGHTS).write_bytes(weights.read_bytes())
+    (directory / "config.json").write_text(json.dumps(dict(cfg), indent=1) + "\n")
+    (directory / "lineage.json").write_text(json.dumps(dict(lineage), indent=1) + "\n")
+    tokenizer.save(directory / "tokenizer")
+
+
+def load(directory: str | Path, device: str = "cpu") -> Loaded:
+    """Loads a bundle. Raises CheckpointError if a file is missing or damaged, TokenizerError for the vocabulary."""
+    directory = Path(directory)
+    try:
+        cfg = json.loads((directory / "config.json").read_text())
+        model = GPTModel(cfg)
+        model.load_state_dict(load_file(directory / WEIGHTS))
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"the bundle {directory} cannot be loaded: {error}") from None
+    return Loaded(model=model.to(torch.device(device)).eval(), tokenizer=Tokenizer.load(directory / "tokenizer"))

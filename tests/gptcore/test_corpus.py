@@ -1,0 +1,263 @@
+import hashlib
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gptcore import corpus, manifest, split
+from gptcore.config import CorpusConfig
+from gptcore.corpus import SIDES, Snapshot, blocks, ingest, load_snapshot, passages
+from gptcore.errors import CheckpointError, CorpusError
+
+
+def prose(seed: int, chars: int) -> str:
+    drawn = random.Random(seed)
+    words = ["".join(drawn.choices("abcdefghijklmnopqrstuvwxyzäß日", k=drawn.randint(2, 9))) for _ in range(400)]
+    made, length = [], 0
+    while length < chars:
+        made.append(" ".join(drawn.choices(words, k=drawn.randint(5, 60))) + ".")
+        length += len(made[-1]) + 2
+    return "\n\n".join(made)[:chars]
+
+
+def write(directory: Path, texts: dict[str, str]) -> None:
+    for name, text in texts.items():
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_text(text, encoding="utf-8", newline="")
+
+
+def snapshot_of(tmp_path: Path, texts: dict[str, str], *source: str, **settings: Any) -> Snapshot:
+    """Ingests the texts from a fresh directory into the same state root."""
+    base = tmp_path / f"base{len(list(tmp_path.glob('base*')))}"
+    write(base, texts)
+    settings = {"val_fraction": 0.2, "holdout_fraction": 0.2, "block_bytes": 256, **settings}
+    return ingest(CorpusConfig(sources=source or ("*",), **settings), tmp_path / "state" / "corpora", base)
+
+
+def side_of_blocks(snapshot: Snapshot) -> dict[str, str]:
+    return {block.sha256: side for side in ("val", "holdout") for block in blocks(snapshot.path, side)}
+
+
+MANY = {f"{number:03d}.txt": prose(number, 900 + 40 * number) for number in range(100)}
+
+
+def test_python_docs_fill_all_sides_with_the_default_settings(tmp_path: Path) -> None:
+    snapshot = ingest(CorpusConfig(), tmp_path / "corpora", tmp_path)
+    assert snapshot.documents + snapshot.dropped["duplicate_documents"] > 70
+    assert all(snapshot.blocks[side] for side in SIDES)
+    assert sum(snapshot.bytes.values()) + sum(
+        snapshot.dropped[key] for key in ("duplicate_bytes", "guard_bytes")
+    ) == sum(source["bytes"] for source in manifest.about(snapshot.path)["sources"])
+
+
+def test_a_snapshot_says_what_it_holds_and_holds_what_it_says(tmp_path: Path) -> None:
+    snapshot = snapshot_of(tmp_path, MANY)
+    about = manifest.verify(snapshot.path)
+    assert about["kind"] == "corpus"
+    assert about["sources"] == [{"source": "*", "documents": 100, "bytes": sum(len(t.encode()) for t in MANY.values())}]
+    assert snapshot.path.name == snapshot.sha256[:16]
+    assert load_snapshot(snapshot.path) == snapshot
+    for side in SIDES:
+        text = (snapshot.path / f"{side}.txt").read_text(encoding="utf-8")
+        assert "".join(passages(snapshot.path, side)) == text
+        assert len(text.encode()) == snapshot.bytes[side]
+    for side in ("val", "holdout"):
+        found = list(blocks(snapshot.path, side))
+        assert len(found) == snapshot.blocks[side]
+        assert [block.text for block in found] == list(passages(snapshot.path, side))
+    documents = [json.loads(line) for line in (snapshot.path / "documents.jsonl").open()]
+    assert len(documents) == snapshot.documents == 100
+    assert {document["name"] for document in documents} == set(MANY)
+    for block in blocks(snapshot.path, "val"):
+        assert block.text in MANY[documents[block.document]["name"]]
+
+
+def test_all_text_comes_out_on_exactly_one_side(tmp_path: Path) -> None:
+    snapshot = snapshot_of(tmp_path, MANY)
+    assert not any(snapshot.dropped.values())
+    assert sum(snapshot.bytes.values()) == sum(len(text.encode()) for text in MANY.values())
+    for side in SIDES:
+        for passage in passages(snapshot.path, side):
+            assert sum(passage in text for text in MANY.values()) == 1
+
+
+def test_neighbouring_train_blocks_are_one_passage(tmp_path: Path) -> None:
+    text = prose(1, 40_000)
+    snapshot = snapshot_of(tmp_path, {"a.txt": text})
+    found = list(passages(snapshot.path, "train"))
+    assert len(found) < snapshot.blocks["train"]
+    rest = text
+    for passage in found:
+        before, passage_itself, rest = rest.partition(passage)
+        assert passage_itself
+        assert before or passage is found[0]
+
+
+def test_the_same_files_give_the_same_bytes_again(tmp_path: Path) -> None:
+    first, second = (snapshot_of(tmp_path / root, MANY) for root in ("one", "two"))
+    assert first.sha256 == second.sha256
+    for side in SIDES:
+        assert (first.path / f"{side}.txt").read_bytes() == (second.path / f"{side}.txt").read_bytes()
+
+
+def test_renaming_reordering_copying_and_another_packing_change_nothing(tmp_path: Path) -> None:
+    texts = list(MANY.values())
+    first = snapshot_of(tmp_path, MANY)
+    renamed = {f"other/{99 - number}.md": text for number, text in enumerate(texts)}
+    lines = "\n".join(json.dumps({"text": text}) for text in reversed(texts))
+    for again in (
+        snapshot_of(tmp_path, renamed, "other"),
+        snapshot_of(tmp_path, {**MANY, "copy.txt": texts[0], "empty.txt": "", "blank.txt": " \n\t\n"}),
+        snapshot_of(tmp_path, {"all.jsonl": lines}),
+        snapshot_of(tmp_path, MANY, "09?.txt", "*.txt"),
+    ):
+        assert again == first
+    assert len(list((tmp_path / "state" / "corpora").iterdir())) == 1
+
+
+def test_copies_and_blank_documents_are_dropped_and_counted(tmp_path: Path) -> None:
+    more = {"copy.txt": MANY["000.txt"], "empty.txt": "", "blank.txt": " \n\u2003\t" * 200_000}
+    snapshot = snapshot_of(tmp_path, {**MANY, **more})
+    assert snapshot.documents == 100
+    assert snapshot.dropped == {
+        "empty_documents": 2,
+        "duplicate_documents": 1,
+        "duplicate_blocks": 0,
+        "duplicate_bytes": len(MANY["000.txt"].encode()),
+        "guard_runs": 0,
+        "guard_bytes": 0,
+    }
+
+
+def test_a_block_that_stands_in_two_documents_is_kept_once(tmp_path: Path) -> None:
+    common = prose(500, 30_000)
+    texts = {"a.txt": common + prose(501, 9000), "b.txt": common + prose(502, 9000)}
+    snapshot = snapshot_of(tmp_path, texts)
+    assert snapshot.dropped["duplicate_blocks"] > 20
+    assert snapshot.dropped["duplicate_bytes"] > 25_000
+    found = [block.sha256 for side in ("val", "holdout") for block in blocks(snapshot.path, side)]
+    assert len(found) == len(set(found))
+
+
+def test_a_growing_corpus_leaves_every_block_on_its_side(tmp_path: Path) -> None:
+    half = dict(list(MANY.items())[::2])
+    before, after = snapshot_of(tmp_path, half), snapshot_of(tmp_path, MANY)
+    assert before.sha256 != after.sha256
+    assert side_of_blocks(before).items() < side_of_blocks(after).items()
+    train = (after.path / "train.txt").read_text(encoding="utf-8")
+    for side in ("val", "holdout"):
+        assert not any(block.text in train for block in blocks(before.path, side))
+
+
+def test_an_edited_document_leaves_the_other_blocks_on_their_sides(tmp_path: Path) -> None:
+    text = prose(7, 60_000)
+    before = snapshot_of(tmp_path, {"a.txt": text})
+    after = snapshot_of(tmp_path, {"a.txt": text[:20_000] + " An insertion. " + text[20_000:]})
+    assert len(side_of_blocks(before).items() ^ side_of_blocks(after).items()) <= 6
+
+
+def test_settings_of_the_split_are_part_of_what_a_snapshot_is(tmp_path: Path) -> None:
+    settings: list[dict[str, Any]] = [{}, {"block_bytes": 512}, {"val_fraction": 0.3}, {"split": "contiguous"}]
+    assert len({snapshot_of(tmp_path, MANY, **one).sha256 for one in settings}) == len(settings)
+
+
+@pytest.mark.parametrize("way", ["hash", "contiguous"])
+def test_holdout_text_copied_into_train_is_removed_and_counted(tmp_path: Path, way: str) -> None:
+    before = snapshot_of(tmp_path, MANY, split=way)
+    stolen = max([block.text for block in blocks(before.path, "holdout")][-5:], key=len)
+    carriers = (f"{prose(seed, 700)}<<{stolen}>>{prose(seed, 800)}" for seed in range(900, 1000))
+    carrier = next(one for one in carriers if split.side(hashlib.sha256(one.encode()).hexdigest(), 0.2, 0.2) == "train")
+    after = snapshot_of(tmp_path, {"0.txt": carrier, **MANY}, split=way)
+    train = list(passages(after.path, "train"))
+    assert any(passage.endswith("<<") for passage in train)
+    assert any(passage.startswith(">>") for passage in train)
+    assert not any(stolen in passage for passage in train)
+    assert (after.dropped["guard_runs"], after.dropped["guard_bytes"]) == (1, len(stolen.encode()))
+
+
+@pytest.mark.parametrize("way", ["hash", "contiguous"])
+def test_no_train_passage_shares_200_bytes_with_another_side(tmp_path: Path, way: str) -> None:
+    drawn = random.Random(3)
+    stock = [prose(number, 260) for number in range(40)]
+    texts = {
+        f"{number}.txt": "".join(f"{drawn.choice(stock)}{drawn.random()}\n\n" for _ in range(30))
+        for number in range(20)
+    }
+    snapshot = snapshot_of(tmp_path, texts, split=way)
+    assert snapshot.dropped["guard_runs"] > 10
+    held = {
+        data[start : start + 200]
+        for side in ("val", "holdout")
+        for passage in passages(snapshot.path, side)
+        for data in [passage.encode()]
+        for start in range(len(data) - 199)
+    }
+    kept = 0
+    for passage in passages(snapshot.path, "train"):
+        data = passage.encode()
+        kept += len(data)
+        assert not any(data[start : start + 200] in held for start in range(len(data) - 199))
+    assert kept == snapshot.bytes["train"] > 0
+
+
+@pytest.mark.parametrize("chars", [20_479, 20_480, 99_991, 8191])
+def test_contiguous_is_the_first_nine_tenths_of_the_characters_as_in_the_seed(tmp_path: Path, chars: int) -> None:
+    text = prose(chars, chars)
+    snapshot = snapshot_of(tmp_path, {"a.txt": text}, split="contiguous", val_fraction=0.1, holdout_fraction=0)
+    border = int(0.9 * len(text))
+    assert list(passages(snapshot.path, "train")) == [text[:border]]
+    assert list(passages(snapshot.path, "val")) == [text[border:]]
+    assert list(passages(snapshot.path, "holdout")) == []
+    assert "".join(block.text for block in blocks(snapshot.path, "val")) == text[border:]
+
+
+def test_contiguous_runs_over_documents_in_the_order_of_the_sources(tmp_path: Path) -> None:
+    texts = {name: prose(number, 5000) for number, name in enumerate("cab")}
+    snapshot = snapshot_of(tmp_path, texts, "c", "a", "b", split="contiguous", val_fraction=0.05, holdout_fraction=0.05)
+    whole = texts["c"] + texts["a"] + texts["b"]
+    assert list(passages(snapshot.path, "train")) == [texts["c"], texts["a"], texts["b"][:3500]]
+    assert list(passages(snapshot.path, "val")) == [whole[13_500:14_250]]
+    assert list(passages(snapshot.path, "holdout")) == [whole[14_250:]]
+    other = snapshot_of(tmp_path, texts, "a", "b", "c", split="contiguous", val_fraction=0.05, holdout_fraction=0.05)
+    assert other.sha256 != snapshot.sha256
+
+
+@pytest.mark.parametrize("texts", [{"a.txt": ""}, {"a.txt": " \n", "b.txt": "\n\n"}])
+def test_a_corpus_without_text_is_refused(tmp_path: Path, texts: dict[str, str]) -> None:
+    with pytest.raises(CorpusError, match=rf"no text: {len(texts)} documents"):
+        snapshot_of(tmp_path, texts)
+
+
+def test_a_side_without_a_block_is_an_error_with_counts_and_cure(tmp_path: Path) -> None:
+    with pytest.raises(CorpusError, match=r"(?s)at least 1 block.* 5 bytes in 1 blocks.*by chance.*block_bytes"):
+        snapshot_of(tmp_path, {"a.txt": "Short"})
+    with pytest.raises(CorpusError, match=r"nothing is left for train.*removed from train by the guard: 3000 bytes"):
+        snapshot_of(tmp_path, {"a.txt": "a" * 5000}, split="contiguous")
+    assert not list((tmp_path / "state" / "corpora").iterdir())
+
+
+def test_what_a_killed_ingestion_left_is_not_taken_for_a_snapshot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(corpus.manifest, "commit", die)
+        with pytest.raises(KeyboardInterrupt):
+            snapshot_of(tmp_path, MANY)
+    corpora = tmp_path / "state" / "corpora"
+    assert not list(corpora.iterdir())
+    with pytest.raises(CheckpointError, match="never completed"):
+        load_snapshot(corpora)
+    assert snapshot_of(tmp_path, MANY).documents == 100
+
+
+def test_special_strings_nuls_and_line_ends_stay_as_they_are(tmp_path: Path) -> None:
+    odd = "\ufeffA NUL \0, <|endoftext|> and\r\nCRLF.\r\n\r\n"
+    texts = {f"{number}.txt": odd + prose(number, 300) for number in range(60)}
+    snapshot = snapshot_of(tmp_path, texts)
+    found = sorted(text for side in SIDES for text in passages(snapshot.path, side))
+    assert found == sorted(texts.values())

@@ -1,0 +1,196 @@
+"""Committed directories: complete or not there, at whichever operation the process dies."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from gptcore import manifest
+from gptcore.errors import CheckpointError
+
+FILES = {"a.bin": bytes(range(256)) * 4, "inner/b.txt": b"text"}
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: together with a disabled rmtree, no clean-up runs after it."""
+
+
+def fill(directory: Path) -> None:
+    for name, data in FILES.items():
+        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / name).write_bytes(data)
+
+
+def publish(goal: Path, about=None) -> Path:
+    with manifest.staging(goal.parent) as staged:
+        fill(staged)
+        return manifest.commit(staged, goal, about or {"kind": "test"})
+
+
+@pytest.fixture
+def committed(tmp_path):
+    return publish(tmp_path / "goal")
+
+
+def die_at(monkeypatch, number: int) -> None:
+    """The process dies just before its `number`-th file operation, counted from 1."""
+    done = 0
+
+    def dying(operation):
+        def wrapper(*args, **kwargs):
+            nonlocal done
+            done += 1
+            if done == number:
+                raise Killed
+            return operation(*args, **kwargs)
+
+        return wrapper
+
+    for name in ("write_bytes", "write_text", "rename", "chmod", "mkdir"):
+        monkeypatch.setattr(Path, name, dying(getattr(Path, name)))
+    monkeypatch.setattr(manifest, "flush", dying(manifest.flush))
+    monkeypatch.setattr(manifest.shutil, "rmtree", lambda *args, **kwargs: None)
+
+
+def test_what_is_committed_holds_the_files_and_what_it_is_about(committed):
+    assert {name: (committed / name).read_bytes() for name in FILES} == FILES
+    assert manifest.verify(committed) == manifest.about(committed) == {"kind": "test"}
+    listed = json.loads((committed / "manifest.json").read_text())["files"]
+    assert listed["inner/b.txt"] == {"bytes": 4, "sha256": hashlib.sha256(b"text").hexdigest()}
+    assert list(committed.parent.iterdir()) == [committed]
+
+
+def test_a_death_at_any_file_operation_leaves_the_whole_directory_or_nothing(tmp_path):
+    survived = 0
+    for number in range(1, 100):
+        goal = tmp_path / str(number) / "goal"
+        with pytest.MonkeyPatch.context() as patched:
+            die_at(patched, number)
+            try:
+                publish(goal)
+                break
+            except Killed:
+                pass
+        if manifest.is_committed(goal):
+            manifest.verify(goal)
+            survived += 1
+        else:
+            assert not goal.exists()
+        if goal.parent.exists():
+            manifest.sweep(goal.parent, older_than_seconds=0)
+            assert set(goal.parent.iterdir()) <= {goal}
+        publish(goal)
+        manifest.verify(goal)
+    assert number > 10, "the operations were found"
+    assert survived >= 1, "a death after the rename leaves the directory"
+
+
+def test_an_error_while_filling_leaves_nothing_behind(tmp_path):
+    with pytest.raises(ZeroDivisionError), manifest.staging(tmp_path) as staged:
+        fill(staged)
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_while_committing_leaves_nothing_behind(tmp_path, monkeypatch):
+    def full(path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(manifest, "flush", full)
+    with pytest.raises(OSError, match="No space left"):
+        publish(tmp_path / "goal")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_that_exists_already_stays_as_it_is(committed):
+    inode = (committed / "a.bin").stat().st_ino
+    publish(committed, {"kind": "another"})
+    assert (committed / "a.bin").stat().st_ino == inode
+    assert manifest.about(committed) == {"kind": "test"}
+    assert list(committed.parent.iterdir()) == [committed]
+
+
+def test_a_goal_that_is_there_but_was_never_completed_is_not_overwritten_silently(tmp_path):
+    goal = tmp_path / "goal"
+    goal.mkdir()
+    (goal / "mine.txt").write_text("mine")
+    with pytest.raises(OSError):
+        publish(goal)
+    assert (goal / "mine.txt").read_text() == "mine"
+
+
+def flip_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGES = {
+    "bit flip": (lambda goal: flip_bit(goal / "a.bin"), "a.bin has sha256"),
+    "truncation": (lambda goal: os.truncate(goal / "a.bin", 1000), "a.bin has 1000 bytes, its manifest says 1024"),
+    "zero bytes": (lambda goal: os.truncate(goal / "a.bin", 0), "a.bin has 0 bytes"),
+    "missing file": (lambda goal: (goal / "inner/b.txt").unlink(), "b.txt is missing"),
+    "missing manifest": (lambda goal: (goal / "manifest.json").unlink(), "never completed"),
+    "empty manifest": (lambda goal: os.truncate(goal / "manifest.json", 0), "manifest.json is damaged"),
+    "cut manifest": (lambda goal: os.truncate(goal / "manifest.json", 40), "manifest.json is damaged"),
+    "binary manifest": (lambda goal: (goal / "manifest.json").write_bytes(b"\xff\xfe"), "manifest.json is damaged"),
+    "foreign JSON": (lambda goal: (goal / "manifest.json").write_text("[]"), "manifest.json is damaged"),
+    "another format": (
+        lambda goal: (goal / "manifest.json").write_text('{"format": 99}'),
+        "has format 99, this release reads format 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_found_and_named(committed, damage):
+    harm, said = DAMAGES[damage]
+    harm(committed)
+    with pytest.raises(CheckpointError, match=said):
+        manifest.verify(committed)
+
+
+def test_a_removed_directory_is_whole_or_gone_wherever_the_process_dies(tmp_path):
+    for number in range(1, 5):
+        goal = publish(tmp_path / f"goal-{number}")
+        with pytest.MonkeyPatch.context() as patched:
+            operations = iter(range(1, 5))
+
+            def die(operation, operations=operations, number=number):
+                def wrapper(*args, **kwargs):
+                    if next(operations) == number:
+                        raise Killed
+                    return operation(*args, **kwargs)
+
+                return wrapper
+
+            patched.setattr(Path, "rename", die(Path.rename))
+            patched.setattr(manifest.shutil, "rmtree", die(manifest.shutil.rmtree))
+            try:
+                manifest.remove(goal)
+            except Killed:
+                pass
+        if goal.exists():
+            manifest.verify(goal)
+            manifest.remove(goal)
+        manifest.sweep(tmp_path, older_than_seconds=0)
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_sweeping_leaves_young_temporary_directories_and_committed_ones_alone(committed):
+    young, old = committed.parent / ".tmp-young", committed.parent / ".tmp-old"
+    young.mkdir()
+    old.mkdir()
+    os.utime(old, (0, 0))
+    manifest.sweep(committed.parent)
+    assert sorted(committed.parent.iterdir()) == [young, committed]
+
+
+def test_equal_values_have_equal_hashes_whatever_the_order_of_their_keys():
+    # The hash is that of the canonical text, which any other language can make too.
+    assert manifest.sha256_of({"b": [1, 2.5], "a": "é"}) == manifest.sha256_of({"a": "é", "b": [1, 2.5]})
+    assert manifest.sha256_of({"b": 1, "a": None}) == hashlib.sha256(b'{"a":null,"b":1}').hexdigest()
+    with pytest.raises(ValueError):
+        manifest.sha256_of(float("nan"))

@@ -1,0 +1,83 @@
+"""The optimiser against the arithmetic of its paper, and the learning rate against values worked out by hand."""
+
+import pytest
+import torch
+from torch import nn
+
+from gptcore.config import TrainConfig
+from gptcore.model import GPTModel
+from gptcore.optim import learning_rate, make_optimizer, set_learning_rate
+
+CFG = {
+    "vocab_size": 257,
+    "context_length": 16,
+    "emb_dim": 16,
+    "n_heads": 2,
+    "n_layers": 2,
+    "drop_rate": 0.0,
+    "qkv_bias": True,
+}
+
+
+def test_weight_decay_acts_on_matrices_and_not_on_biases_and_gains():
+    model = GPTModel(CFG)
+    decayed, spared = make_optimizer(model, TrainConfig(weight_decay=0.3)).param_groups
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.3, 0.0)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert all("norm" in names[id(p)] or names[id(p)].endswith("bias") for p in spared["params"])
+    assert {"tok_emb.weight", "pos_emb.weight", "out_head.weight"} <= {names[id(p)] for p in decayed["params"]}
+    assert len(decayed["params"]) + len(spared["params"]) == len(names)
+
+
+def test_frozen_parameters_are_left_out():
+    model = GPTModel(CFG)
+    model.tok_emb.weight.requires_grad_(False)
+    optimised = [id(p) for group in make_optimizer(model, TrainConfig()).param_groups for p in group["params"]]
+    assert id(model.tok_emb.weight) not in optimised
+
+
+def test_the_first_update_is_that_of_adamw():
+    # Loshchilov & Hutter 2019, algorithm 2, at t = 1: the bias-corrected moments are g and g * g, so that the step is
+    # the learning rate times the sign of the gradient, after the weight has shrunk by learning rate times decay.
+    matrix, bias = nn.Parameter(torch.tensor([[2.0, -1.0]])), nn.Parameter(torch.tensor([4.0]))
+    module = nn.Module()
+    module.matrix, module.bias = matrix, bias
+    optimizer = make_optimizer(module, TrainConfig(learning_rate=0.1, weight_decay=0.5))
+    matrix.grad, bias.grad = torch.tensor([[3.0, -0.2]]), torch.tensor([7.0])
+    optimizer.step()
+    assert matrix.tolist()[0] == pytest.approx([2.0 * 0.95 - 0.1, -1.0 * 0.95 + 0.1])
+    assert bias.tolist() == pytest.approx([3.9])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "progress", "share"),
+    [
+        ("constant", 0.0, 1.0),
+        ("constant", 0.9, 1.0),
+        ("linear", 0.0, 1.0),
+        ("linear", 0.25, 0.75),
+        ("linear", 1.0, 0.0),
+        ("cosine", 0.0, 1.0),
+        ("cosine", 1 / 3, 0.75),
+        ("cosine", 0.5, 0.5),
+        ("cosine", 1.0, 0.0),
+    ],
+)
+def test_the_rate_falls_along_the_schedule(schedule, progress, share):
+    cfg = TrainConfig(schedule=schedule, learning_rate=0.01)
+    assert learning_rate(cfg, 500, progress) == pytest.approx(0.01 * share, abs=1e-15)
+
+
+def test_the_rate_rises_in_equal_steps_over_the_warm_up():
+    cfg = TrainConfig(schedule="constant", learning_rate=1.0, warmup_steps=4)
+    assert [learning_rate(cfg, step, 0.0) for step in range(6)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
+
+
+def test_without_warm_up_the_first_update_has_the_full_rate():
+    assert learning_rate(TrainConfig(learning_rate=0.5), 0, 0.0) == 0.5
+
+
+def test_every_group_gets_the_rate():
+    optimizer = make_optimizer(GPTModel(CFG), TrainConfig())
+    set_learning_rate(optimizer, 0.125)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.125, 0.125]

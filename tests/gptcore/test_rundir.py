@@ -1,0 +1,175 @@
+"""The run directory as others see it: its configuration, lock, metrics and end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gptcore import manifest, rundir
+from gptcore.config import RunConfig
+from gptcore.errors import CheckpointError, ConfigError, CorpusError, GPTCoreError, TrainingDiverged
+from gptcore.rundir import MetricsReader, Result, RunDirectory, result_about
+
+CONFIG = {
+    "training_version": 1,
+    "tokens": "../tokens",
+    "tokens_sha256": "ab" * 32,
+    "model": {},
+    "vocab_size": 257,
+    "train": {},
+    "run_key": "cd" * 32,
+}
+HOLD = """
+import pathlib, sys, time
+from gptcore.rundir import RunDirectory
+with RunDirectory(pathlib.Path(sys.argv[1])).lock():
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def run(tmp_path):
+    directory = RunDirectory(tmp_path / "run")
+    directory.prepare(RunConfig(**CONFIG))
+    return directory
+
+
+def write_lines(run, steps):
+    with run.metrics.open("a") as file:
+        file.writelines(json.dumps({"step": step}) + "\n" for step in steps)
+
+
+def steps(lines):
+    return [line["step"] for line in lines]
+
+
+def test_a_prepared_directory_gives_its_configuration_back(run):
+    assert run.config() == RunConfig(**CONFIG)
+    assert run.tokens_path() == (run.path.parent / "tokens").resolve()
+
+
+def test_preparing_again_for_the_same_training_changes_nothing(run):
+    before = (run.path / "config.json").stat()
+    run.prepare(RunConfig(**CONFIG))
+    assert (run.path / "config.json").stat() == before
+
+
+def test_preparing_for_another_training_is_refused_with_both_keys(run):
+    with pytest.raises(CheckpointError, match="belongs to run key cdcdcdcdcdcdcdcd, not efefefefefefefef"):
+        run.prepare(RunConfig(**{**CONFIG, "run_key": "ef" * 32}))
+    assert run.config().run_key == CONFIG["run_key"]
+
+
+def test_a_directory_without_configuration_is_answered_with_the_cure(tmp_path):
+    with pytest.raises(ConfigError, match=r"config\.json does not exist: `gptflow prepare"):
+        RunDirectory(tmp_path).config()
+
+
+def test_a_configuration_that_is_not_json_is_named(run):
+    (run.path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"config\.json is not JSON"):
+        run.config()
+
+
+def test_a_wrong_key_in_the_configuration_is_named_with_the_file(run):
+    (run.path / "config.json").write_text(json.dumps({**CONFIG, "train": {"sed": 1}}))
+    with pytest.raises(ConfigError, match=r"config\.json: train\.sed: there is no such key; did you mean seed\?"):
+        run.config()
+
+
+def test_the_lock_is_held_by_one_only_and_names_its_holder(run):
+    with (
+        run.lock(),
+        pytest.raises(GPTCoreError, match=f"is being trained by process {os.getpid()}"),
+        RunDirectory(run.path).lock(),
+    ):
+        pass
+    with run.lock():
+        pass
+
+
+def test_the_lock_is_free_when_its_holder_was_killed(run):
+    root = Path(rundir.__file__).parents[1]
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(run.path)], cwd=root, stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(GPTCoreError, match=f"process {holder.pid}"), run.lock():
+            pass
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+        with run.lock():
+            pass
+    finally:
+        holder.kill()
+        holder.wait()
+        holder.stdout.close()
+
+
+def test_a_line_that_is_not_complete_is_not_read(run):
+    write_lines(run, [1, 2])
+    with run.metrics.open("a") as file:
+        file.write('{"step": 3')
+    assert steps(run.read_metrics()) == [1, 2]
+
+
+def test_a_reader_returns_every_line_once(run):
+    reader = MetricsReader(run.metrics)
+    assert reader.new_lines() == []
+    write_lines(run, [1, 2])
+    with run.metrics.open("a") as file:
+        file.write('{"step"')
+    assert steps(reader.new_lines()) == [1, 2]
+    assert reader.new_lines() == []
+    with run.metrics.open("a") as file:
+        file.write(": 3}\n")
+    assert steps(reader.new_lines()) == [3]
+
+
+def test_a_reader_starts_over_when_a_resumed_training_has_replaced_the_file(run):
+    reader = MetricsReader(run.metrics)
+    write_lines(run, [1, 2, 3])
+    reader.new_lines()
+    run.truncate_metrics(2)
+    assert steps(reader.new_lines()) == [1, 2]
+
+
+def test_truncating_drops_later_updates_and_a_half_written_line(run):
+    write_lines(run, [1, 2, 3, 4])
+    with run.metrics.open("a") as file:
+        file.write('{"ste')
+    run.truncate_metrics(3)
+    assert run.metrics.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3}\n'
+
+
+def test_truncating_before_there_are_metrics_makes_none(run):
+    run.truncate_metrics(0)
+    assert not run.metrics.exists()
+
+
+def test_a_training_is_finished_when_its_result_is_committed(run):
+    assert run.result() is None
+    result = Result(10, 100, 1.5, "max_steps", 8, 2.5, "ab" * 32)
+    with manifest.staging(run.path) as staged:
+        (staged / "model.safetensors").write_bytes(b"weights")
+        assert run.result() is None
+        manifest.commit(staged, run.final, result_about(result))
+    assert run.result() == result
+
+
+@pytest.mark.parametrize("error", [CorpusError("too small"), GPTCoreError("x"), TrainingDiverged("nan", 7)])
+def test_a_failure_comes_back_as_the_error_that_it_was(run, error):
+    run.record_failure(error)
+    back = run.failure()
+    assert (type(back), str(back), getattr(back, "step", None)) == (type(error), str(error), getattr(error, "step", None))
+
+
+def test_a_cleared_failure_is_gone(run):
+    run.record_failure(GPTCoreError("x"))
+    run.clear_failure()
+    run.clear_failure()
+    assert run.failure() is None

@@ -1,0 +1,223 @@
+"""Token files: what is in them, that it does not depend on processes or chunks, and that damage is noticed."""
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from gptcore import corpus, manifest, tokens
+from gptcore import tokenizer as tokenizer_room
+from gptcore.config import CorpusConfig
+from gptcore.errors import CheckpointError, ConfigError, CorpusError, TokenizerError
+from gptcore.tokenizer import get_tokenizer
+from gptcore.tokens import load_tokens, tokenize
+
+FIRST = "".join(f"The {n}th cat, naïvely; 日本 and <|endoftext|>.\r\n\t{n * 7919} !!!\n\n" for n in range(200))
+SECOND = "".join(f"Another document, line {n}: {n * n * 104729} clouds in the mountains.\n" for n in range(200))
+
+
+@pytest.fixture
+def snapshot(tmp_path) -> Path:
+    """Two documents: train holds the first and a part of the second, val the next part, holdout the rest."""
+    (tmp_path / "a.txt").write_bytes(FIRST.encode())
+    (tmp_path / "b.txt").write_bytes(SECOND.encode())
+    return ingested(tmp_path, sources=("*.txt",), split="contiguous", val_fraction=0.1, holdout_fraction=0.1)
+
+
+def ingested(tmp_path: Path, **settings) -> Path:
+    return corpus.ingest(CorpusConfig(**settings), tmp_path / "corpora", tmp_path).path
+
+
+def expected_ids(snapshot: Path, side: str, tokenizer) -> list[int]:
+    """The passages one after another, an end-of-text id between them."""
+    ids: list[int] = []
+    for number, passage in enumerate(corpus.passages(snapshot, side)):
+        ids += [tokenizer.eot] * (number > 0) + tokenizer.encode(passage)
+    return ids
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bytes", "bpe:300"])
+def test_a_side_is_its_passages_with_one_end_of_text_between_them(snapshot, tmp_path, name):
+    made = tokenize(snapshot, name, tmp_path / "tokens")
+    tokenizer = made.load_tokenizer()
+    for side in ("train", "val"):
+        assert made.side(side).tolist() == expected_ids(snapshot, side, tokenizer)
+        assert made.counts[side] == len(made.side(side))
+    train = made.side("train")
+    num_passages = len(list(corpus.passages(snapshot, "train")))
+    assert num_passages > 1 and (train == made.eot).sum() == num_passages - 1
+    assert made.eot not in (train[0], train[-1])
+    assert (made.tokenizer, made.n_vocab, made.eot) == (name, tokenizer.n_vocab, tokenizer.eot)
+
+
+def test_the_bytes_of_train_come_back_from_its_ids(snapshot, tmp_path):
+    made = tokenize(snapshot, "gpt2", tmp_path / "tokens")
+    train = made.side("train")
+    assert made.load_tokenizer().decode_bytes(train[train != made.eot]) == (snapshot / "train.txt").read_bytes()
+
+
+def test_the_hash_split_is_tokenized_block_by_block(tmp_path):
+    text = "".join(f"Paragraph {number} tells of {number * 7919}.\n\n" for number in range(2000))
+    (tmp_path / "long.txt").write_text(text)
+    made = ingested(tmp_path, sources=("long.txt",), block_bytes=256, val_fraction=0.2, holdout_fraction=0.2)
+    found = tokenize(made, "gpt2", tmp_path / "tokens")
+    for side in ("train", "val"):
+        assert found.side(side).tolist() == expected_ids(made, side, get_tokenizer("gpt2"))
+
+
+def test_a_trained_vocabulary_sees_the_train_side_only(tmp_path):
+    """xq is the most frequent pair, but of the holdout."""
+    (tmp_path / "a.txt").write_text("".join(f"ab{n} " for n in range(500)) + "".join(f"xq{n}xq " for n in range(500)))
+    made = ingested(tmp_path, sources=("a.txt",), split="contiguous", val_fraction=0.1, holdout_fraction=0.55)
+    assert tokenize(made, "bpe:258", tmp_path / "tokens").load_tokenizer().decode([256]) == "ab"
+
+
+def test_several_processes_write_what_one_writes(snapshot, tmp_path, monkeypatch):
+    monkeypatch.setattr(tokens, "_BATCH_CHARS", 100)
+    monkeypatch.setattr(tokenizer_room, "PIECE_CHARS", 50)
+    alone = tokenize(snapshot, "bpe:300", tmp_path / "alone", processes=1)
+    many = tokenize(snapshot, "bpe:300", tmp_path / "many", processes=3)
+    for name in ("train.bin", "val.bin", manifest.MANIFEST):
+        assert (alone.path / name).read_bytes() == (many.path / name).read_bytes()
+
+
+def test_chunks_that_cut_a_character_change_nothing(snapshot, tmp_path, monkeypatch):
+    whole = tokenize(snapshot, "gpt2", tmp_path / "whole").side("train").tolist()
+    monkeypatch.setattr(tokens, "_CHUNK_BYTES", 7)
+    assert tokenize(snapshot, "gpt2", tmp_path / "cut").side("train").tolist() == whole
+
+
+def test_an_existing_directory_is_found_again_and_not_written(snapshot, tmp_path, monkeypatch):
+    for name in ("gpt2", "bpe:300"):
+        first = tokenize(snapshot, name, tmp_path / "tokens")
+        monkeypatch.setattr(tokens, "_encode", None)
+        monkeypatch.setattr(tokens, "train_bpe", None)
+        assert tokenize(snapshot, name, tmp_path / "tokens") == first == load_tokens(first.path)
+        monkeypatch.undo()
+    assert first.path.name == first.sha256[:16]
+
+
+def test_another_corpus_or_tokenizer_has_another_identity(snapshot, tmp_path):
+    names = ("gpt2", "bytes", "bpe:300", "bpe:301")
+    made = [tokenize(snapshot, name, tmp_path / "tokens") for name in names]
+    (tmp_path / "c.txt").write_text("A third document with words of its own.\n" * 50)
+    larger = ingested(tmp_path, sources=("*.txt",), split="contiguous", val_fraction=0.1, holdout_fraction=0.1)
+    made += [tokenize(larger, name, tmp_path / "tokens") for name in names]
+    assert len({one.sha256 for one in made}) == len({one.path for one in made}) == 8
+
+
+def test_the_manifest_says_what_the_files_are_made_of(snapshot, tmp_path):
+    made = tokenize(snapshot, "gpt2", tmp_path / "tokens")
+    assert manifest.verify(made.path) == {
+        "sha256": made.sha256,
+        "corpus_sha256": corpus.load_snapshot(snapshot).sha256,
+        "tokenizer": "gpt2",
+        "tokenizer_sha256": get_tokenizer("gpt2").sha256,
+        "n_vocab": 50257,
+        "eot": 50256,
+        "dtype": "uint16",
+        "counts": made.counts,
+    }
+    assert sorted(path.name for path in made.path.iterdir()) == ["manifest.json", "tokenizer", "train.bin", "val.bin"]
+
+
+def test_ids_take_two_bytes_up_to_65536_entries_and_four_beyond():
+    assert [tokens._dtype(n_vocab).itemsize for n_vocab in (257, 65_536, 65_537, 200_019)] == [2, 2, 4, 4]
+
+
+def test_the_ids_are_mapped_from_disk_and_cannot_be_written(snapshot, tmp_path):
+    train = tokenize(snapshot, "bytes", tmp_path / "tokens").side("train")
+    assert isinstance(train, np.memmap) and train.dtype == np.uint16
+    with pytest.raises(ValueError, match="read-only"):
+        train[0] = 1
+
+
+def test_a_side_without_text_has_no_tokens(snapshot, tmp_path, monkeypatch):
+    real = tokens._passages
+    monkeypatch.setattr(tokens, "_passages", lambda path, side: real(path, side) if side == "train" else iter(()))
+    made = tokenize(snapshot, "bytes", tmp_path / "tokens")
+    assert made.counts["val"] == 0 and made.side("val").shape == (0,)
+
+
+def test_a_truncated_or_missing_token_file_is_refused(snapshot, tmp_path):
+    file = tokenize(snapshot, "bytes", tmp_path / "tokens").path / "train.bin"
+    for damage in (lambda: os.truncate(file, 10), file.unlink):
+        damage()
+        with pytest.raises(CheckpointError, match=r"train\.bin has (10|0) bytes, its manifest says \d+"):
+            load_tokens(file.parent)
+
+
+def test_an_altered_token_file_is_refused_when_it_is_to_be_used_again(snapshot, tmp_path):
+    file = tokenize(snapshot, "bytes", tmp_path / "tokens").path / "train.bin"
+    file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:])
+    with pytest.raises(CheckpointError, match="was altered"):
+        tokenize(snapshot, "bytes", tmp_path / "tokens")
+
+
+def test_a_truncated_snapshot_is_refused_and_not_waited_for(snapshot, tmp_path):
+    os.truncate(snapshot / "train.txt", 100)
+    with pytest.raises(CheckpointError, match=r"train\.txt ends \d+ bytes before its index does"):
+        tokenize(snapshot, "bytes", tmp_path / "tokens")
+
+
+def test_errors_leave_nothing_behind(snapshot, tmp_path):
+    with pytest.raises(ConfigError, match="unknown"):
+        tokenize(snapshot, "gtp2", tmp_path / "tokens")
+    with pytest.raises(CorpusError, match="bpe:100000"):
+        tokenize(snapshot, "bpe:100000", tmp_path / "tokens")
+    assert not list((tmp_path / "tokens").glob("*"))
+
+
+def test_a_tokenizing_process_that_dies_is_an_error_and_leaves_no_process_behind(snapshot, tmp_path, monkeypatch):
+    monkeypatch.setattr(tokens, "_WORKER", "import sys; sys.stdin.buffer.read(1); sys.exit(3)")
+    with pytest.raises(RuntimeError, match="exit code 3"):
+        tokenize(snapshot, "bytes", tmp_path / "tokens", processes=2)
+    assert not list((tmp_path / "tokens").glob("*"))
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ThreadPoolExecutor")]
+
+
+def script(tmp_path: Path, program: str) -> subprocess.Popen:
+    """A student's script, without a `__name__` guard, in a directory of its own."""
+    (tmp_path / "script.py").write_text(program)
+    environment = {**os.environ, "PYTHONPATH": str(Path(tokens.__file__).parents[1])}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "script.py"], env=environment, cwd=tmp_path, **pipes)
+
+
+def test_an_unguarded_script_that_imports_torch_tokenizes_with_processes_that_do_not(snapshot, tmp_path):
+    program = (
+        "import torch\nfrom pathlib import Path\nfrom gptcore import tokens\n"
+        "said = '; print(\"torch\" in sys.modules, file=sys.stderr, flush=True); _work('\n"
+        "tokens._WORKER = tokens._WORKER.replace('; _work(', said)\n"
+        f"print(tokens.tokenize(Path({str(snapshot)!r}), 'bytes', Path('tokens'), processes=2).counts['train'])\n"
+    )
+    with script(tmp_path, program) as running:
+        out, said = running.communicate()
+    assert running.returncode == 0 and int(out) > 0, said
+    assert set(said.split()) == {"False"}
+
+
+def test_tokenizing_processes_end_when_their_parent_is_killed(tmp_path):
+    get_tokenizer("bytes").save(tmp_path / "saved")
+    program = (
+        "import time\nfrom pathlib import Path\nfrom gptcore import tokens\n"
+        "with tokens._encoder(None, Path('saved'), 2) as encoder:\n"
+        "    print(*(worker.pid for worker in encoder._workers), flush=True)\n    time.sleep(100)\n"
+    )
+    with script(tmp_path, program) as running:
+        workers = [psutil.Process(int(pid)) for pid in running.stdout.readline().split()]
+        running.kill()
+    _, alive = psutil.wait_procs(workers, timeout=30)
+    assert len(workers) == 2 and all(worker.status() == psutil.STATUS_ZOMBIE for worker in alive)
+
+
+def test_a_damaged_tokenizer_of_a_token_directory_is_refused(snapshot, tmp_path):
+    made = tokenize(snapshot, "bytes", tmp_path / "tokens")
+    (made.path / "tokenizer" / "vocabulary.json").write_text("{}")
+    with pytest.raises(TokenizerError):
+        made.load_tokenizer()

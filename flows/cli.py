@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
+    from flows.pipelines import Pipeline
     from flows.state import StateRoot
 
 _FILE = click.option("--file", metavar="PATH", help="pipelines.yaml to use. Default: the working directory's.")
@@ -48,14 +49,9 @@ class _RunCommand(click.Command):
 def run(pipeline: str, overrides: tuple[str, ...], force: bool, file: str | None, json: bool) -> None:
     """Retrain PIPELINE here and now: corpus in; a trained, evaluated, registered model out."""
     from flows.launch import launch
-    from flows.pipelines import PipelinesFile, find_pipelines_file
-    from flows.state import state_root
-    from gptcore.sources import check
 
-    path = find_pipelines_file(file)
-    asked = PipelinesFile(path).pipeline(pipeline, overrides)
-    check(asked.corpus.sources, path.parent)
-    launch(asked, state_root(path).create(), force, json)
+    asked, root = _asked(pipeline, overrides, file)
+    launch(asked, root, force, json)
 
 
 @cli.command()
@@ -65,13 +61,10 @@ def run(pipeline: str, overrides: tuple[str, ...], force: bool, file: str | None
 @_FILE
 def prepare(pipeline: str, directory: Path, overrides: tuple[str, ...], file: str | None) -> None:
     """Make DIRECTORY a run directory of PIPELINE, to be trained by hand with `python -m gptcore.train DIRECTORY`."""
-    from flows.pipelines import PipelinesFile, find_pipelines_file
+    asked, root = _asked(pipeline, overrides, file)
     from flows.prepare import prepare as prepare_directory
-    from flows.state import state_root
 
-    path = find_pipelines_file(file)
-    asked = PipelinesFile(path).pipeline(pipeline, overrides)
-    tokens = prepare_directory(asked, state_root(path).create(), directory)
+    tokens = prepare_directory(asked, root, directory)
     counts = tokens.counts
     click.echo(f"{directory}: {counts['train']:,} train and {counts['val']:,} val tokens, {tokens.tokenizer}")
     click.echo(f"train it with: python -m gptcore.train {directory}")
@@ -83,10 +76,10 @@ def prepare(pipeline: str, directory: Path, overrides: tuple[str, ...], file: st
 @_JSON
 def models(model: str | None, file: str | None, json: bool) -> None:
     """List the versions of MODEL, or of every registered model, with their scores and the gate's verdicts."""
+    root = _entered(file)
     from flows import registry
     from flows.show import models_table
 
-    root = _entered(file)
     listed = [registry.summary(root, version) for version in registry.versions(root, model)]
     if json:
         click.echo(json_module.dumps(listed, indent=1))
@@ -100,10 +93,10 @@ def models(model: str | None, file: str | None, json: bool) -> None:
 @_JSON
 def show(uri: str, file: str | None, json: bool) -> None:
     """Show the whole lineage of the version URI, such as models:/gpt-quickstart@champion."""
+    root = _entered(file)
     from flows import registry
     from flows.show import lineage_table
 
-    root = _entered(file)
     described = registry.describe(root, registry.resolve(root, uri))
     if json:
         click.echo(json_module.dumps(described, indent=1))
@@ -123,12 +116,12 @@ def show(uri: str, file: str | None, json: bool) -> None:
 @_FILE
 def generate(uri: str, prompt: str, file: str | None, num_samples: int, seed: int | None, **options: Any) -> None:
     """Continue a prompt with the version URI, token by token as they come."""
+    root = _entered(file)
     from flows import registry
     from gptcore.bundle import load
     from gptcore.generate import generate as continue_ids
     from gptcore.generate import stream_text
 
-    root = _entered(file)
     found = registry.resolve(root, uri)
     loaded = load(registry.bundle_path(root, found.name, str(found.version)))
     tokenizer = loaded.tokenizer
@@ -142,8 +135,21 @@ def generate(uri: str, prompt: str, file: str | None, num_samples: int, seed: in
         click.echo()
 
 
+def _asked(name: str, overrides: tuple[str, ...], file: str | None) -> "tuple[Pipeline, StateRoot]":
+    """The pipeline and a writable state root, or an error about whatever can be found wrong without heavy imports."""
+    from flows.pipelines import PipelinesFile, find_pipelines_file
+    from flows.state import state_root
+    from gptcore import sources, tokenizer
+
+    path = find_pipelines_file(file)
+    asked = PipelinesFile(path).pipeline(name, overrides)
+    sources.check(asked.corpus.sources, path.parent)
+    tokenizer.check(asked.corpus.tokenizer)
+    return asked, state_root(path).create()
+
+
 def _entered(file: str | None) -> "StateRoot":
-    """The state root for a command that reads the registry, with the libraries' voices lowered."""
+    """The state root for a command that reads the registry. Libraries imported after this are quiet."""
     from flows.launch import quieten
     from flows.pipelines import find_pipelines_file
     from flows.state import state_root
@@ -171,6 +177,9 @@ def main() -> None:
         click.secho("error: ", fg="red", bold=True, nl=False, err=True)
         click.echo(str(error), err=True)
         sys.exit(error.exit_code)
+    except OSError as error:
+        click.echo(f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}", err=True)
+        sys.exit(1)
     except KeyboardInterrupt:
         click.echo("interrupted; the same command goes on from the last checkpoint", err=True)
         sys.exit(130)

@@ -157,8 +157,8 @@ def _read(path: Path) -> tuple[dict[str, Any], Marks]:
         data = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{line}: not YAML: {getattr(error, 'problem', None) or error}") from None
+        at = f":{mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}{at}: not YAML: {getattr(error, 'problem', None) or error}") from None
     except (OSError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
     if not isinstance(data, dict):

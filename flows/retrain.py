@@ -16,11 +16,12 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.runtime import flow_run
 from prefect.states import Completed
 
-from flows import registry, tasks, tracking
+from flows import registry, release, tasks, tracking
 from flows.lineage import lineage, run_key
 from flows.pipelines import Pipeline
 from flows.report import detail_rows, report, score_rows
 from flows.state import StateRoot, state_root
+from gptcore import manifest
 from gptcore.config import CorpusConfig, ModelConfig, RunConfig, SampleConfig, TrainConfig
 from gptcore.corpus import Snapshot
 from gptcore.data import Tokens, check_sizes
@@ -86,6 +87,8 @@ class _Retraining:
         self.seconds: dict[str, float] = {}
 
     def run(self) -> State[Outcome]:
+        for parent in (self.root.corpora, self.root.tokens):
+            manifest.sweep(parent)
         snapshot = self.step("ingest", _snapshot_line, tasks.ingest, self.pipeline.corpus, self.root.corpora, Path("/"))
         name = self.pipeline.corpus.tokenizer
         tokens = self.step("tokenize", _tokens_line, tasks.tokenize, snapshot.path, name, self.root.tokens)
@@ -169,7 +172,7 @@ class _Retraining:
         result: Result,
         mlflow_run_id: str,
         attempt: int,
-    ) -> registry.Candidate:
+    ) -> release.Candidate:
         champion = registry.champion_of(self.root, self.pipeline.model_name)
         origin = {
             **lineage(self.pipeline, snapshot, tokens, run, result, scores),
@@ -177,7 +180,7 @@ class _Retraining:
             "parent_version": None if champion is None else str(champion.version),
         }
         name = self.pipeline.model_name
-        return registry.Candidate(name, run.config().run_key, attempt, mlflow_run_id, origin)
+        return release.Candidate(name, run.config().run_key, attempt, mlflow_run_id, origin)
 
     def version_line(self, version: str) -> str:
         return f"models:/{self.pipeline.model_name}/{version}"
@@ -268,5 +271,5 @@ def _samples_line(samples: Path) -> str:
     return f"{len(written)} samples, longest verbatim copy {copied} characters"
 
 
-def _verdict_line(verdict: registry.Verdict) -> str:
+def _verdict_line(verdict: release.Verdict) -> str:
     return f"{'promoted' if verdict.promoted else 'rejected'}: {verdict.reason}"

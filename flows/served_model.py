@@ -4,7 +4,6 @@ It imports only gptcore, a copy of which travels along, so a version answers as 
 """
 
 from pathlib import Path
-from typing import Any
 
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel, PythonModelContext

@@ -13,19 +13,18 @@ def models_table(listed: Sequence[Mapping[str, Any]]) -> None:
     if not listed:
         print("no models are registered yet: gptflow run quickstart")
         return
-    table = Table("model", "version", "aliases", "verdict", "bits per byte", "champion then", "trained", "weights")
+    table = Table("model", "version", "verdict", "bits/byte", "rival's", "trained", "aliases")
     for version in listed:
         table.add_row(
             version["model"],
             str(version["version"]),
-            ", ".join(version["aliases"]),
             version["verdict"] or "undecided",
             _score(version["gate_bits_per_byte"]),
             _score(version["gate_champion_bits_per_byte"]),
-            datetime.fromtimestamp(version["created_ms"] / 1000).strftime("%Y-%m-%d %H:%M"),
-            (version["weights_sha256"] or "")[:12],
+            datetime.fromtimestamp(version["created_ms"] / 1000).strftime("%m-%d %H:%M"),
+            ", ".join(version["aliases"]),
         )
-    Console(highlight=False).print(table)
+    _print(table)
 
 
 def lineage_table(described: Mapping[str, Any]) -> None:
@@ -33,7 +32,7 @@ def lineage_table(described: Mapping[str, Any]) -> None:
     table = Table(show_header=False, title=described["uri"], title_style="bold")
     for key, value in _flat(described).items():
         table.add_row(key, "" if value is None else str(value))
-    Console(highlight=False).print(table)
+    _print(table)
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -44,6 +43,12 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             rows[f"{prefix}{key}"] = ", ".join(map(str, inner)) if isinstance(inner, list) else inner
     return rows
+
+
+def _print(table: Table) -> None:
+    """At a terminal as wide as that is; into a pipe or a file with every line whole."""
+    console = Console(highlight=False)
+    console.print(table) if console.is_terminal else Console(highlight=False, width=400).print(table)
 
 
 def _score(value: float | None) -> str:

@@ -7,7 +7,7 @@ from typing import Any, ParamSpec, TypeVar
 from prefect import Task, task
 from prefect.cache_policies import NO_CACHE
 
-from flows import registry, training
+from flows import release, training
 from gptcore import corpus, data, dossier
 from gptcore.errors import SourceUnavailable
 
@@ -41,5 +41,5 @@ train = _step(training.train_tracked, "train")
 evaluate = _step(dossier.evaluate_run, "evaluate")
 sample = _step(dossier.sample_run, "sample")
 plot = _step(dossier.plot_run, "plot")
-register = _step(registry.register, "register")
-gate = _step(registry.gate, "gate")
+register = _step(release.register, "register")
+gate = _step(release.gate, "gate")

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from gptcore.errors import CheckpointError
+from gptcore.errors import CheckpointError, ConfigError
 from gptcore.model import GPTModel
 from gptcore.tokenizer import Tokenizer
 
@@ -50,6 +50,6 @@ def load(directory: str | Path, device: str = "cpu") -> Loaded:
         cfg = json.loads((directory / "config.json").read_text())
         model = GPTModel(cfg)
         model.load_state_dict(load_file(directory / WEIGHTS))
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, ConfigError, SafetensorError) as error:
         raise CheckpointError(f"the bundle {directory} cannot be loaded: {error}") from None
     return Loaded(model=model.to(torch.device(device)).eval(), tokenizer=Tokenizer.load(directory / "tokenizer"))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -42,18 +43,27 @@ def save(checkpoints: Path, state: "TrainState", identity: dict[str, Any], keep:
 def restore(checkpoints: Path, state: "TrainState", identity: dict[str, Any]) -> bool:
     """Brings `state` to the newest valid checkpoint and returns True, or returns False if there never was one.
 
-    Each damaged checkpoint is named in a warning and passed over. Raises CheckpointError if all are damaged, or if the
-    newest valid one belongs to another training, naming the key that differs and both values.
+    Each damaged checkpoint is named in a warning, passed over, and removed once an older one is loaded: it would stand
+    where training saves again, and count among those that are kept. Raises CheckpointError if all are damaged, if the
+    newest valid one belongs to another training, naming the key that differs and both values, or if it holds files of
+    another kind, such as pickles, which are not read.
     """
     found = sorted(checkpoints.glob("step-*"), reverse=True)
+    damaged = []
     for directory in found:
         try:
             about = manifest.verify(directory)
         except CheckpointError as error:
             warnings.warn(f"checkpoint passed over: {error}", stacklevel=2)
+            damaged.append(directory)
             continue
         _compare(directory, about["identity"], identity)
-        _load(directory, state, about["counters"])
+        try:
+            _load(directory, state, about["counters"])
+        except SafetensorError as error:
+            raise CheckpointError(f"a file in {directory} is not what its name says: {error}") from None
+        for passed_over in damaged:
+            manifest.remove(passed_over)
         return True
     if found:
         raise CheckpointError(

@@ -206,11 +206,21 @@ class RunConfig(Section):
     tokens_sha256: str
     """Identity of the token directory, compared before training."""
     model: ModelConfig
+    """The architecture."""
     vocab_size: Annotated[int, Field(ge=2)]
+    """Entries of the tokenizer's vocabulary."""
     train: TrainConfig
     """Device, precision and threads are resolved: no auto."""
     run_key: str
     """Names the training: equal keys train equal weights."""
+
+    @model_validator(mode="after")
+    def _nothing_is_left_to_choose(self) -> Self:
+        if open_keys := [key for key in ("device", "precision", "threads") if getattr(self.train, key) == "auto"]:
+            raise ValueError(
+                f"train.{open_keys[0]} is auto: a run directory names what was chosen, so that resuming keeps it"
+            )
+        return self
 
     def cfg(self) -> dict[str, Any]:
         """The seed's dict of seven keys."""
@@ -225,8 +235,8 @@ def parse(section: type[S], given: Mapping[str, Any], where: str) -> S:
     """Builds a section from plain data. Raises ConfigError with `where`, the key, the value, the range and the cure."""
     built, problems = check(section, given)
     if built is None:
-        lines = [f"{where}: {'.'.join(map(str, path))}: {message}" for path, message in problems]
-        raise ConfigError("\n".join(lines))
+        lines = [[where, ".".join(map(str, path)), message] for path, message in problems]
+        raise ConfigError("\n".join(": ".join(filter(None, line)) for line in lines))
     return built
 
 

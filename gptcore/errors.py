@@ -36,8 +36,12 @@ class CheckpointError(GPTCoreError):
     """A checkpoint or another committed directory is damaged, or belongs to another configuration."""
 
 
+class DiskFull(GPTCoreError):
+    """A file could not be written for want of space. What was committed before is intact."""
+
+
 class TrainingDiverged(GPTCoreError):
-    """The loss or a gradient became infinite or not a number. Raised before the update: the weights are still finite."""
+    """The loss or a gradient is infinite or not a number. Raised before the update: the weights are still finite."""
 
     def __init__(self, message: str, step: int) -> None:
         super().__init__(message)

@@ -20,14 +20,12 @@ from torch import Tensor, nn
 
 from gptcore.corpus import Block
 from gptcore.errors import CorpusError
-from gptcore.loss import calc_loss_loader
+from gptcore.loss import calc_loss_loader, losses_and_ranks
 from gptcore.model import GPTModel, eval_mode
 from gptcore.tokenizer import Tokenizer
 
 BATCH_TOKENS = 4096
 """Tokens, padding included, that go through the model at once."""
-LOGIT_ROWS = 256
-"""Positions whose logits exist at once: 51 MB for GPT-2's vocabulary."""
 GROUP_BLOCKS = 256
 """Blocks that are held in memory together, so that windows of like length find each other."""
 
@@ -176,16 +174,8 @@ def _batches(every: list[_Window]) -> Iterator[list[_Window]]:
 def _predict(model: GPTModel, ids: Tensor, targets: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Nats and ranks of the targets, of shape (batch, tokens), that are not -1, row by row."""
     wanted = targets >= 0
-    hidden, targets = model.hidden(ids)[wanted], targets[wanted]
-    nats, ranks = [], []
-    for rows, expected in zip(hidden.split(LOGIT_ROWS), targets.split(LOGIT_ROWS)):
-        logits = model.out_head(rows).float()
-        chosen = logits.gather(1, expected[:, None])
-        surprise = logits.logsumexp(dim=1) - chosen[:, 0]
-        others = (logits >= chosen).count_nonzero(dim=1) - 1
-        nats.append(surprise)
-        ranks.append(torch.where(surprise.isnan(), logits.shape[1], others))
-    return torch.cat(nats).cpu().double().numpy(), torch.cat(ranks).cpu().numpy()
+    nats, ranks = losses_and_ranks(model.hidden(ids)[wanted], model.out_head.weight, targets[wanted])
+    return nats.double().cpu().numpy(), ranks.cpu().numpy()
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,27 @@ def token_losses(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits, targets.flatten(), reduction="none").view_as(targets)
 
 
+@torch.no_grad()
+def losses_and_ranks(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Of every row of `hidden @ weight.T`: the target's cross-entropy in nats, and how many others were as likely.
+
+    hidden (rows, emb_dim), weight (vocabulary, emb_dim), targets (rows,) -> (rows,) floats, (rows,) int64. A rank of 0
+    is a hit; ties count against it. Where a loss is not a number, every other entry ranks before the target.
+    """
+    losses = torch.empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+    ranks = torch.empty_like(targets)
+    buffer = _buffer(hidden, weight)
+    for start in range(0, len(hidden), _ROWS):
+        rows = slice(start, start + _ROWS)
+        probabilities = _probabilities(hidden[rows], weight, buffer)
+        chosen = probabilities.gather(1, targets[rows, None])
+        losses[rows] = -chosen.log().squeeze(1)
+        # Counting in place, as floats, takes a sixth of the time that counting booleans takes on a CPU.
+        ranks[rows] = probabilities[:, : len(weight)].ge_(chosen).sum(dim=1).long() - 1
+    _repair_far(losses, hidden, weight, targets)
+    return losses, torch.where(losses.isnan(), len(weight), ranks)
+
+
 def fused_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy of `hidden @ weight.T` against `targets`, without ever holding all of these logits.
 

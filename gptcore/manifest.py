@@ -7,6 +7,7 @@ reads and that the next one sweeps up. No step needs clean-up code to be correct
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -17,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from gptcore.errors import CheckpointError
+from gptcore.errors import CheckpointError, DiskFull
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -39,13 +40,35 @@ def sha256_of_file(path: Path) -> str:
 
 @contextlib.contextmanager
 def staging(parent: Path) -> Iterator[Path]:
-    """A temporary directory inside `parent`, removed on exit unless `commit` has renamed it away."""
+    """A temporary directory inside `parent`, removed on exit unless `commit` has renamed it away.
+
+    Raises DiskFull, with the bytes written and free, if what fills the directory runs out of space.
+    """
     parent.mkdir(parents=True, exist_ok=True)
     directory = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=parent))
     try:
         yield directory
+    except Exception as error:
+        if _is_out_of_space(error):
+            raise DiskFull(_out_of_space(parent, directory)) from None
+        raise
     finally:
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def _is_out_of_space(error: Exception) -> bool:
+    # safetensors reports the operating system's errors in its own class, by number.
+    by_number = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return by_number or f"os error {errno.ENOSPC}" in str(error)
+
+
+def _out_of_space(parent: Path, directory: Path) -> str:
+    written = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+    free = shutil.disk_usage(parent).free
+    return (
+        f"the disk that holds {parent} is full: more than the {written:,} bytes written so far are needed and {free:,} "
+        "are free. Nothing that was complete is lost. Free space, then run the same command again."
+    )
 
 
 def commit(staged: Path, goal: Path, about: Mapping[str, Any]) -> Path:
@@ -96,7 +119,7 @@ def about(directory: Path) -> dict[str, Any]:
 def verify(directory: Path) -> dict[str, Any]:
     """Checks size and sha256 of every file against the manifest and returns `about`.
 
-    Raises CheckpointError naming the first file that is missing, altered, or not listed.
+    Raises CheckpointError naming the first file that is missing or altered. Files that are not listed do not count.
     """
     body = _read(directory)
     for name, listed in body["files"].items():

@@ -14,7 +14,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -129,7 +129,8 @@ class RunDirectory:
     def record_failure(self, error: GPTCoreError) -> None:
         """Leaves the reason for whoever started the trainer."""
         body = {"error": type(error).__name__, "message": str(error), "step": getattr(error, "step", None)}
-        _write_atomically(self.path / "failure.json", json.dumps(body) + "\n")
+        with suppress(OSError):  # on a full disk there may be no room for the reason; the exit code remains
+            _write_atomically(self.path / "failure.json", json.dumps(body) + "\n")
 
     def clear_failure(self) -> None:
         (self.path / "failure.json").unlink(missing_ok=True)

@@ -155,6 +155,18 @@ class Tokenizer:
             raise TokenizerError(f"{path} is damaged: {type(error).__name__}: {error}") from None
 
 
+def check(name: str) -> None:
+    """Whether there is such a tokenizer: raises ConfigError with the nearest names if not. Nothing is loaded."""
+    import tiktoken
+
+    known = tiktoken.list_encoding_names()
+    if name in known or name == "bytes" or name.startswith("bpe:"):
+        return
+    near = difflib.get_close_matches(name, [*known, "bytes", "bpe:4096"], n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(sorted(known))}, bpe:N and bytes."
+    raise ConfigError(f"tokenizer {name!r} is unknown; {hint}")
+
+
 def get_tokenizer(name: str) -> Tokenizer:
     """The tokenizer of a fixed vocabulary: gpt2, any other tiktoken name, or bytes (256 bytes and end-of-text).
 
@@ -198,13 +210,7 @@ def tiktoken_encoding(name: str) -> "Encoding":
     """
     import tiktoken
 
-    known = tiktoken.list_encoding_names()
-    if name not in known:
-        near = difflib.get_close_matches(name, [*known, "bytes", "bpe:4096"], n=3, cutoff=0.4)
-        hint = (
-            f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(sorted(known))}, bpe:N and bytes."
-        )
-        raise ConfigError(f"tokenizer {name!r} is unknown; {hint}")
+    check(name)
     with _vocabularies_read_here():
         return tiktoken.get_encoding(name)
 

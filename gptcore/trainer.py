@@ -78,6 +78,7 @@ def train_directory(path: Path, stop: Stop) -> Result | None:
     directory = RunDirectory(path)
     config = directory.config()
     with directory.lock():
+        manifest.sweep(path, older_than_seconds=0)
         directory.clear_failure()
         try:
             if (result := directory.result()) is None:
@@ -139,10 +140,10 @@ class _Training:
         return self.finish()
 
     def updates(self) -> Iterator[Update]:
-        for done in training(self.state, self.batches, self.config.train):
+        updates = training(self.state, self.batches, self.config.train)
+        # Asked before the first update too: a training stopped just after its last one has none left to make.
+        while not self.out_of_patience() and (done := next(updates, None)) is not None:
             yield done
-            if self.out_of_patience():
-                return
 
     def out_of_patience(self) -> bool:
         patience = self.config.train.patience

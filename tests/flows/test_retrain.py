@@ -90,11 +90,11 @@ def test_the_mlflow_run_holds_params_metrics_dataset_and_files(tiny: Pipeline, r
 def test_a_run_killed_before_the_verdict_goes_on_without_doubling_anything(
     tiny: Pipeline, root: StateRoot, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def killed(*_: object) -> registry.Verdict:
+    def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr("flows.registry.decide", killed)
+        patched.setattr("flows.release.decide", killed)
         run(tiny)
     assert registry.champion_of(root, "gpt-tiny") is None
     (interrupted,) = mlflow_runs(root)

@@ -173,7 +173,7 @@ def test_when_all_are_damaged_training_does_not_start_over(tmp_path):
     state = TrainState.initial(CFG, TRAIN)
     with (
         pytest.warns(UserWarning, match="passed over"),
-        pytest.raises(CheckpointError, match="none of the 2 checkpoints in .* can be used"),
+        pytest.raises(CheckpointError, match=r"none of the 2 checkpoints in .* can be used"),
     ):
         checkpoint.restore(tmp_path, state, IDENTITY)
 
@@ -214,7 +214,7 @@ def test_a_pickle_that_the_manifest_vouches_for_is_refused_too(tmp_path, name):
         torch.save(Payload(executed), staged / f"{name}.safetensors")
         shutil.rmtree(goal)
         manifest.commit(staged, goal, about)
-    with pytest.raises(CheckpointError, match=f"step-00000004.*{name}.safetensors|step-00000004"):
+    with pytest.raises(CheckpointError, match=r"a file in .*step-00000004 is not what its name says"):
         restored(checkpoints)
     assert not executed.exists()
 

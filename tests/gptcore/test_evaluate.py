@@ -102,7 +102,7 @@ def test_a_score_does_not_depend_on_what_shares_its_batch(
 ):
     before = evaluate_blocks(model, tokenizer, blocks(TEXTS), "cpu")
     monkeypatch.setattr(module, "BATCH_TOKENS", batch_tokens)
-    monkeypatch.setattr(module, "LOGIT_ROWS", logit_rows)
+    monkeypatch.setattr("gptcore.loss._ROWS", logit_rows)
     monkeypatch.setattr(module, "GROUP_BLOCKS", group)
     after = evaluate_blocks(model, tokenizer, blocks(TEXTS), "cpu")
     alone = [evaluate_blocks(model, tokenizer, [block], "cpu") for block in blocks(TEXTS)]

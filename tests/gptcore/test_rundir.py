@@ -165,7 +165,11 @@ def test_a_training_is_finished_when_its_result_is_committed(run):
 def test_a_failure_comes_back_as_the_error_that_it_was(run, error):
     run.record_failure(error)
     back = run.failure()
-    assert (type(back), str(back), getattr(back, "step", None)) == (type(error), str(error), getattr(error, "step", None))
+    assert (type(back), str(back), getattr(back, "step", None)) == (
+        type(error),
+        str(error),
+        getattr(error, "step", None),
+    )
 
 
 def test_a_cleared_failure_is_gone(run):

@@ -190,7 +190,7 @@ def test_a_diverged_training_says_what_to_change():
     train = train_config(max_steps=1)
     state = TrainState.initial(CFG, train)
     poisoned_weight(state)
-    with pytest.raises(TrainingDiverged, match="Lower train.learning_rate"):
+    with pytest.raises(TrainingDiverged, match=r"Lower train\.learning_rate"):
         next(training(state, batches(train), train))
 
 

@@ -228,7 +228,7 @@ class RunConfig(Section):
 
 
 S = TypeVar("S", bound=Section)
-Path = tuple[str | int, ...]
+KeyPath = tuple[str | int, ...]
 
 
 def parse(section: type[S], given: Mapping[str, Any], where: str) -> S:
@@ -240,7 +240,7 @@ def parse(section: type[S], given: Mapping[str, Any], where: str) -> S:
     return built
 
 
-def check(section: type[S], given: Mapping[str, Any]) -> tuple[S | None, list[tuple[Path, str]]]:
+def check(section: type[S], given: Mapping[str, Any]) -> tuple[S | None, list[tuple[KeyPath, str]]]:
     """The section, or None with every problem: the path of the key and what is wrong with it.
 
     Validation is strict, as JSON: a list becomes a tuple and an integer a float, but no string becomes a number.
@@ -251,7 +251,7 @@ def check(section: type[S], given: Mapping[str, Any]) -> tuple[S | None, list[tu
         return None, [_problem(detail, section) for detail in error.errors(include_url=False)]
 
 
-def _problem(detail: Any, section: type[BaseModel]) -> tuple[Path, str]:
+def _problem(detail: Any, section: type[BaseModel]) -> tuple[KeyPath, str]:
     # In a union, pydantic appends the member that failed to the location: it is no key of ours.
     members = ("constrained-", "literal[", "int", "float")
     path = tuple(part for part in detail["loc"] if not str(part).startswith(members))
@@ -265,7 +265,7 @@ def _problem(detail: Any, section: type[BaseModel]) -> tuple[Path, str]:
     return path, f"{message[0].lower()}{message[1:]}{given}"
 
 
-def _fields_at(section: type[BaseModel], path: Path) -> list[str]:
+def _fields_at(section: type[BaseModel], path: KeyPath) -> list[str]:
     for part in path:
         inner = section.model_fields[str(part)].annotation
         assert isinstance(inner, type) and issubclass(inner, BaseModel), "only sections forbid keys"

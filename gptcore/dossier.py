@@ -25,6 +25,7 @@ from gptcore.evaluate import Evaluation, evaluate_blocks, score_blocks
 from gptcore.model import GPTModel
 from gptcore.rundir import RunDirectory
 from gptcore.samples import Sample, write_samples
+from gptcore.surprise import plot_surprise
 from gptcore.tokenizer import Tokenizer
 
 EVALUATION_VERSION = 1
@@ -107,7 +108,7 @@ def plot_run(run: RunDirectory, evaluation: Path) -> Path:
             "schedule": plots.plot_schedule(metrics),
             "throughput": plots.plot_throughput(metrics),
             "loss-by-position": plots.plot_loss_by_position(scores.reported),
-            "surprise": plots.plot_surprise(surprise["tokens"], surprise["nats"], title),
+            "surprise": plot_surprise(surprise["tokens"], surprise["nats"], title),
         }
         for name, figure in figures.items():
             figure.savefig(directory / f"{name}.png")

@@ -16,11 +16,11 @@ from gptcore.plots import (
     plot_loss_by_position,
     plot_losses,
     plot_schedule,
-    plot_surprise,
     plot_throughput,
     plot_training_losses,
     thin,
 )
+from gptcore.surprise import plot_surprise
 
 BASELINES = Baselines(3.9, 10.8, 2.6, 7.4, 2.0, 1.4, 1000)
 

@@ -19,7 +19,7 @@ def prepare(pipeline: Pipeline, root: StateRoot, directory: Path) -> Tokens:
     Raises CheckpointError if the directory belongs to another training.
     """
     asked = pipeline.model_copy(update={"train": resolve(pipeline.train)})
-    snapshot = ingest(asked.corpus, root.corpora, Path("/"))
+    snapshot = ingest(asked.corpus, root.corpora, Path.cwd())
     tokens = tokenize(snapshot.path, asked.corpus.tokenizer, root.tokens)
     context = asked.model.shape()["context_length"]
     check_sizes(tokens, context, asked.train.stride or context, asked.train.batch_size * asked.train.accumulation)

@@ -89,7 +89,7 @@ class _Retraining:
     def run(self) -> State[Outcome]:
         for parent in (self.root.corpora, self.root.tokens):
             manifest.sweep(parent)
-        snapshot = self.step("ingest", _snapshot_line, tasks.ingest, self.pipeline.corpus, self.root.corpora, Path("/"))
+        snapshot = self.step("ingest", _snapshot_line, tasks.ingest, self.pipeline.corpus, self.root.corpora, Path.cwd())
         name = self.pipeline.corpus.tokenizer
         tokens = self.step("tokenize", _tokens_line, tasks.tokenize, snapshot.path, name, self.root.tokens)
         self.check_sizes(tokens)

@@ -89,9 +89,9 @@ class _Retraining:
     def run(self) -> State[Outcome]:
         for parent in (self.root.corpora, self.root.tokens):
             manifest.sweep(parent)
-        snapshot = self.step("ingest", _snapshot_line, tasks.ingest, self.pipeline.corpus, self.root.corpora, Path.cwd())
-        name = self.pipeline.corpus.tokenizer
-        tokens = self.step("tokenize", _tokens_line, tasks.tokenize, snapshot.path, name, self.root.tokens)
+        corpus = self.pipeline.corpus
+        snapshot = self.step("ingest", _snapshot_line, tasks.ingest, corpus, self.root.corpora, Path.cwd())
+        tokens = self.step("tokenize", _tokens_line, tasks.tokenize, snapshot.path, corpus.tokenizer, self.root.tokens)
         self.check_sizes(tokens)
         key = run_key(self.pipeline, tokens, TRAINING_VERSION)
         attempt, done = self.attempt(key)

@@ -30,7 +30,7 @@ from gptcore.evaluate import evaluate_blocks
 from gptcore.rundir import RunDirectory
 
 SIGNATURE = ModelSignature(
-    inputs=Schema([ColSpec("string", "prompt")]),
+    inputs=Schema([ColSpec("string")]),  # without a name, so that a plain list of prompts will do
     outputs=Schema([ColSpec("string")]),
     params=ParamSchema(
         [

@@ -20,8 +20,8 @@ class GPTTextModel(PythonModel):
 
     # Hints here would make MLflow infer another signature than the one it is given, one without parameters.
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
-        """`model_input` is a DataFrame with a column `prompt`. Row i is drawn with `seed` + i."""
-        prompts = model_input["prompt"] if hasattr(model_input, "columns") else model_input
+        """`model_input` is a list of prompts, or a DataFrame of one column. Row i is drawn with `seed` + i."""
+        prompts = model_input.iloc[:, 0] if hasattr(model_input, "columns") else model_input
         return [self._continue(str(prompt), i, **(params or {})) for i, prompt in enumerate(prompts)]
 
     def _continue(

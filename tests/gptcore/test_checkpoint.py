@@ -12,7 +12,7 @@ import torch
 from gptcore import checkpoint, manifest
 from gptcore.config import TrainConfig
 from gptcore.data import Batches
-from gptcore.errors import CheckpointError
+from gptcore.errors import CheckpointError, DiskFull
 from gptcore.train import TrainState, training
 
 CFG = {
@@ -286,7 +286,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_and_nothing_half_written(tmp
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(manifest, "flush", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(DiskFull, match="is full: more than"):
         checkpoint.save(tmp_path, state, IDENTITY, keep=2)
     assert names(tmp_path) == ["step-00000002"]
     assert restored(tmp_path).step == 2

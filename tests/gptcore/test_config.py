@@ -19,7 +19,7 @@ RUN = {
     "tokens_sha256": "ab" * 32,
     "model": {"size": "nano", "n_layers": 2},
     "vocab_size": 257,
-    "train": {"max_epochs": 3, "threads": 2, "patience": 4},
+    "train": {"max_epochs": 3, "threads": 2, "patience": 4, "device": "cpu", "precision": "fp32"},
     "run_key": "cd" * 32,
 }
 
@@ -185,6 +185,12 @@ def test_a_run_config_comes_back_from_json_as_it_was():
     run = parse(RunConfig, RUN, "x")
     assert parse(RunConfig, json.loads(run.model_dump_json()), "x") == run
     assert run.train.max_steps is None
+
+
+@pytest.mark.parametrize("key", ["device", "precision", "threads"])
+def test_a_run_directory_names_what_was_chosen(key):
+    message = refusal(RunConfig, {**RUN, "train": {**RUN["train"], key: "auto"}})
+    assert f"train.{key} is auto" in message
 
 
 def test_a_section_cannot_be_changed():

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from gptcore import manifest
-from gptcore.errors import CheckpointError
+from gptcore.errors import CheckpointError, DiskFull
 
 FILES = {"a.bin": bytes(range(256)) * 4, "inner/b.txt": b"text"}
 
@@ -100,7 +100,7 @@ def test_a_full_disk_while_committing_leaves_nothing_behind(tmp_path, monkeypatc
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(manifest, "flush", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(DiskFull, match="is full: more than"):
         publish(tmp_path / "goal")
     assert list(tmp_path.iterdir()) == []
 

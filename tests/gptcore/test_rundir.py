@@ -20,7 +20,7 @@ CONFIG = {
     "tokens_sha256": "ab" * 32,
     "model": {},
     "vocab_size": 257,
-    "train": {},
+    "train": {"device": "cpu", "precision": "fp32", "threads": 1},
     "run_key": "cd" * 32,
 }
 HOLD = """

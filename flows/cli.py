@@ -5,6 +5,7 @@ printed as one message without a traceback; exit codes are 0 (done), 2 (the inpu
 """
 
 import json as json_module
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,10 +13,21 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from flows.pipelines import Pipeline
+    from flows.pipelines import Pipeline, PipelinesFile
     from flows.state import StateRoot
 
+
+def _said(_context: click.Context, _option: click.Parameter, text: str) -> str:
+    if not text.strip():
+        raise click.BadParameter("say why: it is what people will look for in the log")
+    return text.strip()
+
+
 _FILE = click.option("--file", metavar="PATH", help="pipelines.yaml to use. Default: the working directory's.")
+_REASON = click.option("--reason", required=True, type=click.STRING, callback=_said, help="Why. It stays in the log.")
+_LIMIT = click.option(
+    "--limit", default=2, show_default=True, type=click.IntRange(1), help="How many runs share this machine at once."
+)
 _JSON = click.option("--json", is_flag=True, help="Print the result as JSON.")
 _SET = click.option("--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Override a key: train.max_steps=50")
 
@@ -30,9 +42,9 @@ class _RunCommand(click.Command):
     """`gptflow run`, whose help lists every key of the configuration."""
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        from flows.pipelines import SECTIONS, Pipeline
+        from flows.pipelines import FILE_SECTIONS, Pipeline
 
-        for section in SECTIONS:
+        for section in FILE_SECTIONS:
             fields = Pipeline.model_fields[section].annotation.model_fields  # type: ignore[union-attr]
             with formatter.section(f"Keys of {section}"):
                 formatter.write_dl(
@@ -49,9 +61,39 @@ class _RunCommand(click.Command):
 def run(pipeline: str, overrides: tuple[str, ...], force: bool, file: str | None, json: bool) -> None:
     """Retrain PIPELINE here and now: corpus in; a trained, evaluated, registered model out."""
     from flows.launch import launch
+    from flows.pipelines import overrides_sources
 
     asked, root = _asked(pipeline, overrides, file)
-    launch(asked, root, force, json)
+    launch(asked, root, force, json, overrides_sources(overrides))
+
+
+@cli.command()
+@_LIMIT
+@_FILE
+@click.option("--reconcile", is_flag=True, hidden=True, help="End runs of this state root that a crash left.")
+def serve(limit: int, file: str | None, reconcile: bool) -> None:
+    """Register the deployments of all pipelines at PREFECT_API_URL, and run what is due, until stopped."""
+    pipelines, root = _all_pipelines(file)
+    root.enter()
+    if "PREFECT_API_URL" not in os.environ:
+        raise click.UsageError("PREFECT_API_URL is not set: name a Prefect server, or start one with `gptflow up`")
+    from flows.serve import serve as serve_pipelines
+
+    serve_pipelines(pipelines, root, limit, reconcile)
+
+
+@cli.command()
+@click.option("--prefect-port", default=4200, show_default=True, type=click.IntRange(1, 65535))
+@click.option("--mlflow-port", default=5000, show_default=True, type=click.IntRange(1, 65535))
+@_LIMIT
+@_FILE
+def up(prefect_port: int, mlflow_port: int, limit: int, file: str | None) -> None:
+    """Start Prefect, MLflow and all deployments with their schedules, and keep them up until Ctrl-C."""
+    pipelines, root = _all_pipelines(file)
+    from flows.up import Options
+    from flows.up import up as supervise
+
+    supervise(root, Options(pipelines.path, prefect_port, mlflow_port, limit))
 
 
 @cli.command()
@@ -78,8 +120,11 @@ def models(model: str | None, file: str | None, json: bool) -> None:
     """List the versions of MODEL, or of every registered model, with their scores and the gate's verdicts."""
     root = _entered(file)
     from flows import registry
+    from flows.champion import moves as settle
     from flows.show import models_table
 
+    for name in {version.name for version in registry.versions(root, model)}:
+        settle(root, name)
     listed = [registry.summary(root, version) for version in registry.versions(root, model)]
     if json:
         click.echo(json_module.dumps(listed, indent=1))
@@ -95,13 +140,54 @@ def show(uri: str, file: str | None, json: bool) -> None:
     """Show the whole lineage of the version URI, such as models:/gpt-quickstart@champion."""
     root = _entered(file)
     from flows import registry
+    from flows.champion import moves as log_of_moves
     from flows.show import lineage_table
 
-    described = registry.describe(root, registry.resolve(root, uri))
+    found = registry.resolve(root, uri)
+    concerned = [move for move in log_of_moves(root, found.name) if str(found.version) in (move.source, move.target)]
+    described = {**registry.describe(root, found), "moves": [move.as_dict() for move in concerned]}
     if json:
         click.echo(json_module.dumps(described, indent=1))
     else:
         lineage_table(described)
+
+
+@cli.command()
+@click.argument("model")
+@click.argument("version", type=click.IntRange(1))
+@_REASON
+@_FILE
+@_JSON
+def promote(model: str, version: int, reason: str, file: str | None, json: bool) -> None:
+    """Make VERSION the champion of MODEL, whatever the gate said."""
+    from flows.hand import promote as move_to
+
+    move_to(_entered(file), model, str(version), reason, json)
+
+
+@cli.command()
+@click.argument("model")
+@_REASON
+@_FILE
+@_JSON
+def rollback(model: str, reason: str, file: str | None, json: bool) -> None:
+    """Go back to the previous champion of MODEL, and withdraw the current one."""
+    from flows.hand import rollback as move_back
+
+    move_back(_entered(file), model, reason, json)
+
+
+@cli.command()
+@click.option("--dry-run", is_flag=True, help="Only list what would be freed, with its bytes.")
+@_FILE
+@_JSON
+def prune(dry_run: bool, file: str | None, json: bool) -> None:
+    """Free the files of old versions that no rollback can reach, and what only they needed (retrain.keep)."""
+    pipelines, _ = _all_pipelines(file)
+    root = _entered(file)
+    from flows.hand import prune as free
+
+    free(root, pipelines.keep(), dry_run, json)
 
 
 @cli.command()
@@ -146,6 +232,18 @@ def _asked(name: str, overrides: tuple[str, ...], file: str | None) -> "tuple[Pi
     sources.check(asked.corpus.sources, path.parent)
     tokenizer.check(asked.corpus.tokenizer)
     return asked, state_root(path).create()
+
+
+def _all_pipelines(file: str | None) -> "tuple[PipelinesFile, StateRoot]":
+    """The file, all of whose pipelines are right, and a writable state root. Needs no heavy imports."""
+    from flows.pipelines import PipelinesFile, find_pipelines_file
+    from flows.state import state_root
+
+    path = find_pipelines_file(file)
+    pipelines = PipelinesFile(path)
+    for name in pipelines.names():
+        pipelines.pipeline(name)
+    return pipelines, state_root(path).create()
 
 
 def _entered(file: str | None) -> "StateRoot":

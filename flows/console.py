@@ -42,7 +42,7 @@ class Console(logging.Handler):
         # Prefect's engine reports states on the same loggers; ours are the records that name a step.
         if step := getattr(record, "step", None):
             self.terminal.print(f"[bold]{step:<9}[/bold]", end="")
-            self.terminal.print(record.getMessage(), markup=False)
+            self.terminal.print(record.getMessage().removeprefix(f"{step}: "), markup=False)
 
     @contextmanager
     def bar(self) -> Iterator["Bar"]:
@@ -54,7 +54,9 @@ class Console(logging.Handler):
             TimeElapsedColumn(),
             _TimeLeft(),
         ]
-        with Progress(*columns, console=self.terminal, transient=True, refresh_per_second=4) as progress:
+        hidden = not self.terminal.is_terminal
+        bar = Progress(*columns, console=self.terminal, transient=True, refresh_per_second=4, disable=hidden)
+        with bar as progress:
             yield Bar(progress)
 
 

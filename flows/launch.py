@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from flows.console import Console
-from flows.pipelines import Pipeline
+from flows.pipelines import SECTIONS, Pipeline
 from flows.state import StateRoot
 from gptcore.errors import GPTCoreError
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from flows.retrain import Outcome
 
 
-def launch(pipeline: Pipeline, root: StateRoot, force: bool, json: bool) -> None:
+def launch(pipeline: Pipeline, root: StateRoot, force: bool, json: bool, sources_overridden: bool = False) -> None:
     """Runs the retraining flow in this process and prints its outcome. Raises what the flow raised."""
     began = time.perf_counter()
     root.enter()
@@ -33,10 +33,10 @@ def launch(pipeline: Pipeline, root: StateRoot, force: bool, json: bool) -> None
     if json:
         console.terminal.quiet = True
     with console.terminal.status("starting Prefect and MLflow"):
-        _start()
+        _start(root)
     seconds = {"start": round(time.perf_counter() - began, 2)}
     with console.watching():
-        outcome = _run(pipeline, force)
+        outcome = _run(pipeline, force, sources_overridden)
     total = time.perf_counter() - began
     outcome.seconds.update({**seconds, **outcome.seconds, "total": round(total, 2)})
     if json:
@@ -55,29 +55,42 @@ def quieten(root: StateRoot) -> None:
     logging.captureWarnings(True)
 
 
-def _start() -> None:
+def _start(root: StateRoot) -> None:
     """Imports the flow while Prefect's server starts. Raises GPTCoreError if the server does not answer."""
     from prefect.client.orchestration import get_client
 
-    imports = Thread(target=import_module, args=("flows.retrain",))
-    imports.start()
+    beside = Thread(target=_import_and_open, args=(root,))
+    beside.start()
     try:
         with get_client(sync_client=True) as client:
             error = client.api_healthcheck()
     except Exception as failure:  # whatever it is, the user has to know that Prefect is not there
         error = failure
     finally:
-        imports.join()
+        beside.join()
     if error is not None:
         where = os.environ.get("PREFECT_API_URL", "its own temporary server")
         raise GPTCoreError(f"Prefect at {where} does not answer: {error}. Start it, or unset PREFECT_API_URL.")
 
 
-def _run(pipeline: Pipeline, force: bool) -> "Outcome":
+def _import_and_open(root: StateRoot) -> None:
+    import_module("flows.retrain")
+    import_module("flows.tracking").open_database(root)
+
+
+def _run(pipeline: Pipeline, force: bool, sources_overridden: bool) -> "Outcome":
     from flows.retrain import Outcome, retrain
 
-    sections = {name: getattr(pipeline, name) for name in ("corpus", "model", "train", "sample")}
-    state = retrain(pipeline=pipeline.name, model_name=pipeline.model_name, **sections, force=force, return_state=True)
+    sections = {name: getattr(pipeline, name) for name in SECTIONS}
+    state = retrain(
+        pipeline=pipeline.name,
+        model_name=pipeline.model_name,
+        **sections,
+        force=force,
+        sources_overridden=sources_overridden,
+        overlap=pipeline.overlap,
+        return_state=True,
+    )
     outcome = state.result()
     assert isinstance(outcome, Outcome), "the flow returns a state that carries its outcome"
     return outcome

@@ -7,7 +7,7 @@ from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Any
 
-from flows.pipelines import Pipeline
+from flows.pipelines import RUNNING_KEYS, Pipeline
 from gptcore import manifest
 from gptcore.corpus import Snapshot
 from gptcore.data import Tokens
@@ -50,7 +50,7 @@ def lineage(
         "split": pipeline.corpus.split,
         "tokenizer": tokens.tokenizer,
         "tokens_sha256": tokens.sha256,
-        "config": pipeline.model_dump(mode="json"),
+        "config": pipeline.model_dump(mode="json", exclude=set(RUNNING_KEYS)),
         "seed": pipeline.train.seed,
         "steps": result.steps,
         "best_step": result.best_step,

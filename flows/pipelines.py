@@ -8,15 +8,31 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
 from pydantic import Field
 
-from gptcore.config import CorpusConfig, ModelConfig, SampleConfig, Section, TrainConfig, check
+from flows.lock import Overlap
+from flows.schedule import ScheduleConfig
+from gptcore.config import (
+    CorpusConfig,
+    GateConfig,
+    ModelConfig,
+    RetrainConfig,
+    SampleConfig,
+    Section,
+    TrainConfig,
+    check,
+)
 from gptcore.errors import ConfigError
 
-SECTIONS = ("corpus", "model", "train", "sample")
+SECTIONS = ("corpus", "model", "train", "sample", "gate")
+"""What a retraining is given: parameters of its flow."""
+FILE_SECTIONS = (*SECTIONS, "retrain")
+"""Every key of a pipeline that maps to further keys which are merged one by one."""
+RUNNING_KEYS = frozenset({"retrain", "schedule", "overlap", "tags"})
+"""When and how a pipeline runs: no part of what is trained."""
 _SHAPE_KEYS = ("context_length", "emb_dim", "n_heads", "n_layers")
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
@@ -34,6 +50,14 @@ class Pipeline(Section):
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
     sample: SampleConfig = SampleConfig()
+    gate: GateConfig = GateConfig()
+    retrain: RetrainConfig = RetrainConfig()
+    schedule: ScheduleConfig | None = None
+    """When it runs by itself, once `gptflow up` or `gptflow serve` is there. Default: never."""
+    overlap: Overlap = "skip"
+    """What a run does while another run of the pipeline is under way: skip, or wait for its end."""
+    tags: tuple[Annotated[str, Field(min_length=1, max_length=100)], ...] = ()
+    """Tags of its deployment and runs in the Prefect UI."""
 
 
 class PipelinesFile:
@@ -64,6 +88,14 @@ class PipelinesFile:
             update={"sources": tuple(_absolute(source, self.path.parent) for source in built.corpus.sources)}
         )
         return built.model_copy(update={"corpus": corpus})
+
+    def keep(self) -> dict[str, int]:
+        """How many of its newest versions each registered model keeps: the largest `retrain.keep` of its pipelines."""
+        asked = [self.pipeline(name) for name in self.names()]
+        return {
+            pipeline.model_name: max(other.retrain.keep for other in asked if other.model_name == pipeline.model_name)
+            for pipeline in asked
+        }
 
     def _check_top(self) -> None:
         for key in self.data:
@@ -107,7 +139,7 @@ def merge(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for layer in layers:
         for key, value in layer.items():
-            if key not in SECTIONS or not isinstance(value, Mapping):
+            if key not in FILE_SECTIONS or not isinstance(value, Mapping):
                 merged[key] = value
                 continue
             below = merged.get(key, {})
@@ -134,6 +166,11 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         else:
             parsed[section] = value
     return parsed
+
+
+def overrides_sources(overrides: Sequence[str]) -> bool:
+    """Whether the command line names other sources than the file: such a run is an experiment on other text."""
+    return _has(parse_overrides(overrides), ("corpus", "sources"))
 
 
 class _Loader(yaml.SafeLoader):

@@ -1,10 +1,11 @@
 """The model registry, looked up: versions, the champion alias, lineage.
 
-With release.py, which changes it, and tracking.py the only place that talks to MLflow. Everything read from a version
-is safetensors or JSON.
+With release.py, gate.py and champion.py, which change it, and tracking.py the only place that talks to MLflow.
+Everything read from a version is safetensors or JSON.
 """
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -111,8 +112,17 @@ def summary(root: StateRoot, found: ModelVersion) -> dict[str, Any]:
         "mlflow_run_id": found.run_id,
         "verdict": tags.get("verdict"),
         "reason": tags.get("reason"),
+        "withdrawn": tags.get("withdrawn"),
         "gate_bits_per_byte": _float(tags.get("gate_bits_per_byte")),
         "gate_champion_bits_per_byte": _float(tags.get("gate_champion_bits_per_byte")),
+        "gate_champion_version": tags.get("gate_champion_version") or None,
+        "gate_kind": tags.get("gate_kind"),
+        "gate_low": _float(tags.get("gate_low")),
+        "gate_high": _float(tags.get("gate_high")),
+        "gate_blocks": _int(tags.get("gate_blocks")),
+        "gate_bytes": _int(tags.get("gate_bytes")),
+        "gate_excluded_bytes": _int(tags.get("gate_excluded_bytes")),
+        "gate_unknown": tags.get("gate_unknown") or None,
         "created_ms": found.creation_timestamp,
     }
 
@@ -128,4 +138,9 @@ def versions(root: StateRoot, model_name: str | None = None) -> list[ModelVersio
 
 
 def _float(text: str | None) -> float | None:
-    return float(text) if text else None
+    """None also for what is not finite: JSON has no word for it."""
+    return value if text and math.isfinite(value := float(text)) else None
+
+
+def _int(text: str | None) -> int | None:
+    return int(text) if text else None

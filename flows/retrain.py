@@ -16,13 +16,14 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.runtime import flow_run
 from prefect.states import Completed
 
-from flows import registry, release, tasks, tracking
+from flows import deployed, lock, registry, release, tasks, tracking
+from flows.gate import SOURCES_OVERRIDDEN, Verdict
 from flows.lineage import lineage, run_key
 from flows.pipelines import Pipeline
 from flows.report import detail_rows, report, score_rows
 from flows.state import StateRoot, state_root
 from gptcore import manifest
-from gptcore.config import CorpusConfig, ModelConfig, RunConfig, SampleConfig, TrainConfig
+from gptcore.config import CorpusConfig, GateConfig, ModelConfig, RunConfig, SampleConfig, TrainConfig
 from gptcore.corpus import Snapshot
 from gptcore.data import Tokens, check_sizes
 from gptcore.dossier import Scores, read_samples, read_scores
@@ -52,7 +53,8 @@ class Outcome:
     """What each step took."""
 
 
-@flow(name="retrain", flow_run_name="{pipeline}", persist_result=False)
+# Prefect would check each section alone; a deployed run's sections are checked when its deployment's stand under them.
+@flow(name="retrain", flow_run_name="{pipeline}", persist_result=False, validate_parameters=False)
 def retrain(
     pipeline: str,
     model_name: str,
@@ -60,7 +62,10 @@ def retrain(
     model: ModelConfig,
     train: TrainConfig,
     sample: SampleConfig,
+    gate: GateConfig,
     force: bool = False,
+    sources_overridden: bool = False,
+    overlap: lock.Overlap = "skip",
 ) -> State[Outcome]:
     """Trains a GPT on the corpus as it is now, and makes it champion if it is the best so far.
 
@@ -71,19 +76,41 @@ def retrain(
         model: The model's architecture.
         train: How the model learns.
         sample: Which texts the trained model writes for people to read.
+        gate: When the new version replaces the champion.
         force: Train again even if nothing has changed.
+        sources_overridden: corpus.sources are not the pipeline's own: register a version, but leave an existing
+            champion alone.
+        overlap: While another run of the pipeline is under way: skip, or wait for its end.
     """
-    asked = Pipeline(
-        name=pipeline, model_name=model_name, corpus=corpus, model=model, train=resolve(train), sample=sample
+    asked, has_other_sources = deployed.asked() or (
+        Pipeline(
+            name=pipeline,
+            model_name=model_name,
+            corpus=corpus,
+            model=model,
+            train=train,
+            sample=sample,
+            gate=gate,
+            overlap=overlap,
+        ),
+        False,
     )
-    return _Retraining(asked, state_root().create(), force).run()
+    root = state_root().create()
+    try:
+        with lock.hold(root.lock(asked.name), str(flow_run.id), asked.overlap):
+            resolved = asked.model_copy(update={"train": resolve(asked.train)})
+            return _Retraining(resolved, root, force, sources_overridden or has_other_sources).run()
+    except lock.Held as held:
+        outcome = Outcome(asked.name, "skipped", str(held), uri=f"models:/{asked.model_name}@{registry.CHAMPION}")
+        return Completed(name="Skipped", message=outcome.reason, data=outcome)
 
 
 class _Retraining:
     """One run of the flow: what was asked for, and what has been made so far."""
 
-    def __init__(self, pipeline: Pipeline, root: StateRoot, force: bool) -> None:
+    def __init__(self, pipeline: Pipeline, root: StateRoot, force: bool, sources_overridden: bool) -> None:
         self.pipeline, self.root, self.force = pipeline, root, force
+        self.sources_overridden = sources_overridden
         self.seconds: dict[str, float] = {}
 
     def run(self) -> State[Outcome]:
@@ -120,9 +147,7 @@ class _Retraining:
         scores = read_scores(evaluation)
         candidate = self.candidate(run, snapshot, tokens, scores, result, mlflow_run_id, attempt)
         version = self.step("register", self.version_line, tasks.register, self.root, run, tokens, candidate)
-        verdict = self.step(
-            "gate", _verdict_line, tasks.gate, self.root, self.pipeline.model_name, version, snapshot, scores
-        )
+        verdict = self.gated(version, snapshot, scores)
         outcome = Outcome(
             pipeline=self.pipeline.name,
             verdict="promoted" if verdict.promoted else "rejected",
@@ -133,7 +158,9 @@ class _Retraining:
             run_directory=str(run.path),
             seconds=self.seconds,
         )
+        began = time.perf_counter()
         self.report(outcome, mlflow_run_id, scores, [evaluation, samples, plots])
+        self.seconds["report"] = round(time.perf_counter() - began, 2)
         return outcome
 
     def step(self, name: str, describe: Callable[[T], str], task: Callable[..., T], *arguments: Any) -> T:
@@ -141,8 +168,13 @@ class _Retraining:
         began = time.perf_counter()
         result = task(*arguments)
         self.seconds[name] = round(time.perf_counter() - began, 2)
-        get_run_logger().info("%s  (%.1f s)", describe(result), self.seconds[name], extra={"step": name})
+        get_run_logger().info("%s: %s  (%.1f s)", name, describe(result), self.seconds[name], extra={"step": name})
         return result
+
+    def gated(self, version: str, snapshot: Snapshot, scores: Scores) -> Verdict:
+        name, cfg = self.pipeline.model_name, self.pipeline.gate
+        arguments = (self.root, name, version, snapshot, scores, cfg, self.sources_overridden)
+        return self.step("gate", _verdict_line, tasks.gate, *arguments)
 
     def check_sizes(self, tokens: Tokens) -> None:
         train, context = self.pipeline.train, self.pipeline.model.shape()["context_length"]
@@ -154,6 +186,8 @@ class _Retraining:
         if newest is None:
             return 1, None
         number, is_decided = int(newest.tags["attempt"]), "verdict" in newest.tags
+        if newest.tags.get("gate_kind") == SOURCES_OVERRIDDEN and not self.sources_overridden:
+            is_decided = False  # the pipeline's own sources have become this text: now it competes
         if not is_decided:
             return number, None
         return (number + 1, None) if self.force else (number, newest)
@@ -271,5 +305,5 @@ def _samples_line(samples: Path) -> str:
     return f"{len(written)} samples, longest verbatim copy {copied} characters"
 
 
-def _verdict_line(verdict: release.Verdict) -> str:
+def _verdict_line(verdict: Verdict) -> str:
     return f"{'promoted' if verdict.promoted else 'rejected'}: {verdict.reason}"

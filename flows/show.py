@@ -18,7 +18,7 @@ def models_table(listed: Sequence[Mapping[str, Any]]) -> None:
         table.add_row(
             version["model"],
             str(version["version"]),
-            version["verdict"] or "undecided",
+            f"{version['verdict'] or 'undecided'}{', withdrawn' if version['withdrawn'] else ''}",
             _score(version["gate_bits_per_byte"]),
             _score(version["gate_champion_bits_per_byte"]),
             datetime.fromtimestamp(version["created_ms"] / 1000).strftime("%m-%d %H:%M"),
@@ -30,9 +30,16 @@ def models_table(listed: Sequence[Mapping[str, Any]]) -> None:
 def lineage_table(described: Mapping[str, Any]) -> None:
     """Every key of a version's lineage, nested ones with dots."""
     table = Table(show_header=False, title=described["uri"], title_style="bold")
-    for key, value in _flat(described).items():
+    for key, value in _flat({key: value for key, value in described.items() if key != "moves"}).items():
         table.add_row(key, "" if value is None else str(value))
+    for move in described["moves"]:
+        table.add_row("move", _sentence(move))
     _print(table)
+
+
+def _sentence(move: Mapping[str, Any]) -> str:
+    way = f"version {move['from'] or '(none)'} -> {move['to'] or '(none)'}"
+    return f"{move['at']}  {move['kind']}, {way}, by {move['by']}: {move['reason']}"
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

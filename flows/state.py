@@ -3,7 +3,9 @@
     mlflow.db    artifacts/   MLflow's runs, registry and files
     corpora/     tokens/      committed snapshots and token files, shared by all pipelines
     runs/                     run directories, <pipeline>/<run key>-<attempt>
-    prefect/     logs/        the home of Prefect's servers, and what libraries said
+    locks/                    one lock per pipeline, held by its run
+    prefect/     logs/        the homes of Prefect's servers, and what servers and libraries said
+    up.lock      up.json      held by `gptflow up`, and where its servers are
 
 It is `GPTFLOW_HOME`, else `mlruns/` beside pipelines.yaml. Nothing here imports Prefect or MLflow.
 """
@@ -13,6 +15,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from flows.servers import running_servers
 from gptcore.errors import GPTCoreError
 
 OPT_OUTS = {
@@ -47,6 +50,11 @@ class StateRoot:
         return self.path / "logs"
 
     @property
+    def prefect(self) -> Path:
+        """Home of the Prefect server of `gptflow up`; temporary servers live in `ephemeral` inside it."""
+        return self.path / "prefect"
+
+    @property
     def tracking_uri(self) -> str:
         """A user's MLFLOW_TRACKING_URI, else the SQLite database in the state root."""
         return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{self.path / 'mlflow.db'}"
@@ -55,10 +63,15 @@ class StateRoot:
         """Where attempt number `attempt` (from 1) at `run_key` is trained."""
         return self.path / "runs" / pipeline / f"{run_key[:16]}-{attempt}"
 
+    def lock(self, pipeline: str) -> Path:
+        """What a run of the pipeline holds from begin to end."""
+        return self.path / "locks" / f"{pipeline}.lock"
+
     def create(self) -> "StateRoot":
         """Makes sure that the state root can be written. Raises GPTCoreError with the path and the reason."""
         try:
-            self.logs.mkdir(parents=True, exist_ok=True)
+            for directory in (self.logs, self.prefect / "ephemeral"):
+                directory.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.path) as file:
                 file.write(b"gptflow")
                 file.flush()
@@ -70,15 +83,21 @@ class StateRoot:
         return self
 
     def enter(self) -> None:
-        """Sets the environment that Prefect, MLflow and every child process read. A user's own values win."""
+        """Sets the environment that Prefect, MLflow and every child process read. A user's own values win.
+
+        Prefect is the one of `gptflow up` while it answers, else a temporary server.
+        """
         os.environ["GPTFLOW_HOME"] = str(self.path)
         own = {
             **OPT_OUTS,
             "MLFLOW_TRACKING_URI": self.tracking_uri,
-            "PREFECT_HOME": str(self.path / "prefect"),
+            "PREFECT_HOME": str(self.prefect / "ephemeral"),
+            "PREFECT_RUNNER_POLL_FREQUENCY": "2",
             "PREFECT_SERVER_EPHEMERAL_ENABLED": "true",
             "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
         }
+        if (servers := running_servers(self.path)) is not None:
+            own["PREFECT_API_URL"] = servers.prefect_api
         for name, value in own.items():
             os.environ.setdefault(name, value)
 

@@ -8,6 +8,7 @@ from prefect import Task, task
 from prefect.cache_policies import NO_CACHE
 
 from flows import release, training
+from flows.gate import judge
 from gptcore import corpus, data, dossier
 from gptcore.errors import SourceUnavailable
 
@@ -42,4 +43,4 @@ evaluate = _step(dossier.evaluate_run, "evaluate")
 sample = _step(dossier.sample_run, "sample")
 plot = _step(dossier.plot_run, "plot")
 register = _step(release.register, "register")
-gate = _step(release.gate, "gate")
+gate = _step(judge, "gate")

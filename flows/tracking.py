@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, Metric, Param, RunStatus, RunTag
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-from flows.pipelines import Pipeline
+from flows.pipelines import RUNNING_KEYS, Pipeline
 from flows.state import StateRoot
 from gptcore.corpus import Snapshot
 from gptcore.rundir import Metrics
@@ -35,6 +35,11 @@ _BATCH = 1000  # MLflow's limit on metrics per request
 _SYSTEM_METRICS_SECONDS = 5
 
 
+def open_database(root: StateRoot) -> None:
+    """Connects to MLflow, which makes a new database's tables. That takes seconds, which can pass beside others."""
+    MlflowClient(root.tracking_uri).search_experiments(max_results=1)
+
+
 def open_run(root: StateRoot, pipeline: Pipeline, run_key: str, attempt: int, tags: Mapping[str, str]) -> str:
     """The id of the MLflow run of this key and attempt: the one that exists, set running again, or a new one."""
     client = MlflowClient(root.tracking_uri)
@@ -47,7 +52,9 @@ def open_run(root: StateRoot, pipeline: Pipeline, run_key: str, attempt: int, ta
         every_tag = {**tags, "run_key": run_key, "attempt": str(attempt), "pipeline": pipeline.name}
         run = client.create_run(experiment, tags=every_tag, run_name=f"{run_key[:8]}-{attempt}")
         run_id = run.info.run_id
-    params = [Param(key, value) for key, value in flat(pipeline.model_dump(mode="json")).items()]
+    settings = flat(pipeline.model_dump(mode="json", exclude=set(RUNNING_KEYS)))
+    logged = client.get_run(run_id).data.params  # MLflow refuses another value: what the run began with stays
+    params = [Param(key, value) for key, value in settings.items() if key not in logged]
     client.log_batch(run_id, params=params, tags=[RunTag(key, value) for key, value in tags.items()])
     return run_id
 

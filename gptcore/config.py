@@ -8,7 +8,7 @@ a wrong value is answered at once.
 import difflib
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -196,6 +196,23 @@ class SampleConfig(Section):
     """Draw among the likeliest tokens that together reach this probability."""
 
 
+class GateConfig(Section):
+    """When a new version replaces the champion: both are scored on the same held-out blocks, clean for both."""
+
+    margin: Annotated[Finite, Field(ge=0, le=8)] = 0.005
+    """Bits per byte by which the challenger has to be better. 0: by anything at all."""
+    confidence: Annotated[Finite, Field(ge=0.5, le=0.999)] = 0.95
+    """How sure of that one has to be: the one-sided confidence of a paired bootstrap over the blocks."""
+
+
+class RetrainConfig(Section):
+    """How long the traces of a training are kept."""
+
+    keep: Annotated[int, Field(ge=1, le=10_000)] = 10
+    """How many of the model's newest versions keep their files. `gptflow prune` frees those of older versions, except
+    for the champion's, of what a rollback may reach, and of what kept versions were made from."""
+
+
 class RunConfig(Section):
     """What RUN_DIR/config.json says: all that `python -m gptcore.train RUN_DIR` has to know."""
 
@@ -267,7 +284,8 @@ def _problem(detail: Any, section: type[BaseModel]) -> tuple[KeyPath, str]:
 
 def _fields_at(section: type[BaseModel], path: KeyPath) -> list[str]:
     for part in path:
-        inner = section.model_fields[str(part)].annotation
-        assert isinstance(inner, type) and issubclass(inner, BaseModel), "only sections forbid keys"
-        section = inner
+        given = section.model_fields[str(part)].annotation
+        inner = [kind for kind in (given, *get_args(given)) if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        assert inner, "only sections forbid keys"
+        section = inner[0]
     return list(section.model_fields)

@@ -8,7 +8,7 @@ over bytes that are first mapped to random 64-bit numbers.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,7 @@ _GRAM_BYTES = 101
 _GRID_BYTES = 100  # _GRID_BYTES - 1 + _GRAM_BYTES == RUN_BYTES
 _CHUNK_BYTES = 1 << 19
 _FILTER_BITS = 23
+_NEEDLE_GRAMS = (96, 48, 24, 12)
 _SEED = 0x6770_7466_6C6F_77
 
 
@@ -54,6 +55,38 @@ def shared_runs(text: Text, others: Sequence[Text]) -> Positions:
         runs.append(_merged(hits, hits + RUN_BYTES))
     joined = _whole_characters(text.path, np.concatenate(runs))
     return _merged(joined[:, 0], joined[:, 1])
+
+
+def contained(needles: Collection[bytes], path: Path) -> set[bytes]:
+    """Which of the needles, each at most RUN_BYTES long, stand in the file as a whole. Passages do not matter.
+
+    The first 96, 48, 24 or 12 bytes of each are looked up in a chunk by hash; only what may be there is searched for.
+    """
+    waiting: dict[int, dict[bytes, int]] = {gram: {} for gram in (*_NEEDLE_GRAMS, 0)}
+    for needle in needles:
+        gram = next((gram for gram in _NEEDLE_GRAMS if gram <= len(needle)), 0)
+        head = np.frombuffer(needle[:gram], np.uint8)
+        waiting[gram][needle] = int(_gram_hashes(head, gram)[0]) if gram else 0
+    found: set[bytes] = set()
+    for _, chunk in _chunks(path, RUN_BYTES) if needles else ():
+        data = chunk.tobytes()
+        for gram, hashes in waiting.items():
+            here = {needle for needle in _likely(hashes, chunk, gram) if needle in data}
+            found |= here
+            waiting[gram] = {needle: value for needle, value in hashes.items() if needle not in here}
+    return found
+
+
+def _likely(needles: dict[bytes, int], chunk: npt.NDArray[np.uint8], gram: int) -> list[bytes]:
+    """Needles whose first `gram` bytes may stand in the chunk; without a gram, all of them."""
+    if not needles or not gram:
+        return list(needles)
+    wanted = np.fromiter(needles.values(), np.uint64, len(needles))
+    is_likely = np.zeros(1 << _FILTER_BITS, np.bool_)
+    is_likely[_bucket(wanted)] = True
+    hashes = _gram_hashes(chunk, gram)
+    is_there = np.isin(wanted, hashes[is_likely[_bucket(hashes)]])
+    return [needle for needle, is_found in zip(needles, is_there) if is_found]
 
 
 def _grid_grams(text: Text) -> tuple[Positions, Hashes]:

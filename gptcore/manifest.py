@@ -22,7 +22,8 @@ from gptcore.errors import CheckpointError, DiskFull
 
 MANIFEST = "manifest.json"
 FORMAT = 1
-_TEMPORARY = ".tmp-"
+TEMPORARY = ".tmp-"
+"""How the names of half-made directories begin."""
 _STALE_SECONDS = 24 * 3600
 
 
@@ -45,7 +46,7 @@ def staging(parent: Path) -> Iterator[Path]:
     Raises DiskFull, with the bytes written and free, if what fills the directory runs out of space.
     """
     parent.mkdir(parents=True, exist_ok=True)
-    directory = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=parent))
+    directory = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=parent))
     try:
         yield directory
     except Exception as error:
@@ -150,7 +151,7 @@ def _read(directory: Path) -> dict[str, Any]:
 
 def remove(directory: Path) -> None:
     """Removes a committed directory such that it is whole or gone at every instant."""
-    doomed = directory.with_name(f"{_TEMPORARY}removed-{directory.name}")
+    doomed = directory.with_name(f"{TEMPORARY}removed-{directory.name}")
     shutil.rmtree(doomed, ignore_errors=True)
     directory.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)
@@ -158,7 +159,15 @@ def remove(directory: Path) -> None:
 
 def sweep(parent: Path, older_than_seconds: float = _STALE_SECONDS) -> None:
     """Removes what killed processes left half-made inside `parent`: temporary directories of a certain age."""
-    for leftover in parent.glob(f"{_TEMPORARY}*"):
+    for leftover in stale(parent, older_than_seconds):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def stale(parent: Path, older_than_seconds: float = _STALE_SECONDS) -> list[Path]:
+    """What `sweep` would remove."""
+    found = []
+    for leftover in parent.glob(f"{TEMPORARY}*"):
         with contextlib.suppress(OSError):
             if time.time() - leftover.stat().st_mtime >= older_than_seconds:
-                shutil.rmtree(leftover, ignore_errors=True)
+                found.append(leftover)
+    return found

@@ -2,15 +2,24 @@
 
 import os
 import random
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import mlflow
 import pytest
 import yaml
+from mlflow import MlflowClient
+from mlflow.entities import LoggedModelOutput
 
 from flows.pipelines import Pipeline, PipelinesFile
 from flows.state import OPT_OUTS, StateRoot
+from gptcore.bundle import write_bundle
+from gptcore.config import ModelConfig, RunConfig, TrainConfig
+from gptcore.manifest import commit, sha256_of, sha256_of_file, staging
+from gptcore.rundir import Result, RunDirectory, result_about
+from gptcore.tokenizer import get_tokenizer
 
 WORDS = (
     "the a model learns from text and writes what comes next while every night new words arrive in many files".split()
@@ -30,7 +39,7 @@ def prose(seed: int, num_words: int = 3000) -> str:
 def project(tmp_path: Path) -> Path:
     """A directory with a text and a pipelines.yaml whose pipeline `tiny` trains in a second."""
     (tmp_path / "text").mkdir()
-    (tmp_path / "text" / "one.txt").write_text(prose(1))
+    (tmp_path / "text" / "one.txt").write_text(prose(1, num_words=9000))  # 20 blocks of holdout, which the gate wants
     pipeline = {
         "corpus": {
             "sources": ["text"],
@@ -77,3 +86,112 @@ def prefect_server() -> Iterator[None]:
 def gptflow(*arguments: str) -> list[str]:
     """The command line, as a command of this interpreter."""
     return [sys.executable, "-c", "from flows.cli import main; main()", *arguments]
+
+
+class TinyRegistry:
+    """Versions of gpt-tiny that load, with run directory, token files, snapshot and MLflow run, but never trained."""
+
+    def __init__(self, root: StateRoot) -> None:
+        self.root = root
+        self.client = MlflowClient(root.tracking_uri)
+        self.client.create_registered_model("gpt-tiny")
+        self.experiment = self.client.create_experiment("tiny", artifact_location=str(root.artifacts / "tiny"))
+        self.count = 0
+
+    def register(self, weights_of: int | None = None, corpus: str = "one") -> str:
+        """Registers the next version, trained on `corpus`, with weights of its own or those of an earlier version."""
+        self.count += 1
+        number, key = self.count, sha256_of(self.count)
+        corpus_sha256, tokens_sha256 = self.text(corpus)
+        weights = self.run_directory(number, key, tokens_sha256, weights_of or number)
+        identity = {"weights_sha256": sha256_of_file(weights), "corpus_sha256": corpus_sha256}
+        tags = {"run_key": key, "attempt": "1"}
+        run = self.client.create_run(self.experiment, tags={**tags, "pipeline": "tiny"})
+        (Path(run.info.artifact_uri) / "plots").mkdir(parents=True)
+        (Path(run.info.artifact_uri) / "plots" / "losses.png").write_bytes(bytes(100))
+        logged = self.client.create_logged_model(self.experiment, name="gpt", source_run_id=run.info.run_id)
+        bundle = Path(logged.artifact_location) / "artifacts" / "bundle"
+        bundle.mkdir(parents=True)
+        lineage = {**identity, "tokens_sha256": tokens_sha256, "pipeline": "tiny", "run_key": key}
+        write_bundle(bundle, TINY_CFG, weights, get_tokenizer("bytes"), lineage)
+        self.client.finalize_logged_model(logged.model_id, "READY")
+        self.client.log_outputs(run.info.run_id, [LoggedModelOutput(logged.model_id, 0)])
+        self.client.set_terminated(run.info.run_id, "FINISHED")
+        tags |= {**identity, "verdict": "rejected"}
+        uri = f"models:/{logged.model_id}"
+        created = self.client.create_model_version("gpt-tiny", uri, run_id=run.info.run_id, tags=tags)
+        return str(created.version)
+
+    def text(self, name: str) -> tuple[str, str]:
+        """The hashes of a snapshot and its token files, which are made unless they are there."""
+        corpus_sha256, tokens_sha256 = sha256_of(["corpus", name]), sha256_of(["tokens", name])
+        for parent, about in (
+            (self.root.corpora, {"kind": "corpus", "sha256": corpus_sha256}),
+            (self.root.tokens, {"kind": "tokens", "sha256": tokens_sha256, "corpus_sha256": corpus_sha256}),
+        ):
+            if not (parent / about["sha256"][:16]).exists():
+                with staging(parent) as staged:
+                    (staged / "text").write_text(name * 100)
+                    commit(staged, parent / about["sha256"][:16], about)
+        return corpus_sha256, tokens_sha256
+
+    def run_directory(self, number: int, key: str, tokens_sha256: str, seed: int, is_finished: bool = True) -> Path:
+        """A run directory, finished or not; returns its weights."""
+        run = RunDirectory(self.root.run_directory("tiny", key, 1))
+        train = TrainConfig(device="cpu", precision="fp32", threads=1)
+        shape = {key: value for key, value in TINY_CFG.items() if key not in ("vocab_size",)}
+        config = RunConfig(
+            training_version=1,
+            tokens=f"../../../tokens/{tokens_sha256[:16]}",
+            tokens_sha256=tokens_sha256,
+            model=ModelConfig(**shape),
+            vocab_size=257,
+            train=train,
+            run_key=key,
+        )
+        run.prepare(config)
+        (run.path / "metrics.jsonl").write_text("")
+        if is_finished:
+            with staging(run.path) as staged:
+                write_weights(staged / "model.safetensors", seed)
+                digest = sha256_of_file(staged / "model.safetensors")
+                commit(staged, run.final, result_about(Result(1, 1, 1.0, "max_steps", 1, 1.0, digest)))
+        return run.weights
+
+
+TINY_CFG = {
+    "vocab_size": 257,
+    "context_length": 8,
+    "emb_dim": 8,
+    "n_heads": 2,
+    "n_layers": 1,
+    "drop_rate": 0.0,
+    "qkv_bias": False,
+}
+
+
+def write_weights(path: Path, seed: int) -> None:
+    """The initial weights of a GPTModel(TINY_CFG)."""
+    import torch
+    from safetensors.torch import save_file
+
+    from gptcore.model import GPTModel
+
+    torch.manual_seed(seed)
+    save_file(GPTModel(TINY_CFG).state_dict(), path)
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MLflow's database as it is in the beginning: creating the tables takes seconds."""
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def tiny_registry(root: StateRoot, empty_database: Path) -> TinyRegistry:
+    """An empty registry with the model gpt-tiny."""
+    shutil.copy(empty_database, root.path / "mlflow.db")
+    mlflow.set_tracking_uri(root.tracking_uri)
+    return TinyRegistry(root)

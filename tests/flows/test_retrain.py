@@ -10,7 +10,7 @@ import pytest
 from mlflow import MlflowClient
 
 from flows import registry
-from flows.pipelines import Pipeline
+from flows.pipelines import SECTIONS, Pipeline
 from flows.retrain import Outcome, retrain
 from flows.state import StateRoot
 from gptcore.errors import CorpusError, TrainingDiverged
@@ -19,9 +19,10 @@ from gptcore.rundir import RunDirectory
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
 
-def run(pipeline: Pipeline, force: bool = False) -> tuple[str, Outcome]:
-    sections = {name: getattr(pipeline, name) for name in ("corpus", "model", "train", "sample")}
-    state = retrain(pipeline.name, pipeline.model_name, **sections, force=force, return_state=True)
+def run(pipeline: Pipeline, force: bool = False, sources_overridden: bool = False) -> tuple[str, Outcome]:
+    sections = {name: getattr(pipeline, name) for name in SECTIONS}
+    given = {**sections, "force": force, "sources_overridden": sources_overridden}
+    state = retrain(pipeline.name, pipeline.model_name, **given, return_state=True)
     return state.name, state.result()
 
 
@@ -37,7 +38,7 @@ def mlflow_runs(root: StateRoot) -> list[mlflow.entities.Run]:
 def test_a_first_run_becomes_champion_and_the_same_run_again_is_skipped(tiny: Pipeline, root: StateRoot) -> None:
     name, outcome = run(tiny)
     assert (name, outcome.verdict, outcome.uri) == ("Promoted", "promoted", "models:/gpt-tiny/1")
-    assert list(outcome.seconds) == ["ingest", "tokenize", "train", "evaluate", "sample", "plot", "register", "gate"]
+    assert list(outcome.seconds) == "ingest tokenize train evaluate sample plot register gate report".split()
     name, outcome = run(tiny)
     assert (name, outcome.verdict) == ("Skipped", "skipped")
     assert "nothing changed since version 1" in outcome.reason
@@ -69,6 +70,19 @@ def test_a_better_challenger_is_promoted_and_a_worse_one_is_not(tiny: Pipeline, 
     assert described["verdict"] == "rejected"
 
 
+@pytest.mark.slow
+def test_a_run_on_other_sources_competes_only_once_they_are_the_pipeline_s_own(tiny: Pipeline, root: StateRoot) -> None:
+    run(changed(tiny, max_steps=20))
+    _, experiment = run(changed(tiny, max_steps=120), sources_overridden=True)
+    assert (experiment.verdict, experiment.uri) == ("rejected", "models:/gpt-tiny/2")
+    assert "corpus.sources were overridden" in experiment.reason
+    name, outcome = run(changed(tiny, max_steps=120), sources_overridden=True)
+    assert name == "Skipped"
+    name, outcome = run(changed(tiny, max_steps=120))
+    assert (name, outcome.uri) == ("Promoted", "models:/gpt-tiny/2")
+    assert len(registry.versions(root, "gpt-tiny")) == len(mlflow_runs(root)) == 2
+
+
 def test_the_mlflow_run_holds_params_metrics_dataset_and_files(tiny: Pipeline, root: StateRoot) -> None:
     run(tiny)
     (only,) = mlflow_runs(root)
@@ -94,7 +108,7 @@ def test_a_run_killed_before_the_verdict_goes_on_without_doubling_anything(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr("flows.release.decide", killed)
+        patched.setattr("flows.gate.first_verdict", killed)
         run(tiny)
     assert registry.champion_of(root, "gpt-tiny") is None
     (interrupted,) = mlflow_runs(root)

@@ -59,7 +59,7 @@ from flows.pipelines import Pipeline
 from flows.retrain import retrain
 from prefect.types.entrypoint import EntrypointType
 tiny = Pipeline.model_validate_json({tiny.model_dump_json()!r})
-sections = {{name: getattr(tiny, name) for name in ("corpus", "model", "train", "sample")}}
+sections = {{name: getattr(tiny, name) for name in ("corpus", "model", "train", "sample", "gate")}}
 deployment = retrain.to_deployment(
     name="tiny", cron="* * * * *", parameters={{"pipeline": "tiny", "model_name": "gpt-tiny", **sections}},
     entrypoint_type=EntrypointType.MODULE_PATH,

@@ -1,0 +1,241 @@
+"""Promotion, rollback and the log of moves, on a real SQLite registry: crashes, other people's moves, odd clocks."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+from flows import champion, registry
+from flows.champion import GATE, NoPrevious, moves, promote, rollback, withdrawal
+from flows.moves import chain
+from flows.registry import RegistryError, UnknownVersion
+from flows.state import StateRoot
+
+MODEL = "gpt-tiny"
+
+
+def current(root: StateRoot) -> str | None:
+    found = registry.champion_of(root, MODEL)
+    return None if found is None else str(found.version)
+
+
+def log(root: StateRoot) -> list[tuple[str | None, str | None, str]]:
+    return [(move.source, move.target, move.kind) for move in moves(root, MODEL)]
+
+
+def promoted(tiny_registry: Any, count: int) -> StateRoot:
+    """A registry whose versions 1 to `count` were promoted by the gate, one after another."""
+    for version in range(1, count + 1):
+        tiny_registry.register()
+        over = str(version - 1) if version > 1 else None
+        promote(tiny_registry.root, MODEL, str(version), f"night {version}", GATE, over=over)
+    return tiny_registry.root
+
+
+def test_each_rollback_goes_one_champion_further_back_and_never_forward(tiny_registry: Any) -> None:
+    root = promoted(tiny_registry, 3)
+    assert (rollback(root, MODEL, "writes nonsense", "ann").target, current(root)) == ("2", "2")
+    assert (rollback(root, MODEL, "so does this", "ann").target, current(root)) == ("1", "1")
+    with pytest.raises(NoPrevious, match="no earlier champion to go back to; the champion is version 1"):
+        rollback(root, MODEL, "and this", "ann")
+    assert current(root) == "1"
+    assert log(root)[-2:] == [("3", "2", "rolled back"), ("2", "1", "rolled back")]
+    assert [move.reason for move in moves(root, MODEL)][-2:] == ["writes nonsense", "so does this"]
+
+
+def test_after_a_rollback_the_next_promotion_is_undone_to_the_champion_it_replaced(tiny_registry: Any) -> None:
+    root = promoted(tiny_registry, 3)
+    rollback(root, MODEL, "bad", "ann")
+    tiny_registry.register()
+    promote(root, MODEL, "4", "better", GATE, over="2")
+    assert MlflowClient(root.tracking_uri).get_model_version_by_alias(MODEL, "previous").version == 2
+    assert [rollback(root, MODEL, "bad too", "ann").target for _ in range(2)] == ["2", "1"]
+
+
+def test_withdrawn_weights_do_not_return_by_themselves_and_better_ones_do(tiny_registry: Any) -> None:
+    root = promoted(tiny_registry, 2)
+    rollback(root, MODEL, "swears", "ann")
+    tiny_registry.register(weights_of=2)
+    for version in ("2", "3"):
+        assert "was rolled back by ann: swears" in str(withdrawal(root, MODEL, version))
+        with pytest.raises(RegistryError, match=r"is not promoted: .*rolled back by ann: swears"):
+            promote(root, MODEL, version, "scores best", GATE, over="1")
+    assert current(root) == "1"
+    tiny_registry.register()
+    assert withdrawal(root, MODEL, "4") is None
+    promote(root, MODEL, "4", "better", GATE, over="1")
+    assert current(root) == "4"
+
+
+def test_withdrawn_weights_stay_withdrawn_when_their_version_is_deleted(tiny_registry: Any) -> None:
+    root = promoted(tiny_registry, 2)
+    rollback(root, MODEL, "swears", "ann")
+    tiny_registry.register(weights_of=2)
+    MlflowClient(root.tracking_uri).delete_model_version(MODEL, "2")
+    assert "version 2, which has the same weights," in str(withdrawal(root, MODEL, "3"))
+
+
+def test_a_person_may_promote_a_withdrawn_version_again_which_vouches_for_its_weights(
+    tiny_registry: Any,
+) -> None:
+    root = promoted(tiny_registry, 2)
+    rollback(root, MODEL, "swears", "ann")
+    tiny_registry.register(weights_of=2)
+    client = MlflowClient(root.tracking_uri)
+    assert client.get_model_version(MODEL, "2").tags["withdrawn"] == "ann: swears"
+    move = promote(root, MODEL, "2", "it was the prompt", "bob")
+    assert move is not None and (move.kind, move.by) == ("promoted by a person", "bob")
+    assert "withdrawn" not in client.get_model_version(MODEL, "2").tags
+    assert withdrawal(root, MODEL, "2") is None and withdrawal(root, MODEL, "3") is None
+    assert rollback(root, MODEL, "no, it was not", "bob").target == "1"
+
+
+def test_a_rollback_skips_what_was_rolled_back_before(tiny_registry: Any) -> None:
+    root = promoted(tiny_registry, 3)
+    promote(root, MODEL, "2", "was nicer", "ann")
+    assert [rollback(root, MODEL, "no", "ann").target for _ in range(2)] == ["3", "1"]
+
+
+def test_promoting_the_champion_changes_nothing(tiny_registry: Any) -> None:
+    root = promoted(tiny_registry, 1)
+    assert promote(root, MODEL, "1", "again", "ann") is None
+    assert len(moves(root, MODEL)) == 1
+
+
+def test_the_gate_does_not_replace_a_champion_that_it_did_not_compare_with(tiny_registry: Any) -> None:
+    root = promoted(tiny_registry, 2)
+    tiny_registry.register()
+    with pytest.raises(RegistryError, match="compared with version 1, but by now the champion is 2"):
+        promote(root, MODEL, "3", "better than 1", GATE, over="1")
+    assert current(root) == "2"
+
+
+def test_unknown_versions_and_models_are_refused_by_name(tiny_registry: Any) -> None:
+    root = promoted(tiny_registry, 1)
+    with pytest.raises(UnknownVersion, match="models:/gpt-tiny/7 does not exist; gpt-tiny has versions 1"):
+        promote(root, MODEL, "7", "why not", "ann")
+    for ask in (lambda: promote(root, "nobody", "1", "x", "ann"), lambda: rollback(root, "nobody", "x", "ann")):
+        with pytest.raises(UnknownVersion, match="no registered model 'nobody'"):
+            ask()
+
+
+def test_nothing_moves_to_a_version_that_cannot_be_loaded(tiny_registry: Any) -> None:
+    root = promoted(tiny_registry, 2)
+    weights = registry.bundle_path(root, MODEL, "1") / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:50])
+    for ask in (lambda: promote(root, MODEL, "1", "x", "ann"), lambda: rollback(root, MODEL, "x", "ann")):
+        with pytest.raises(RegistryError, match="models:/gpt-tiny/1 cannot be loaded, so the champion stays"):
+            ask()
+    assert current(root) == "2" and len(moves(root, MODEL)) == 2
+
+
+@pytest.mark.parametrize("when", ["before the alias", "after the alias", "before the completion"])
+@pytest.mark.parametrize("kind", ["promoted by a person", "rolled back"])
+def test_a_move_that_was_killed_is_completed_by_the_next_call_once(
+    tiny_registry: Any, monkeypatch: pytest.MonkeyPatch, when: str, kind: str
+) -> None:
+    root = promoted(tiny_registry, 3)
+    tiny_registry.register()
+
+    def ask() -> object:
+        return promote(root, MODEL, "4", "x", "ann") if kind != "rolled back" else rollback(root, MODEL, "x", "ann")
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        kill(patched, when)
+        ask()
+    assert current(root) in ("3", "4" if kind != "rolled back" else "2")
+    ask()
+    expected = ("3", "4", kind) if kind != "rolled back" else ("3", "2", kind)
+    assert current(root) == expected[1]
+    assert log(root)[3:] == [expected]
+    assert all(move.is_done for move in moves(root, MODEL))
+    assert ("withdrawn" in MlflowClient(root.tracking_uri).get_model_version(MODEL, "3").tags) == (
+        kind == "rolled back"
+    )
+
+
+def kill(patched: pytest.MonkeyPatch, when: str) -> None:
+    """The next move ends like a killed process, at this point."""
+    client = MlflowClient
+    if when == "before the completion":
+        patched.setattr("flows.champion._Log._complete", raises)
+    elif when == "before the alias":
+        patched.setattr(client, "set_registered_model_alias", raises)
+    else:
+        really: Callable[..., None] = client.set_registered_model_alias
+
+        def moved_then_killed(*arguments: object) -> None:
+            really(*arguments)
+            raise KeyboardInterrupt
+
+        patched.setattr(client, "set_registered_model_alias", moved_then_killed)
+
+
+def raises(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_looking_at_the_log_completes_a_killed_move_too(tiny_registry: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = promoted(tiny_registry, 2)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        kill(patched, "before the alias")
+        rollback(root, MODEL, "x", "ann")
+    assert log(root)[-1] == ("2", "1", "rolled back")
+    assert current(root) == "1"
+
+
+def test_an_intent_whose_alias_was_moved_elsewhere_is_dropped(
+    tiny_registry: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = promoted(tiny_registry, 3)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        kill(patched, "before the alias")
+        rollback(root, MODEL, "x", "ann")
+    MlflowClient(root.tracking_uri).set_registered_model_alias(MODEL, "champion", "1")
+    assert log(root)[3:] == [("3", "1", "moved outside")]
+    assert current(root) == "1"
+
+
+def test_a_move_made_in_mlflow_itself_is_logged_on_the_next_look_and_can_be_undone(tiny_registry: Any) -> None:
+    root = promoted(tiny_registry, 2)
+    tiny_registry.register()
+    client = MlflowClient(root.tracking_uri)
+    client.set_registered_model_alias(MODEL, "champion", "3")
+    assert log(root)[2:] == [("2", "3", "moved outside")]
+    assert len(log(root)) == 3
+    assert rollback(root, MODEL, "x", "ann").target == "2"
+    client.delete_registered_model_alias(MODEL, "champion")
+    assert log(root)[4:] == [("2", None, "moved outside")]
+    assert rollback(root, MODEL, "who did that?", "ann").target == "2"
+    assert chain(moves(root, MODEL)) == ["1", "2"]
+
+
+def test_a_registry_from_before_the_log_begins_with_the_champion_it_has(tiny_registry: Any) -> None:
+    root = tiny_registry.root
+    tiny_registry.register()
+    MlflowClient(root.tracking_uri).set_registered_model_alias(MODEL, "champion", "1")
+    assert log(root) == [(None, "1", "moved outside")]
+
+
+def test_a_clock_that_goes_backwards_disturbs_nothing(tiny_registry: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Backwards(champion.datetime):
+        hours = 0
+
+        @classmethod
+        def now(cls, tz=None):
+            cls.hours += 1
+            return cls(2030, 1, 1 + (30 - cls.hours), tzinfo=tz)
+
+    monkeypatch.setattr(champion, "datetime", Backwards)
+    root = promoted(tiny_registry, 3)
+    dates = [move.at for move in moves(root, MODEL)]
+    assert dates == sorted(dates, reverse=True)
+    assert [rollback(root, MODEL, "x", "ann").target for _ in range(2)] == ["2", "1"]
+
+
+def test_a_damaged_entry_of_the_log_is_named(tiny_registry: Any) -> None:
+    root = promoted(tiny_registry, 1)
+    MlflowClient(root.tracking_uri).set_registered_model_tag(MODEL, "move-000001", "{}")
+    with pytest.raises(RegistryError, match="the tag move-000001 of the registered model gpt-tiny is damaged"):
+        rollback(root, MODEL, "x", "ann")

@@ -1,0 +1,349 @@
+"""The gate over a real registry: who becomes champion, who does not, and what is written down about it."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from mlflow import MlflowClient
+from safetensors.torch import save_file
+
+from flows import champion, gate, registry
+from flows.gate import Verdict, first_verdict, judge
+from flows.lineage import run_key
+from flows.pipelines import Pipeline, overrides_sources
+from flows.state import StateRoot
+from gptcore import manifest
+from gptcore.baselines import baselines
+from gptcore.bundle import WEIGHTS, write_bundle
+from gptcore.config import CorpusConfig, GateConfig
+from gptcore.corpus import Snapshot, blocks, ingest
+from gptcore.data import Tokens
+from gptcore.dossier import Scores
+from gptcore.errors import CheckpointError
+from gptcore.evaluate import evaluate_blocks
+from gptcore.model import GPTModel
+from gptcore.tokenizer import get_tokenizer
+
+NAME = "gpt-tiny"
+CFG = {
+    "vocab_size": 257,
+    "context_length": 32,
+    "emb_dim": 32,
+    "n_heads": 2,
+    "n_layers": 1,
+    "drop_rate": 0.0,
+    "qkv_bias": False,
+}
+Weights = dict[str, torch.Tensor]
+
+
+def sentences(seed: int, count: int) -> str:
+    draw = np.random.default_rng(seed)
+    words = [f"{a}{b}" for a in ("ba", "do", "mi", "qu") for b in ("la", "ne", "st", "xy", "zu")]
+    return "".join(" ".join(draw.choice(words, 9)) + (".\n\n" if draw.random() < 0.3 else ". ") for _ in range(count))
+
+
+def snapshot_of(root: StateRoot, name: str, text: str, **settings: Any) -> Snapshot:
+    directory = root.path / "text" / name
+    directory.mkdir(parents=True)
+    (directory / "one.txt").write_text(text)
+    chosen = {"val_fraction": 0.1, "holdout_fraction": 0.2, "block_bytes": 256, **settings}
+    return ingest(CorpusConfig(sources=(str(directory),), **chosen), root.corpora, root.path)
+
+
+@pytest.fixture(scope="module")
+def trained() -> dict[str, Weights]:
+    """Weights after few and after more updates, the latter also disturbed a little, and broken."""
+    ids = torch.tensor(get_tokenizer("bytes").encode(sentences(1, 400)))
+    torch.manual_seed(1)
+    model = GPTModel(CFG)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    made = {}
+    for step in range(1, 81):
+        windows = ids[torch.randint(0, len(ids) - 33, (16, 1)) + torch.arange(33)]
+        loss = torch.nn.functional.cross_entropy(model(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step in (30, 80):
+            made["poor" if step == 30 else "good"] = {k: v.detach().clone() for k, v in model.state_dict().items()}
+    made["nearly"] = {key: value + 1e-4 * torch.randn_like(value) for key, value in made["good"].items()}
+    made["nan"] = {**made["good"], "final_norm.scale": torch.full((32,), math.nan)}
+    made["none"] = {k: v.detach() for k, v in GPTModel(CFG).state_dict().items()}
+    return made
+
+
+@pytest.fixture
+def snapshot(root: StateRoot) -> Snapshot:
+    return snapshot_of(root, "own", sentences(1, 700))
+
+
+@pytest.fixture
+def scores(snapshot: Snapshot) -> Scores:
+    """With the unigram score of the snapshot; the rest does not matter to the gate."""
+    torch.manual_seed(0)
+    tokenizer = get_tokenizer("bytes")
+    held_out = list(blocks(snapshot.path, "holdout"))
+    train = snapshot.path / "train.txt"
+    ids = np.asarray(tokenizer.encode(train.read_text()))
+    evaluation = evaluate_blocks(GPTModel(CFG), tokenizer, held_out, "cpu")
+    return Scores(evaluation, evaluation, baselines(ids, tokenizer, tokenizer.n_vocab, held_out, train))
+
+
+@pytest.fixture
+def register(root: StateRoot, snapshot: Snapshot, trained: dict[str, Weights]) -> Iterator[Callable[..., str]]:
+    """Registers weights by name, as models are registered but without MLflow's packaging; returns the version."""
+    client = MlflowClient(root.tracking_uri)
+    client.create_registered_model(NAME)
+
+    def registered(weights: str, corpus: Snapshot = snapshot) -> str:
+        number = len(client.search_model_versions(f"name = '{NAME}'")) + 1
+        source = root.path / "models" / str(number)
+        bundle = source / "artifacts" / registry.BUNDLE
+        bundle.mkdir(parents=True)
+        save_file(trained[weights], source / "weights")
+        write_bundle(bundle, CFG, source / "weights", get_tokenizer("bytes"), {})
+        tags = {"corpus_sha256": corpus.sha256, "weights_sha256": manifest.sha256_of_file(bundle / WEIGHTS)}
+        return str(client.create_model_version(NAME, str(source), tags=tags).version)
+
+    yield registered
+
+
+@pytest.fixture
+def judged(root: StateRoot, snapshot: Snapshot, scores: Scores) -> Callable[..., Verdict]:
+    def call(version: str, cfg: GateConfig | None = None, sources_overridden: bool = False) -> Verdict:
+        return judge(root, NAME, version, snapshot, scores, cfg or GateConfig(), sources_overridden)
+
+    return call
+
+
+def champion_version(root: StateRoot) -> str | None:
+    found = registry.champion_of(root, NAME)
+    return None if found is None else str(found.version)
+
+
+def summary(root: StateRoot, version: str) -> dict[str, Any]:
+    return registry.summary(root, registry.resolve(root, f"models:/{NAME}/{version}"))
+
+
+@pytest.mark.parametrize(
+    ("current", "challenger", "kind"),
+    [
+        ("poor", "good", "better"),
+        ("good", "poor", "worse"),
+        ("good", "good", "tie within noise"),
+        ("nearly", "good", "tie within noise"),
+        ("poor", "nan", "not finite"),
+    ],
+)
+def test_only_a_clearly_better_challenger_becomes_champion(
+    root: StateRoot,
+    register: Callable[..., str],
+    judged: Callable[..., Verdict],
+    current: str,
+    challenger: str,
+    kind: str,
+) -> None:
+    judged(register(current))
+    verdict = judged(register(challenger))
+    assert (verdict.kind, verdict.promoted) == (kind, kind == "better")
+    assert champion_version(root) == ("2" if kind == "better" else "1")
+    kept = summary(root, "2")
+    assert kept["verdict"] == ("promoted" if kind == "better" else "rejected")
+    assert (kept["gate_kind"], kept["reason"], kept["gate_champion_version"]) == (kind, verdict.reason, "1")
+    assert kept["gate_champion_bits_per_byte"] == pytest.approx(verdict.champion_bits_per_byte, abs=1e-6)
+    assert (kept["gate_blocks"], kept["gate_bytes"], kept["gate_excluded_bytes"]) == (verdict.blocks, verdict.bytes, 0)
+    json.dumps(kept, allow_nan=False)
+    if kind == "not finite":
+        assert kept["gate_bits_per_byte"] is kept["gate_low"] is kept["gate_high"] is None
+    else:
+        gain = kept["gate_champion_bits_per_byte"] - kept["gate_bits_per_byte"]
+        assert kept["gate_low"] <= gain <= kept["gate_high"]
+        assert f"{kept['gate_bits_per_byte']:.4f} bits per byte against" in verdict.reason
+    assert f"{kind}: " in verdict.reason and "of version 1 on the same" in verdict.reason
+
+
+@pytest.mark.parametrize(
+    ("weights", "kind", "is_promoted"),
+    [("good", "beats unigram", True), ("none", "does not beat unigram", False), ("nan", "not finite", False)],
+)
+def test_a_first_version_must_be_finite_and_beat_the_unigram_model(
+    root: StateRoot,
+    register: Callable[..., str],
+    judged: Callable[..., Verdict],
+    weights: str,
+    kind: str,
+    is_promoted: bool,
+) -> None:
+    verdict = judged(register(weights))
+    assert (verdict.kind, verdict.promoted) == (kind, is_promoted)
+    assert "of the unigram model on the same" in verdict.reason
+    assert champion_version(root) == ("1" if is_promoted else None)
+
+
+@pytest.mark.parametrize("bits", [2.5, math.inf, math.nan])
+def test_as_good_as_the_unigram_model_is_not_enough(bits: float) -> None:
+    simple = SimpleNamespace(unigram_bits_per_byte=2.5)
+    scores = cast(Scores, SimpleNamespace(baselines=simple, reported=SimpleNamespace(blocks=40, bytes=1)))
+    assert not first_verdict(bits, scores).promoted
+    assert first_verdict(2.4999, scores).promoted
+
+
+def test_the_margin_is_the_pipeline_s(
+    root: StateRoot, register: Callable[..., str], judged: Callable[..., Verdict]
+) -> None:
+    judged(register("poor"))
+    verdict = judged(register("good"), GateConfig(margin=5.0, confidence=0.9))
+    assert verdict.kind == "tie within noise" and "margin of 5 with 0.9 confidence" in verdict.reason
+    assert champion_version(root) == "1"
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "flipped"])
+def test_a_damaged_champion_stays_and_the_challenger_is_decided_about_once_it_is_mended(
+    root: StateRoot, register: Callable[..., str], judged: Callable[..., Verdict], damage: str
+) -> None:
+    judged(register("poor"))
+    weights = root.path / "models" / "1" / "artifacts" / registry.BUNDLE / WEIGHTS
+    whole = weights.read_bytes()
+    if damage == "missing":
+        weights.unlink()
+    else:
+        weights.write_bytes(whole[:-100] if damage == "cut" else whole[:-1] + bytes([whole[-1] ^ 64]))
+    challenger = register("good")
+    with pytest.raises(registry.RegistryError, match=f"models:/{NAME}/1 cannot be scored, so nothing is promoted"):
+        judged(challenger)
+    kept = summary(root, challenger)
+    assert champion_version(root) == "1"
+    assert (kept["verdict"], kept["gate_kind"]) == (None, "model damaged")
+    assert "models:/gpt-tiny/1 cannot be scored" in kept["reason"]
+    weights.write_bytes(whole)
+    assert judged(challenger).promoted and champion_version(root) == "2"
+
+
+def test_an_altered_holdout_is_not_scored_on(
+    root: StateRoot, snapshot: Snapshot, register: Callable[..., str], judged: Callable[..., Verdict]
+) -> None:
+    judged(register("poor"))
+    challenger = register("good")
+    holdout = snapshot.path / "holdout.txt"
+    whole = holdout.read_text()
+    holdout.write_text(whole.replace("ba", "do"))
+    with pytest.raises(CheckpointError) as raised:
+        judged(challenger)
+    listed = json.loads((snapshot.path / "manifest.json").read_text())["files"]["holdout.txt"]["sha256"]
+    for part in (listed, manifest.sha256_of_file(holdout), "it was altered", f"Delete the directory {snapshot.path}"):
+        assert part in str(raised.value)
+    kept = summary(root, challenger)
+    assert (champion_version(root), kept["verdict"], kept["gate_kind"]) == ("1", None, "holdout altered")
+    holdout.write_text(whole)
+    assert judged(challenger).promoted
+
+
+def test_held_out_text_that_is_copied_into_a_training_document_is_removed_there_and_counted(
+    root: StateRoot, snapshot: Snapshot
+) -> None:
+    block = max((block.text for block in blocks(snapshot.path, "holdout")), key=len)
+    assert len(block) > 200
+    again = snapshot_of(root, "again", sentences(1, 700) + f"\n\nQuoted: {block} {sentences(5, 100)}")
+    assert block in "".join(one.text for one in blocks(again.path, "holdout"))
+    assert again.dropped["guard_bytes"] >= len(block.encode())
+    assert block not in (again.path / "train.txt").read_text()
+
+
+def test_what_the_champion_learned_from_is_excluded_and_reported(
+    root: StateRoot, snapshot: Snapshot, register: Callable[..., str], judged: Callable[..., Verdict]
+) -> None:
+    known = [block.text for block in blocks(snapshot.path, "holdout")][:3]
+    text = sentences(3, 50) + "".join(known) + sentences(4, 50)
+    older = snapshot_of(root, "older", text, split="contiguous", val_fraction=0.01, holdout_fraction=0.0)
+    judged(register("poor", older))
+    verdict = judged(register("good"))
+    assert verdict.excluded_bytes >= sum(len(text.encode()) for text in known)
+    assert verdict.bytes + verdict.excluded_bytes == snapshot.bytes["holdout"]
+    assert summary(root, "2")["gate_excluded_bytes"] == verdict.excluded_bytes
+    assert f"{verdict.excluded_bytes:,} excluded" in verdict.reason and verdict.promoted
+
+
+def test_with_too_few_clean_blocks_the_champion_stays(
+    root: StateRoot, snapshot: Snapshot, register: Callable[..., str], judged: Callable[..., Verdict]
+) -> None:
+    older = snapshot_of(root, "older", sentences(1, 700), split="contiguous", val_fraction=0.01, holdout_fraction=0.0)
+    judged(register("poor", older))
+    verdict = judged(register("good"))
+    assert verdict.kind == "insufficient evidence" and verdict.blocks < 20
+    assert (verdict.low, champion_version(root)) == (None, "1")
+    assert summary(root, "2")["verdict"] == "rejected"
+
+
+def test_a_champion_s_training_text_that_is_gone_is_called_unknown_and_the_comparison_goes_on(
+    root: StateRoot, register: Callable[..., str], judged: Callable[..., Verdict]
+) -> None:
+    older = snapshot_of(root, "older", sentences(6, 300))
+    judged(register("poor", older))
+    shutil.rmtree(older.path)
+    verdict = judged(register("good"))
+    assert verdict.kind == "better"
+    assert "unknown is what version 1 was trained on" in verdict.reason and str(older.path) in verdict.reason
+    assert "version 1" in summary(root, "2")["gate_unknown"]
+
+
+def test_a_run_on_other_sources_leaves_an_existing_champion_alone_until_the_sources_are_the_pipeline_s(
+    root: StateRoot, register: Callable[..., str], judged: Callable[..., Verdict]
+) -> None:
+    assert judged(register("poor"), sources_overridden=True).promoted
+    challenger = register("good")
+    verdict = judged(challenger, sources_overridden=True)
+    assert (verdict.kind, verdict.promoted, champion_version(root)) == (gate.SOURCES_OVERRIDDEN, False, "1")
+    assert "version 1 stays champion without a comparison" in verdict.reason
+    assert judged(challenger).promoted
+
+
+def test_only_corpus_sources_given_on_the_command_line_count_as_overridden() -> None:
+    assert overrides_sources(["train.seed=1", "corpus.sources=[other.txt]"])
+    assert overrides_sources(["corpus={sources: [other.txt]}"])
+    assert not overrides_sources(["corpus.block_bytes=512", "train.seed=1"])
+
+
+def test_a_run_killed_after_the_alias_moved_ends_with_the_verdict_it_had(
+    root: StateRoot, register: Callable[..., str], judged: Callable[..., Verdict], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged(register("poor"))
+    challenger = register("good")
+    write = gate._set_tags
+
+    def killed(client: MlflowClient, model_name: str, version: str, tags: dict[str, str]) -> None:
+        if "verdict" in tags:
+            raise KeyboardInterrupt
+        write(client, model_name, version, tags)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("flows.gate._set_tags", killed)
+        judged(challenger)
+    assert (champion_version(root), summary(root, challenger)["verdict"]) == ("2", None)
+    verdict = judged(challenger)
+    assert (verdict.kind, verdict.champion_version, verdict.promoted) == ("better", "1", True)
+    kept = summary(root, challenger)
+    assert (kept["verdict"], kept["reason"], kept["gate_low"]) == ("promoted", verdict.reason, verdict.low)
+
+
+def test_weights_that_were_rolled_back_are_not_promoted_again(
+    root: StateRoot, register: Callable[..., str], judged: Callable[..., Verdict]
+) -> None:
+    judged(register("poor"))
+    judged(register("good"))
+    champion.rollback(root, NAME, "it swears", by="ada")
+    verdict = judged(register("good"))
+    assert (verdict.kind, verdict.promoted, champion_version(root)) == (gate.WITHDRAWN, False, "1")
+    assert "it swears" in verdict.reason
+
+
+def test_the_gate_s_settings_do_not_change_what_is_trained(tiny: Pipeline) -> None:
+    tokens = cast(Tokens, SimpleNamespace(sha256="0", n_vocab=257))
+    strict = tiny.model_copy(update={"gate": GateConfig(margin=1.0)})
+    assert run_key(tiny, tokens, 1) == run_key(strict, tokens, 1)

@@ -1,0 +1,91 @@
+"""Two processes and one lock: skip, wait, who holds it, and what a kill leaves."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from flows import lock
+from flows.pipelines import SECTIONS, Pipeline
+from flows.state import StateRoot
+
+HOLD = "import sys; from pathlib import Path; from flows.lock import hold\n"
+HOLD += "with hold(Path(sys.argv[1]), 'run-1'): print('held', flush=True); sys.stdin.read()"
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> Iterator["subprocess.Popen[str]"]:
+    """Another process that holds the lock `x.lock` until its standard input ends."""
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "x.lock")]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_the_second_is_told_who_holds_the_lock_since_when(other: "subprocess.Popen[str]", tmp_path: Path) -> None:
+    said = rf"another run holds the lock \(pid {other.pid}, since 20..-"
+    with pytest.raises(lock.Held, match=said) as held, lock.hold(tmp_path / "x.lock"):
+        pass
+    assert held.value.holder is not None and held.value.holder.flow_run == "run-1"
+    assert lock.holder(tmp_path / "x.lock") == held.value.holder
+    with lock.hold(tmp_path / "y.lock"):
+        pass
+
+
+def test_who_waits_gets_the_lock_when_it_is_free(other: "subprocess.Popen[str]", tmp_path: Path) -> None:
+    killer = subprocess.Popen(["sh", "-c", f"sleep 0.7; kill -9 {other.pid}"])
+    began = time.monotonic()
+    with lock.hold(tmp_path / "x.lock", overlap="wait"):
+        assert time.monotonic() - began > 0.3
+    killer.wait()
+
+
+def test_a_kill_frees_the_lock_and_children_of_the_holder_do_not_keep_it(
+    other: "subprocess.Popen[str]", tmp_path: Path
+) -> None:
+    other.kill()
+    other.wait()
+    path = tmp_path / "x.lock"
+    assert lock.holder(path) is None
+    with lock.hold(path):
+        child = subprocess.Popen(["sleep", "30"])
+        assert lock.holder(path) is not None and lock.holder(path).pid == os.getpid()
+    try:
+        assert lock.holder(path) is None
+    finally:
+        child.kill()
+        child.wait()
+
+
+def test_a_look_at_the_lock_is_not_taken_for_a_run(tmp_path: Path) -> None:
+    path = tmp_path / "x.lock"
+    path.touch()
+    look = "import sys, time; from pathlib import Path; from flows.lock import taken\n"
+    look += "with taken(Path(sys.argv[1])) as free: print(free, flush=True); time.sleep(0.4)"
+    with subprocess.Popen([sys.executable, "-c", look, str(path)], stdout=subprocess.PIPE, text=True) as looking:
+        assert looking.stdout is not None and looking.stdout.readline() == "True\n"
+        with lock.hold(path):
+            pass
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_a_run_while_another_one_holds_the_pipelines_lock_ends_as_skipped(tiny: Pipeline, root: StateRoot) -> None:
+    from flows.retrain import retrain
+
+    sections = {name: getattr(tiny, name) for name in SECTIONS}
+    path = root.lock("tiny")
+    path.parent.mkdir()
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as holding:
+        assert holding.stdout is not None and holding.stdout.readline() == "held\n"
+        state = retrain("tiny", tiny.model_name, **sections, return_state=True)
+    assert state.is_completed() and state.name == "Skipped"
+    assert f"pid {holding.pid}, since" in state.message and state.result().verdict == "skipped"
+    assert not list(root.corpora.glob("*"))

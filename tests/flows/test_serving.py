@@ -1,0 +1,229 @@
+"""Schedules and deployments: what is refused, what is registered, what changes, and that they really run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from flows.deployed import merged, parameters
+from flows.pipelines import Pipeline, PipelinesFile
+from gptcore.errors import ConfigError
+
+COMMAND = [sys.executable, "-P", "-c", "from flows.cli import main; main()"]  # as the installed `gptflow`
+OPERATIONS = ("promote", "rollback", "prune")
+NIGHT = "pipelines:\n  night:\n    schedule:\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("      cron: 99 2 * * *\n", [":4: pipelines.night.schedule.cron", "99 2 * * *", "minute (0-59)"]),
+        ("      cron: '* * * *'\n", ["no cron expression"]),
+        ("      cron: '@daily'\n", ["no cron expression"]),
+        ("      cron: R 2 * * *\n", ["no cron expression"]),
+        ("      cron: 0 2 * * *\n      interval: 60\n", ["one of cron and interval", "0 2 * * *", "60"]),
+        ("      paused: true\n", ["one of cron and interval", "neither"]),
+        ("      interval: 0\n", ["greater than or equal to 1"]),
+        ("      cron: 0 2 * * *\n      timezone: Mars/Phobos\n", ["Mars/Phobos", "Europe/Berlin"]),
+        ("      crom: 0 2 * * *\n", ["did you mean cron?"]),
+    ],
+)
+def test_a_wrong_schedule_is_refused_with_its_line_and_the_cure(tmp_path: Path, text: str, parts: list[str]) -> None:
+    (tmp_path / "pipelines.yaml").write_text(NIGHT + text)
+    with pytest.raises(ConfigError) as refused:
+        PipelinesFile(tmp_path / "pipelines.yaml").pipeline("night")
+    for part in (*parts, f"{tmp_path}/pipelines.yaml:", "pipelines.night.schedule"):
+        assert part in str(refused.value)
+
+
+@pytest.mark.parametrize("schedule", ["{cron: '*/5 2-4 * * mon', timezone: Europe/Berlin}", "{interval: 3600}"])
+def test_a_schedule_is_read_without_importing_prefect(tmp_path: Path, schedule: str) -> None:
+    (tmp_path / "pipelines.yaml").write_text(f"pipelines: {{night: {{schedule: {schedule}}}}}")
+    program = "import sys; from pathlib import Path; from flows.pipelines import PipelinesFile\n"
+    program += (
+        "assert PipelinesFile(Path('pipelines.yaml')).pipeline('night').schedule; assert 'prefect' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, timeout=60)
+
+
+def test_what_is_given_is_merged_over_the_deployment_field_by_field(tiny: Pipeline) -> None:
+    registered = parameters(tiny, set(Pipeline.model_fields))
+    asked = merged(
+        registered, {**registered, "train": {"max_steps": 5}, "corpus": {"val_fraction": 0.2}, "force": True}
+    )
+    assert asked == tiny.model_copy(
+        update={
+            "train": tiny.train.model_copy(update={"max_steps": 5}),
+            "corpus": tiny.corpus.model_copy(update={"val_fraction": 0.2}),
+        }
+    )
+    # 30 is no multiple of the schema's 4 heads, but of this pipeline's 2.
+    assert merged(registered, {**registered, "model": {"emb_dim": 30}}).model.shape()["n_heads"] == 2
+    with pytest.raises(ConfigError, match="model: emb_dim 31 is not divisible by n_heads 2"):
+        merged(registered, {**registered, "model": {"emb_dim": 31}})
+
+
+class Server:
+    """A Prefect server, asked over REST."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    def ask(self, path: str, body: object = None) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"{self.url}/{path}", data=data, headers={"content-type": "application/json"})
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            return json.load(answer)
+
+    def runs(self) -> list[dict[str, Any]]:
+        return [run for run in self.ask("flow_runs/filter", {}) if run["state"]["type"] != "SCHEDULED"]
+
+    def start(self, pipeline: str, **parameters: object) -> str:
+        identity = self.ask(f"deployments/name/retrain/{pipeline}")["id"]
+        return str(self.ask(f"deployments/{identity}/create_flow_run", {"parameters": parameters})["id"])
+
+    def state(self, run: str) -> dict[str, Any]:
+        return dict(self.ask(f"flow_runs/{run}")["state"])
+
+    def ended(self, run: str, seconds: float = 100) -> dict[str, Any]:
+        ends = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
+        wait_for(lambda: self.state(run)["type"] in ends, seconds)
+        return self.state(run)
+
+
+def wait_for(is_true: Callable[[], object], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not is_true():
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        time.sleep(0.3)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    directory = tmp_path_factory.mktemp("server")
+    port = free_port()
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    environment = clean(PREFECT_HOME=str(directory))
+    with (directory / "server.log").open("w") as log:
+        process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    server = Server(f"http://127.0.0.1:{port}/api")
+    try:
+        wait_for(lambda: answers(f"{server.url}/health"), 120)
+        yield server
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def answers(url: str) -> bool:
+    from flows.servers import answers
+
+    return answers(url)
+
+
+def clean(**more: str) -> dict[str, str]:
+    from flows.state import OPT_OUTS
+
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "MLFLOW_", "GPTFLOW_"))}
+    return {**kept, **OPT_OUTS, "OMP_NUM_THREADS": "1", **more}
+
+
+class Serving:
+    """`gptflow serve` in the project directory, from start to SIGTERM."""
+
+    def __init__(self, project: Path, server: Server) -> None:
+        self.log = project / "serve.log"
+        environment = clean(PREFECT_API_URL=server.url)
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [*COMMAND, "serve"], cwd=project, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
+
+    def __enter__(self) -> list[str]:
+        wait_for(lambda: self.process.poll() is not None or "\nserving " in self.log.read_text(), 90)
+        assert self.process.poll() is None, self.log.read_text()
+        return [line for line in self.log.read_text().splitlines() if not line.startswith("serving")]
+
+    def __exit__(self, *_: object) -> None:
+        self.process.send_signal(signal.SIGTERM)
+        self.process.wait(30)
+
+
+def write(project: Path, **pipelines: dict[str, Any]) -> None:
+    """Lets the file have `pipelines`, each the tiny one with some keys replaced."""
+    path = project / "pipelines.yaml"
+    tiny = yaml.safe_load((project / "tiny.yaml").read_text())
+    path.write_text(json.dumps({"pipelines": {name: {**tiny, **keys} for name, keys in pipelines.items()}}))
+
+
+@pytest.fixture
+def scheduled(project: Path) -> Path:
+    tiny = yaml.safe_load((project / "pipelines.yaml").read_text())["pipelines"]["tiny"]
+    (project / "tiny.yaml").write_text(yaml.safe_dump(tiny))
+    # Another package of the same name in the working directory is not what runs.
+    (project / "flows").mkdir()
+    (project / "flows" / "__init__.py").write_text("raise RuntimeError('the wrong flows')")
+    return project
+
+
+@pytest.mark.slow
+def test_what_the_file_says_is_what_the_server_has_and_the_changes_are_named(scheduled: Path, server: Server) -> None:
+    write(scheduled, one={"schedule": {"cron": "0 2 * * *", "timezone": "Europe/Berlin"}}, two={"tags": ["mine"]})
+    with Serving(scheduled, server) as lines:
+        assert lines == ["added      one", "added      two", *(f"added      {name}" for name in OPERATIONS)]
+        schedule = server.ask("deployments/name/retrain/one")["schedules"]
+        assert [(one["schedule"]["cron"], one["schedule"]["timezone"], one["active"]) for one in schedule] == [
+            ("0 2 * * *", "Europe/Berlin", True)
+        ]
+        assert {"gptflow", "mine"} < set(server.ask("deployments/name/retrain/two")["tags"])
+    write(scheduled, one={}, three={"schedule": {"interval": 7200, "paused": True}})
+    with Serving(scheduled, server) as lines:
+        assert lines == [
+            "changed    one",
+            "added      three",
+            "unchanged  promote",
+            "unchanged  rollback",
+            "changed    prune",  # its form lists how much each pipeline's model keeps
+            "removed    two",
+        ]
+        assert server.ask("deployments/name/retrain/one")["schedules"] == []
+        (schedule,) = server.ask("deployments/name/retrain/three")["schedules"]
+        assert (schedule["schedule"]["interval"], schedule["active"]) == (7200.0, False)
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            server.ask("deployments/name/retrain/two")
+    with Serving(scheduled, server) as lines:
+        assert lines == ["unchanged  one", "unchanged  three", *(f"unchanged  {name}" for name in OPERATIONS)]
+
+
+@pytest.mark.slow
+def test_a_cron_deployment_retrains_and_what_is_given_to_a_run_keeps_the_rest(scheduled: Path, server: Server) -> None:
+    write(scheduled, cron={"schedule": {"cron": "* * * * *"}}, form={})
+    with Serving(scheduled, server):
+        run = server.start("form", train={"max_steps": 5})
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            server.start("form", train={"max_steps": -5})
+        assert b"-5 is less than the minimum of 1" in refused.value.read()
+        assert server.ended(run)["type"] == "COMPLETED"
+        (directory,) = (scheduled / "mlruns" / "runs" / "form").iterdir()
+        trained = json.loads((directory / "config.json").read_text())
+        assert (trained["train"]["max_steps"], trained["train"]["learning_rate"]) == (5, 0.01)
+        assert (trained["train"]["batch_size"], trained["model"]["emb_dim"]) == (8, 32)
+        wait_for(lambda: [run for run in server.runs() if run["state"]["name"] == "Promoted"], 110)

@@ -30,7 +30,12 @@ _STARTING = timedelta(seconds=5)
 
 def reconcile(client: SyncPrefectClient, root: StateRoot) -> list[str]:
     """Ends the runs that a crash left: as Crashed in Prefect, as KILLED in MLflow. Returns a line about each."""
-    return [*_prefect_runs(client, root), *_mlflow_runs(root)]
+    return [*_prefect_runs(client, root), *close_orphans(root)]
+
+
+def close_orphans(root: StateRoot) -> list[str]:
+    """Ends, as KILLED, the MLflow runs that no process works on any more. Returns a line about each."""
+    return list(_mlflow_runs(root))
 
 
 def _prefect_runs(client: SyncPrefectClient, root: StateRoot) -> Iterator[str]:

@@ -114,6 +114,7 @@ class _Retraining:
         self.seconds: dict[str, float] = {}
 
     def run(self) -> State[Outcome]:
+        tracking.open_database(self.root)
         for parent in (self.root.corpora, self.root.tokens):
             manifest.sweep(parent)
         corpus = self.pipeline.corpus
@@ -130,7 +131,7 @@ class _Retraining:
         try:
             outcome = self.trained(run, snapshot, tokens, mlflow_run_id, attempt)
         except BaseException as error:
-            tracking.close_run(self.root, mlflow_run_id, _mlflow_status(error), _failure_tags(error))
+            tracking.close_interrupted(self.root, mlflow_run_id, _mlflow_status(error), _failure_tags(error))
             raise
         name = "Promoted" if outcome.verdict == "promoted" else "Kept champion"
         return Completed(name=name, message=outcome.reason, data=outcome)

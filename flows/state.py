@@ -35,18 +35,22 @@ class StateRoot:
 
     @property
     def corpora(self) -> Path:
+        """Committed corpus snapshots, shared by all pipelines."""
         return self.path / "corpora"
 
     @property
     def tokens(self) -> Path:
+        """Committed token directories, shared by all pipelines."""
         return self.path / "tokens"
 
     @property
     def artifacts(self) -> Path:
+        """MLflow's files, by experiment."""
         return self.path / "artifacts"
 
     @property
     def logs(self) -> Path:
+        """What libraries and servers said."""
         return self.path / "logs"
 
     @property

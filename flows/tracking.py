@@ -4,7 +4,10 @@ With registry.py the only place that talks to MLflow. A retry, or a run after a 
 on with it, so nothing is doubled; metrics carry the trainer's own timestamps.
 """
 
+import fcntl
 import json
+import logging
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +15,7 @@ from typing import Any
 
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, Metric, Param, RunStatus, RunTag
+from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 from flows.pipelines import RUNNING_KEYS, Pipeline
@@ -33,11 +37,17 @@ LOGGED = (
 """What of a line of metrics.jsonl becomes an MLflow metric."""
 _BATCH = 1000  # MLflow's limit on metrics per request
 _SYSTEM_METRICS_SECONDS = 5
+_CLOSING_PAUSES = (0.0, 0.5, 2.0)
 
 
 def open_database(root: StateRoot) -> None:
-    """Connects to MLflow, which makes a new database's tables. That takes seconds, which can pass beside others."""
-    MlflowClient(root.tracking_uri).search_experiments(max_results=1)
+    """Connects to MLflow, which makes a new database's tables: seconds, which can pass beside others.
+
+    One process at a time: two that make the same tables break each other's migration.
+    """
+    with (root.path / "mlflow.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        MlflowClient(root.tracking_uri).search_experiments(max_results=1)
 
 
 def open_run(root: StateRoot, pipeline: Pipeline, run_key: str, attempt: int, tags: Mapping[str, str]) -> str:
@@ -122,6 +132,20 @@ def close_run(root: StateRoot, run_id: str, status: str, tags: Mapping[str, str]
     client = MlflowClient(root.tracking_uri)
     client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
     client.set_terminated(run_id, RunStatus.to_string(RunStatus.from_string(status)))
+
+
+def close_interrupted(root: StateRoot, run_id: str, status: str, tags: Mapping[str, str]) -> None:
+    """As `close_run`, for a run that an error ends: MLflow may be away or locked, and must not hide that error.
+
+    It is tried for some seconds; what stays open then, the next start ends.
+    """
+    for seconds in _CLOSING_PAUSES:
+        time.sleep(seconds)
+        try:
+            return close_run(root, run_id, status, tags)
+        except MlflowException as error:
+            logging.getLogger(__name__).warning("MLflow run %s is not closed yet: %s", run_id, error)
+    return None
 
 
 def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

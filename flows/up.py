@@ -219,6 +219,10 @@ class _Supervisor:
         for process in filter(_lives, below):
             with suppress(psutil.NoSuchProcess):
                 process.kill()
+        if asked:
+            from flows.reconcile import close_orphans  # Prefect and MLflow: seconds that starting need not wait for
+
+            close_orphans(self.root)  # a flow run that was stopped in the middle of a write could not say so itself
         (self.root.path / "up.json").unlink(missing_ok=True)
         click.echo("stopped")
 

@@ -50,18 +50,22 @@ class RunDirectory:
 
     @property
     def metrics(self) -> Path:
+        """One line of JSON per update."""
         return self.path / "metrics.jsonl"
 
     @property
     def checkpoints(self) -> Path:
+        """Holds step-XXXXXXXX/ while the training is unfinished."""
         return self.path / "checkpoints"
 
     @property
     def final(self) -> Path:
+        """Committed when the training is finished."""
         return self.path / "final"
 
     @property
     def weights(self) -> Path:
+        """The best weights, once the training is finished."""
         return self.final / "model.safetensors"
 
     def prepare(self, config: RunConfig) -> None:
@@ -133,6 +137,7 @@ class RunDirectory:
             _write_atomically(self.path / "failure.json", json.dumps(body) + "\n")
 
     def clear_failure(self) -> None:
+        """Forgets why the last attempt failed: a new one begins."""
         (self.path / "failure.json").unlink(missing_ok=True)
 
     def failure(self) -> GPTCoreError | None:

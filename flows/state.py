@@ -97,8 +97,6 @@ class StateRoot:
             "MLFLOW_TRACKING_URI": self.tracking_uri,
             "PREFECT_HOME": str(self.prefect / "ephemeral"),
             "PREFECT_RUNNER_POLL_FREQUENCY": "2",
-            "PREFECT_SERVER_EPHEMERAL_ENABLED": "true",
-            "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
         }
         if (servers := running_servers(self.path)) is not None:
             own["PREFECT_API_URL"] = servers.prefect_api

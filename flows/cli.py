@@ -42,9 +42,9 @@ class _RunCommand(click.Command):
     """`gptflow run`, whose help lists every key of the configuration."""
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        from flows.pipelines import FILE_SECTIONS, Pipeline
+        from flows.pipelines import SECTIONS, Pipeline
 
-        for section in FILE_SECTIONS:
+        for section in SECTIONS:
             fields = Pipeline.model_fields[section].annotation.model_fields  # type: ignore[union-attr]
             with formatter.section(f"Keys of {section}"):
                 formatter.write_dl(

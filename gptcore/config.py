@@ -206,8 +206,22 @@ class GateConfig(Section):
 
 
 class RetrainConfig(Section):
-    """How long the traces of a training are kept."""
+    """When a run has a reason to train, and how long the traces of a training are kept.
 
+    Each run compares the text with what the newest finished training learned from, whatever became of that one. Other
+    settings are always a reason.
+    """
+
+    when: Literal["change", "share", "drift", "always"] = "change"
+    """What is a reason to train: any change of the text; a share of new text above min_new_share; a champion that
+    is worse on the new text than on its own holdout, by more than drift_margin; or always one."""
+    min_new_share: Fraction = 0.05
+    """For when: share. The part of the text that has to be new."""
+    drift_margin: Annotated[Finite, Field(ge=0, le=8)] = 0.1
+    """For when: drift. Bits per byte by which the champion has to be worse on the new text."""
+    unfinished: Literal["finish", "restart"] = "finish"
+    """What to do about a training that was paused or interrupted while the text has changed since: finish it, on the
+    text that it began with, or leave it and start anew."""
     keep: Annotated[int, Field(ge=1, le=10_000)] = 10
     """How many of the model's newest versions keep their files. `gptflow prune` frees those of older versions, except
     for the champion's, of what a rollback may reach, and of what kept versions were made from."""

@@ -61,6 +61,8 @@ class Tokens:
     """The tokenizer's name."""
     counts: dict[str, int]
     """Tokens on each side."""
+    tokenizer_sha256: str
+    """Identity of the vocabulary."""
 
     def side(self, side: str) -> np.ndarray:
         """The ids of "train" or "val", mapped from disk: (tokens,) uint16, or uint32 for more than 65,536 entries."""
@@ -76,7 +78,7 @@ class Tokens:
 def load_tokens(path: Path) -> Tokens:
     """The token directory at `path`. Raises CheckpointError if it was never completed or a file changed its size."""
     about = manifest.about(path)
-    keys = ("sha256", "n_vocab", "eot", "tokenizer", "counts")
+    keys = ("sha256", "n_vocab", "eot", "tokenizer", "counts", "tokenizer_sha256")
     tokens = Tokens(path=path, **{key: about[key] for key in keys})
     for side, count in tokens.counts.items():
         file, expected = path / f"{side}.bin", count * _dtype(tokens.n_vocab).itemsize
@@ -113,6 +115,16 @@ def tokenize(snapshot: Path, name: str, tokens_root: Path, processes: int | None
             }
         manifest.commit(staged, goal, _about(source.sha256, identity, tokenizer, counts))
     return load_tokens(goal)
+
+
+def encode_side(snapshot: Path, side: str, vocabulary: Path) -> Iterator[np.ndarray]:
+    """The ids of one side of a snapshot, in parts, as `tokenize` writes them for the tokenizer saved in `vocabulary`.
+
+    They are not kept: it is for looking at one text through the tokenizer of another. Raises TokenizerError.
+    """
+    processes = _processes_for((snapshot / f"{side}.txt").stat().st_size)
+    with _encoder(Tokenizer.load(vocabulary), vocabulary, processes) as encoded:
+        yield from encoded(_batches(_passages(snapshot, side)))
 
 
 def _passages(snapshot: Path, side: str) -> Iterator[Iterator[str]]:

@@ -84,13 +84,24 @@ def bundle_path(root: StateRoot, name: str, version: str) -> Path:
 def describe(root: StateRoot, found: ModelVersion) -> dict[str, Any]:
     """A version's whole lineage as one object."""
     name, number = found.name, str(found.version)
-    lineage = json.loads((bundle_path(root, name, number) / "lineage.json").read_text())
     return {
         **summary(root, found),
-        **lineage,
+        **lineage_of(root, name, number),
         "mlflow_run_id": found.run_id,
         "uri": f"models:/{name}/{number}",
     }
+
+
+def lineage_of(root: StateRoot, name: str, version: str) -> dict[str, Any]:
+    """What the version's lineage.json says. Raises RegistryError if it is gone or damaged."""
+    path = bundle_path(root, name, version) / "lineage.json"
+    try:
+        lineage: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise RegistryError(
+            f"models:/{name}/{version} has no readable lineage, {path}: {error}. Restore its artifacts from a backup."
+        ) from None
+    return lineage
 
 
 def summary(root: StateRoot, found: ModelVersion) -> dict[str, Any]:

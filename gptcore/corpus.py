@@ -33,6 +33,8 @@ _DROPPED = (
     "guard_runs",
     "guard_bytes",
 )
+DOCUMENTS = "documents.jsonl"
+"""The list of a snapshot's documents: name, source, sha256 and bytes of each."""
 _TRAIN_BLOCKS = "train-blocks.jsonl"
 _RAW_TRAIN, _RAW_TRAIN_BLOCKS = "train.raw", "train-blocks.raw"
 
@@ -218,7 +220,7 @@ def _publish(cfg: CorpusConfig, spool: Spool, goal: Path, about: dict[str, Any])
         counts = {name: written[name].blocks for name in SIDES}
         sizes = {name: (staged / f"{name}.txt").stat().st_size for name in SIDES}
         _check_sides(cfg, counts, sizes, dropped)
-        spool.write_list(staged / "documents.jsonl")
+        spool.write_list(staged / DOCUMENTS)
         totals = {"documents": len(spool.documents), "blocks": counts, "bytes": sizes, "dropped": dict(dropped)}
         manifest.commit(staged, goal, {**about, **totals})
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from gptcore.corpus import Block, block_entries
+from gptcore.corpus import DOCUMENTS, Block, block_entries
 from gptcore.split import SIDES
 from gptcore.tokens import Tokens, encode_side
 
@@ -117,7 +117,7 @@ class _Contents:
 
     @classmethod
     def of(cls, path: Path) -> "_Contents":
-        with (path / "documents.jsonl").open() as lines:
+        with (path / DOCUMENTS).open() as lines:
             documents = {entry["sha256"]: entry["name"] for entry in map(json.loads, lines)}
         rows, digests = array("q"), bytearray()
         for number, side in enumerate(SIDES):

@@ -2,6 +2,9 @@
 
 import importlib.util
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Self
@@ -55,6 +58,33 @@ class ScheduleConfig(Section):
             given = "neither" if self.cron is None else f"cron {self.cron!r} and interval {self.interval}"
             raise ValueError(f"give one of cron and interval (given: {given})")
         return self
+
+
+def due_times(schedule: ScheduleConfig, after: datetime) -> Iterator[datetime]:
+    """The times in UTC after `after` (aware of its time zone) at which the schedule starts a run, for ever.
+
+    Whether it is paused does not count. A cron expression that no day fits, such as 30 February, has none.
+    """
+    after, zone = after.astimezone(UTC), ZoneInfo(schedule.timezone)
+    if schedule.interval is not None:
+        anchor, step = interval_anchor(schedule).astimezone(UTC), timedelta(seconds=schedule.interval)
+        due = anchor + (after - anchor) // step * step
+        while True:
+            due += step
+            yield due
+    croniter = _croniter()
+    # Without a time zone: croniter is an hour off where a night has 23 hours.
+    times = croniter.croniter(schedule.cron, after.astimezone(zone).replace(tzinfo=None))
+    with suppress(croniter.CroniterBadDateError):
+        while True:
+            due = times.get_next(datetime).replace(tzinfo=zone).astimezone(UTC)
+            if due > after:
+                yield due
+
+
+def interval_anchor(schedule: ScheduleConfig) -> datetime:
+    """From when an interval is counted."""
+    return datetime(2020, 1, 1, tzinfo=ZoneInfo(schedule.timezone))
 
 
 def _croniter() -> ModuleType:

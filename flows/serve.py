@@ -7,9 +7,8 @@ state root that they belong to. A deployment with both tags that the file no lon
 
 import asyncio
 import os
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import Any
-from zoneinfo import ZoneInfo
 
 import click
 from prefect import Flow
@@ -20,12 +19,12 @@ from prefect.runner import Runner
 from prefect.schedules import Cron, Interval, Schedule
 from prefect.types.entrypoint import EntrypointType
 
-from flows import deployed
+from flows import deployed, successes
 from flows.operate import OPERATIONS, registered_parameters
 from flows.pipelines import Pipeline, PipelinesFile
 from flows.reconcile import reconcile
 from flows.retrain import retrain
-from flows.schedule import ScheduleConfig
+from flows.schedule import ScheduleConfig, interval_anchor
 from flows.state import StateRoot
 from flows.up import READY
 from gptcore import manifest
@@ -46,6 +45,7 @@ def serve(file: PipelinesFile, root: StateRoot, limit: int, must_reconcile: bool
     with get_client(sync_client=True) as client:
         lines = reconcile(client, root) if must_reconcile else []
         lines += changes(client, wanted, root)
+    successes.expect(root, map(file.pipeline, file.names()))
     for deployment in wanted:
         runner.add_deployment(deployment)
     click.echo("\n".join([*lines, f"{READY} {len(wanted)} deployments, at most {limit} runs at once"]))
@@ -119,9 +119,7 @@ def _schedule(asked: ScheduleConfig) -> Schedule:
     if asked.cron is not None:
         return Cron(asked.cron, **options)
     assert asked.interval is not None, "a schedule has a cron expression or an interval"
-    return Interval(
-        timedelta(seconds=asked.interval), anchor_date=datetime(2020, 1, 1, tzinfo=ZoneInfo(asked.timezone)), **options
-    )
+    return Interval(timedelta(seconds=asked.interval), anchor_date=interval_anchor(asked), **options)
 
 
 def _home(root: StateRoot) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 from mlflow.entities.model_registry import ModelVersion
 
 from flows import registry
+from flows.loading import load
 from flows.pipelines import Pipeline
 from flows.state import StateRoot
 from gptcore import manifest
@@ -60,7 +61,7 @@ def start_of(root: StateRoot, pipeline: Pipeline) -> Start | None:
         found = registry.resolve(root, asked)
     if found is None:
         return None
-    _check_fits(pipeline, registry.uri_of(found), registry.load(root, found), _cfg(root, found))
+    _check_fits(pipeline, registry.uri_of(found), load(root, found), _cfg(root, found))
     return start(root, found)
 
 
@@ -74,7 +75,7 @@ def start(root: StateRoot, found: ModelVersion) -> Start:
 def line_of(root: StateRoot, found: ModelVersion) -> list[Ancestor]:
     """The version and its ancestors, newest first. Raises RegistryError if its lineage cannot be read."""
     own = {"uri": registry.uri_of(found), **{key: found.tags.get(key) for key in ("weights_sha256", "corpus_sha256")}}
-    return [own, *registry.lineage_of(root, found).get("ancestors", ())]
+    return [own, *registry.lineage_of(root, found.name, str(found.version)).get("ancestors", ())]
 
 
 def texts_of(root: StateRoot, line: list[Ancestor]) -> Iterator[tuple[Path, str]]:

@@ -17,10 +17,12 @@ import gptcore
 from flows.pipelines import RUNNING_KEYS, Pipeline
 from gptcore import manifest
 from gptcore.bundle import num_parameters
+from gptcore.config import SAVING_KEYS
 from gptcore.corpus import DOCUMENTS, Snapshot
 from gptcore.data import Tokens
 from gptcore.dossier import Scores
 from gptcore.rundir import Result, RunDirectory
+from gptcore.train import TRAINING_VERSION
 
 PACKAGES = (
     "gptflow",
@@ -38,11 +40,14 @@ PACKAGES = (
 
 # What a run key does not depend on: where text was read from (its content counts), what is only looked at or kept.
 _CORPUS_KEYS_OUTSIDE = {"sources"}
-_TRAIN_KEYS_OUTSIDE = {"checkpoint_seconds", "checkpoint_steps", "keep_checkpoints"}
+_TRAIN_KEYS_OUTSIDE = {*SAVING_KEYS, "start_from"}  # of the start, its weights count
 
 
-def run_key(pipeline: Pipeline, tokens: Tokens, training_version: int) -> str:
-    """Names a training: equal keys train equal weights. `pipeline.train` must be resolved (no auto)."""
+def run_key(pipeline: Pipeline, tokens: Tokens, training_version: int, start_sha256: str | None = None) -> str:
+    """Names a training: equal keys train equal weights. `pipeline.train` must be resolved (no auto).
+
+    `start_sha256` is of the weights that it starts from; None for scratch.
+    """
     return manifest.sha256_of(
         {
             "pipeline": pipeline.name,
@@ -51,7 +56,20 @@ def run_key(pipeline: Pipeline, tokens: Tokens, training_version: int) -> str:
             "corpus": pipeline.corpus.model_dump(mode="json", exclude=_CORPUS_KEYS_OUTSIDE),
             "model": pipeline.model.for_vocabulary(tokens.n_vocab),
             "train": pipeline.train.model_dump(mode="json", exclude=_TRAIN_KEYS_OUTSIDE),
+            "start": start_sha256,
             "training_version": training_version,
+        }
+    )
+
+
+def settings_key(pipeline: Pipeline) -> str:
+    """Names what is asked for, apart from the text: where it differs, training again has a reason."""
+    return manifest.sha256_of(
+        {
+            "corpus": pipeline.corpus.model_dump(mode="json", exclude=_CORPUS_KEYS_OUTSIDE),
+            "model": {**pipeline.model.model_dump(mode="json", exclude={"size"}), **pipeline.model.shape()},
+            "train": pipeline.train.model_dump(mode="json", exclude={*SAVING_KEYS}),
+            "training_version": TRAINING_VERSION,
         }
     )
 
@@ -76,6 +94,8 @@ def lineage(
         "weights_sha256": result.weights_sha256,
         "parameters": num_parameters(run.weights),
         "run_key": run.config().run_key,
+        "settings_key": settings_key(pipeline),
+        "started_from": ancestors[0]["uri"] if ancestors else None,
         "corpus_sha256": snapshot.sha256,
         "documents_sha256": manifest.sha256_of_file(snapshot.path / DOCUMENTS),
         "corpus": {

@@ -12,6 +12,7 @@ from mlflow.entities.model_registry import ModelVersion
 
 from flows import registry
 from flows.lineage import settings_key
+from flows.loading import load
 from flows.pipelines import Pipeline
 from flows.state import StateRoot
 from flows.tracking import flat
@@ -111,7 +112,7 @@ def _drift(
     seen = root.corpora / champion.tags.get("corpus_sha256", "")[:16]
     try:
         chosen = new_blocks(seen, snapshot.path, DRIFT_BYTES)
-        loaded = registry.load(root, champion)
+        loaded = load(root, champion)
     except (CheckpointError, registry.RegistryError) as error:
         return None, (label, f"unknown: {error}")
     own = champion.tags.get("holdout_bits_per_byte")
@@ -138,7 +139,7 @@ def _settings_sentence(root: StateRoot, pipeline: Pipeline, newest: ModelVersion
     """Which settings are others than those of the newest training."""
     sentence = f"the settings are not those of version {newest.version}"
     try:
-        then = flat(registry.lineage_of(root, newest)["config"])
+        then = flat(registry.lineage_of(root, newest.name, str(newest.version))["config"])
     except (registry.RegistryError, KeyError):
         return sentence
     now = flat(pipeline.model_dump(mode="json"))

@@ -71,6 +71,8 @@ def _tags(lineage: Mapping[str, Any]) -> dict[str, str]:
     """What of the lineage is short enough to be searched for."""
     keys = (
         "pipeline",
+        "settings_key",
+        "started_from",
         "weights_sha256",
         "parameters",
         "holdout_bits_per_byte",

@@ -126,6 +126,9 @@ class TrainConfig(Section):
     """Tokens trained on."""
     max_seconds: Annotated[Finite, Field(gt=0)] | None = None
     """Seconds spent in updates, over every attempt. A run with this budget is not repeatable bit for bit."""
+    session_seconds: Annotated[Finite, Field(gt=0)] | None = None
+    """Seconds after which a run saves and pauses, evaluations and saving included; the next one goes on. It makes one
+    update at least. Sessions do not change the weights. Empty: a run trains to the end."""
     batch_size: Annotated[int, Field(ge=1, le=65_536)] = 16
     """Windows per forward pass."""
     accumulation: Annotated[int, Field(ge=1, le=65_536)] = 1
@@ -176,6 +179,11 @@ class TrainConfig(Section):
         if self.max_steps is self.max_epochs is self.max_tokens is self.max_seconds is None:
             raise ValueError("no budget: give at least one of max_steps, max_epochs, max_tokens, max_seconds")
         return self
+
+
+SAVING_KEYS = frozenset({"checkpoint_seconds", "checkpoint_steps", "keep_checkpoints", "session_seconds"})
+"""Keys of `train` that say when work is saved and paused. The weights do not depend on them, so they may change from
+one attempt to the next."""
 
 
 class SampleConfig(Section):

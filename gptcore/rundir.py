@@ -1,11 +1,12 @@
 """The run directory: the contract between a training and whoever starts, follows or reads it.
 
-    config.json     what to train, written once by whoever prepares the directory (`RunConfig`)
+    config.json     what to train, written by whoever prepares the directory (`RunConfig`)
     lock            held by the one trainer that may write here
     metrics.jsonl   one line per update, with the losses on those updates that were evaluated
     checkpoints/    step-XXXXXXXX/, see gptcore.checkpoint
     final/          the best weights and the result; its presence means that the training is finished
     failure.json    why the last attempt ended, if it failed
+    paused.json     how far the last attempt came, if its session was over before the training was
 
 Training itself lives in gptcore.train; nothing here needs torch.
 """
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from gptcore import errors, manifest
-from gptcore.config import RunConfig, parse
+from gptcore.config import SAVING_KEYS, RunConfig, parse
 from gptcore.errors import CheckpointError, ConfigError, GPTCoreError, TrainingDiverged
 
 Metrics = dict[str, Any]
@@ -40,6 +41,18 @@ class Result:
     """Nats per token on the val split, at best_step."""
     weights_sha256: str
     """Of final/model.safetensors: the weights of best_step."""
+
+
+@dataclass(frozen=True)
+class Paused:
+    """How a session ended before its training did, with everything saved."""
+
+    reason: str
+    """The key of `train` whose limit was reached: session_seconds."""
+    step: int
+    """Updates completed, over all sessions."""
+    seconds: float
+    """Length of this session."""
 
 
 @dataclass(frozen=True)
@@ -69,16 +82,28 @@ class RunDirectory:
         return self.final / "model.safetensors"
 
     def prepare(self, config: RunConfig) -> None:
-        """Writes config.json. Raises CheckpointError if the directory is for another training already."""
-        path = self.path / "config.json"
-        if path.exists():
-            if (there := self.config().run_key) != config.run_key:
-                raise CheckpointError(
-                    f"{self.path} belongs to run key {there[:16]}, not {config.run_key[:16]}: take another directory."
-                )
+        """Writes config.json; where it is for the same training, takes over when to save and to pause.
+
+        Raises CheckpointError if the directory is for another training already, GPTCoreError if it would have to be
+        changed while it is being trained.
+        """
+        if not (self.path / "config.json").exists():
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._write_config(config)
             return
-        self.path.mkdir(parents=True, exist_ok=True)
-        _write_atomically(path, config.model_dump_json(indent=1) + "\n")
+        there = self.config()
+        if there.run_key != config.run_key:
+            raise CheckpointError(
+                f"{self.path} belongs to run key {there.run_key[:16]}, not {config.run_key[:16]}: "
+                "take another directory."
+            )
+        train = there.train.model_copy(update={key: getattr(config.train, key) for key in SAVING_KEYS})
+        if train != there.train:
+            with self.lock():
+                self._write_config(there.model_copy(update={"train": train}))
+
+    def _write_config(self, config: RunConfig) -> None:
+        _write_atomically(self.path / "config.json", config.model_dump_json(indent=1) + "\n")
 
     def config(self) -> RunConfig:
         """Reads config.json. Raises ConfigError if it is missing or wrong."""
@@ -136,9 +161,19 @@ class RunDirectory:
         with suppress(OSError):  # on a full disk there may be no room for the reason; the exit code remains
             _write_atomically(self.path / "failure.json", json.dumps(body) + "\n")
 
-    def clear_failure(self) -> None:
-        """Forgets why the last attempt failed: a new one begins."""
-        (self.path / "failure.json").unlink(missing_ok=True)
+    def record_pause(self, paused: Paused) -> None:
+        """Tells whoever started the trainer that it was no signal that ended it."""
+        _write_atomically(self.path / "paused.json", json.dumps(asdict(paused)) + "\n")
+
+    def paused(self) -> Paused | None:
+        """How the last attempt ended, if its session was over before the training was."""
+        path = self.path / "paused.json"
+        return Paused(**json.loads(path.read_text())) if path.exists() else None
+
+    def forget_ending(self) -> None:
+        """Forgets why the last attempt failed or paused: a new one begins."""
+        for name in ("failure.json", "paused.json"):
+            (self.path / name).unlink(missing_ok=True)
 
     def failure(self) -> GPTCoreError | None:
         """The error that ended the last attempt, as an exception of its class."""

@@ -12,7 +12,7 @@ import pytest
 from gptcore import manifest, rundir
 from gptcore.config import RunConfig
 from gptcore.errors import CheckpointError, ConfigError, CorpusError, GPTCoreError, TrainingDiverged
-from gptcore.rundir import MetricsReader, Result, RunDirectory, result_about
+from gptcore.rundir import MetricsReader, Paused, Result, RunDirectory, result_about
 
 CONFIG = {
     "training_version": 1,
@@ -57,6 +57,26 @@ def test_preparing_again_for_the_same_training_changes_nothing(run):
     before = (run.path / "config.json").stat()
     run.prepare(RunConfig(**CONFIG))
     assert (run.path / "config.json").stat() == before
+
+
+SAVED_OTHERWISE = {"session_seconds": 60.0, "checkpoint_seconds": None, "checkpoint_steps": 7, "keep_checkpoints": 5}
+
+
+def saved_otherwise(**train):
+    return RunConfig(**{**CONFIG, "train": {**CONFIG["train"], **SAVED_OTHERWISE, **train}})
+
+
+def test_preparing_again_takes_over_when_to_save_and_pause_and_nothing_else(run):
+    run.prepare(saved_otherwise(learning_rate=0.5))
+    assert run.config() == saved_otherwise()
+
+
+def test_a_directory_that_is_being_trained_is_not_changed(run):
+    with run.lock(), pytest.raises(GPTCoreError, match=f"is being trained by process {os.getpid()}"):
+        run.prepare(saved_otherwise())
+    with run.lock():
+        run.prepare(RunConfig(**CONFIG))
+    assert run.config() == RunConfig(**CONFIG)
 
 
 def test_preparing_for_another_training_is_refused_with_both_keys(run):
@@ -172,8 +192,16 @@ def test_a_failure_comes_back_as_the_error_that_it_was(run, error):
     )
 
 
-def test_a_cleared_failure_is_gone(run):
+def test_a_pause_is_told_until_the_next_attempt_begins(run):
+    assert run.paused() is None
+    run.record_pause(Paused("session_seconds", 12, 3.5))
+    assert run.paused() == Paused("session_seconds", 12, 3.5)
+    run.forget_ending()
+    assert run.paused() is None
+
+
+def test_a_forgotten_failure_is_gone(run):
     run.record_failure(GPTCoreError("x"))
-    run.clear_failure()
-    run.clear_failure()
+    run.forget_ending()
+    run.forget_ending()
     assert run.failure() is None

@@ -19,13 +19,14 @@ from flows.state import StateRoot
 from gptcore import manifest
 from gptcore.bundle import WEIGHTS, Loaded
 from gptcore.errors import CheckpointError, ConfigError
+from gptcore.tokenizer import Tokenizer
 
 SCRATCH = "scratch"
 Ancestor = Mapping[str, str | None]
 
 
 @dataclass(frozen=True)
-class Start:
+class WarmStart:
     """The version that a training starts from."""
 
     uri: str
@@ -40,13 +41,12 @@ class Start:
         """Its weights, as safetensors."""
         return self.bundle / WEIGHTS
 
-    @property
-    def vocabulary(self) -> Path:
-        """Its saved tokenizer."""
-        return self.bundle / "tokenizer"
+    def tokenizer(self) -> Tokenizer:
+        """Its tokenizer, which the training keeps."""
+        return Tokenizer.load(self.bundle / "tokenizer")
 
 
-def start_of(root: StateRoot, pipeline: Pipeline) -> Start | None:
+def start_of(root: StateRoot, pipeline: Pipeline) -> WarmStart | None:
     """What `train.start_from` means now; None for scratch, or for the champion where there is none yet.
 
     Raises UnknownVersion, RegistryError if the version is damaged, and ConfigError if it has another tokenizer or shape
@@ -65,11 +65,11 @@ def start_of(root: StateRoot, pipeline: Pipeline) -> Start | None:
     return start(root, found)
 
 
-def start(root: StateRoot, found: ModelVersion) -> Start:
+def start(root: StateRoot, found: ModelVersion) -> WarmStart:
     """A registered version as a start. Raises RegistryError if its files are gone."""
     bundle = registry.bundle_path(root, found.name, str(found.version))
     digest = found.tags.get("weights_sha256") or manifest.sha256_of_file(bundle / WEIGHTS)
-    return Start(registry.uri_of(found), bundle, digest, tuple(line_of(root, found)))
+    return WarmStart(registry.uri_of(found), bundle, digest, tuple(line_of(root, found)))
 
 
 def line_of(root: StateRoot, found: ModelVersion) -> list[Ancestor]:

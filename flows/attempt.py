@@ -16,12 +16,12 @@ from typing import Any
 from mlflow.entities.model_registry import ModelVersion
 
 from flows import ancestry, registry
-from flows.ancestry import Ancestor, Start
+from flows.ancestry import Ancestor, WarmStart
 from flows.lineage import run_key
 from flows.pipelines import Pipeline
 from flows.state import StateRoot
 from gptcore import manifest
-from gptcore.config import RunConfig, StartConfig
+from gptcore.config import RunConfig, Start
 from gptcore.corpus import Snapshot, load_snapshot
 from gptcore.data import Tokens, load_tokens
 from gptcore.errors import CheckpointError, ConfigError, TrainingDiverged
@@ -46,7 +46,7 @@ class Attempt:
 
 
 def number_of(
-    root: StateRoot, pipeline: Pipeline, tokens: Tokens, start: Start | None, force: bool, sources_overridden: bool
+    root: StateRoot, pipeline: Pipeline, tokens: Tokens, start: WarmStart | None, force: bool, sources_overridden: bool
 ) -> int | None:
     """The attempt at a training to work on; None if an earlier one has its verdict and none is to follow it."""
     newest = registry.find(root, pipeline.model_name, _key(pipeline, tokens, start))
@@ -63,18 +63,27 @@ def prepare(
     pipeline: Pipeline,
     snapshot: Snapshot,
     tokens: Tokens,
-    start: Start | None,
+    start: WarmStart | None,
     number: int,
     sources_overridden: bool = False,
 ) -> Attempt:
     """Makes the run directory, and notes that it is the one that the pipeline works on."""
     key = _key(pipeline, tokens, start)
     run = RunDirectory(root.run_directory(pipeline.name, key, number))
-    began_with = start and StartConfig(uri=start.uri, weights_sha256=start.weights_sha256)
-    config = run_config(pipeline, tokens, f"../../../tokens/{tokens.path.name}", key, began_with)
-    run.prepare(config, start and start.weights)
+    configure(run, pipeline, tokens, f"../../../tokens/{tokens.path.name}", start)
     _note(run.path, sources_overridden)
     return Attempt(run, key, number, snapshot, tokens, start.ancestors if start else ())
+
+
+def configure(
+    run: RunDirectory, pipeline: Pipeline, tokens: Tokens, tokens_path: str, start: WarmStart | None
+) -> None:
+    """Makes `run` the run directory of this training. `tokens_path` is as it stands in config.json.
+
+    Raises CheckpointError if it belongs to another training.
+    """
+    began_with = start and Start(uri=start.uri, weights_sha256=start.weights_sha256)
+    run.prepare(_config(pipeline, tokens, tokens_path, began_with), start and start.weights)
 
 
 def unfinished(root: StateRoot, pipeline: Pipeline, sources_overridden: bool = False) -> Attempt | None:
@@ -100,24 +109,8 @@ def unfinished(root: StateRoot, pipeline: Pipeline, sources_overridden: bool = F
     has_diverged = isinstance(run.failure(), TrainingDiverged)
     if not same or is_decided or has_diverged or not _is_start(root, pipeline, config.start):
         return None
-    run.prepare(run_config(pipeline, tokens, config.tokens, config.run_key, config.start))
+    run.prepare(_config(pipeline, tokens, config.tokens, config.start))
     return Attempt(run, config.run_key, number, snapshot, tokens, ancestors)
-
-
-def run_config(
-    pipeline: Pipeline, tokens: Tokens, tokens_path: str, key: str, start: StartConfig | None = None
-) -> RunConfig:
-    """What config.json of the run directory says. `pipeline.train` must be resolved (no auto)."""
-    return RunConfig(
-        training_version=TRAINING_VERSION,
-        tokens=tokens_path,
-        tokens_sha256=tokens.sha256,
-        model=pipeline.model,
-        vocab_size=tokens.n_vocab,
-        train=pipeline.train,
-        run_key=key,
-        start=start,
-    )
 
 
 def current(directory: Path) -> dict[str, str]:
@@ -127,7 +120,20 @@ def current(directory: Path) -> dict[str, str]:
     return {}
 
 
-def _key(pipeline: Pipeline, tokens: Tokens, start: Start | StartConfig | None) -> str:
+def _config(pipeline: Pipeline, tokens: Tokens, tokens_path: str, start: Start | None) -> RunConfig:
+    return RunConfig(
+        training_version=TRAINING_VERSION,
+        tokens=tokens_path,
+        tokens_sha256=tokens.sha256,
+        model=pipeline.model,
+        vocab_size=tokens.n_vocab,
+        train=pipeline.train,
+        run_key=_key(pipeline, tokens, start),
+        start=start,
+    )
+
+
+def _key(pipeline: Pipeline, tokens: Tokens, start: WarmStart | Start | None) -> str:
     return run_key(pipeline, tokens, TRAINING_VERSION, start.weights_sha256 if start else None)
 
 
@@ -137,7 +143,7 @@ def _is_decided(version: ModelVersion, sources_overridden: bool) -> bool:
     return "verdict" in version.tags and not has_yet_to_compete
 
 
-def _is_start(root: StateRoot, pipeline: Pipeline, began_with: StartConfig | None) -> bool:
+def _is_start(root: StateRoot, pipeline: Pipeline, began_with: Start | None) -> bool:
     """Whether `train.start_from` asks for what the training began with. Any champion will do, or none yet."""
     asked = pipeline.train.start_from
     if asked == registry.CHAMPION:
@@ -147,7 +153,7 @@ def _is_start(root: StateRoot, pipeline: Pipeline, began_with: StartConfig | Non
     return began_with.uri == registry.uri_of(registry.resolve(root, asked))
 
 
-def _ancestors(root: StateRoot, began_with: StartConfig | None) -> tuple[Ancestor, ...]:
+def _ancestors(root: StateRoot, began_with: Start | None) -> tuple[Ancestor, ...]:
     return tuple(ancestry.line_of(root, registry.resolve(root, began_with.uri))) if began_with else ()
 
 

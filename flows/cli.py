@@ -7,7 +7,9 @@ printed as one message without a traceback; exit codes are 0 (done), 2 (the inpu
 import json as json_module
 import os
 import sys
+from importlib import import_module
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -203,6 +205,7 @@ def prune(dry_run: bool, file: str | None, json: bool) -> None:
 def generate(uri: str, prompt: str, file: str | None, num_samples: int, seed: int | None, **options: Any) -> None:
     """Continue a prompt with the version URI, token by token as they come."""
     root = _entered(file)
+    Thread(target=import_module, args=("gptcore.bundle",)).start()  # torch, while MLflow is imported and asked
     from flows import registry
     from gptcore.bundle import load
     from gptcore.generate import generate as continue_ids

@@ -49,6 +49,8 @@ class Outcome:
     """The version that the run is about."""
     rows: tuple[tuple[str, str], ...] = ()
     """The result table."""
+    changes: tuple[tuple[str, str], ...] = ()
+    """What changed in the text since the training before, with numbers."""
     plots: str = ""
     run_directory: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
@@ -144,9 +146,9 @@ class _Retraining:
         if not (reason.must_train or self.force or self.sources_overridden):
             return f"{reason.text}; --force trains again"
         start = ancestry.start_of(root, pipeline)
-        vocabulary = start and start.vocabulary
-        arguments = (snapshot.path, pipeline.corpus.tokenizer, root.tokens, vocabulary)
-        tokens = self.step("tokenize", lines.of_tokens, tasks.tokenize, *arguments)
+        given = {"vocabulary": start.tokenizer()} if start else {}
+        text = (snapshot.path, pipeline.corpus.tokenizer, root.tokens)
+        tokens = self.step("tokenize", lines.of_tokens, tasks.tokenize, *text, **given)
         self.check_sizes(tokens)
         wanted = self.force or pipeline.retrain.when == "always"
         number = attempt.number_of(root, pipeline, tokens, start, wanted, self.sources_overridden)
@@ -188,6 +190,7 @@ class _Retraining:
             reason=verdict.reason,
             uri=f"models:/{self.pipeline.model_name}/{version}",
             rows=(*score_rows(scores), *detail_rows(scores, result)),
+            changes=self.changes,
             plots=str(plots),
             run_directory=str(run.path),
             seconds=self.seconds,
@@ -197,10 +200,10 @@ class _Retraining:
         self.seconds["report"] = round(time.perf_counter() - began, 2)
         return outcome
 
-    def step(self, name: str, describe: Callable[[T], str], task: Callable[..., T], *arguments: Any) -> T:
+    def step(self, name: str, describe: Callable[[T], str], task: Callable[..., T], *given: Any, **named: Any) -> T:
         """Runs a task, and says in one line what came out and how long it took."""
         began = time.perf_counter()
-        result = task(*arguments)
+        result = task(*given, **named)
         self.seconds[name] = round(time.perf_counter() - began, 2)
         get_run_logger().info("%s: %s  (%.1f s)", name, describe(result), self.seconds[name], extra={"step": name})
         return result

@@ -18,7 +18,7 @@ PACKAGES = ("gptflow", "torch", "numpy", "tiktoken", "rustbpe", "safetensors", "
 
 # What a run key does not depend on: where text was read from (its content counts), what is only looked at or kept.
 _CORPUS_KEYS_OUTSIDE = {"sources"}
-_TRAIN_KEYS_OUTSIDE = {"checkpoint_seconds", "checkpoint_steps", "keep_checkpoints", "session_seconds"}
+_TRAIN_KEYS_OUTSIDE = {"checkpoint_seconds", "checkpoint_steps", "keep_checkpoints", "session_seconds", "start_from"}
 
 
 def run_key(pipeline: Pipeline, tokens: Tokens, training_version: int) -> str:

@@ -142,7 +142,8 @@ class TrainConfig(Section):
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
     """How the learning rate falls after the warm-up: not at all, or to zero along a cosine or a line."""
     warmup_steps: Annotated[int, Field(ge=0, le=2**48)] = 0
-    """Updates over which the learning rate rises from near zero."""
+    """Updates over which the learning rate rises from near zero. With 0 it starts at its highest, except in a warm
+    start, which then takes the first 5 percent of the updates."""
     grad_clip: Annotated[Finite, Field(ge=0)] = 1.0
     """Largest norm of the gradient; longer ones are scaled down to it. 0 switches clipping off."""
     eval_every: Count = 25
@@ -157,6 +158,10 @@ class TrainConfig(Section):
     """Updates between two checkpoints. Empty: none by steps."""
     keep_checkpoints: Annotated[int, Field(ge=1, le=1000)] = 2
     """How many of the newest checkpoints are kept while training."""
+    start_from: Annotated[str, Field(pattern=r"^(scratch|champion|models:/[^/@]+(@[^/@]+|/[0-9]+))$")] = "scratch"
+    """Which weights training starts from: scratch (random ones), champion (the present champion's), or those of
+    models:/NAME/VERSION or models:/NAME@ALIAS. A warm start takes over the weights alone, with their tokenizer, and
+    the learning rate warms up again."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 123
     """Seed of the initial weights, the batch order and dropout."""
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:[0-9]+)?)$")] = "auto"
@@ -235,6 +240,15 @@ class RetrainConfig(Section):
     for the champion's, of what a rollback may reach, and of what kept versions were made from."""
 
 
+class Start(Section):
+    """The weights of a registered version, from which a training starts."""
+
+    uri: Annotated[str, Field(pattern=r"^models:/[^/@]+/[0-9]+$")]
+    """Names the version, for people: models:/NAME/VERSION."""
+    weights_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    """Of RUN_DIR/start.safetensors."""
+
+
 class RunConfig(Section):
     """What RUN_DIR/config.json says: all that `python -m gptcore.train RUN_DIR` has to know."""
 
@@ -250,6 +264,8 @@ class RunConfig(Section):
     """Entries of the tokenizer's vocabulary."""
     train: TrainConfig
     """Device, precision and threads are resolved: no auto."""
+    start: Start | None = None
+    """What train.start_from was resolved to. Empty: training starts from scratch."""
     run_key: str
     """Names the training: equal keys train equal weights."""
 

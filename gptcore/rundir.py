@@ -1,12 +1,13 @@
 """The run directory: the contract between a training and whoever starts, follows or reads it.
 
-    config.json     what to train, written by whoever prepares the directory (`RunConfig`)
-    lock            held by the one trainer that may write here
-    metrics.jsonl   one line per update, with the losses on those updates that were evaluated
-    checkpoints/    step-XXXXXXXX/, see gptcore.checkpoint
-    final/          the best weights and the result; its presence means that the training is finished
-    failure.json    why the last attempt ended, if it failed
-    paused.json     how far the last attempt came, if its session was over before the training was
+    config.json        what to train, written by whoever prepares the directory (`RunConfig`)
+    start.safetensors  the weights that training starts from, if not from scratch
+    lock               held by the one trainer that may write here
+    metrics.jsonl      one line per update, with the losses on those updates that were evaluated
+    checkpoints/       step-XXXXXXXX/, see gptcore.checkpoint
+    final/             the best weights and the result; its presence means that the training is finished
+    failure.json       why the last attempt ended, if it failed
+    paused.json        how far the last attempt came, if its session was over before the training was
 
 Training itself lives in gptcore.train; nothing here needs torch.
 """
@@ -14,6 +15,7 @@ Training itself lives in gptcore.train; nothing here needs torch.
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -21,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from gptcore import errors, manifest
-from gptcore.config import SAVING_KEYS, RunConfig, parse
+from gptcore.config import SAVING_KEYS, RunConfig, Start, parse
 from gptcore.errors import CheckpointError, ConfigError, GPTCoreError, TrainingDiverged
 
 Metrics = dict[str, Any]
@@ -72,6 +74,11 @@ class RunDirectory:
         return self.path / "checkpoints"
 
     @property
+    def start(self) -> Path:
+        """The weights that training starts from, where config.json names some."""
+        return self.path / "start.safetensors"
+
+    @property
     def final(self) -> Path:
         """Committed when the training is finished."""
         return self.path / "final"
@@ -81,14 +88,18 @@ class RunDirectory:
         """The best weights, once the training is finished."""
         return self.final / "model.safetensors"
 
-    def prepare(self, config: RunConfig) -> None:
+    def prepare(self, config: RunConfig, start_weights: Path | None = None) -> None:
         """Writes config.json; where it is for the same training, takes over when to save and to pause.
 
-        Raises CheckpointError if the directory is for another training already, GPTCoreError if it would have to be
+        `start_weights` is the safetensors file that `config.start` means; it is copied. Raises CheckpointError if it
+        has another hash or the directory is for another training already, GPTCoreError if config.json would have to be
         changed while it is being trained.
         """
         if not (self.path / "config.json").exists():
             self.path.mkdir(parents=True, exist_ok=True)
+            if config.start is not None:
+                assert start_weights is not None, "config.start means a file"
+                self._copy_start(config.start, start_weights)
             self._write_config(config)
             return
         there = self.config()
@@ -104,6 +115,19 @@ class RunDirectory:
 
     def _write_config(self, config: RunConfig) -> None:
         _write_atomically(self.path / "config.json", config.model_dump_json(indent=1) + "\n")
+
+    def _copy_start(self, start: Start, weights: Path) -> None:
+        with manifest.staging(self.path) as staged:
+            copy = staged / self.start.name
+            shutil.copyfile(weights, copy)
+            if (found := manifest.sha256_of_file(copy)) != start.weights_sha256:
+                raise CheckpointError(
+                    f"{weights} has sha256 {found}, the weights of {start.uri} have {start.weights_sha256}: it was "
+                    "altered. Restore it from a backup, or set train.start_from: scratch."
+                )
+            manifest.flush(copy)
+            copy.replace(self.start)
+        manifest.flush(self.path)
 
     def config(self) -> RunConfig:
         """Reads config.json. Raises ConfigError if it is missing or wrong."""

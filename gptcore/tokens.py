@@ -28,7 +28,7 @@ from typing import IO, Any
 import numpy as np
 
 from gptcore import manifest
-from gptcore.errors import CheckpointError
+from gptcore.errors import CheckpointError, ConfigError
 from gptcore.tokenizer import Tokenizer, get_tokenizer, pieces, train_bpe
 
 TOKENS_VERSION = 1
@@ -88,18 +88,30 @@ def load_tokens(path: Path) -> Tokens:
     return tokens
 
 
-def tokenize(snapshot: Path, name: str, tokens_root: Path, processes: int | None = None) -> Tokens:
+def tokenize(
+    snapshot: Path,
+    name: str,
+    tokens_root: Path,
+    processes: int | None = None,
+    vocabulary: Tokenizer | None = None,
+) -> Tokens:
     """Encodes the train and val sides of a corpus snapshot into a directory of `tokens_root`, or finds it there.
 
-    `name` is the tokenizer as in the configuration; bpe:N is trained on the train side first. `processes` is chosen
-    by the size of the corpus where it is left out. Memory does not grow with the corpus or its longest text. Raises
-    ConfigError for an unknown tokenizer, CorpusError if the text cannot give bpe:N its entries, TokenizerError for a
+    `name` is the tokenizer as in the configuration; bpe:N is trained on the train side first, unless a `vocabulary` of
+    that name is given. `processes` is chosen by the size of the corpus where it is left out. Memory does not grow with
+    the corpus or its longest text. Raises ConfigError for an unknown tokenizer or a vocabulary of another name,
+    CorpusError if the text cannot give bpe:N its entries, TokenizerError for a
     vocabulary that cannot be had, and CheckpointError if an existing directory was altered.
     """
     from gptcore import corpus  # not above: the workers import this module and need no corpus
 
+    if vocabulary is not None and vocabulary.name != name:
+        raise ConfigError(
+            f"corpus.tokenizer is {name!r}, but the vocabulary to be kept is {vocabulary.name!r}: set corpus.tokenizer "
+            f"to {vocabulary.name!r}, or train.start_from to scratch."
+        )
     source = corpus.load_snapshot(snapshot)
-    fixed = None if name.startswith("bpe:") else get_tokenizer(name)
+    fixed = vocabulary or (None if name.startswith("bpe:") else get_tokenizer(name))
     identity = _identity(source.sha256, name, fixed)
     goal = tokens_root / identity[:16]
     if manifest.is_committed(goal):

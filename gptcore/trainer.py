@@ -22,7 +22,7 @@ import psutil
 import torch
 from safetensors.torch import save_file
 
-from gptcore import checkpoint, manifest
+from gptcore import checkpoint, manifest, warmstart
 from gptcore.config import SAVING_KEYS, RunConfig
 from gptcore.data import Batches, Tokens, check_sizes, eval_batches, load_tokens
 from gptcore.errors import CheckpointError, GPTCoreError, TrainingDiverged
@@ -114,7 +114,8 @@ class _Training:
         context, stride = shape["context_length"], train.stride or shape["context_length"]
         check_sizes(tokens, context, stride, train.batch_size * train.accumulation)
         state = TrainState.initial(config.cfg(), train)
-        checkpoint.restore(directory.checkpoints, state, _identity(config))
+        if not checkpoint.restore(directory.checkpoints, state, _identity(config)) and config.start is not None:
+            warmstart.load_weights(state.model, directory.start, config.start.weights_sha256)
         directory.truncate_metrics(state.step)
         sides = {side: tokens.side(side) for side in ("train", "val")}
         val = eval_batches(sides["val"], context, train.batch_size, train.eval_batches)
@@ -149,7 +150,10 @@ class _Training:
         return self.finish()
 
     def updates(self) -> Iterator[Update]:
-        updates = training(self.state, self.batches, self.config.train)
+        train = self.config.train
+        if self.config.start is not None:
+            train = warmstart.rewarmed(train, self.batches)
+        updates = training(self.state, self.batches, train)
         # Asked before the first update too: a training stopped just after its last one has none left to make.
         while not self.out_of_patience() and (done := next(updates, None)) is not None:
             yield done
@@ -257,10 +261,11 @@ def _progress_line(done: Update, losses: tuple[float, float]) -> str:
 
 def _identity(config: RunConfig) -> dict[str, Any]:
     """What a checkpoint must agree with: all of the configuration but the keys that do not change the weights."""
-    kept = config.train.model_dump(mode="json", exclude=set(SAVING_KEYS))
+    kept = config.train.model_dump(mode="json", exclude={*SAVING_KEYS, "start_from"})
     train = {f"train.{key}": value for key, value in kept.items()}
     model = {f"model.{key}": value for key, value in config.cfg().items()}
-    return {"training_version": config.training_version, "tokens": config.tokens_sha256, **model, **train}
+    start = {"start.weights_sha256": config.start.weights_sha256 if config.start else None}
+    return {"training_version": config.training_version, "tokens": config.tokens_sha256, **start, **model, **train}
 
 
 def _memory_mb(device: torch.device) -> float:

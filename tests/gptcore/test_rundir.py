@@ -85,6 +85,39 @@ def test_preparing_for_another_training_is_refused_with_both_keys(run):
     assert run.config().run_key == CONFIG["run_key"]
 
 
+def started_from(path, **start):
+    digest = manifest.sha256_of_file(path)
+    return RunConfig(**CONFIG, start={"uri": "models:/gpt-a/3", "weights_sha256": digest, **start})
+
+
+@pytest.fixture
+def weights(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"weights" * 1000)
+    return tmp_path / "model.safetensors"
+
+
+def test_the_weights_to_start_from_are_copied_before_the_configuration_names_them(tmp_path, weights, monkeypatch):
+    run = RunDirectory(tmp_path / "run")
+    with monkeypatch.context() as patched:
+        patched.setattr(RunDirectory, "_write_config", None)
+        with pytest.raises(TypeError):
+            run.prepare(started_from(weights), weights)
+    assert run.start.read_bytes() == weights.read_bytes()
+    run.prepare(started_from(weights), weights)
+    weights.unlink()
+    assert manifest.sha256_of_file(run.start) == run.config().start.weights_sha256
+    assert sorted(path.name for path in run.path.iterdir()) == ["config.json", "start.safetensors"]
+
+
+def test_weights_with_another_hash_are_refused_with_both_hashes_and_nothing_is_left(tmp_path, weights):
+    run = RunDirectory(tmp_path / "run")
+    config = started_from(weights, weights_sha256="ef" * 32)
+    found = manifest.sha256_of_file(weights)
+    with pytest.raises(CheckpointError, match=f"has sha256 {found}, the weights of models:/gpt-a/3 have {'ef' * 32}"):
+        run.prepare(config, weights)
+    assert list(run.path.iterdir()) == []
+
+
 def test_a_directory_without_configuration_is_answered_with_the_cure(tmp_path):
     with pytest.raises(ConfigError, match=r"config\.json does not exist: `gptflow prepare"):
         RunDirectory(tmp_path).config()

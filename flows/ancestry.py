@@ -110,4 +110,6 @@ def _check_fits(pipeline: Pipeline, uri: str, loaded: Loaded, cfg: Mapping[str, 
     asked = pipeline.model.for_vocabulary(loaded.tokenizer.n_vocab)
     for key in asked.keys() - {"drop_rate"}:
         if asked[key] != cfg.get(key):
-            raise ConfigError(f"train.start_from: {uri} has model.{key} {cfg.get(key)}, here it is {asked[key]}. {cure}")
+            raise ConfigError(
+                f"train.start_from: {uri} has model.{key} {cfg.get(key)}, here it is {asked[key]}. {cure}"
+            )

@@ -75,15 +75,13 @@ def prepare(
     return Attempt(run, key, number, snapshot, tokens, start.ancestors if start else ())
 
 
-def configure(
-    run: RunDirectory, pipeline: Pipeline, tokens: Tokens, tokens_path: str, start: WarmStart | None
-) -> None:
+def configure(run: RunDirectory, pipeline: Pipeline, tokens: Tokens, tokens_path: str, start: WarmStart | None) -> None:
     """Makes `run` the run directory of this training. `tokens_path` is as it stands in config.json.
 
     Raises CheckpointError if it belongs to another training.
     """
-    began_with = start and Start(uri=start.uri, weights_sha256=start.weights_sha256)
-    run.prepare(_config(pipeline, tokens, tokens_path, began_with), start and start.weights)
+    began_with = Start(uri=start.uri, weights_sha256=start.weights_sha256) if start else None
+    run.prepare(_config(pipeline, tokens, tokens_path, began_with), start.weights if start else None)
 
 
 def unfinished(root: StateRoot, pipeline: Pipeline, sources_overridden: bool = False) -> Attempt | None:

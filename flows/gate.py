@@ -8,7 +8,6 @@ models are compared stands in gptcore.compare, which blocks are clean in gptcore
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient

@@ -21,7 +21,8 @@ def prepare(pipeline: Pipeline, root: StateRoot, directory: Path) -> Tokens:
     asked = pipeline.model_copy(update={"train": resolve(pipeline.train)})
     start = ancestry.start_of(root, asked)
     snapshot = ingest(asked.corpus, root.corpora, Path.cwd())
-    tokens = tokenize(snapshot.path, asked.corpus.tokenizer, root.tokens, vocabulary=start and start.tokenizer())
+    vocabulary = start.tokenizer() if start else None
+    tokens = tokenize(snapshot.path, asked.corpus.tokenizer, root.tokens, vocabulary=vocabulary)
     context = asked.model.shape()["context_length"]
     check_sizes(tokens, context, asked.train.stride or context, asked.train.batch_size * asked.train.accumulation)
     configure(RunDirectory(directory), asked, tokens, "tokens", start)

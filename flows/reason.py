@@ -101,9 +101,7 @@ def _by_policy(pipeline: Pipeline, delta: Delta, drift: float | None, number: An
     return Reason(True, f"{new}: {counts[0]:,} documents added, {counts[1]:,} changed, {counts[2]:,} removed")
 
 
-def _drift(
-    root: StateRoot, pipeline: Pipeline, snapshot: Snapshot, newest: ModelVersion
-) -> tuple[float | None, Row]:
+def _drift(root: StateRoot, pipeline: Pipeline, snapshot: Snapshot, newest: ModelVersion) -> tuple[float | None, Row]:
     """How much worse the champion is on text that it has not seen than on its own holdout, in bits per byte."""
     label = "champion on the new text"
     champion = registry.champion_of(root, pipeline.model_name)

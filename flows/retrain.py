@@ -22,7 +22,7 @@ from flows.attempt import Attempt
 from flows.gate import Verdict
 from flows.lineage import lineage
 from flows.pipelines import Pipeline
-from flows.reason import Reason, divergence
+from flows.reason import divergence
 from flows.report import detail_rows, report, score_rows
 from flows.state import StateRoot, state_root
 from gptcore import manifest

@@ -28,6 +28,11 @@ from gptcore.errors import CheckpointError, ConfigError, GPTCoreError, TrainingD
 
 Metrics = dict[str, Any]
 
+STOPPED = 75
+"""Exit code of a trainer that was told to stop, or whose session is over: all is saved, run it again to go on.
+
+It is sysexits' EX_TEMPFAIL. `RunDirectory.paused` tells the one from the other."""
+
 
 @dataclass(frozen=True)
 class Result:

@@ -26,7 +26,7 @@ from gptcore import checkpoint, manifest, warmstart
 from gptcore.config import SAVING_KEYS, RunConfig
 from gptcore.data import Batches, Tokens, check_sizes, eval_batches, load_tokens
 from gptcore.errors import CheckpointError, GPTCoreError, TrainingDiverged
-from gptcore.rundir import Paused, Result, RunDirectory, result_about
+from gptcore.rundir import STOPPED, Paused, Result, RunDirectory, result_about
 from gptcore.train import (
     TRAINING_VERSION,
     MicroBatches,
@@ -38,11 +38,6 @@ from gptcore.train import (
     steps_in_budget,
     training,
 )
-
-STOPPED = 75
-"""Exit code of a trainer that was told to stop, or whose session is over: all is saved, run it again to go on.
-
-It is sysexits' EX_TEMPFAIL. `RunDirectory.paused` tells the one from the other."""
 
 
 class Stop:

@@ -15,7 +15,7 @@ from gptcore.rundir import RunDirectory
 from .conftest import prose
 from .test_reason import asking, run
 
-pytestmark = pytest.mark.usefixtures("prefect_server")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_server", "root")]
 
 
 def test_a_warm_start_begins_with_the_champions_weights_and_its_version_names_its_ancestors(
@@ -42,12 +42,12 @@ def test_a_warm_start_begins_with_the_champions_weights_and_its_version_names_it
 
 def test_text_that_an_ancestor_learned_from_is_not_scored_on(tiny: Pipeline, project: Path, root: StateRoot) -> None:
     """The champion's ancestor learned from a text that has left the corpus and comes back into another holdout."""
-    warm = asking(tiny, train={"start_from": "champion", "max_steps": 10})
+    warm = asking(tiny, train={"start_from": "champion", "max_steps": 40})
     lost = project / "text" / "lost.txt"
     lost.write_text(prose(7, 9000))
     run(warm)
     lost.unlink()
-    run(asking(warm, gate={"margin": 0.0, "confidence": 0.5}, train={"max_steps": 60}))
+    run(asking(warm, gate={"margin": 0.0, "confidence": 0.5}, train={"max_steps": 120}))
     champion = registry.champion_of(root, "gpt-tiny")
     assert champion is not None and champion.tags["started_from"] == "models:/gpt-tiny/1"
     lost.write_text(prose(7, 9000))
@@ -70,7 +70,7 @@ def test_text_that_an_ancestor_learned_from_is_not_scored_on(tiny: Pipeline, pro
 def test_a_start_that_does_not_fit_is_refused_with_both_values(
     tiny: Pipeline, root: StateRoot, sections: dict[str, dict[str, object]], parts: list[str]
 ) -> None:
-    run(asking(tiny, train={"max_steps": 5}))
+    run(tiny)
     warm = asking(tiny, train={"start_from": "champion"})
     for name, keys in sections.items():
         warm = asking(warm, **{name: keys})
@@ -80,7 +80,7 @@ def test_a_start_that_does_not_fit_is_refused_with_both_values(
 
 
 def test_a_bpe_vocabulary_stays_with_a_warm_start(tiny: Pipeline, project: Path, root: StateRoot) -> None:
-    warm = asking(tiny, corpus={"tokenizer": "bpe:300"}, train={"start_from": "champion", "max_steps": 5})
+    warm = asking(tiny, corpus={"tokenizer": "bpe:300"}, train={"start_from": "champion"})
     run(warm)
     (project / "text" / "two.txt").write_text(prose(2, 3000).replace("e", "é"))
     run(warm)
@@ -90,7 +90,7 @@ def test_a_bpe_vocabulary_stays_with_a_warm_start(tiny: Pipeline, project: Path,
 
 
 def test_retention_keeps_what_a_kept_version_started_from(tiny: Pipeline, project: Path, root: StateRoot) -> None:
-    warm = asking(tiny, train={"start_from": "champion", "max_steps": 5}, gate={"margin": 0.0, "confidence": 0.5})
+    warm = asking(tiny, train={"start_from": "champion", "max_steps": 40}, gate={"margin": 0.0, "confidence": 0.5})
     for night in range(3):
         (project / "text" / f"{night}.txt").write_text(prose(night + 10, 2000))
         run(warm)

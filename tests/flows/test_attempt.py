@@ -15,7 +15,7 @@ from gptcore.rundir import RunDirectory
 from .conftest import prose
 from .test_reason import asking, run
 
-pytestmark = pytest.mark.usefixtures("prefect_server")
+pytestmark = pytest.mark.usefixtures("prefect_server", "root")
 
 
 def run_directories(root: StateRoot) -> list[Path]:

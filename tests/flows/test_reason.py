@@ -12,7 +12,8 @@ from flows.state import StateRoot
 
 from .conftest import prose
 
-pytestmark = pytest.mark.usefixtures("prefect_server")
+pytestmark = pytest.mark.usefixtures("prefect_server", "root")
+TRAINED = ("Promoted", "Kept champion")
 
 
 def run(pipeline: Pipeline, **more: Any) -> tuple[str, Outcome]:
@@ -31,14 +32,14 @@ def test_a_share_of_new_text_below_the_threshold_is_no_reason_and_one_above_it_i
     tiny: Pipeline, project: Path
 ) -> None:
     asked = asking(tiny, retrain={"when": "share", "min_new_share": 0.2}, train={"max_steps": 5})
-    assert run(asked)[0] == "Promoted"
+    assert run(asked)[0] in TRAINED
     (project / "text" / "two.txt").write_text(prose(2, 500))
     name, outcome = run(asked)
     assert name == "Skipped"
     assert "of the text is new since version 1, no more than retrain.min_new_share 20.0%" in outcome.reason
     (project / "text" / "three.txt").write_text(prose(3, 9000))
     name, outcome = run(asked)
-    assert name in ("Promoted", "Kept champion") and outcome.uri == "models:/gpt-tiny/2"
+    assert name in TRAINED and outcome.uri == "models:/gpt-tiny/2"
 
 
 def test_a_champion_that_is_no_worse_on_the_new_text_is_no_reason_and_one_that_is_worse_is(
@@ -52,7 +53,7 @@ def test_a_champion_that_is_no_worse_on_the_new_text_is_no_reason_and_one_that_i
     strange = "\n\n".join(" ".join("ZQXJVWK"[(i * j) % 7] * 3 + str(i * j) for j in range(20)) for i in range(60))
     (project / "text" / "two.txt").write_text(strange)
     name, outcome = run(asked)
-    assert name in ("Promoted", "Kept champion") and outcome.uri == "models:/gpt-tiny/2"
+    assert name in TRAINED and outcome.uri == "models:/gpt-tiny/2"
 
 
 def test_other_settings_are_a_reason_whatever_the_policy_and_a_rejected_night_is_not_repeated(
@@ -82,10 +83,9 @@ def test_renamed_and_reordered_text_is_no_change_and_always_needs_none(tiny: Pip
 
 
 def test_what_changed_in_the_text_is_said_with_numbers(tiny: Pipeline, project: Path, root: StateRoot) -> None:
-    asked = asking(tiny, train={"max_steps": 5})
-    run(asked)
+    run(tiny)
     (project / "text" / "two.txt").write_text(prose(2, 500))
-    _, outcome = run(asked)
+    _, outcome = run(tiny)
     changes = dict(outcome.changes)
     assert changes["documents"] == "1 added, 0 changed, 0 removed, 1 kept"
     assert changes["new text"].startswith(f"{len(prose(2, 500)):,} of ")

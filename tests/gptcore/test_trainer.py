@@ -18,9 +18,9 @@ from gptcore.config import CorpusConfig, RunConfig
 from gptcore.corpus import ingest
 from gptcore.data import Batches, load_tokens, tokenize
 from gptcore.errors import CheckpointError, ConfigError, CorpusError, GPTCoreError, TrainingDiverged
-from gptcore.rundir import RunDirectory
+from gptcore.rundir import STOPPED, RunDirectory
 from gptcore.train import TRAINING_VERSION
-from gptcore.trainer import STOPPED, Stop, train_directory
+from gptcore.trainer import Stop, train_directory
 
 WORDS = (
     "the old man looked at a grey sea and said that nothing would come of it but more wind and a little rain".split()

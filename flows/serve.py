@@ -2,7 +2,8 @@
 
 There is one deployment of the flow `retrain` per pipeline, named after it, with all the pipeline's values as its
 parameters, so that the form in the UI shows them; and one of each operation. They carry two tags: `gptflow`, and the
-state root that they belong to. A deployment with both tags that the file no longer names is deleted.
+id of the state root that they belong to, which moves with it. A deployment with both tags that the file no longer names
+is deleted. (Two states served on one server share deployments of the same name: the later one's values stand there.)
 """
 
 import asyncio
@@ -123,4 +124,4 @@ def _schedule(asked: ScheduleConfig) -> Schedule:
 
 
 def _home(root: StateRoot) -> str:
-    return f"home:{root.path}"
+    return f"home:{root.id}"

@@ -3,7 +3,6 @@
 import os
 import random
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from gptcore.config import ModelConfig, RunConfig, TrainConfig
 from gptcore.manifest import commit, sha256_of, sha256_of_file, staging
 from gptcore.rundir import Result, RunDirectory, result_about
 from gptcore.tokenizer import get_tokenizer
+from tests.flows.servers import Up
 
 WORDS = (
     "the a model learns from text and writes what comes next while every night new words arrive in many files".split()
@@ -83,9 +83,12 @@ def prefect_server() -> Iterator[None]:
         yield
 
 
-def gptflow(*arguments: str) -> list[str]:
-    """The command line, as a command of this interpreter."""
-    return [sys.executable, "-c", "from flows.cli import main; main()", *arguments]
+@pytest.fixture
+def up(project: Path) -> Iterator[Up]:
+    """`gptflow up` in the project, to be started by the test and stopped after it."""
+    up = Up(project)
+    yield up
+    up.stop()
 
 
 class TinyRegistry:

@@ -1,6 +1,5 @@
 """The command line as a user meets it: real processes, wrong input, exit codes, and nothing left behind."""
 
-import os
 import socket
 import subprocess
 import sys
@@ -9,19 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-COMMAND = [sys.executable, "-c", "from flows.cli import main; main()"]
-
-
-def gptflow(project: Path, *arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
-    clean = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "MLFLOW_", "GPTFLOW_"))}
-    return subprocess.run(
-        [*COMMAND, *arguments],
-        cwd=project,
-        env={**clean, "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+from tests.flows.servers import gptflow
 
 
 def refused(done: "subprocess.CompletedProcess[str]", code: int, *parts: str) -> None:

@@ -1,7 +1,6 @@
 """Moving a champion by hand: the Prefect flows, the commands, and the nights after a rollback."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,21 +17,9 @@ from flows.retrain import Outcome, retrain
 from flows.state import StateRoot
 from gptcore.bundle import load
 from gptcore.errors import GPTCoreError
+from tests.flows.servers import gptflow
 
 MODEL = "gpt-tiny"
-COMMAND = [sys.executable, "-c", "from flows.cli import main; main()"]
-
-
-def gptflow(project: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    clean = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "MLFLOW_", "GPTFLOW_"))}
-    return subprocess.run(
-        [*COMMAND, *arguments],
-        cwd=project,
-        env={**clean, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
 
 
 def night(pipeline: Pipeline, force: bool = False, **train: object) -> Outcome:

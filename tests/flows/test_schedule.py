@@ -1,56 +1,25 @@
 """That the pinned versions of Prefect, FastAPI and SQLAlchemy really schedule. With a wrong pair, nothing says so."""
 
-import os
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from flows.pipelines import Pipeline
-from flows.state import OPT_OUTS
+from tests.flows.servers import Prefect, clean, prefect_server
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The API URL of a real Prefect server with all its services."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    environment = {**os.environ, **OPT_OUTS, "PREFECT_HOME": str(tmp_path / "prefect")}
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", port]
-    with (tmp_path / "server.log").open("w") as log:
-        process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-    url = f"http://127.0.0.1:{port}/api"
-    monkeypatch.setenv("PREFECT_API_URL", url)
-    try:
-        wait_for(lambda: urllib.request.urlopen(f"{url}/health", timeout=5).status == 200, 120, process)
-        yield url
-    finally:
-        process.terminate()
-        process.wait(60)
+def server(tmp_path: Path) -> Iterator[Prefect]:
+    with prefect_server(tmp_path) as server:
+        yield server
 
 
-def wait_for(is_true, seconds: float, process: "subprocess.Popen[bytes]") -> None:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        assert process.poll() is None, "the server ended"
-        try:
-            if is_true():
-                return
-        except OSError:
-            pass
-        time.sleep(0.5)
-    raise AssertionError(f"not within {seconds} s")
-
-
-def test_a_cron_deployment_gets_scheduled_runs_with_the_pipelines_parameters(server: str, tiny: Pipeline) -> None:
+def test_a_cron_deployment_gets_scheduled_runs_with_the_pipelines_parameters(server: Prefect, tiny: Pipeline) -> None:
     program = f"""
 import json, time
 from prefect.client.orchestration import get_client
@@ -75,5 +44,11 @@ with get_client(sync_client=True) as client:
     assert {{run.state.type.value for run in runs}} == {{"SCHEDULED"}}
     assert runs[0].parameters["train"]["max_steps"] == 60, runs[0].parameters
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=clean(PREFECT_API_URL=server.url),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
     assert done.returncode == 0, done.stdout + done.stderr

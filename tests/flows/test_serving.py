@@ -1,14 +1,11 @@
 """Schedules and deployments: what is refused, what is registered, what changes, and that they really run."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
-import time
 import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +15,8 @@ import yaml
 from flows.deployed import merged, parameters
 from flows.pipelines import Pipeline, PipelinesFile
 from gptcore.errors import ConfigError
+from tests.flows.servers import Prefect, begin, prefect_server, wait_for
 
-COMMAND = [sys.executable, "-P", "-c", "from flows.cli import main; main()"]  # as the installed `gptflow`
 OPERATIONS = ("promote", "rollback", "prune")
 NIGHT = "pipelines:\n  night:\n    schedule:\n"
 
@@ -73,89 +70,18 @@ def test_what_is_given_is_merged_over_the_deployment_field_by_field(tiny: Pipeli
         merged(registered, {**registered, "model": {"emb_dim": 31}})
 
 
-class Server:
-    """A Prefect server, asked over REST."""
-
-    def __init__(self, url: str) -> None:
-        self.url = url
-
-    def ask(self, path: str, body: object = None) -> Any:
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(f"{self.url}/{path}", data=data, headers={"content-type": "application/json"})
-        with urllib.request.urlopen(request, timeout=20) as answer:
-            return json.load(answer)
-
-    def runs(self) -> list[dict[str, Any]]:
-        return [run for run in self.ask("flow_runs/filter", {}) if run["state"]["type"] != "SCHEDULED"]
-
-    def start(self, pipeline: str, **parameters: object) -> str:
-        identity = self.ask(f"deployments/name/retrain/{pipeline}")["id"]
-        return str(self.ask(f"deployments/{identity}/create_flow_run", {"parameters": parameters})["id"])
-
-    def state(self, run: str) -> dict[str, Any]:
-        return dict(self.ask(f"flow_runs/{run}")["state"])
-
-    def ended(self, run: str, seconds: float = 100) -> dict[str, Any]:
-        ends = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
-        wait_for(lambda: self.state(run)["type"] in ends, seconds)
-        return self.state(run)
-
-
-def wait_for(is_true: Callable[[], object], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not is_true():
-        assert time.monotonic() < deadline, f"not within {seconds} s"
-        time.sleep(0.3)
-
-
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    directory = tmp_path_factory.mktemp("server")
-    port = free_port()
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-    environment = clean(PREFECT_HOME=str(directory))
-    with (directory / "server.log").open("w") as log:
-        process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-    server = Server(f"http://127.0.0.1:{port}/api")
-    try:
-        wait_for(lambda: answers(f"{server.url}/health"), 120)
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prefect]:
+    with prefect_server(tmp_path_factory.mktemp("server")) as server:
         yield server
-    finally:
-        process.terminate()
-        process.wait(60)
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
-def answers(url: str) -> bool:
-    from flows.servers import answers
-
-    return answers(url)
-
-
-def clean(**more: str) -> dict[str, str]:
-    from flows.state import OPT_OUTS
-
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "MLFLOW_", "GPTFLOW_"))}
-    return {**kept, **OPT_OUTS, "OMP_NUM_THREADS": "1", **more}
 
 
 class Serving:
     """`gptflow serve` in the project directory, from start to SIGTERM."""
 
-    def __init__(self, project: Path, server: Server) -> None:
+    def __init__(self, project: Path, server: Prefect) -> None:
         self.log = project / "serve.log"
-        environment = clean(PREFECT_API_URL=server.url)
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                [*COMMAND, "serve"], cwd=project, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
-            )
+        self.process = begin(project, self.log, "serve", PREFECT_API_URL=server.url)
 
     def __enter__(self) -> list[str]:
         wait_for(lambda: self.process.poll() is not None or "\nserving " in self.log.read_text(), 90)
@@ -185,7 +111,7 @@ def scheduled(project: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_what_the_file_says_is_what_the_server_has_and_the_changes_are_named(scheduled: Path, server: Server) -> None:
+def test_what_the_file_says_is_what_the_server_has_and_the_changes_are_named(scheduled: Path, server: Prefect) -> None:
     write(scheduled, one={"schedule": {"cron": "0 2 * * *", "timezone": "Europe/Berlin"}}, two={"tags": ["mine"]})
     with Serving(scheduled, server) as lines:
         assert lines == ["added      one", "added      two", *(f"added      {name}" for name in OPERATIONS)]
@@ -214,7 +140,7 @@ def test_what_the_file_says_is_what_the_server_has_and_the_changes_are_named(sch
 
 
 @pytest.mark.slow
-def test_a_cron_deployment_retrains_and_what_is_given_to_a_run_keeps_the_rest(scheduled: Path, server: Server) -> None:
+def test_a_cron_deployment_retrains_and_what_is_given_to_a_run_keeps_the_rest(scheduled: Path, server: Prefect) -> None:
     write(scheduled, cron={"schedule": {"cron": "* * * * *"}}, form={})
     with Serving(scheduled, server):
         run = server.start("form", train={"max_steps": 5})

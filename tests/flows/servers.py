@@ -1,0 +1,183 @@
+"""Real processes for the flow tests: the command line, a Prefect server and what is asked of it, `gptflow up`."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+from mlflow import MlflowClient
+
+from flows.servers import Servers, answers, recorded
+from flows.state import OPT_OUTS, StateRoot
+
+COMMAND = [sys.executable, "-P", "-c", "from flows.cli import main; main()"]
+"""As the installed `gptflow`: the working directory is no place to import from."""
+_ENDS = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
+
+
+def clean(**more: str) -> dict[str, str]:
+    """This process's environment without what would lead a child to its servers, with `more`."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "MLFLOW_", "GPTFLOW_"))}
+    return {**kept, **OPT_OUTS, "OMP_NUM_THREADS": "1", **more}
+
+
+def gptflow(project: Path, *arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    """Runs the command line in the project directory to its end."""
+    return subprocess.run(
+        [*COMMAND, *arguments],
+        cwd=project,
+        env=clean(**environment),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def begin(project: Path, log: Path, *arguments: str, **environment: str) -> "subprocess.Popen[bytes]":
+    """Starts the command line in the project directory; what it says goes to `log`."""
+    return _start([*COMMAND, *arguments], log, clean(**environment), project)
+
+
+def wait_for(is_true: Callable[[], object], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not is_true():
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        time.sleep(0.2)
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for free in sockets:
+            free.bind(("127.0.0.1", 0))
+        return [free.getsockname()[1] for free in sockets]
+    finally:
+        for free in sockets:
+            free.close()
+
+
+class Prefect:
+    """A Prefect server, asked over REST."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        """Its API."""
+
+    def ask(self, path: str, body: object = None) -> Any:
+        """What a GET, or a POST of `body`, answers. Raises HTTPError, but goes on asking while the server is busy."""
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"{self.url}/{path}", data=data, headers={"content-type": "application/json"})
+        for _ in range(20):
+            try:
+                with urllib.request.urlopen(request, timeout=20) as answer:
+                    return json.load(answer)
+            except urllib.error.HTTPError as error:
+                if error.code != 503:  # Prefect's way to say that its SQLite database is locked
+                    raise
+            time.sleep(0.5)
+        raise AssertionError(f"{request.full_url} is unavailable")
+
+    def start(self, pipeline: str, **parameters: object) -> str:
+        """Asks for a run of the pipeline's deployment, as its form does, and returns the flow run's id."""
+        identity = self.ask(f"deployments/name/retrain/{pipeline}")["id"]
+        return str(self.ask(f"deployments/{identity}/create_flow_run", {"parameters": parameters})["id"])
+
+    def runs(self) -> list[dict[str, Any]]:
+        """Every flow run, except those that are not due yet."""
+        return [run for run in self.ask("flow_runs/filter", {}) if run["state"]["type"] != "SCHEDULED"]
+
+    def state(self, run: str) -> dict[str, Any]:
+        return dict(self.ask(f"flow_runs/{run}")["state"])
+
+    def ended(self, run: str, seconds: float = 100) -> dict[str, Any]:
+        """The state that the run ended in, once it has."""
+        wait_for(lambda: self.state(run)["type"] in _ENDS, seconds)
+        return self.state(run)
+
+
+@contextmanager
+def prefect_server(directory: Path) -> Iterator[Prefect]:
+    """A Prefect server of its own with all its services, while this lasts. Its home and its log are in `directory`."""
+    port = free_ports(1)[0]
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    process = _start(command, directory / "server.log", clean(PREFECT_HOME=str(directory)), directory)
+    server = Prefect(f"http://127.0.0.1:{port}/api")
+    try:
+        wait_for(lambda: process.poll() is not None or answers(f"{server.url}/health"), 120)
+        assert process.poll() is None, (directory / "server.log").read_text()
+        yield server
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+class Up:
+    """`gptflow up` in a project, and whatever it started."""
+
+    def __init__(self, project: Path) -> None:
+        self.project, self.root = project, StateRoot(project / "mlruns")
+        self.prefect_port, self.mlflow_port = free_ports(2)
+        self.prefect = Prefect(f"http://127.0.0.1:{self.prefect_port}/api")
+        self.log = project / "up.log"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def arguments(self) -> list[str]:
+        return ["up", "--prefect-port", str(self.prefect_port), "--mlflow-port", str(self.mlflow_port)]
+
+    def command(self, *arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+        return gptflow(self.project, *arguments, **environment)
+
+    def start(self, **environment: str) -> "Up":
+        """Starts it, and returns when everything is healthy."""
+        self.process = begin(self.project, self.log, *self.arguments(), **environment)
+        wait_for(lambda: self.process.poll() is not None or "is healthy" in self.log.read_text(), 120)
+        assert self.process.poll() is None, self.log.read_text()
+        return self
+
+    def stop(self) -> None:
+        """Stops it as Ctrl-C does, if it runs."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.terminate()
+            self.process.wait(60)
+
+    def servers(self) -> Servers:
+        servers = recorded(self.root.path)
+        assert servers is not None
+        return servers
+
+    def processes(self) -> list[psutil.Process]:
+        assert self.process is not None
+        own = psutil.Process(self.process.pid)
+        return [own, *own.children(recursive=True)]
+
+    def train_for_long(self) -> str:
+        """Begins a run of `tiny` and returns when its trainer has made updates."""
+        run = self.prefect.start("tiny", train={"max_steps": 1_000_000, "eval_every": 1_000_000})
+        wait_for(lambda: list(self.root.path.glob("runs/tiny/*/metrics.jsonl")), 60)
+        wait_for(lambda: next(self.root.path.glob("runs/tiny/*/metrics.jsonl")).stat().st_size > 0, 30)
+        return run
+
+    def mlflow_statuses(self) -> list[str]:
+        client = MlflowClient(f"sqlite:///{self.root.path / 'mlflow.db'}")
+        found = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+        return [run.info.status for run in found]
+
+
+def living(processes: list[psutil.Process]) -> list[psutil.Process]:
+    return [process for process in processes if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+
+
+def _start(command: list[str], log: Path, environment: dict[str, str], directory: Path) -> "subprocess.Popen[bytes]":
+    with log.open("w") as output:
+        return subprocess.Popen(
+            command, cwd=directory, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output
+        )

@@ -37,7 +37,7 @@ class Memory:
     """The last success at the time when people were told that there has been none since."""
 
 
-@flow(name="watch", persist_result=False)
+@flow(name="watch", flow_run_name="watch", persist_result=False)
 def watch(pipelines: list[Pipeline]) -> State[None]:
     """Looks whether sources have changed, without reading them, and whether pipelines had no success for too long.
 
@@ -114,6 +114,7 @@ def recall(root: StateRoot, pipeline: str) -> Memory:
 
 def _remember(root: StateRoot, pipeline: str, memory: Memory) -> None:
     path = _path(root, pipeline)
+    path.parent.mkdir(exist_ok=True)
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     temporary.write_text(json.dumps(asdict(memory), indent=1) + "\n")
     temporary.replace(path)

@@ -8,11 +8,14 @@ that somebody should, though the text may turn out to be the same.
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gptcore.errors import CorpusError, SourceUnavailable
 from gptcore.manifest import sha256_of
 from gptcore.sources import PYTHON_DOCS, local_paths, parse_address, scheme_of, stored
+
+if TYPE_CHECKING:
+    import requests
 
 _CONNECT_SECONDS = 5.0
 _READ_SECONDS = 15.0
@@ -54,25 +57,29 @@ def _said_about(address: str) -> dict[str, str]:
     import requests
 
     try:
-        for method in ("HEAD", "GET"):
-            with requests.request(
-                method,
-                address,
-                headers={"Accept-Encoding": "identity"},
-                allow_redirects=True,
-                stream=True,
-                timeout=(_CONNECT_SECONDS, _READ_SECONDS),
-            ) as answer:
-                if method == "HEAD" and answer.status_code in _NO_HEAD:
-                    continue
-                if answer.status_code != 200:
-                    raise SourceUnavailable(f"{address} answered {answer.status_code} {answer.reason}.")
-                said = {name: answer.headers[name] for name in _HEADERS if name in answer.headers}
+        with _asked("HEAD", address) as answer:
+            if answer.status_code not in _NO_HEAD:
+                return _telling_headers(answer)
+        with _asked("GET", address) as answer:
+            return _telling_headers(answer)
     except requests.RequestException as error:
         raise SourceUnavailable(f"{address} does not answer: {error}.") from None
-    if not said:
-        raise SourceUnavailable(f"{address} tells none of {', '.join(_HEADERS)}: a change cannot be seen from outside.")
-    return said
+
+
+def _asked(method: str, address: str) -> "requests.Response":
+    import requests
+
+    seconds = (_CONNECT_SECONDS, _READ_SECONDS)
+    headers = {"Accept-Encoding": "identity"}
+    return requests.request(method, address, headers=headers, allow_redirects=True, stream=True, timeout=seconds)
+
+
+def _telling_headers(answer: "requests.Response") -> dict[str, str]:
+    if answer.status_code != 200:
+        raise SourceUnavailable(f"{answer.url} answered {answer.status_code} {answer.reason}.")
+    if said := {name: answer.headers[name] for name in _HEADERS if name in answer.headers}:
+        return said
+    raise SourceUnavailable(f"{answer.url} tells none of {', '.join(_HEADERS)}: no change of it can be seen.")
 
 
 def _telling(info: Mapping[str, Any]) -> dict[str, str]:

@@ -29,7 +29,7 @@ def deploy(file: PipelinesFile, root: StateRoot, work_pool: str, image: str | No
     try:
         with get_client(sync_client=True) as client:
             _check_pool(client, work_pool, image)
-            wanted = deployments(file, root, Pool(work_pool, _job_variables(root, image)))
+            wanted = deployments(file, root, Pool(work_pool, job_variables(root, image)))
             lines = changes(client, wanted, root)
             for deployment in wanted:
                 deployment.apply()
@@ -53,7 +53,7 @@ def _check_pool(client: SyncPrefectClient, name: str, image: str | None) -> None
         raise ConfigError(f"--image {image}: the work pool {name} is of type {pool.type}, which runs no images")
 
 
-def _job_variables(root: StateRoot, image: str | None) -> dict[str, Any]:
+def job_variables(root: StateRoot, image: str | None) -> dict[str, Any]:
     """What a worker gives to every flow run: where the state is, and that nothing leaves the machine.
 
     Anyone who may look at the server reads this, so a tracking server's password must come from the worker's own

@@ -93,17 +93,21 @@ def send(targets: Sequence[NotifyConfig], message: Message, log: Log) -> int:
 
 def tell_failure(flow: "Flow[..., Any]", flow_run: "FlowRun", state: "State[Any]") -> None:
     """Hook of the flow `retrain`: it failed, or was killed; then this runs in the process that saw it die."""
-    how = "failed" if state.is_failed() else "crashed"
-    _tell(flow, flow_run, state, "failure", how)
+    tell_end(flow_run, state)
 
 
 def tell_promotion(flow: "Flow[..., Any]", flow_run: "FlowRun", state: "State[Any]") -> None:
     """Hook of the flow `retrain`: it completed, perhaps with a new champion."""
     if state.name == "Promoted":
-        _tell(flow, flow_run, state, "promotion", f"{flow_run.parameters['model_name']} has a new champion")
+        _tell(flow_run, state, "promotion", f"{flow_run.parameters['model_name']} has a new champion")
 
 
-def _tell(flow: "Flow[..., Any]", flow_run: "FlowRun", state: "State[Any]", event: Occasion, what: str) -> None:
+def tell_end(flow_run: "FlowRun", state: "State[Any]") -> None:
+    """Tells that a run of `retrain` failed or crashed. For whoever finds one that no hook has seen die, too."""
+    _tell(flow_run, state, "failure", "failed" if state.is_failed() else "crashed")
+
+
+def _tell(flow_run: "FlowRun", state: "State[Any]", event: Occasion, what: str) -> None:
     # A hook knows no more of the pipeline than the run's parameters, which hold all that its deployment registered.
     targets = [NotifyConfig.model_validate(given) for given in flow_run.parameters.get("notify") or ()]
     if not targets:
@@ -115,7 +119,7 @@ def _tell(flow: "Flow[..., Any]", flow_run: "FlowRun", state: "State[Any]", even
     url = url_for("flow-run", obj_id=flow_run.id)
     text = state.message or f"The run ended as {state.name}."
     message = Message(pipeline, event, f"{pipeline}: {what}", text, str(flow_run.id), url)
-    send(targets, message, flow_run_logger(flow_run, flow))
+    send(targets, message, flow_run_logger(flow_run))
 
 
 def _post(address: str, message: Message) -> None:

@@ -10,8 +10,8 @@ import pytest
 
 from flows.deployed import merged, parameters
 from flows.notify import Message, NotifyConfig, send
-from flows.pipelines import Pipeline, PipelinesFile
-from gptcore.errors import ConfigError
+from flows.pipelines import SECTIONS, Pipeline, PipelinesFile
+from gptcore.errors import ConfigError, CorpusError
 from tests.flows.servers import Prefect, Receiver, Serving, prefect_server, wait_for, write
 
 FILE = "pipelines:\n  night:\n    notify:\n      - "
@@ -121,7 +121,7 @@ def test_a_block_on_the_server_is_told_and_a_missing_one_is_logged(
 
 
 @pytest.mark.slow
-def test_promotions_failures_and_kills_of_a_served_pipeline_are_told(
+def test_promotions_failures_kills_and_stops_of_a_served_pipeline_are_told(
     project: Path, server: Prefect, receiver: Receiver
 ) -> None:
     def told() -> list[tuple[str, ...]]:
@@ -142,28 +142,48 @@ def test_promotions_failures_and_kills_of_a_served_pipeline_are_told(
         flow_process(project).kill()
         assert server.ended(killed)["type"] == "CRASHED"
         wait_for(lambda: len(receiver.got) == 3, 30)
+        stopped = server.start("night", train={"max_steps": 2_000_000, "eval_every": 1_000_000})
+        flow_process(project).terminate()
+        assert server.ended(stopped)["type"] == "CRASHED"
+        wait_for(lambda: len(receiver.got) == 4, 30)
     assert told() == [
         ("promotion", "night: gpt-night has a new champion", first),
         ("failure", "night: failed", failed),
         ("failure", "night: crashed", killed),
+        ("failure", "night: crashed", stopped),
     ]
     texts: list[Any] = [message["text"] for message in receiver.got]
     assert "first version" in texts[0] and "'/nowhere' does not exist" in texts[1] and "SIGKILL" in texts[2]
     assert receiver.got[0]["url"] == f"{server.url.removesuffix('/api')}/runs/flow-run/{first}"
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("prefect_server", "root")
+def test_a_run_of_the_command_line_tells_as_well(tiny: Pipeline, receiver: Receiver) -> None:
+    from flows.retrain import retrain
+
+    sections = {name: getattr(tiny, name) for name in SECTIONS}
+    corpus = tiny.corpus.model_copy(update={"sources": ("/nowhere",)})
+    targets = (NotifyConfig(webhook=f"{receiver.url}/hook"),)
+    with pytest.raises(CorpusError, match="does not exist"):
+        retrain("tiny", "gpt-tiny", **{**sections, "corpus": corpus}, notify=targets)
+    (message,) = receiver.got
+    assert (message["event"], message["title"]) == ("failure", "tiny: failed")
+
+
 def flow_process(project: Path) -> psutil.Process:
     """The process of the flow run whose trainer is at work."""
     runs = str(project / "mlruns" / "runs")
-    found: list[psutil.Process] = []
 
     def look() -> list[psutil.Process]:
-        for process in psutil.process_iter(["cmdline"]):
-            if any(part.startswith(runs) for part in process.info["cmdline"] or ()):
-                found.append(process)
-        return found
+        trainers = [
+            process
+            for process in psutil.process_iter(["cmdline"])
+            if any(part.startswith(runs) for part in process.info["cmdline"] or ())
+        ]
+        parents = [trainer.parent() for trainer in trainers]
+        return [parent for parent in parents if parent and "prefect.engine" in parent.cmdline()]
 
     wait_for(look, 60)
-    flow = found[0].parent()
-    assert flow is not None
+    (flow,) = look()
     return flow

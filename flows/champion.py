@@ -3,12 +3,12 @@
 A move is written into the log before the alias moves and completed afterwards, so whoever looks next after a crash
 finishes it: `settle`, which every call here begins with. It also notices that somebody moved the alias in MLflow itself
 and writes that down. What the log means stands in moves.py. The alias `previous` and the tag `withdrawn` are the log's
-conclusions, kept where people see them.
+conclusions, kept where people see them. Prefect hears of each move that was carried out here (events.py).
 """
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from urllib.parse import quote
@@ -17,6 +17,7 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
+from flows import events
 from flows.lock import hold
 from flows.moves import Kind, Move, previous, read, withdrawn
 from flows.registry import CHAMPION, RegistryError, UnknownVersion, versions
@@ -101,19 +102,32 @@ def unmoved(root: StateRoot, model: str) -> Iterator[list[Move]]:
 def _settled(root: StateRoot, model: str) -> Iterator[tuple["_Log", Move | None]]:
     """The model's log, settled and ours alone; and the interrupted move that was completed to get there."""
     # Not .lock: that ending belongs to pipelines, and a pipeline's run waits here while it holds its own.
-    with hold(root.path / "locks" / f"{quote(model, safe='')}.champion", overlap="wait"):
-        try:
-            log = _Log(root, model)
+    carried_out: list[Move] = []
+    try:
+        with hold(root.path / "locks" / f"{quote(model, safe='')}.champion", overlap="wait"):
+            log = _Log(root, model, carried_out)
             yield log, log.settle()
-        except MlflowException as error:
-            raise RegistryError(f"the registry at {root.tracking_uri} does not answer: {error}") from None
+    except MlflowException as error:
+        raise RegistryError(f"the registry at {root.tracking_uri} does not answer: {error}") from None
+    finally:
+        for move in carried_out:
+            events.model_promoted(model, move.as_dict(), _pipeline_of(root, model, move))
+
+
+def _pipeline_of(root: StateRoot, model: str, move: Move) -> str | None:
+    """The pipeline that made the version, as its MLflow run says; None where that is unknown."""
+    client = MlflowClient(root.tracking_uri)
+    with suppress(MlflowException):
+        found = client.get_model_version(model, str(move.target))
+        return client.get_run(str(found.run_id)).data.tags.get("pipeline")
+    return None
 
 
 class _Log:
     """A registered model's log of moves, and the alias that it speaks of."""
 
-    def __init__(self, root: StateRoot, model: str) -> None:
-        self.root, self.model = root, model
+    def __init__(self, root: StateRoot, model: str, carried_out: list[Move]) -> None:
+        self.root, self.model, self.carried_out = root, model, carried_out
         self.client = MlflowClient(root.tracking_uri)
         try:
             registered = self.client.get_registered_model(model)
@@ -182,7 +196,9 @@ class _Log:
         if self.current != move.target:
             self.client.set_registered_model_alias(self.model, CHAMPION, move.target)
             self.aliases[CHAMPION] = move.target
-        return self._complete(move)
+        done = self._complete(move)
+        self.carried_out.append(done)
+        return done
 
     def _complete(self, move: Move) -> Move:
         """Shows the move's consequences on the versions, then marks it as done."""

@@ -85,6 +85,21 @@ def serve(limit: int, file: str | None, reconcile: bool) -> None:
 
 
 @cli.command()
+@click.option("--work-pool", required=True, metavar="POOL", help="Work pool whose workers run the deployments.")
+@click.option("--image", help="Container image that the pool's workers start, with gptflow installed.")
+@_FILE
+def deploy(work_pool: str, image: str | None, file: str | None) -> None:
+    """Register the deployments of all pipelines at PREFECT_API_URL, to be run by the workers of a work pool."""
+    pipelines, root = _all_pipelines(file)
+    if "PREFECT_API_URL" not in os.environ:
+        raise click.UsageError("PREFECT_API_URL is not set: name the Prefect server that has the work pool")
+    root.enter()
+    from flows.deploy import deploy as deploy_pipelines
+
+    deploy_pipelines(pipelines, root, work_pool, image)
+
+
+@cli.command()
 @click.option("--prefect-port", default=4200, show_default=True, type=click.IntRange(1, 65535))
 @click.option("--mlflow-port", default=5000, show_default=True, type=click.IntRange(1, 65535))
 @_LIMIT

@@ -94,6 +94,7 @@ def _run(pipeline: Pipeline, force: bool, sources_overridden: bool) -> "Outcome"
         force=force,
         sources_overridden=sources_overridden,
         overlap=pipeline.overlap,
+        notify=pipeline.notify,
         return_state=True,
     )
     outcome = state.result()

@@ -14,7 +14,9 @@ import yaml
 from pydantic import Field
 
 from flows.lock import Overlap
+from flows.notify import NotifyConfig
 from flows.schedule import ScheduleConfig
+from flows.triggers import TriggerConfig
 from gptcore.config import (
     CorpusConfig,
     GateConfig,
@@ -29,8 +31,10 @@ from gptcore.errors import ConfigError
 
 SECTIONS = ("corpus", "model", "train", "sample", "gate", "retrain")
 """Every key of a pipeline that maps to further keys, which are merged one by one: parameters of the flow."""
-RUNNING_KEYS = frozenset({"retrain", "schedule", "overlap", "tags"})
+RUNNING_KEYS = frozenset({"retrain", "schedule", "triggers", "overlap", "notify", "tags"})
 """When and how a pipeline runs: no part of what is trained."""
+_TOP_KEYS = ("defaults", "pipelines", "watch_seconds")
+_WATCH_SECONDS = (10, 86_400)
 _SHAPE_KEYS = ("context_length", "emb_dim", "n_heads", "n_layers")
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
@@ -52,8 +56,12 @@ class Pipeline(Section):
     retrain: RetrainConfig = RetrainConfig()
     schedule: ScheduleConfig | None = None
     """When it runs by itself, once `gptflow up` or `gptflow serve` is there. Default: never."""
+    triggers: tuple[TriggerConfig, ...] = ()
+    """Events that start it: {on: corpus_changed}, or {on: promoted, model: gpt-base}."""
     overlap: Overlap = "skip"
     """What a run does while another run of the pipeline is under way: skip, or wait for its end."""
+    notify: tuple[NotifyConfig, ...] = ()
+    """Who is told of failures, promotions and missing successes: {webhook: ADDRESS} or {block: TYPE/NAME}."""
     tags: tuple[Annotated[str, Field(min_length=1, max_length=100)], ...] = ()
     """Tags of its deployment and runs in the Prefect UI."""
 
@@ -66,6 +74,11 @@ class PipelinesFile:
         self.path = path
         self.data, self.marks = _read(path)
         self._check_top()
+
+    @property
+    def watch_seconds(self) -> int:
+        """How long from one look at the sources and successes of all pipelines to the next."""
+        return self.data.get("watch_seconds", 300)
 
     def names(self) -> list[str]:
         """The pipelines, in the file's order."""
@@ -82,6 +95,9 @@ class PipelinesFile:
         built, problems = check(Pipeline, merged)
         if built is None:
             raise ConfigError("\n".join(f"{self._where(name, path, layers)}: {what}" for path, what in problems))
+        for index, trigger in enumerate(built.triggers):
+            if (what := self._wrong_model(trigger, built)) is not None:
+                raise ConfigError(f"{self._where(name, ('triggers', index, 'model'), layers)}: {what}")
         corpus = built.corpus.model_copy(
             update={"sources": tuple(_absolute(source, self.path.parent) for source in built.corpus.sources)}
         )
@@ -95,10 +111,31 @@ class PipelinesFile:
             for pipeline in asked
         }
 
+    def _wrong_model(self, trigger: TriggerConfig, pipeline: Pipeline) -> str | None:
+        """Why a trigger can never start the pipeline, or would start it for ever."""
+        if trigger.model is None:
+            return None
+        if trigger.model == pipeline.model_name:
+            return f"{trigger.model} is this pipeline's own model: each run would start the next"
+        layers = [[self.data.get("defaults") or {}, given or {}] for given in self.data["pipelines"].values()]
+        known = [merge(own).get("model_name", f"gpt-{name}") for name, own in zip(self.names(), layers)]
+        if trigger.model in known:
+            return None
+        near = difflib.get_close_matches(trigger.model, map(str, known), n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(map(str, known))}"
+        return f"no pipeline of this file makes the model {trigger.model}; {hint}"
+
     def _check_top(self) -> None:
         for key in self.data:
-            if key not in ("defaults", "pipelines"):
-                raise ConfigError(f"{self._at((key,))}{key}: there is no such key; known are defaults, pipelines")
+            if key not in _TOP_KEYS:
+                raise ConfigError(f"{self._at((key,))}{key}: there is no such key; known are {', '.join(_TOP_KEYS)}")
+        least, most = _WATCH_SECONDS
+        given = self.watch_seconds
+        if not isinstance(given, int) or isinstance(given, bool) or not least <= given <= most:
+            at = self._at(("watch_seconds",))
+            raise ConfigError(
+                f"{at}watch_seconds: must be a number of seconds from {least} to {most} (given: {given!r})"
+            )
         if not isinstance(self.data.get("pipelines"), dict) or not self.data["pipelines"]:
             raise ConfigError(f"{self.path}: pipelines: must map each pipeline's name to its settings")
         mappings: dict[tuple[str, ...], Any] = {("defaults",): self.data.get("defaults")}
@@ -172,8 +209,20 @@ def overrides_sources(overrides: Sequence[str]) -> bool:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML with numbers such as 1e-3, which YAML 1.1 takes for strings."""
+    """YAML with numbers such as 1e-3, which YAML 1.1 takes for strings, and the word `on`, which it takes for true.
 
+    As in YAML 1.2, only true and false are truth values.
+    """
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")

@@ -16,10 +16,11 @@ from prefect.client.schemas.filters import (
     FlowRunFilterState,
     FlowRunFilterStateType,
 )
-from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.states import Crashed
 
 from flows.lock import taken
+from flows.notify import tell_end
 from flows.state import StateRoot
 
 _UNFINISHED = [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING]
@@ -49,8 +50,9 @@ def _prefect_runs(client: SyncPrefectClient, root: StateRoot) -> Iterator[str]:
         pipeline = str(run.parameters.get("pipeline"))
         with taken(root.lock(pipeline)) as free:
             if free and _is_orphaned(client.read_flow_run(run.id)):
-                message = "No process was behind it any more when gptflow started."
-                client.set_flow_run_state(run.id, Crashed(message=message), force=True)
+                crashed: State[None] = Crashed(message="No process was behind it any more when gptflow started.")
+                client.set_flow_run_state(run.id, crashed, force=True)
+                tell_end(run, crashed)
                 yield f"crashed    Prefect run {run.id} of {pipeline}"
 
 

@@ -21,6 +21,7 @@ from flows import ancestry, attempt, deployed, lines, lock, registry, release, s
 from flows.attempt import Attempt
 from flows.gate import Verdict
 from flows.lineage import lineage
+from flows.notify import NotifyConfig, tell_failure, tell_promotion
 from flows.pipelines import Pipeline
 from flows.reason import divergence
 from flows.report import detail_rows, report, score_rows
@@ -58,7 +59,15 @@ class Outcome:
 
 
 # Prefect would check each section alone; a deployed run's sections are checked when its deployment's stand under them.
-@flow(name="retrain", flow_run_name="{pipeline}", persist_result=False, validate_parameters=False)
+@flow(
+    name="retrain",
+    flow_run_name="{pipeline}",
+    persist_result=False,
+    validate_parameters=False,
+    on_failure=[tell_failure],
+    on_crashed=[tell_failure],
+    on_completion=[tell_promotion],
+)
 def retrain(
     pipeline: str,
     model_name: str,
@@ -71,6 +80,7 @@ def retrain(
     force: bool = False,
     sources_overridden: bool = False,
     overlap: lock.Overlap = "skip",
+    notify: tuple[NotifyConfig, ...] = (),
 ) -> State[Outcome]:
     """Trains a GPT on the corpus as it is now, and makes it champion if it is the best so far.
 
@@ -87,6 +97,7 @@ def retrain(
         sources_overridden: corpus.sources are not the pipeline's own: register a version, but leave an existing
             champion alone.
         overlap: While another run of the pipeline is under way: skip, or wait for its end.
+        notify: Who is told if the run fails or there is a new champion. The flow's hooks read it.
     """
     asked, has_other_sources = deployed.asked() or (
         Pipeline(

@@ -4,6 +4,7 @@
     corpora/     tokens/      committed snapshots and token files, shared by all pipelines
     runs/                     run directories, <pipeline>/<run key>-<attempt>
     locks/                    one lock per pipeline, held by its run
+    watch/                    what the last looks at each pipeline's sources saw
     prefect/     logs/        the homes of Prefect's servers, and what servers and libraries said
     successes/                when each pipeline last succeeded
     up.lock      up.json      held by `gptflow up`, and where its servers are

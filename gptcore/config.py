@@ -322,6 +322,8 @@ def _problem(detail: Any, section: type[BaseModel]) -> tuple[KeyPath, str]:
 
 def _fields_at(section: type[BaseModel], path: KeyPath) -> list[str]:
     for part in path:
+        if isinstance(part, int):  # an entry of a list of sections
+            continue
         given = section.model_fields[str(part)].annotation
         inner = [kind for kind in (given, *get_args(given)) if isinstance(kind, type) and issubclass(kind, BaseModel)]
         assert inner, "only sections forbid keys"

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 from urllib.parse import unquote, urlsplit
 
 from gptcore import downloads as web
@@ -71,12 +71,12 @@ def check(sources: Sequence[str], base: Path) -> None:
     for source in sources:
         if source == PYTHON_DOCS:
             continue
-        if not (match := _SCHEME.fullmatch(source)):
-            _local_paths(source, base)
-        elif match[1].lower() in ("http", "https"):
+        if (scheme := scheme_of(source)) is None:
+            local_paths(source, base)
+        elif scheme in ("http", "https"):
             parse_address(source)
         else:
-            _check_package(source, match[1].lower())
+            _check_package(source, scheme)
 
 
 def documents(sources: Sequence[str], base: Path, downloads: Path, errors: Errors) -> Iterator[Document]:
@@ -94,6 +94,12 @@ def documents(sources: Sequence[str], base: Path, downloads: Path, errors: Error
             with found.open() as file:
                 for name, chunks in formats.read(file, found.name, found.filename, errors):
                     yield Document(name, source, chunks)
+
+
+def scheme_of(source: str) -> str | None:
+    """What stands before `://`, in lower case; None for a local path."""
+    match = _SCHEME.fullmatch(source)
+    return match[1].lower() if match else None
 
 
 def parse_address(source: str) -> tuple[str, str | None]:
@@ -119,11 +125,11 @@ def _python_docs(errors: Errors) -> Iterator[Document]:
 
 
 def _files(source: str, base: Path, downloads: Path) -> Iterator[_File]:
-    match = _SCHEME.fullmatch(source)
-    if not match:
-        for path in _local_paths(source, base):
+    scheme = scheme_of(source)
+    if scheme is None:
+        for path in local_paths(source, base):
             yield _File(_shown(path, base), path.name, lambda path=path: _copy_of(path, downloads))  # type: ignore[misc]
-    elif match[1].lower() in ("http", "https"):
+    elif scheme in ("http", "https"):
         address, sha256 = parse_address(source)
         filename = PurePosixPath(unquote(urlsplit(address).path)).name
         yield _File(address, filename, lambda: web.fetch(address, sha256, downloads).open("rb"))
@@ -136,7 +142,7 @@ def _shown(path: Path, base: Path) -> str:
     return shown.removeprefix(root)
 
 
-def _local_paths(source: str, base: Path) -> list[Path]:
+def local_paths(source: str, base: Path) -> list[Path]:
     """At least one regular file. A name that exists is meant literally, even with a `[` in it."""
     path = base / Path(source).expanduser()
     if not source.strip():
@@ -203,23 +209,32 @@ def _copy_of(path: Path, scratch: Path) -> BinaryIO:
     )
 
 
-def _stored_files(source: str, scratch: Path) -> Iterator[_File]:
-    """What fsspec finds: one object, the matches of a glob, or the texts below a prefix."""
+def stored(source: str) -> tuple["fsspec.AbstractFileSystem", dict[str, dict[str, Any]], bool]:
+    """What fsspec finds: one object, the matches of a glob, or the texts below a prefix, by name, as it describes them.
+
+    Returned with the file system, and whether the source names a single object. Raises CorpusError, SourceUnavailable.
+    """
     with _storage_errors(source):
         import fsspec
 
         filesystem, path = fsspec.core.url_to_fs(source)
-        literal = filesystem.isfile(path)
-        if literal:
-            found = [path]
+        filesystem.invalidate_cache()  # a listing kept from an earlier look would hide what is new
+        if is_literal := filesystem.isfile(path):
+            found = {path: filesystem.info(path)}
         elif any(mark in path for mark in "*?["):
-            found = sorted(name for name in filesystem.glob(path) if filesystem.isfile(name))
+            matches = filesystem.glob(path, detail=True)
+            found = {name: info for name, info in matches.items() if info["type"] == "file"}
         else:
-            found = sorted(name for name in filesystem.find(path) if formats.is_known(name))
+            found = {name: info for name, info in filesystem.find(path, detail=True).items() if formats.is_known(name)}
     if not found:
         raise CorpusError(f"corpus.sources: {source!r} does not exist, matches nothing or holds no text.")
+    return filesystem, dict(sorted(found.items())), is_literal
+
+
+def _stored_files(source: str, scratch: Path) -> Iterator[_File]:
+    filesystem, found, is_literal = stored(source)
     for name in found:
-        shown = source if literal else filesystem.unstrip_protocol(name)
+        shown = source if is_literal else filesystem.unstrip_protocol(name)
         yield _File(shown, name, lambda name=name: _fetched(filesystem, name, source, scratch))  # type: ignore[misc]
 
 

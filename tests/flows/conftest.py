@@ -5,6 +5,7 @@ import random
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Thread
 
 import mlflow
 import pytest
@@ -19,7 +20,7 @@ from gptcore.config import ModelConfig, RunConfig, TrainConfig
 from gptcore.manifest import commit, sha256_of, sha256_of_file, staging
 from gptcore.rundir import Result, RunDirectory, result_about
 from gptcore.tokenizer import get_tokenizer
-from tests.flows.servers import Up
+from tests.flows.servers import Receiver, Up
 
 WORDS = (
     "the a model learns from text and writes what comes next while every night new words arrive in many files".split()
@@ -71,6 +72,18 @@ def root(project: Path, monkeypatch: pytest.MonkeyPatch) -> StateRoot:
 @pytest.fixture
 def tiny(project: Path) -> Pipeline:
     return PipelinesFile(project / "pipelines.yaml").pipeline("tiny")
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    """A web server that keeps what it is sent."""
+    server = Receiver()
+    thread = Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
 
 
 @pytest.fixture(scope="session")

@@ -10,10 +10,12 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
 import psutil
+import yaml
 from mlflow import MlflowClient
 
 from flows.servers import Servers, answers, recorded
@@ -105,11 +107,11 @@ class Prefect:
 
 
 @contextmanager
-def prefect_server(directory: Path) -> Iterator[Prefect]:
+def prefect_server(directory: Path, **environment: str) -> Iterator[Prefect]:
     """A Prefect server of its own with all its services, while this lasts. Its home and its log are in `directory`."""
     port = free_ports(1)[0]
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-    process = _start(command, directory / "server.log", clean(PREFECT_HOME=str(directory)), directory)
+    process = _start(command, directory / "server.log", clean(PREFECT_HOME=str(directory), **environment), directory)
     server = Prefect(f"http://127.0.0.1:{port}/api")
     try:
         wait_for(lambda: process.poll() is not None or answers(f"{server.url}/health"), 120)
@@ -118,6 +120,55 @@ def prefect_server(directory: Path) -> Iterator[Prefect]:
     finally:
         process.terminate()
         process.wait(60)
+
+
+def write(project: Path, watch_seconds: int = 3600, **pipelines: dict[str, Any]) -> None:
+    """Lets the project's file have `pipelines`, each the tiny one of the fixture with some keys replaced."""
+    path, kept = project / "pipelines.yaml", project / "tiny.yaml"
+    if not kept.exists():
+        path.rename(kept)
+    tiny = yaml.safe_load(kept.read_text())["pipelines"]["tiny"]
+    asked = {name: {**tiny, **keys} for name, keys in pipelines.items()}
+    path.write_text(json.dumps({"watch_seconds": watch_seconds, "pipelines": asked}))
+
+
+class Serving:
+    """`gptflow serve` in the project directory, from start to SIGTERM."""
+
+    def __init__(self, project: Path, server: Prefect) -> None:
+        self.log = project / "serve.log"
+        self.process = begin(project, self.log, "serve", PREFECT_API_URL=server.url)
+
+    def __enter__(self) -> list[str]:
+        wait_for(lambda: self.process.poll() is not None or "\nserving " in self.log.read_text(), 90)
+        assert self.process.poll() is None, self.log.read_text()
+        return [line for line in self.log.read_text().splitlines() if not line.startswith("serving")]
+
+    def __exit__(self, *_: object) -> None:
+        self.process.terminate()
+        self.process.wait(30)
+
+
+class Receiver(HTTPServer):
+    """Takes JSON by POST on loopback, as a webhook or an events API does, and answers with `status`."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _ReceiverHandler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.got: list[Any] = []
+        """Every body, also of requests that were refused."""
+        self.status = 200
+
+
+class _ReceiverHandler(BaseHTTPRequestHandler):
+    server: Receiver
+
+    def do_POST(self) -> None:
+        self.server.got.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
+        self.send_response(self.server.status)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None: ...
 
 
 class Up:

@@ -1,21 +1,18 @@
 """Schedules and deployments: what is refused, what is registered, what changes, and that they really run."""
 
 import json
-import signal
 import subprocess
 import sys
 import urllib.error
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 
 from flows.deployed import merged, parameters
 from flows.pipelines import Pipeline, PipelinesFile
 from gptcore.errors import ConfigError
-from tests.flows.servers import Prefect, begin, prefect_server, wait_for
+from tests.flows.servers import Prefect, Serving, prefect_server, wait_for, write
 
 OPERATIONS = ("promote", "rollback", "prune")
 NIGHT = "pipelines:\n  night:\n    schedule:\n"
@@ -76,34 +73,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prefect]:
         yield server
 
 
-class Serving:
-    """`gptflow serve` in the project directory, from start to SIGTERM."""
-
-    def __init__(self, project: Path, server: Prefect) -> None:
-        self.log = project / "serve.log"
-        self.process = begin(project, self.log, "serve", PREFECT_API_URL=server.url)
-
-    def __enter__(self) -> list[str]:
-        wait_for(lambda: self.process.poll() is not None or "\nserving " in self.log.read_text(), 90)
-        assert self.process.poll() is None, self.log.read_text()
-        return [line for line in self.log.read_text().splitlines() if not line.startswith("serving")]
-
-    def __exit__(self, *_: object) -> None:
-        self.process.send_signal(signal.SIGTERM)
-        self.process.wait(30)
-
-
-def write(project: Path, **pipelines: dict[str, Any]) -> None:
-    """Lets the file have `pipelines`, each the tiny one with some keys replaced."""
-    path = project / "pipelines.yaml"
-    tiny = yaml.safe_load((project / "tiny.yaml").read_text())
-    path.write_text(json.dumps({"pipelines": {name: {**tiny, **keys} for name, keys in pipelines.items()}}))
-
-
 @pytest.fixture
 def scheduled(project: Path) -> Path:
-    tiny = yaml.safe_load((project / "pipelines.yaml").read_text())["pipelines"]["tiny"]
-    (project / "tiny.yaml").write_text(yaml.safe_dump(tiny))
     # Another package of the same name in the working directory is not what runs.
     (project / "flows").mkdir()
     (project / "flows" / "__init__.py").write_text("raise RuntimeError('the wrong flows')")

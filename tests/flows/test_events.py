@@ -1,0 +1,178 @@
+"""Events: what is refused in `triggers`, what a moved champion says, and that a deployment runs because of it."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+
+from flows import champion, events
+from flows.champion import GATE
+from flows.pipelines import PipelinesFile
+from flows.triggers import TriggerConfig
+from gptcore.errors import ConfigError
+from tests.flows.servers import Prefect, Receiver, Serving, clean, gptflow, prefect_server, wait_for, write
+
+MODEL = "gpt-tiny"
+FILE = "pipelines:\n  base: {model_name: gpt-base}\n  night:\n    triggers:\n      - "
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("{on: changed}", [":5: pipelines.night.triggers.0.on", "'corpus_changed' or 'promoted'", "changed"]),
+        ("corpus_changed", [":5: pipelines.night.triggers.0", "corpus_changed"]),
+        ("{on: promoted}", ["promoted needs a model", "{on: promoted, model: gpt-base}"]),
+        ("{on: corpus_changed, model: gpt-base}", ["it has no model", "gpt-base"]),
+        ("{on: promoted, model: gpt-bass}", ["triggers.0.model", "makes the model gpt-bass; did you mean gpt-base?"]),
+        ("{on: promoted, model: gpt-night}", ["triggers.0.model", "own model: each run would start the next"]),
+        ("{on: corpus_changed, modle: x}", ["triggers.0.modle", "did you mean model?"]),
+        ("{}", ["pipelines.night.triggers.0.on", "required"]),
+    ],
+)
+def test_a_wrong_trigger_is_refused_with_its_line_and_the_cure(tmp_path: Path, text: str, parts: list[str]) -> None:
+    (tmp_path / "pipelines.yaml").write_text(FILE + text + "\n")
+    with pytest.raises(ConfigError) as refused:
+        PipelinesFile(tmp_path / "pipelines.yaml").pipeline("night")
+    for part in (*parts, f"{tmp_path}/pipelines.yaml:5: "):
+        assert part in str(refused.value)
+
+
+def test_triggers_name_an_event_and_what_it_is_about(tmp_path: Path) -> None:
+    (tmp_path / "pipelines.yaml").write_text(FILE + "{on: corpus_changed}\n      - {on: promoted, model: gpt-base}\n")
+    triggers = PipelinesFile(tmp_path / "pipelines.yaml").pipeline("night").triggers
+    assert triggers == (TriggerConfig(on="corpus_changed"), TriggerConfig(on="promoted", model="gpt-base"))
+    assert [trigger.awaited("night") for trigger in triggers] == [
+        ("gptflow.corpus.changed", "gptflow.pipeline.night"),
+        ("gptflow.model.promoted", "gptflow.model.gpt-base"),
+    ]
+
+
+def test_only_true_and_false_are_truth_values(tmp_path: Path) -> None:
+    (tmp_path / "pipelines.yaml").write_text("pipelines: {night: {schedule: {interval: 60, paused: yes}}}\n")
+    with pytest.raises(ConfigError, match=r"schedule.paused.*boolean \(given: 'yes'\)"):
+        PipelinesFile(tmp_path / "pipelines.yaml").pipeline("night")
+
+
+@pytest.fixture
+def registry(tiny_registry: Any, receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """gpt-tiny with two versions, and a server that takes its events."""
+    monkeypatch.setenv("PREFECT_API_URL", f"{receiver.url}/api")
+    for _ in range(2):
+        tiny_registry.register()
+    return tiny_registry
+
+
+def test_every_move_of_the_champion_is_told(registry: Any, receiver: Receiver) -> None:
+    champion.promote(registry.root, MODEL, "1", "first", GATE)
+    champion.promote(registry.root, MODEL, "2", "nicer", "ann")
+    champion.promote(registry.root, MODEL, "2", "it is champion already", "ann")
+    champion.rollback(registry.root, MODEL, "swears", "ben")
+    told = [event for (event,) in receiver.got]
+    assert {event["event"] for event in told} == {"gptflow.model.promoted"}
+    assert {event["resource"]["prefect.resource.id"] for event in told} == {"gptflow.model.gpt-tiny"}
+    keys = ("version", "previous", "kind", "by", "reason", "pipeline")
+    assert [tuple(event["payload"][key] for key in keys) for event in told] == [
+        ("1", None, "promoted", GATE, "first", "tiny"),
+        ("2", "1", "promoted by a person", "ann", "nicer", "tiny"),
+        ("1", "2", "rolled back", "ben", "swears", "tiny"),
+    ]
+
+
+def test_a_move_that_was_killed_half_way_is_told_by_whoever_completes_it(
+    registry: Any, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(champion._Log, "_carry_out", lambda *_: pytest.fail("killed"))
+        with pytest.raises(pytest.fail.Exception, match="killed"):
+            champion.promote(registry.root, MODEL, "1", "first", "ann")
+    assert receiver.got == []
+    champion.moves(registry.root, MODEL)
+    champion.moves(registry.root, MODEL)
+    assert [event["payload"]["version"] for (event,) in receiver.got] == ["1"]
+
+
+def test_an_event_that_cannot_be_sent_is_logged_and_the_champion_moves(
+    registry: Any, receiver: Receiver, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    receiver.status = 500
+    assert champion.promote(registry.root, MODEL, "1", "first", "ann") is not None
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
+    assert champion.promote(registry.root, MODEL, "2", "second", "ann") is not None
+    messages = [record.getMessage() for record in caplog.records if record.name == events.__name__]
+    assert len(messages) == 2 and "500" in messages[0] and all("127.0.0.1 did not take" in line for line in messages)
+
+
+def test_without_a_server_there_is_nobody_to_tell(registry: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PREFECT_API_URL")
+    events.corpus_changed("tiny", ["text"])
+    assert champion.promote(registry.root, MODEL, "1", "first", "ann") is not None
+
+
+@pytest.mark.slow
+def test_a_command_tells_of_its_move_without_importing_prefect(
+    registry: Any, receiver: Receiver, project: Path
+) -> None:
+    program = "import sys, atexit; from flows.cli import main\n"
+    program += "atexit.register(lambda: print('prefect' in sys.modules)); main()"
+    arguments = ["promote", MODEL, "2", "--reason", "nicer"]
+    environment = clean(PREFECT_API_URL=f"{receiver.url}/api")
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments], cwd=project, env=environment, capture_output=True, text=True
+    )
+    assert done.stdout.splitlines() == [f"{MODEL}: version 2 is champion, after none", "False"], done.stderr
+    ((event,),) = receiver.got
+    assert event["payload"]["reason"] == "nicer"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prefect]:
+    with prefect_server(tmp_path_factory.mktemp("server")) as server:
+        yield server
+
+
+@pytest.mark.slow
+def test_a_promotion_starts_the_pipelines_that_wait_for_it_until_the_file_says_otherwise(
+    project: Path, server: Prefect
+) -> None:
+    def automations() -> list[str]:
+        return [automation["name"] for automation in server.ask("automations/filter", {})]
+
+    def runs(pipeline: str) -> list[str]:
+        return [run["state"]["type"] for run in server.runs() if run["parameters"].get("pipeline") == pipeline]
+
+    write(project, base={}, follower={"triggers": [{"on": "promoted", "model": "gpt-base"}]})
+    with Serving(project, server):
+        assert automations() == ["follower on gptflow.model.promoted of gptflow.model.gpt-base"]
+        assert server.ended(server.start("base"))["name"] == "Promoted"
+        wait_for(lambda: runs("follower") == ["COMPLETED"], 100)
+    with Serving(project, server) as lines:
+        assert "unchanged  follower" in lines and len(automations()) == 1
+    write(project, base={}, follower={})
+    with Serving(project, server) as lines:
+        assert "changed    follower" in lines and automations() == []
+    write(project, base={}, follower={"triggers": [{"on": "promoted", "model": "gpt-base"}]})
+    with Serving(project, server):
+        assert len(automations()) == 1
+    write(project, base={})
+    with Serving(project, server) as lines:
+        assert "removed    follower" in lines and automations() == []
+    assert runs("follower") == ["COMPLETED"]
+
+
+@pytest.mark.slow
+def test_a_server_that_wants_a_password_is_told_by_prefects_own_client(
+    tiny_registry: Any, project: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    tiny_registry.register()
+    directory = tmp_path_factory.mktemp("locked")
+    with prefect_server(directory, PREFECT_SERVER_API_AUTH_STRING="ann:secret") as server:
+        given = {"PREFECT_API_URL": server.url, "PREFECT_API_AUTH_STRING": "ann:secret"}
+        done = gptflow(project, "promote", MODEL, "1", "--reason", "first", **given)
+        assert (done.returncode, done.stdout) == (0, f"{MODEL}: version 1 is champion, after none\n"), done.stderr
+        asked = {"filter": {"event": {"name": ["gptflow.model.promoted"]}}}
+        url, password = f"{server.url}/events/filter", ("ann", "secret")
+        wait_for(lambda: requests.post(url, json=asked, auth=password, timeout=20).json()["total"] == 1, 20)

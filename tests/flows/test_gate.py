@@ -290,7 +290,7 @@ def test_a_champion_s_training_text_that_is_gone_is_called_unknown_and_the_compa
     verdict = judged(register("good"))
     assert verdict.kind == "better"
     assert "unknown is what some of the training text was" in verdict.reason and str(older.path) in verdict.reason
-    assert "version 1" in summary(root, "2")["gate_unknown"]
+    assert "of models:/gpt-tiny/1 is gone" in summary(root, "2")["gate_unknown"]
 
 
 def test_a_run_on_other_sources_leaves_an_existing_champion_alone_until_the_sources_are_the_pipeline_s(

@@ -1,5 +1,6 @@
 """Retention on a real SQLite registry: what goes, what stays whatever happened before, and being killed in between."""
 
+import json
 import os
 import random
 import shutil
@@ -11,6 +12,7 @@ import pytest
 from mlflow import MlflowClient
 
 from flows import lock, registry
+from flows.attempt import CURRENT
 from flows.champion import GATE, NoPrevious, moves, promote, rollback
 from flows.moves import chain
 from flows.prune import prune
@@ -101,17 +103,26 @@ def test_undecided_imported_and_unnamed_models_are_left_alone(tiny_registry: Any
     assert numbers(root) == set("124")
 
 
-def test_unfinished_and_unregistered_run_directories_keep_what_they_need(tiny_registry: Any) -> None:
+def test_trainings_that_a_pipeline_works_on_keep_what_they_need_and_one_that_it_left_is_freed(
+    tiny_registry: Any,
+) -> None:
     root = tiny_registry.root
-    for name, is_finished in (("paused", False), ("unregistered", True)):
+    for name, is_finished in (("paused", False), ("unregistered", True), ("left", False)):
         _, tokens = tiny_registry.text(name)
         tiny_registry.run_directory(0, manifest.sha256_of(name), tokens, 1, is_finished)
+    noted = {
+        "own": f"{manifest.sha256_of('paused')[:16]}-1",
+        "overridden": f"{manifest.sha256_of('unregistered')[:16]}-1",
+    }
+    (root.path / "runs" / "tiny" / CURRENT).write_text(json.dumps(noted))
     for corpus in ("old", "new"):
         tiny_registry.register(corpus=corpus)
+    with lock.hold(root.lock("tiny")):  # its run may just be preparing it
+        assert prune(root, {MODEL: 2}).paths == {}
     prune(root, {MODEL: 1})
     kept = {manifest.sha256_of(["corpus", name])[:16] for name in ("paused", "unregistered", "new")}
     assert names(root.corpora) == kept
-    assert len(names(root.path / "runs" / "tiny")) == len(names(root.tokens)) == 3
+    assert len(names(root.path / "runs" / "tiny") - {CURRENT}) == len(names(root.tokens)) == 3
 
 
 def test_a_locked_run_directory_stays_and_while_a_pipeline_runs_so_do_snapshots(tiny_registry: Any) -> None:

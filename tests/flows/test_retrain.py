@@ -38,7 +38,7 @@ def mlflow_runs(root: StateRoot) -> list[mlflow.entities.Run]:
 def test_a_first_run_becomes_champion_and_the_same_run_again_is_skipped(tiny: Pipeline, root: StateRoot) -> None:
     name, outcome = run(tiny)
     assert (name, outcome.verdict, outcome.uri) == ("Promoted", "promoted", "models:/gpt-tiny/1")
-    assert list(outcome.seconds) == "ingest tokenize train evaluate sample plot register gate report".split()
+    assert list(outcome.seconds) == "ingest compare tokenize train evaluate sample plot register gate report".split()
     name, outcome = run(tiny)
     assert (name, outcome.verdict) == ("Skipped", "skipped")
     assert "nothing changed since version 1" in outcome.reason
@@ -96,7 +96,7 @@ def test_the_mlflow_run_holds_params_metrics_dataset_and_files(tiny: Pipeline, r
     assert "holdout_bits_per_byte" in only.data.metrics
     assert only.inputs.dataset_inputs[0].dataset.digest == only.data.tags["corpus_sha256"][:36]
     names = {item.path for item in client.list_artifacts(only.info.run_id)}
-    assert names == {"evaluation", "samples", "plots", "report.md"}
+    assert names == {"evaluation", "samples", "plots", "report.md", "lineage.json"}
     plots = {Path(item.path).name for item in client.list_artifacts(only.info.run_id, "plots")}
     assert {"losses.png", "losses.pdf", "surprise.png"} < plots
 
@@ -170,5 +170,5 @@ def test_the_champion_answers_in_a_process_that_knows_only_the_tracking_uri(
 
 
 def run_directory(root: StateRoot) -> str:
-    (directory,) = (root.path / "runs" / "tiny").iterdir()
+    (directory,) = (root.path / "runs" / "tiny").glob("*/")
     return str(directory)

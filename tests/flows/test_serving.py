@@ -119,7 +119,7 @@ def test_a_cron_deployment_retrains_and_what_is_given_to_a_run_keeps_the_rest(sc
             server.start("form", train={"max_steps": -5})
         assert b"-5 is less than the minimum of 1" in refused.value.read()
         assert server.ended(run)["type"] == "COMPLETED"
-        (directory,) = (scheduled / "mlruns" / "runs" / "form").iterdir()
+        (directory,) = (scheduled / "mlruns" / "runs" / "form").glob("*/")
         trained = json.loads((directory / "config.json").read_text())
         assert (trained["train"]["max_steps"], trained["train"]["learning_rate"]) == (5, 0.01)
         assert (trained["train"]["batch_size"], trained["model"]["emb_dim"]) == (8, 32)

@@ -63,7 +63,7 @@ def settle(here: Path) -> None:
 
     Raises GPTCoreError for a newer format, a damaged state.json or database, and a moved state root that is in use.
     """
-    if (state := read(here)) is not None and state == State(state.format, state.id, str(here)):
+    if read(here) is not None and not is_moved(here):
         return
     with (here / "mlflow.lock").open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -73,6 +73,12 @@ def settle(here: Path) -> None:
                 _write(here, state)
                 _rewrite(here / _DATABASE, state.formerly, str(here))
         _write(here, replace(state, formerly=()))
+
+
+def is_moved(here: Path) -> bool:
+    """Whether the state root lies elsewhere than it says, or its database may. Raises as `read` does."""
+    state = read(here)
+    return state is not None and (state.path != str(here) or bool(state.formerly))
 
 
 def read(here: Path) -> State | None:

@@ -25,6 +25,7 @@ from flows.state import StateRoot
 from gptcore import tokenizer
 from gptcore.errors import GPTCoreError, TokenizerError
 
+_ANSWER_SECONDS = 10.0
 _IMPORT_SECONDS = 100.0
 _LEAST_FREE = 2**30
 _RUNS_OF_ROOM = 2
@@ -114,9 +115,9 @@ def servers(patient: Patient) -> Iterator[Check]:
         yield _answers("Prefect", up.prefect, f"{up.prefect_api}/health", root)
         yield _answers("MLflow", up.mlflow, f"{up.mlflow}/health", root)
         yield from _children(up, root)
-    for name, variable, path in (("Prefect", "PREFECT_API_URL", "health"), ("MLflow", "MLFLOW_TRACKING_URI", "health")):
+    for name, variable in (("Prefect", "PREFECT_API_URL"), ("MLflow", "MLFLOW_TRACKING_URI")):
         if (url := os.environ.get(variable, "")).startswith("http"):
-            well = answers(f"{url.rstrip('/')}/{path}")
+            well = answers(f"{url.rstrip('/')}/health", _ANSWER_SECONDS)
             message = f"{name} at {url} {'answers' if well else 'does not answer'}"
             yield Check("servers", well, message, "" if well else f"start it, or unset {variable}")
 
@@ -132,7 +133,7 @@ def _down(patient: Patient, up: Servers | None) -> Check:
 
 
 def _answers(name: str, url: str, health: str, root: StateRoot) -> Check:
-    if answers(health):
+    if answers(health, _ANSWER_SECONDS):
         return Check("servers", True, f"{name} answers at {url}")
     cure = f"its log is {root.logs / name.lower()}.log; stop `gptflow up` with Ctrl-C and start it again"
     return Check("servers", False, f"{name} does not answer at {url}", cure)

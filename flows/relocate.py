@@ -14,7 +14,7 @@ import json
 import sqlite3
 import uuid
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from urllib.parse import quote
@@ -128,12 +128,15 @@ def _found_in(database: Path) -> list[str]:
 
 def _lives_on(old: Path, here: Path, identity: str | None) -> bool:
     """Whether the state that lay at `old` is still there, so that the one here is a copy."""
-    if not (old / _DATABASE).exists() or old.samefile(here):
-        return False
-    with suppress(GPTCoreError, OSError):
+    try:
+        if not (old / _DATABASE).exists() or old.samefile(here):
+            return False
         other = read(old)
-        return identity is None or other is None or other.id == identity
-    return True
+    except OSError:  # nothing of ours: we may not even look there
+        return False
+    except GPTCoreError:
+        return True
+    return identity is None or other is None or other.id == identity
 
 
 @contextmanager

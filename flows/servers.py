@@ -61,9 +61,9 @@ def record(home: Path, servers: Servers) -> None:
     temporary.replace(home / "up.json")
 
 
-def answers(url: str) -> bool:
-    """Whether a GET of the URL succeeds within two seconds."""
+def answers(url: str, seconds: float = 2) -> bool:
+    """Whether a GET of the URL succeeds within that time."""
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with suppress(OSError), direct.open(url, timeout=2) as response:
+    with suppress(OSError), direct.open(url, timeout=seconds) as response:
         return bool(response.status == 200)
     return False

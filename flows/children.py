@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 
 import psutil
@@ -29,7 +30,11 @@ class Child:
     is_healthy: Callable[["Child"], bool]
     process: "subprocess.Popen[bytes] | None" = None
     deaths: list[float] = field(default_factory=list)
-    """When it ended unasked, as monotonic seconds."""
+    """When it ended unasked, as monotonic seconds: the latest times only."""
+    restarts: int = 0
+    """How often it ended unasked, in all."""
+    ended_at: str = ""
+    """When it last ended unasked."""
     log_begin: int = 0
     """Where in the log the present process begins."""
 
@@ -65,6 +70,8 @@ class Child:
     def note_death(self) -> float:
         """Counts an end nobody asked for, and says how many seconds to wait. Raises GPTCoreError after too many."""
         now = time.monotonic()
+        self.restarts += 1
+        self.ended_at = datetime.now().astimezone().isoformat(timespec="seconds")
         self.deaths = [*(when for when in self.deaths if now - when < WINDOW_SECONDS), now]
         if len(self.deaths) > MOST_DEATHS:
             raise GPTCoreError(

@@ -208,6 +208,16 @@ def prune(dry_run: bool, file: str | None, json: bool) -> None:
 
 
 @cli.command()
+@_FILE
+@_JSON
+def doctor(file: str | None, json: bool) -> None:
+    """Check versions, servers, disk, registry and stale champions, and say what cures each failure."""
+    from flows.doctor import doctor as examine
+
+    sys.exit(examine(file, json))
+
+
+@cli.command()
 @click.argument("uri")
 @click.option("--prompt", default="", help="What to continue. Empty: begin a new document.")
 @click.option("--max-new-tokens", default=100, show_default=True, type=click.IntRange(1))

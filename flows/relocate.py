@@ -14,7 +14,7 @@ import json
 import sqlite3
 import uuid
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from urllib.parse import quote
@@ -63,7 +63,7 @@ def settle(here: Path) -> None:
 
     Raises GPTCoreError for a newer format, a damaged state.json or database, and a moved state root that is in use.
     """
-    if (state := read(here)) is not None and state == State(state.format, state.id, str(here)):
+    if read(here) is not None and not is_moved(here):
         return
     with (here / "mlflow.lock").open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -73,6 +73,12 @@ def settle(here: Path) -> None:
                 _write(here, state)
                 _rewrite(here / _DATABASE, state.formerly, str(here))
         _write(here, replace(state, formerly=()))
+
+
+def is_moved(here: Path) -> bool:
+    """Whether the state root lies elsewhere than it says, or its database may. Raises as `read` does."""
+    state = read(here)
+    return state is not None and (state.path != str(here) or bool(state.formerly))
 
 
 def read(here: Path) -> State | None:
@@ -122,12 +128,15 @@ def _found_in(database: Path) -> list[str]:
 
 def _lives_on(old: Path, here: Path, identity: str | None) -> bool:
     """Whether the state that lay at `old` is still there, so that the one here is a copy."""
-    if not (old / _DATABASE).exists() or old.samefile(here):
-        return False
-    with suppress(GPTCoreError, OSError):
+    try:
+        if not (old / _DATABASE).exists() or old.samefile(here):
+            return False
         other = read(old)
-        return identity is None or other is None or other.id == identity
-    return True
+    except OSError:  # nothing of ours: we may not even look there
+        return False
+    except GPTCoreError:
+        return True
+    return identity is None or other is None or other.id == identity
 
 
 @contextmanager

@@ -23,6 +23,8 @@ class Servers:
     """URL of MLflow's UI."""
     processes: dict[str, tuple[int, float]] = field(default_factory=dict)
     """Process id of each child, and when it was created: the two together name a process for ever."""
+    restarts: dict[str, tuple[int, str]] = field(default_factory=dict)
+    """How often each child that ended unasked was started again, and when it last ended."""
 
     @property
     def prefect_api(self) -> str:
@@ -47,7 +49,8 @@ def recorded(home: Path) -> Servers | None:
     with suppress(FileNotFoundError):
         about: dict[str, Any] = json.loads((home / "up.json").read_text())
         processes = {name: (pid, created) for name, (pid, created) in about.pop("processes").items()}
-        return Servers(**about, processes=processes)
+        restarts = {name: (times, last) for name, (times, last) in about.pop("restarts", {}).items()}
+        return Servers(**about, processes=processes, restarts=restarts)
     return None
 
 
@@ -58,9 +61,9 @@ def record(home: Path, servers: Servers) -> None:
     temporary.replace(home / "up.json")
 
 
-def answers(url: str) -> bool:
-    """Whether a GET of the URL succeeds within two seconds."""
+def answers(url: str, seconds: float = 2) -> bool:
+    """Whether a GET of the URL succeeds within that time."""
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with suppress(OSError), direct.open(url, timeout=2) as response:
+    with suppress(OSError), direct.open(url, timeout=seconds) as response:
         return bool(response.status == 200)
     return False

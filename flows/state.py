@@ -112,6 +112,8 @@ class StateRoot:
             "MLFLOW_TRACKING_URI": self.tracking_uri,
             "PREFECT_HOME": str(self.prefect / "ephemeral"),
             "PREFECT_RUNNER_POLL_FREQUENCY": "2",
+            # No database time-outs: on SQLite, Prefect 3.8 overrides them with 60 seconds. Its 503 under load is a read
+            # transaction that turns to writing while another one writes, which SQLite refuses at once; clients retry.
         }
         if (servers := running_servers(self.path)) is not None:
             own["PREFECT_API_URL"] = servers.prefect_api

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
+from itertools import islice, pairwise
 from pathlib import Path
 
 from flows.pipelines import Pipeline
@@ -23,6 +24,7 @@ AWAITED = "Awaited"
 _LEAST_PATIENCE = timedelta(hours=1)
 """A run may well take longer than the minutes between two due times."""
 _PATIENCE_IN_DUE_TIMES = 2
+_NAMES = {timedelta(hours=1): "hourly", timedelta(days=1): "daily", timedelta(weeks=1): "weekly"}
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,14 @@ def overdue(pipeline: Pipeline, root: StateRoot, now: datetime) -> timedelta | N
     return since if since >= _LEAST_PATIENCE and now >= _deadline(schedule, before.at) else None
 
 
+def complaint(pipeline: Pipeline, root: StateRoot, now: datetime) -> str | None:
+    """`no success for 3 days 4 h, scheduled daily`, if the pipeline is overdue."""
+    since = overdue(pipeline, root, now)
+    if since is None or pipeline.schedule is None:
+        return None
+    return f"no success for {in_words(since)}, scheduled {_how_often(pipeline.schedule, now)}"
+
+
 def in_words(duration: timedelta) -> str:
     """`3 days 4 h`, `2 h 5 min`, `40 s`: the two largest units."""
     seconds = int(duration.total_seconds())
@@ -89,6 +99,16 @@ def _deadline(schedule: ScheduleConfig, after: datetime) -> datetime:
     due = due_times(schedule, after)
     times = [next(due, None) for _ in range(_PATIENCE_IN_DUE_TIMES)]
     return times[-1] or datetime.max.replace(tzinfo=UTC)
+
+
+def _how_often(schedule: ScheduleConfig, now: datetime) -> str:
+    """`daily`, `every 2 h`; the cron expression where its times are not evenly spaced."""
+    times = list(islice(due_times(schedule, now), 8))
+    gaps = {later - earlier for earlier, later in pairwise(times)}
+    if len(gaps) != 1:
+        return f"by cron {schedule.cron!r}"
+    (gap,) = gaps
+    return _NAMES.get(gap) or f"every {in_words(gap)}"
 
 
 def _path(root: StateRoot, pipeline: str) -> Path:

@@ -155,8 +155,10 @@ class _Supervisor:
             self.stopping.wait(0.2)
 
     def record(self) -> Servers:
-        processes = {child.name: child.identity() for child in (*self.servers(), self.runner) if child.process}
-        servers = Servers(f"http://{HOST}:{self.options.prefect_port}", self.mlflow_url, processes)
+        children = [child for child in (*self.servers(), self.runner) if child.process]
+        processes = {child.name: child.identity() for child in children}
+        restarts = {child.name: (child.restarts, child.ended_at) for child in children if child.restarts}
+        servers = Servers(f"http://{HOST}:{self.options.prefect_port}", self.mlflow_url, processes, restarts)
         record(self.root.path, servers)
         return servers
 

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from mlflow import MlflowClient
 
 from flows import lock, registry, relocate
 from flows.state import StateRoot
 from gptcore.bundle import load
 from gptcore.errors import GPTCoreError
-from tests.flows.servers import clean, gptflow
+from tests.flows.servers import Up, clean, gptflow
 
 
 def cells(database: Path, text: str) -> list[tuple[str, str, str]]:
@@ -212,3 +213,19 @@ def test_a_trained_state_lives_on_elsewhere_when_its_old_place_is_gone(project: 
     better = gptflow(project, "run", "tiny", "--set", "train.max_steps=120", GPTFLOW_HOME=home)
     assert better.returncode == 0 and "models:/gpt-tiny/2" in better.stdout, better.stdout + better.stderr
     assert not (project / "mlruns").exists()
+
+
+@pytest.mark.slow
+def test_gptflow_up_goes_on_with_the_deployments_of_a_moved_state(up: Up, tmp_path: Path) -> None:
+    up.start()
+    up.stop()
+    moved = (up.project / "mlruns").rename(tmp_path / "moved")
+    tiny = yaml.safe_load((up.project / "pipelines.yaml").read_text())["pipelines"]["tiny"]
+    (up.project / "pipelines.yaml").write_text(yaml.safe_dump({"pipelines": {"other": tiny}}))
+    up.root = StateRoot(moved)
+    up.start(GPTFLOW_HOME=str(moved))
+    said = up.log.read_text()
+    assert "removed    tiny" in said and "unchanged  promote" in said, said
+    run = up.prefect.start("other", train={"max_steps": 5})
+    assert up.prefect.ended(run)["type"] == "COMPLETED"
+    assert list(moved.glob("runs/other/*/final")) and not (up.project / "mlruns").exists()

@@ -101,6 +101,23 @@ def test_whoever_serves_a_pipeline_that_never_ran_begins_to_wait_for_it_once(roo
 
 
 @pytest.mark.parametrize(
+    ("schedule", "words"),
+    [
+        ({"cron": "30 2 * * *"}, "no success for 15 days 4 h, scheduled daily"),
+        ({"cron": "0 5 * * sun"}, "no success for 15 days 4 h, scheduled weekly"),
+        ({"interval": 7200}, "no success for 15 days 4 h, scheduled every 2 h"),
+        ({"cron": "0 5 1,5 * *"}, "no success for 15 days 4 h, scheduled by cron '0 5 1,5 * *'"),
+    ],
+)
+def test_the_complaint_says_how_long_and_how_often(root: StateRoot, schedule: dict[str, object], words: str) -> None:
+    succeeded(root, MONDAY - timedelta(days=7))
+    now = MONDAY + timedelta(days=8, hours=4)
+    assert successes.complaint(scheduled(**schedule), root, now) == words
+    succeeded(root, now)
+    assert successes.complaint(scheduled(**schedule), root, now) is None
+
+
+@pytest.mark.parametrize(
     ("duration", "words"),
     [
         (timedelta(days=3, hours=4, minutes=9), "3 days 4 h"),

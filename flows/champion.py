@@ -20,9 +20,9 @@ from mlflow.exceptions import MlflowException
 from flows import events
 from flows.lock import hold
 from flows.moves import Kind, Move, previous, read, withdrawn
-from flows.registry import CHAMPION, RegistryError, UnknownVersion, bundle_path, versions
+from flows.registry import CHAMPION, RegistryError, UnknownVersion, versions
 from flows.state import StateRoot
-from gptcore.errors import CheckpointError, GPTCoreError, TokenizerError
+from gptcore.errors import GPTCoreError
 
 GATE = "gate"
 """Who promotes automatically. Everybody else is a person."""
@@ -163,15 +163,9 @@ class _Log:
     def loadable(self, version: str) -> ModelVersion:
         """The version, once its bundle has been loaded. Raises UnknownVersion, RegistryError."""
         found = self.version(version)
-        from gptcore.bundle import load
+        from flows.loading import load  # torch: seconds that a wrong version need not wait for
 
-        try:
-            load(bundle_path(self.root, self.model, version))
-        except (CheckpointError, TokenizerError) as error:
-            raise RegistryError(
-                f"models:/{self.model}/{version} cannot be loaded, so the champion stays: {error} Restore its "
-                "artifacts from a backup, or take another version."
-            ) from None
+        load(self.root, found)
         return found
 
     def version(self, version: str) -> ModelVersion:

@@ -7,7 +7,9 @@ printed as one message without a traceback; exit codes are 0 (done), 2 (the inpu
 import json as json_module
 import os
 import sys
+from importlib import import_module
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -42,9 +44,9 @@ class _RunCommand(click.Command):
     """`gptflow run`, whose help lists every key of the configuration."""
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        from flows.pipelines import FILE_SECTIONS, Pipeline
+        from flows.pipelines import SECTIONS, Pipeline
 
-        for section in FILE_SECTIONS:
+        for section in SECTIONS:
             fields = Pipeline.model_fields[section].annotation.model_fields  # type: ignore[union-attr]
             with formatter.section(f"Keys of {section}"):
                 formatter.write_dl(
@@ -218,6 +220,7 @@ def prune(dry_run: bool, file: str | None, json: bool) -> None:
 def generate(uri: str, prompt: str, file: str | None, num_samples: int, seed: int | None, **options: Any) -> None:
     """Continue a prompt with the version URI, token by token as they come."""
     root = _entered(file)
+    Thread(target=import_module, args=("gptcore.bundle",)).start()  # torch, while MLflow is imported and asked
     from flows import registry
     from gptcore.bundle import load
     from gptcore.generate import generate as continue_ids

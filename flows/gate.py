@@ -8,26 +8,26 @@ models are compared stands in gptcore.compare, which blocks are clean in gptcore
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 
+from flows.ancestry import line_of, texts_of
 from flows.champion import GATE, promote, withdrawal
-from flows.registry import RegistryError, bundle_path, champion_of
+from flows.loading import load
+from flows.registry import SOURCES_OVERRIDDEN, RegistryError, champion_of, resolve
 from flows.state import StateRoot
 from gptcore import manifest
-from gptcore.bundle import WEIGHTS, Loaded, load
+from gptcore.bundle import Loaded
 from gptcore.clean import CleanBlocks, clean_blocks
 from gptcore.compare import MIN_BLOCKS, Comparison, compare
 from gptcore.config import GateConfig
 from gptcore.corpus import Block, Snapshot, blocks
 from gptcore.dossier import Scores, reported_side
-from gptcore.errors import CheckpointError, TokenizerError
+from gptcore.errors import CheckpointError
 from gptcore.evaluate import evaluate_blocks
 
-SOURCES_OVERRIDDEN = "sources overridden"
 WITHDRAWN = "withdrawn"
 
 
@@ -55,7 +55,7 @@ class Verdict:
     excluded_bytes: int = 0
     """Of held-out text that one of the two may have learned from."""
     unknown: str = ""
-    """The version whose training text could not be looked into, and why; empty where all of it could."""
+    """Which training text could not be looked into, and why; empty where all of it could."""
 
     def tags(self) -> dict[str, str]:
         """What is kept of it on the version."""
@@ -154,7 +154,7 @@ def decide(
         "not finite": "a score that is not finite does not win",
         "insufficient evidence": f"fewer than {MIN_BLOCKS} blocks clean for both are no sufficient evidence",
     }[kind]
-    note = f"; unknown is what {unknown}" if unknown else ""
+    note = f"; unknown is what some of the training text was: {unknown}" if unknown else ""
     return Verdict(
         promoted=kind == "better",
         kind=kind,
@@ -182,14 +182,15 @@ def _verdict(
 ) -> Verdict:
     _verify(snapshot)
     side = reported_side(snapshot)
+    challenger = resolve(root, f"models:/{model_name}/{version}")
     if rival is None:
-        scored = _scored(_loaded(root, model_name, version), list(blocks(snapshot.path, side)), side)
+        scored = _scored(load(root, challenger), list(blocks(snapshot.path, side)), side)
         total = sum(block["nats"] for block in scored) / math.log(2) / sum(block["bytes"] for block in scored)
         return first_verdict(total, scores)
-    champion = _loaded(root, model_name, str(rival.version), rival.tags.get("weights_sha256"))
-    clean, unknown = _clean(root, snapshot, side, rival)
+    champion = load(root, rival)
+    clean, unknown = _clean(root, snapshot, side, challenger, rival)
     theirs = _scored(champion, clean.blocks, side)
-    own = _scored(_loaded(root, model_name, version), clean.blocks, side)
+    own = _scored(load(root, challenger), clean.blocks, side)
     return decide(compare(own, theirs, cfg.confidence), cfg, str(rival.version), clean.excluded_bytes, unknown)
 
 
@@ -214,46 +215,18 @@ def _verify(snapshot: Snapshot) -> None:
         ) from None
 
 
-def _clean(root: StateRoot, snapshot: Snapshot, side: str, rival: ModelVersion) -> tuple[CleanBlocks, str]:
-    """The blocks that are clean for both, and what is unknown about the champion.
+def _clean(
+    root: StateRoot, snapshot: Snapshot, side: str, challenger: ModelVersion, rival: ModelVersion
+) -> tuple[CleanBlocks, str]:
+    """The blocks that are clean for both and for what they were made from, and what is unknown about that.
 
-    Where the champion's training text is gone, altered, or was never here, the comparison goes on without it: blocks
-    that the champion learned by heart favour the champion alone, so nothing is promoted that would not be without them.
+    Where a training text is gone, altered, or was never here, the comparison goes on without it, and says so.
     """
-    sha256 = rival.tags.get("corpus_sha256", "")
-    theirs = root.corpora / sha256[:16]
-    learned = dict.fromkeys([snapshot.path])
-    unknown = ""
-    try:
-        if not sha256:
-            raise CheckpointError("its tags name no corpus")
-        if not manifest.is_committed(theirs):
-            raise CheckpointError(f"its snapshot {theirs} is gone")
-        if theirs != snapshot.path and manifest.verify(theirs)["sha256"] != sha256:
-            raise CheckpointError(f"{theirs} does not hold the corpus {sha256}")
-        learned[theirs] = None
-    except CheckpointError as error:
-        unknown = f"version {rival.version} was trained on ({error}), which can only favour it"
-    return clean_blocks(snapshot.path, side, list(learned)), unknown
-
-
-def _loaded(root: StateRoot, name: str, version: str, weights_sha256: str | None = None) -> Loaded:
-    """A registered version. Raises RegistryError if it cannot be loaded or has other weights than were registered."""
-    bundle = bundle_path(root, name, version)
-    try:
-        _check_weights(bundle, weights_sha256)
-        return load(bundle)
-    except (CheckpointError, TokenizerError) as error:
-        raise RegistryError(
-            f"models:/{name}/{version} cannot be scored, so nothing is promoted: {error} Restore its artifacts from a "
-            "backup, or promote another version; the next run decides anew."
-        ) from None
-
-
-def _check_weights(bundle: Path, weights_sha256: str | None) -> None:
-    path = bundle / WEIGHTS
-    if weights_sha256 and path.exists() and (digest := manifest.sha256_of_file(path)) != weights_sha256:
-        raise CheckpointError(f"{path} has sha256 {digest}, registered was {weights_sha256}: it was altered.")
+    learned = {snapshot.path: ""}
+    for version in (rival, challenger):
+        learned |= dict(texts_of(root, line_of(root, version)))
+    unknown = "; ".join(filter(None, learned.values()))
+    return clean_blocks(snapshot.path, side, [path for path, gap in learned.items() if not gap]), unknown
 
 
 def _scored(loaded: Loaded, chosen: Sequence[Block], side: str) -> Sequence[dict[str, Any]]:

@@ -18,6 +18,7 @@ from rich.table import Table
 from flows.console import Console
 from flows.pipelines import SECTIONS, Pipeline
 from flows.state import StateRoot
+from flows.temporary import start_temporary_server, wait_until_ready
 from gptcore.errors import GPTCoreError
 
 if TYPE_CHECKING:
@@ -57,19 +58,23 @@ def quieten(root: StateRoot) -> None:
 
 def _start(root: StateRoot) -> None:
     """Imports the flow while Prefect's server starts. Raises GPTCoreError if the server does not answer."""
-    from prefect.client.orchestration import get_client
-
+    server = None if "PREFECT_API_URL" in os.environ else start_temporary_server(root)
     beside = Thread(target=_import_and_open, args=(root,))
     beside.start()
+    try:
+        if server is not None:
+            wait_until_ready(server)
+    finally:
+        beside.join()
+    from prefect.client.orchestration import get_client
+
     try:
         with get_client(sync_client=True) as client:
             error = client.api_healthcheck()
     except Exception as failure:  # whatever it is, the user has to know that Prefect is not there
         error = failure
-    finally:
-        beside.join()
     if error is not None:
-        where = os.environ.get("PREFECT_API_URL", "its own temporary server")
+        where = os.environ["PREFECT_API_URL"]
         raise GPTCoreError(f"Prefect at {where} does not answer: {error}. Start it, or unset PREFECT_API_URL.")
 
 

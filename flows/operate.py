@@ -13,6 +13,7 @@ from pydantic import Field
 from flows import champion
 from flows import prune as retention
 from flows.pipelines import PipelinesFile
+from flows.schedule import ScheduleConfig
 from flows.state import state_root
 
 ModelName = Annotated[str, Field(min_length=1)]
@@ -64,6 +65,10 @@ def prune(keep: dict[str, Annotated[int, Field(ge=1, le=10_000)]], dry_run: bool
 
 OPERATIONS: tuple[Flow[..., State[None]], ...] = (promote, rollback, prune)
 """Every flow here."""
+
+
+SCHEDULES = {prune.name: ScheduleConfig(cron="0 12 * * *")}
+"""What runs by itself: retention every noon (UTC), when the trainings of the night are over."""
 
 
 def registered_parameters(operation: Flow[..., Any], file: PipelinesFile) -> dict[str, Any]:

@@ -29,10 +29,8 @@ from gptcore.config import (
 )
 from gptcore.errors import ConfigError
 
-SECTIONS = ("corpus", "model", "train", "sample", "gate")
-"""What a retraining is given: parameters of its flow."""
-FILE_SECTIONS = (*SECTIONS, "retrain")
-"""Every key of a pipeline that maps to further keys which are merged one by one."""
+SECTIONS = ("corpus", "model", "train", "sample", "gate", "retrain")
+"""Every key of a pipeline that maps to further keys, which are merged one by one: parameters of the flow."""
 RUNNING_KEYS = frozenset({"retrain", "schedule", "triggers", "overlap", "notify", "tags"})
 """When and how a pipeline runs: no part of what is trained."""
 _TOP_KEYS = ("defaults", "pipelines", "watch_seconds")
@@ -176,7 +174,7 @@ def merge(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for layer in layers:
         for key, value in layer.items():
-            if key not in FILE_SECTIONS or not isinstance(value, Mapping):
+            if key not in SECTIONS or not isinstance(value, Mapping):
                 merged[key] = value
                 continue
             below = merged.get(key, {})

@@ -3,14 +3,14 @@
 import shutil
 from pathlib import Path
 
-from flows.lineage import run_key
+from flows import ancestry
+from flows.attempt import configure
 from flows.pipelines import Pipeline
-from flows.retrain import run_config
 from flows.state import StateRoot
 from gptcore.corpus import ingest
 from gptcore.data import Tokens, check_sizes, tokenize
 from gptcore.rundir import RunDirectory
-from gptcore.train import TRAINING_VERSION, resolve
+from gptcore.train import resolve
 
 
 def prepare(pipeline: Pipeline, root: StateRoot, directory: Path) -> Tokens:
@@ -19,11 +19,13 @@ def prepare(pipeline: Pipeline, root: StateRoot, directory: Path) -> Tokens:
     Raises CheckpointError if the directory belongs to another training.
     """
     asked = pipeline.model_copy(update={"train": resolve(pipeline.train)})
+    start = ancestry.start_of(root, asked)
     snapshot = ingest(asked.corpus, root.corpora, Path.cwd())
-    tokens = tokenize(snapshot.path, asked.corpus.tokenizer, root.tokens)
+    vocabulary = start.tokenizer() if start else None
+    tokens = tokenize(snapshot.path, asked.corpus.tokenizer, root.tokens, vocabulary=vocabulary)
     context = asked.model.shape()["context_length"]
     check_sizes(tokens, context, asked.train.stride or context, asked.train.batch_size * asked.train.accumulation)
-    RunDirectory(directory).prepare(run_config(asked, tokens, "tokens", run_key(asked, tokens, TRAINING_VERSION)))
+    configure(RunDirectory(directory), asked, tokens, "tokens", start)
     if not (directory / "tokens").exists():
         shutil.copytree(tokens.path, directory / "tokens")
     return tokens

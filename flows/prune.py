@@ -3,7 +3,8 @@
 Of every model that pipelines.yaml names, the newest versions stay; so do the champion, what a rollback may reach, every
 version with an alias, every version that a kept one was made from or is a copy of, and versions that no pipeline here
 trained. The files of a dropped version go together: its run directory, the model's artifacts and the MLflow run's; the
-run's params and metrics stay. Then go the snapshots and token files that nothing kept names.
+run's params and metrics stay. Then go trainings that were begun and left, and the snapshots and token files that
+nothing kept names.
 
 A version leaves the registry first and its files follow, so a process killed in between leaves every kept thing whole.
 The MLflow run remembers what is still to be freed: the next call goes on.
@@ -23,6 +24,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.utils.file_utils import local_file_uri_to_path
 
+from flows.attempt import current
 from flows.champion import unmoved
 from flows.lock import taken
 from flows.moves import chain
@@ -102,6 +104,7 @@ class _Pruning:
                 self.drop(version)
         for run in self.unfinished_business(kept, dropped):
             self.free_run(run)
+        self.free_abandoned(every)
         self.free_shared(kept)
         self.sweep()
         return self.freed
@@ -123,9 +126,10 @@ class _Pruning:
 
     def with_origins(self, kept: Versions, rest: Versions) -> tuple[Versions, Versions]:
         """Moves to the kept ones whatever they were made from or share an MLflow run with."""
+        begun = set(self.starts_of_trainings())
         while True:
             runs = {version.run_id for version in kept}
-            named = {uri for v in kept for uri in (v.source, v.tags.get(STARTED_FROM))}
+            named = begun | {uri for v in kept for uri in (v.source, v.tags.get(STARTED_FROM))}
             needed = [v for v in rest if v.run_id in runs or f"models:/{v.name}/{v.version}" in named]
             if not needed:
                 return kept, rest
@@ -178,6 +182,25 @@ class _Pruning:
         if not self.dry_run:
             with suppress(MlflowException):  # somebody has deleted the run
                 self.client.set_tag(run.info.run_id, _PRUNED, "done")
+
+    def free_abandoned(self, every: Versions) -> None:
+        """Frees the trainings that were begun and never registered, and that no pipeline works on any more."""
+        registered = {(v.tags.get("run_key", "")[:16], v.tags.get("attempt")) for v in every}
+        for directory in sorted((self.root.path / "runs").glob("*/*-*/")):
+            key, _, attempt = directory.name.rpartition("-")
+            if (key, attempt) in registered or not (directory / "config.json").exists():
+                continue
+            with taken(self.root.lock(directory.parent.name)) as is_free:
+                if is_free and directory.name not in current(directory.parent).values():
+                    self.free(directory)
+
+    def starts_of_trainings(self) -> Iterator[str]:
+        """The versions that the trainings which pipelines work on started from."""
+        for pipeline in (self.root.path / "runs").glob("*/"):
+            for name in current(pipeline).values():
+                with suppress(ConfigError):
+                    if (start := RunDirectory(pipeline / name).config().start) is not None:
+                        yield start.uri
 
     def is_begun_anew(self, run: Run, key: str) -> bool:
         """Whether the same training has been started again since its version was dropped."""

@@ -15,11 +15,14 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
+from flows.pipelines import Pipeline
 from flows.state import StateRoot
 from gptcore.errors import GPTCoreError
 
 CHAMPION = "champion"
 BUNDLE = "bundle"
+SOURCES_OVERRIDDEN = "sources overridden"
+"""The tag gate_kind of an experiment: a version that learned from other sources than its pipeline's."""
 
 
 class RegistryError(GPTCoreError):
@@ -81,16 +84,45 @@ def bundle_path(root: StateRoot, name: str, version: str) -> Path:
         ) from None
 
 
+def uri_of(found: ModelVersion) -> str:
+    """models:/NAME/VERSION."""
+    return f"models:/{found.name}/{found.version}"
+
+
+def newest_finished(root: StateRoot, pipeline: Pipeline) -> ModelVersion | None:
+    """The pipeline's newest version with a verdict, whatever it was; experiments on other sources do not count."""
+    found = MlflowClient(root.tracking_uri).search_model_versions(f"name = '{pipeline.model_name}'")
+    own = (
+        version
+        for version in found
+        if "verdict" in version.tags
+        and version.tags.get("pipeline") == pipeline.name
+        and version.tags.get("gate_kind") != SOURCES_OVERRIDDEN
+    )
+    return max(own, key=lambda version: int(version.version), default=None)
+
+
 def describe(root: StateRoot, found: ModelVersion) -> dict[str, Any]:
     """A version's whole lineage as one object."""
     name, number = found.name, str(found.version)
-    lineage = json.loads((bundle_path(root, name, number) / "lineage.json").read_text())
     return {
         **summary(root, found),
-        **lineage,
+        **lineage_of(root, name, number),
         "mlflow_run_id": found.run_id,
         "uri": f"models:/{name}/{number}",
     }
+
+
+def lineage_of(root: StateRoot, name: str, version: str) -> dict[str, Any]:
+    """What the version's lineage.json says. Raises RegistryError if it is gone or damaged."""
+    path = bundle_path(root, name, version) / "lineage.json"
+    try:
+        lineage: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise RegistryError(
+            f"models:/{name}/{version} has no readable lineage, {path}: {error}. Restore its artifacts from a backup."
+        ) from None
+    return lineage
 
 
 def summary(root: StateRoot, found: ModelVersion) -> dict[str, Any]:

@@ -5,6 +5,7 @@ registry.py; whether the version becomes champion is decided in gate.py.
 """
 
 import contextlib
+import json
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -69,17 +70,28 @@ def register(root: StateRoot, run: RunDirectory, tokens: Tokens, candidate: Cand
 def _tags(lineage: Mapping[str, Any]) -> dict[str, str]:
     """What of the lineage is short enough to be searched for."""
     keys = (
+        "pipeline",
+        "settings_key",
+        "started_from",
         "weights_sha256",
+        "parameters",
         "holdout_bits_per_byte",
         "corpus_sha256",
+        "documents_sha256",
         "tokens_sha256",
         "tokenizer",
+        "tokenizer_sha256",
         "seed",
         "code_commit",
+        "code_dirty",
+        "gptcore_sha256",
+        "python",
         "parent_version",
         "prefect_flow_run_id",
     )
-    return {key: str(lineage[key]) for key in keys if lineage.get(key) is not None}
+    short = {key: str(lineage[key]) for key in keys if lineage.get(key) is not None}
+    whole = {key: json.dumps(lineage[key]) for key in ("split", "packages", "hardware") if lineage.get(key)}
+    return {**short, **whole}
 
 
 def _logged_model(root: StateRoot, candidate: Candidate) -> str | None:
@@ -93,11 +105,13 @@ def _logged_model(root: StateRoot, candidate: Candidate) -> str | None:
 
 
 def _log_model(run: RunDirectory, tokens: Tokens, candidate: Candidate) -> str:
+    origin = {**candidate.lineage, "mlflow_run_id": candidate.mlflow_run_id}
     with tempfile.TemporaryDirectory() as temporary:
         bundle = Path(temporary) / BUNDLE
         bundle.mkdir()
-        write_bundle(bundle, run.config().cfg(), run.weights, tokens.load_tokenizer(), candidate.lineage)
+        write_bundle(bundle, run.config().cfg(), run.weights, tokens.load_tokenizer(), origin)
         with mlflow.start_run(run_id=candidate.mlflow_run_id):
+            mlflow.log_artifact(str(bundle / "lineage.json"))
             return mlflow.pyfunc.log_model(
                 name="gpt",
                 python_model=str(Path(__file__).with_name("served_model.py")),

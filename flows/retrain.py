@@ -1,8 +1,9 @@
-"""The retraining flow: ingest -> tokenize -> train -> evaluate -> sample -> plot -> register -> gate.
+"""The retraining flow: ingest -> compare -> tokenize -> train -> evaluate -> sample -> plot -> register -> gate.
 
 Every step finds what an earlier attempt completed, so running the flow again after any failure goes on where it
-stopped. The MLflow run and the registered version are found by the run key. A training that is registered already, with
-a verdict, is not repeated: the run ends as Completed with the name Skipped.
+stopped. The MLflow run and the registered version are found by the run key. What an earlier run left unfinished is
+finished first, on the text that it began with. Without a reason to train (reason.py) the run ends as Completed with the
+name Skipped, and a training longer than its session with the name Paused.
 """
 
 import time
@@ -16,21 +17,22 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.runtime import flow_run
 from prefect.states import Completed
 
-from flows import deployed, lock, registry, release, tasks, tracking
-from flows.gate import SOURCES_OVERRIDDEN, Verdict
-from flows.lineage import lineage, run_key
+from flows import ancestry, attempt, deployed, lines, lock, registry, release, successes, tasks, tracking
+from flows.attempt import Attempt
+from flows.gate import Verdict
+from flows.lineage import lineage
 from flows.notify import NotifyConfig, tell_failure, tell_promotion
 from flows.pipelines import Pipeline
+from flows.reason import divergence
 from flows.report import detail_rows, report, score_rows
 from flows.state import StateRoot, state_root
 from gptcore import manifest
-from gptcore.config import CorpusConfig, GateConfig, ModelConfig, RunConfig, SampleConfig, TrainConfig
-from gptcore.corpus import Snapshot
+from gptcore.config import CorpusConfig, GateConfig, ModelConfig, RetrainConfig, SampleConfig, TrainConfig
 from gptcore.data import Tokens, check_sizes
-from gptcore.dossier import Scores, read_samples, read_scores
+from gptcore.dossier import Scores, read_scores
 from gptcore.errors import TrainingDiverged
-from gptcore.rundir import Result, RunDirectory
-from gptcore.train import TRAINING_VERSION, resolve
+from gptcore.rundir import Paused, Result
+from gptcore.train import resolve
 
 T = TypeVar("T")
 
@@ -41,13 +43,15 @@ class Outcome:
 
     pipeline: str
     verdict: str
-    """promoted, rejected, or skipped."""
+    """promoted, rejected, skipped, or paused."""
     reason: str
     """Why, in a sentence."""
     uri: str
     """The version that the run is about."""
     rows: tuple[tuple[str, str], ...] = ()
     """The result table."""
+    changes: tuple[tuple[str, str], ...] = ()
+    """What changed in the text since the training before, with numbers."""
     plots: str = ""
     run_directory: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
@@ -72,6 +76,7 @@ def retrain(
     train: TrainConfig,
     sample: SampleConfig,
     gate: GateConfig,
+    retrain: RetrainConfig,
     force: bool = False,
     sources_overridden: bool = False,
     overlap: lock.Overlap = "skip",
@@ -87,6 +92,7 @@ def retrain(
         train: How the model learns.
         sample: Which texts the trained model writes for people to read.
         gate: When the new version replaces the champion.
+        retrain: What is a reason to train, and what becomes of an unfinished training.
         force: Train again even if nothing has changed.
         sources_overridden: corpus.sources are not the pipeline's own: register a version, but leave an existing
             champion alone.
@@ -102,6 +108,7 @@ def retrain(
             train=train,
             sample=sample,
             gate=gate,
+            retrain=retrain,
             overlap=overlap,
         ),
         False,
@@ -110,7 +117,9 @@ def retrain(
     try:
         with lock.hold(root.lock(asked.name), str(flow_run.id), asked.overlap):
             resolved = asked.model_copy(update={"train": resolve(asked.train)})
-            return _Retraining(resolved, root, force, sources_overridden or has_other_sources).run()
+            state = _Retraining(resolved, root, force, sources_overridden or has_other_sources).run()
+            successes.record(root, asked.name, state.name or "", str(flow_run.id))
+            return state
     except lock.Held as held:
         outcome = Outcome(asked.name, "skipped", str(held), uri=f"models:/{asked.model_name}@{registry.CHAMPION}")
         return Completed(name="Skipped", message=outcome.reason, data=outcome)
@@ -122,50 +131,77 @@ class _Retraining:
     def __init__(self, pipeline: Pipeline, root: StateRoot, force: bool, sources_overridden: bool) -> None:
         self.pipeline, self.root, self.force = pipeline, root, force
         self.sources_overridden = sources_overridden
+        self.changes: tuple[tuple[str, str], ...] = ()
         self.seconds: dict[str, float] = {}
 
     def run(self) -> State[Outcome]:
         tracking.open_database(self.root)
         for parent in (self.root.corpora, self.root.tokens):
             manifest.sweep(parent)
-        corpus = self.pipeline.corpus
-        snapshot = self.step("ingest", _snapshot_line, tasks.ingest, corpus, self.root.corpora, Path.cwd())
-        tokens = self.step("tokenize", _tokens_line, tasks.tokenize, snapshot.path, corpus.tokenizer, self.root.tokens)
+        found = self.unfinished() or self.begun()
+        return self.skipped(found) if isinstance(found, str) else self.worked_on(found)
+
+    def unfinished(self) -> Attempt | None:
+        if self.pipeline.retrain.unfinished == "restart":
+            return None
+        found = attempt.unfinished(self.root, self.pipeline, self.sources_overridden)
+        if found is not None:
+            get_run_logger().info("goes on with %s", found.run.path.name, extra={"step": "unfinished"})
+        return found
+
+    def begun(self) -> Attempt | str:
+        """A training on the text as it is now, prepared; or, in a sentence, why there is none."""
+        pipeline, root = self.pipeline, self.root
+        snapshot = self.step("ingest", lines.of_snapshot, tasks.ingest, pipeline.corpus, root.corpora, Path.cwd())
+        reason = self.step("compare", lines.of_reason, tasks.compare, root, pipeline, snapshot)
+        if not (reason.must_train or self.force or self.sources_overridden):
+            return f"{reason.text}; --force trains again"
+        start = ancestry.start_of(root, pipeline)
+        given = {"vocabulary": start.tokenizer()} if start else {}
+        text = (snapshot.path, pipeline.corpus.tokenizer, root.tokens)
+        tokens = self.step("tokenize", lines.of_tokens, tasks.tokenize, *text, **given)
         self.check_sizes(tokens)
-        key = run_key(self.pipeline, tokens, TRAINING_VERSION)
-        attempt, done = self.attempt(key)
-        if done is not None:
-            return self.skipped(str(done.version))
-        run = self.prepared(key, attempt, tokens)
-        tags = {"prefect_flow_run_id": str(flow_run.id), "corpus_sha256": snapshot.sha256}
-        mlflow_run_id = tracking.open_run(self.root, self.pipeline, key, attempt, tags)
+        wanted = self.force or pipeline.retrain.when == "always"
+        number = attempt.number_of(root, pipeline, tokens, start, wanted, self.sources_overridden)
+        if number is None:
+            return f"{pipeline.model_name} has a version already that learned exactly this; --force trains again"
+        self.changes = reason.changes
+        if reason.since is not None:
+            self.changes += divergence(root, pipeline, reason.since, tokens, snapshot)
+        return attempt.prepare(root, pipeline, snapshot, tokens, start, number, self.sources_overridden)
+
+    def worked_on(self, found: Attempt) -> State[Outcome]:
+        tags = {"prefect_flow_run_id": str(flow_run.id), "corpus_sha256": found.snapshot.sha256}
+        mlflow_run_id = tracking.open_run(self.root, self.pipeline, found.run_key, found.number, tags)
         try:
-            outcome = self.trained(run, snapshot, tokens, mlflow_run_id, attempt)
+            outcome = self.trained(found, mlflow_run_id)
         except BaseException as error:
             tracking.close_interrupted(self.root, mlflow_run_id, _mlflow_status(error), _failure_tags(error))
             raise
-        name = "Promoted" if outcome.verdict == "promoted" else "Kept champion"
-        return Completed(name=name, message=outcome.reason, data=outcome)
+        names = {"promoted": "Promoted", "rejected": "Kept champion", "paused": "Paused"}
+        return Completed(name=names[outcome.verdict], message=outcome.reason, data=outcome)
 
-    def trained(
-        self, run: RunDirectory, snapshot: Snapshot, tokens: Tokens, mlflow_run_id: str, attempt: int
-    ) -> Outcome:
+    def trained(self, found: Attempt, mlflow_run_id: str) -> Outcome:
         """From the training on: everything that belongs to one run directory."""
-        tracking.log_dataset(self.root, mlflow_run_id, self.pipeline, snapshot)
-        result = self.step("train", _result_line, tasks.train, self.root, run, mlflow_run_id)
-        evaluation = self.step("evaluate", _evaluation_line, tasks.evaluate, run, snapshot, tokens)
-        samples = self.step("sample", _samples_line, tasks.sample, run, snapshot, tokens, self.pipeline.sample)
+        root, run, snapshot, tokens = self.root, found.run, found.snapshot, found.tokens
+        tracking.log_dataset(root, mlflow_run_id, self.pipeline, snapshot)
+        result = self.step("train", lines.of_training, tasks.train, root, run, mlflow_run_id)
+        if isinstance(result, Paused):
+            return self.paused(found, result, mlflow_run_id)
+        evaluation = self.step("evaluate", lines.of_evaluation, tasks.evaluate, run, snapshot, tokens)
+        samples = self.step("sample", lines.of_samples, tasks.sample, run, snapshot, tokens, self.pipeline.sample)
         plots = self.step("plot", str, tasks.plot, run, evaluation)
         scores = read_scores(evaluation)
-        candidate = self.candidate(run, snapshot, tokens, scores, result, mlflow_run_id, attempt)
-        version = self.step("register", self.version_line, tasks.register, self.root, run, tokens, candidate)
-        verdict = self.gated(version, snapshot, scores)
+        candidate = self.candidate(found, scores, result, mlflow_run_id)
+        version = self.step("register", self.version_line, tasks.register, root, run, tokens, candidate)
+        verdict = self.gated(version, found, scores)
         outcome = Outcome(
             pipeline=self.pipeline.name,
             verdict="promoted" if verdict.promoted else "rejected",
             reason=verdict.reason,
             uri=f"models:/{self.pipeline.model_name}/{version}",
             rows=(*score_rows(scores), *detail_rows(scores, result)),
+            changes=self.changes,
             plots=str(plots),
             run_directory=str(run.path),
             seconds=self.seconds,
@@ -175,67 +211,50 @@ class _Retraining:
         self.seconds["report"] = round(time.perf_counter() - began, 2)
         return outcome
 
-    def step(self, name: str, describe: Callable[[T], str], task: Callable[..., T], *arguments: Any) -> T:
+    def step(self, name: str, describe: Callable[[T], str], task: Callable[..., T], *given: Any, **named: Any) -> T:
         """Runs a task, and says in one line what came out and how long it took."""
         began = time.perf_counter()
-        result = task(*arguments)
+        result = task(*given, **named)
         self.seconds[name] = round(time.perf_counter() - began, 2)
         get_run_logger().info("%s: %s  (%.1f s)", name, describe(result), self.seconds[name], extra={"step": name})
         return result
 
-    def gated(self, version: str, snapshot: Snapshot, scores: Scores) -> Verdict:
+    def gated(self, version: str, found: Attempt, scores: Scores) -> Verdict:
         name, cfg = self.pipeline.model_name, self.pipeline.gate
-        arguments = (self.root, name, version, snapshot, scores, cfg, self.sources_overridden)
-        return self.step("gate", _verdict_line, tasks.gate, *arguments)
+        arguments = (self.root, name, version, found.snapshot, scores, cfg, self.sources_overridden)
+        return self.step("gate", lines.of_verdict, tasks.gate, *arguments)
 
     def check_sizes(self, tokens: Tokens) -> None:
         train, context = self.pipeline.train, self.pipeline.model.shape()["context_length"]
         check_sizes(tokens, context, train.stride or context, train.batch_size * train.accumulation)
 
-    def attempt(self, key: str) -> tuple[int, Any]:
-        """The attempt to work on; and the version that makes it needless, if there is one."""
-        newest = registry.find(self.root, self.pipeline.model_name, key)
-        if newest is None:
-            return 1, None
-        number, is_decided = int(newest.tags["attempt"]), "verdict" in newest.tags
-        if newest.tags.get("gate_kind") == SOURCES_OVERRIDDEN and not self.sources_overridden:
-            is_decided = False  # the pipeline's own sources have become this text: now it competes
-        if not is_decided:
-            return number, None
-        return (number + 1, None) if self.force else (number, newest)
-
-    def prepared(self, key: str, attempt: int, tokens: Tokens) -> RunDirectory:
-        run = RunDirectory(self.root.run_directory(self.pipeline.name, key, attempt))
-        run.prepare(run_config(self.pipeline, tokens, f"../../../tokens/{tokens.path.name}", key))
-        return run
-
-    def candidate(
-        self,
-        run: RunDirectory,
-        snapshot: Snapshot,
-        tokens: Tokens,
-        scores: Scores,
-        result: Result,
-        mlflow_run_id: str,
-        attempt: int,
-    ) -> release.Candidate:
+    def candidate(self, found: Attempt, scores: Scores, result: Result, mlflow_run_id: str) -> release.Candidate:
         champion = registry.champion_of(self.root, self.pipeline.model_name)
+        made_from = (found.snapshot, found.tokens, found.run)
         origin = {
-            **lineage(self.pipeline, snapshot, tokens, run, result, scores),
+            **lineage(self.pipeline, *made_from, result, scores, found.ancestors),
             "prefect_flow_run_id": str(flow_run.id),
             "parent_version": None if champion is None else str(champion.version),
         }
-        name = self.pipeline.model_name
-        return release.Candidate(name, run.config().run_key, attempt, mlflow_run_id, origin)
+        return release.Candidate(self.pipeline.model_name, found.run_key, found.number, mlflow_run_id, origin)
 
     def version_line(self, version: str) -> str:
         return f"models:/{self.pipeline.model_name}/{version}"
 
-    def skipped(self, version: str) -> State[Outcome]:
-        uri = self.version_line(version)
-        reason = f"nothing changed since version {version} of {self.pipeline.model_name}; --force trains again"
+    def skipped(self, reason: str) -> State[Outcome]:
+        newest = registry.newest_finished(self.root, self.pipeline)
+        uri = registry.uri_of(newest) if newest else f"models:/{self.pipeline.model_name}@{registry.CHAMPION}"
         outcome = Outcome(self.pipeline.name, "skipped", reason, uri, seconds=self.seconds)
         return Completed(name="Skipped", message=reason, data=outcome)
+
+    def paused(self, found: Attempt, ended: Paused, mlflow_run_id: str) -> Outcome:
+        reason = f"paused at step {ended.step:,} after {ended.reason}; the next run goes on from there"
+        # MLflow's word for a run that is not over and that nobody works on at the moment.
+        tracking.close_run(self.root, mlflow_run_id, "SCHEDULED", {"paused_at": str(ended.step)})
+        uri = f"models:/{self.pipeline.model_name}@{registry.CHAMPION}"
+        return Outcome(
+            self.pipeline.name, "paused", reason, uri, run_directory=str(found.run.path), seconds=self.seconds
+        )
 
     def report(self, outcome: Outcome, mlflow_run_id: str, scores: Scores, directories: list[Path]) -> None:
         """The evidence goes to the MLflow run, and a page with all of it to both."""
@@ -251,19 +270,6 @@ class _Retraining:
         tracking.log_results(self.root, mlflow_run_id, _final_metrics(scores), directories)
         tracking.log_text(self.root, mlflow_run_id, page, "report.md")
         tracking.close_run(self.root, mlflow_run_id, "FINISHED", {"verdict": outcome.verdict, "reason": outcome.reason})
-
-
-def run_config(pipeline: Pipeline, tokens: Tokens, tokens_path: str, key: str) -> RunConfig:
-    """What config.json of the run directory says. `pipeline.train` must be resolved (no auto)."""
-    return RunConfig(
-        training_version=TRAINING_VERSION,
-        tokens=tokens_path,
-        tokens_sha256=tokens.sha256,
-        model=pipeline.model,
-        vocab_size=tokens.n_vocab,
-        train=pipeline.train,
-        run_key=key,
-    )
 
 
 def _final_metrics(scores: Scores) -> dict[str, float]:
@@ -287,35 +293,3 @@ def _failure_tags(error: BaseException) -> dict[str, str]:
 def _artifact_key(text: str) -> str:
     """Prefect allows lower-case letters, digits and dashes."""
     return "".join(c if c.isascii() and c.isalnum() else "-" for c in text.lower())
-
-
-def _snapshot_line(snapshot: Snapshot) -> str:
-    sizes = ", ".join(f"{side} {size / 1000:,.0f} kB" for side, size in snapshot.bytes.items())
-    return f"{snapshot.documents:,} documents: {sizes}"
-
-
-def _tokens_line(tokens: Tokens) -> str:
-    counts = ", ".join(f"{side} {count:,}" for side, count in tokens.counts.items())
-    return f"{tokens.tokenizer}, {tokens.n_vocab:,} entries: {counts} tokens"
-
-
-def _result_line(result: Result) -> str:
-    return (
-        f"{result.steps:,} steps, {result.tokens_seen:,} tokens, best val loss {result.best_val_loss:.3f} "
-        f"at step {result.best_step:,}"
-    )
-
-
-def _evaluation_line(evaluation: Path) -> str:
-    reported = read_scores(evaluation).reported
-    return f"{reported.bits_per_byte:.4f} bits per byte on {reported.side}, perplexity {reported.perplexity:,.1f}"
-
-
-def _samples_line(samples: Path) -> str:
-    written = read_samples(samples)
-    copied = max((sample.longest_copied for sample in written), default=0)
-    return f"{len(written)} samples, longest verbatim copy {copied} characters"
-
-
-def _verdict_line(verdict: Verdict) -> str:
-    return f"{'promoted' if verdict.promoted else 'rejected'}: {verdict.reason}"

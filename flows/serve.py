@@ -2,8 +2,9 @@
 
 There is one deployment of the flow `retrain` per pipeline, named after it, with all the pipeline's values as its
 parameters, so that the form in the UI shows them; one of each operation; and one of `watch`, where some pipeline asks
-for it. They carry two tags: `gptflow`, and the state root that they belong to. A deployment with both tags that the
-file no longer names is deleted. Sending the same deployments to a work pool stands in deploy.py.
+for it. They carry two tags: `gptflow`, and the id of the state root that they belong to, which moves with it. A
+deployment with both tags that the file no longer names is deleted. (Two states served on one server share deployments
+of the same name: the later one's values stand there.) Sending the same deployments to a work pool stands in deploy.py.
 """
 
 import asyncio
@@ -23,7 +24,7 @@ from prefect.schedules import Cron, Interval, Schedule
 from prefect.types.entrypoint import EntrypointType
 
 from flows import deployed, successes
-from flows.operate import OPERATIONS, registered_parameters
+from flows.operate import OPERATIONS, SCHEDULES, registered_parameters
 from flows.pipelines import Pipeline, PipelinesFile
 from flows.reconcile import reconcile
 from flows.retrain import retrain
@@ -69,7 +70,12 @@ def deployments(file: PipelinesFile, root: StateRoot, pool: Pool | None = None) 
     """What the file asks for, to be run here or by a work pool. Raises ConfigError."""
     pipelines = [file.pipeline(name) for name in file.names()]
     asked = [_of_pipeline(pipeline) for pipeline in pipelines]
-    asked += [_Asked(operation, operation.name, registered_parameters(operation, file)) for operation in OPERATIONS]
+    asked += [
+        _Asked(
+            operation, operation.name, registered_parameters(operation, file), schedule=SCHEDULES.get(operation.name)
+        )
+        for operation in OPERATIONS
+    ]
     if to_watch := watched(pipelines):
         schedule = ScheduleConfig(interval=file.watch_seconds)
         asked.append(_Asked(watch, watch.name, {"pipelines": to_watch}, schedule=schedule))
@@ -153,4 +159,4 @@ def _schedule(asked: ScheduleConfig) -> Schedule:
 
 
 def _home(root: StateRoot) -> str:
-    return f"home:{root.path}"
+    return f"home:{root.id}"

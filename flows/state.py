@@ -6,7 +6,9 @@
     locks/                    one lock per pipeline, held by its run
     watch/                    what the last looks at each pipeline's sources saw
     prefect/     logs/        the homes of Prefect's servers, and what servers and libraries said
+    successes/                when each pipeline last succeeded
     up.lock      up.json      held by `gptflow up`, and where its servers are
+    state.json                which format this is, and where it lies: it may be moved (relocate.py)
 
 It is `GPTFLOW_HOME`, else `mlruns/` beside pipelines.yaml. Nothing here imports Prefect or MLflow.
 """
@@ -16,6 +18,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from flows import relocate
 from flows.servers import running_servers
 from gptcore.errors import GPTCoreError
 
@@ -73,7 +76,10 @@ class StateRoot:
         return self.path / "locks" / f"{pipeline}.lock"
 
     def create(self) -> "StateRoot":
-        """Makes sure that the state root can be written. Raises GPTCoreError with the path and the reason."""
+        """Makes sure that the state root can be written, and knows where it lies.
+
+        Raises GPTCoreError with the path and the reason, and what `relocate.settle` raises.
+        """
         try:
             for directory in (self.logs, self.prefect / "ephemeral"):
                 directory.mkdir(parents=True, exist_ok=True)
@@ -85,7 +91,15 @@ class StateRoot:
                 f"the state root {self.path} cannot be written: {error.strerror}. "
                 "Free space, mend its permissions, or set GPTFLOW_HOME to another directory."
             ) from None
+        relocate.settle(self.path)
         return self
+
+    @property
+    def id(self) -> str:
+        """Names this state wherever it lies. Only after `create`."""
+        state = relocate.read(self.path)
+        assert state is not None, "create() writes it"
+        return state.id
 
     def enter(self) -> None:
         """Sets the environment that Prefect, MLflow and every child process read. A user's own values win.
@@ -98,8 +112,6 @@ class StateRoot:
             "MLFLOW_TRACKING_URI": self.tracking_uri,
             "PREFECT_HOME": str(self.prefect / "ephemeral"),
             "PREFECT_RUNNER_POLL_FREQUENCY": "2",
-            "PREFECT_SERVER_EPHEMERAL_ENABLED": "true",
-            "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
         }
         if (servers := running_servers(self.path)) is not None:
             own["PREFECT_API_URL"] = servers.prefect_api

@@ -9,6 +9,7 @@ from prefect.cache_policies import NO_CACHE
 
 from flows import release, training
 from flows.gate import judge
+from flows.reason import weigh
 from gptcore import corpus, data, dossier
 from gptcore.errors import SourceUnavailable
 
@@ -37,6 +38,7 @@ def _step(function: Callable[P, R], name: str) -> Task[P, R]:
 
 
 ingest = _step(corpus.ingest, "ingest")
+compare = _step(weigh, "compare")
 tokenize = _step(data.tokenize, "tokenize")
 train = _step(training.train_tracked, "train")
 evaluate = _step(dossier.evaluate_run, "evaluate")

@@ -19,7 +19,7 @@ from flows import tracking
 from flows.console import active
 from flows.state import StateRoot
 from gptcore.errors import GPTCoreError
-from gptcore.rundir import Metrics, MetricsReader, Result, RunDirectory
+from gptcore.rundir import STOPPED, Metrics, MetricsReader, Paused, Result, RunDirectory
 
 GRACE_SECONDS = 25.0
 """How long a stopped trainer may take to save. Prefect kills a cancelled flow run after 30 seconds."""
@@ -30,8 +30,8 @@ class TrainerDied(GPTCoreError):
     """The trainer ended without finishing and without saying why: killed, or out of memory. Starting it again helps."""
 
 
-def train(run: RunDirectory, on_metrics: Callable[[list[Metrics]], None]) -> Result:
-    """Trains the run directory to its end in a child process and returns the result.
+def train(run: RunDirectory, on_metrics: Callable[[list[Metrics]], None]) -> Result | Paused:
+    """Trains the run directory in a child process to its end, or to the end of its session.
 
     `on_metrics` gets the lines of metrics.jsonl as they come. Raises what the trainer raised, or TrainerDied. If this
     process is interrupted, the child saves first.
@@ -74,9 +74,11 @@ def _stop(process: "subprocess.Popen[bytes]") -> None:
         process.wait()
 
 
-def _outcome(run: RunDirectory, code: int) -> Result:
+def _outcome(run: RunDirectory, code: int) -> Result | Paused:
     if code == 0 and (result := run.result()) is not None:
         return result
+    if code == STOPPED and (paused := run.paused()) is not None:
+        return paused
     if (failure := run.failure()) is not None:
         raise failure
     log = run.path / "trainer.log"
@@ -85,7 +87,7 @@ def _outcome(run: RunDirectory, code: int) -> Result:
     raise TrainerDied(f"the trainer {how}; its last words in {log}: {' '.join(last) or '(none)'}")
 
 
-def train_tracked(root: StateRoot, run: RunDirectory, mlflow_run_id: str) -> Result:
+def train_tracked(root: StateRoot, run: RunDirectory, mlflow_run_id: str) -> Result | Paused:
     """`train`, with the metrics going to the MLflow run, to a Prefect progress artifact and to the terminal's bar."""
     log = tracking.MetricsLog(root, mlflow_run_id)
     console = active()

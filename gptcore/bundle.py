@@ -9,13 +9,14 @@ Only safetensors and JSON are read: no file of a bundle can run code.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from gptcore.errors import CheckpointError, ConfigError
@@ -53,3 +54,9 @@ def load(directory: str | Path, device: str = "cpu") -> Loaded:
     except (OSError, ValueError, RuntimeError, ConfigError, SafetensorError) as error:
         raise CheckpointError(f"the bundle {directory} cannot be loaded: {error}") from None
     return Loaded(model=model.to(torch.device(device)).eval(), tokenizer=Tokenizer.load(directory / "tokenizer"))
+
+
+def num_parameters(weights: Path) -> int:
+    """How many numbers a safetensors file holds. Reads its header only."""
+    with safe_open(weights, framework="pt") as file:
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118

@@ -126,6 +126,9 @@ class TrainConfig(Section):
     """Tokens trained on."""
     max_seconds: Annotated[Finite, Field(gt=0)] | None = None
     """Seconds spent in updates, over every attempt. A run with this budget is not repeatable bit for bit."""
+    session_seconds: Annotated[Finite, Field(gt=0)] | None = None
+    """Seconds after which a run saves and pauses, evaluations and saving included; the next one goes on. It makes one
+    update at least. Sessions do not change the weights. Empty: a run trains to the end."""
     batch_size: Annotated[int, Field(ge=1, le=65_536)] = 16
     """Windows per forward pass."""
     accumulation: Annotated[int, Field(ge=1, le=65_536)] = 1
@@ -139,7 +142,8 @@ class TrainConfig(Section):
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
     """How the learning rate falls after the warm-up: not at all, or to zero along a cosine or a line."""
     warmup_steps: Annotated[int, Field(ge=0, le=2**48)] = 0
-    """Updates over which the learning rate rises from near zero."""
+    """Updates over which the learning rate rises from near zero. With 0 it starts at its highest, except in a warm
+    start, which then takes the first 5 percent of the updates."""
     grad_clip: Annotated[Finite, Field(ge=0)] = 1.0
     """Largest norm of the gradient; longer ones are scaled down to it. 0 switches clipping off."""
     eval_every: Count = 25
@@ -154,6 +158,10 @@ class TrainConfig(Section):
     """Updates between two checkpoints. Empty: none by steps."""
     keep_checkpoints: Annotated[int, Field(ge=1, le=1000)] = 2
     """How many of the newest checkpoints are kept while training."""
+    start_from: Annotated[str, Field(pattern=r"^(scratch|champion|models:/[^/@]+(@[^/@]+|/[0-9]+))$")] = "scratch"
+    """Which weights training starts from: scratch (random ones), champion (the present champion's), or those of
+    models:/NAME/VERSION or models:/NAME@ALIAS. A warm start takes over the weights alone, with their tokenizer, and
+    the learning rate warms up again."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 123
     """Seed of the initial weights, the batch order and dropout."""
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:[0-9]+)?)$")] = "auto"
@@ -176,6 +184,11 @@ class TrainConfig(Section):
         if self.max_steps is self.max_epochs is self.max_tokens is self.max_seconds is None:
             raise ValueError("no budget: give at least one of max_steps, max_epochs, max_tokens, max_seconds")
         return self
+
+
+SAVING_KEYS = frozenset({"checkpoint_seconds", "checkpoint_steps", "keep_checkpoints", "session_seconds"})
+"""Keys of `train` that say when work is saved and paused. The weights do not depend on them, so they may change from
+one attempt to the next."""
 
 
 class SampleConfig(Section):
@@ -206,11 +219,34 @@ class GateConfig(Section):
 
 
 class RetrainConfig(Section):
-    """How long the traces of a training are kept."""
+    """When a run has a reason to train, and how long the traces of a training are kept.
 
+    Each run compares the text with what the newest finished training learned from, whatever became of that one. Other
+    settings are always a reason.
+    """
+
+    when: Literal["change", "share", "drift", "always"] = "change"
+    """What is a reason to train: any change of the text; a share of new text above min_new_share; a champion that
+    is worse on the new text than on its own holdout, by more than drift_margin; or always one."""
+    min_new_share: Fraction = 0.05
+    """For when: share. The part of the text that has to be new."""
+    drift_margin: Annotated[Finite, Field(ge=0, le=8)] = 0.1
+    """For when: drift. Bits per byte by which the champion has to be worse on the new text."""
+    unfinished: Literal["finish", "restart"] = "finish"
+    """What to do about a training that was paused or interrupted while the text has changed since: finish it, on the
+    text that it began with, or leave it and start anew."""
     keep: Annotated[int, Field(ge=1, le=10_000)] = 10
     """How many of the model's newest versions keep their files. `gptflow prune` frees those of older versions, except
     for the champion's, of what a rollback may reach, and of what kept versions were made from."""
+
+
+class Start(Section):
+    """The weights of a registered version, from which a training starts."""
+
+    uri: Annotated[str, Field(pattern=r"^models:/[^/@]+/[0-9]+$")]
+    """Names the version, for people: models:/NAME/VERSION."""
+    weights_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    """Of RUN_DIR/start.safetensors."""
 
 
 class RunConfig(Section):
@@ -228,6 +264,8 @@ class RunConfig(Section):
     """Entries of the tokenizer's vocabulary."""
     train: TrainConfig
     """Device, precision and threads are resolved: no auto."""
+    start: Start | None = None
+    """What train.start_from was resolved to. Empty: training starts from scratch."""
     run_key: str
     """Names the training: equal keys train equal weights."""
 

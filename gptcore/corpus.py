@@ -5,7 +5,6 @@ corpus need not fit into memory. Then they are cut into blocks, the blocks go to
 train what also stands in val or holdout. Which text belongs to which side is decided in split.py.
 """
 
-import hashlib
 import json
 import tempfile
 from array import array
@@ -17,14 +16,14 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from gptcore import guard, manifest, sources
+from gptcore import guard, manifest, sources, split
 from gptcore.config import CorpusConfig
-from gptcore.errors import CorpusError
-from gptcore.split import SIDES, cut, side
+from gptcore.errors import CheckpointError, CorpusError
+from gptcore.split import SIDES
 from gptcore.spool import Spool, pieces
 
-CORPUS_VERSION = 1
-"""Raised when equal documents would give other blocks or sides."""
+CORPUS_VERSION = 2
+"""Raised when equal documents would give other blocks, sides or files."""
 
 _DROPPED = (
     "empty_documents",
@@ -34,12 +33,19 @@ _DROPPED = (
     "guard_runs",
     "guard_bytes",
 )
-_RAW_TRAIN = "train.raw"
+DOCUMENTS = "documents.jsonl"
+"""The list of a snapshot's documents: name, source, sha256 and bytes of each."""
+_TRAIN_BLOCKS = "train-blocks.jsonl"
+_RAW_TRAIN, _RAW_TRAIN_BLOCKS = "train.raw", "train-blocks.raw"
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A committed directory: {train,val,holdout}.txt, their indexes {side}.jsonl, documents.jsonl, manifest.json."""
+    """A committed directory: {train,val,holdout}.txt, their indexes, documents.jsonl, manifest.json.
+
+    The index {side}.jsonl of val and holdout lists their blocks. train.jsonl lists the stretches that the guard left,
+    train-blocks.jsonl the blocks that train was made of.
+    """
 
     path: Path
     sha256: str
@@ -63,11 +69,16 @@ class Block:
     text: str
 
 
-class _Placed(NamedTuple):
+class BlockEntry(NamedTuple):
+    """Where a block stands."""
+
     document: int
-    side: str
+    """Line of documents.jsonl, from 0."""
+    offset: int | None
+    """Byte of {side}.txt at which it begins. None for a train block that the guard took something from."""
+    bytes: int
+    """Its length, before the guard."""
     sha256: str
-    data: bytes
 
 
 def ingest(cfg: CorpusConfig, corpora: Path, base: Path) -> Snapshot:
@@ -118,10 +129,25 @@ def passages(path: Path, side: str) -> Iterator[str]:
 
 def blocks(path: Path, side: str) -> Iterator[Block]:
     """The blocks of val or holdout, in order."""
-    assert side != "train", "train is kept as passages"
+    assert side != "train", "the guard may have taken something from a block of train"
     with (path / f"{side}.txt").open("rb") as file:
-        for entry in _index(path, side):
-            yield Block(entry["document"], entry["sha256"], file.read(entry["bytes"]).decode())
+        for entry in block_entries(path, side):
+            yield Block(entry.document, entry.sha256, file.read(entry.bytes).decode())
+
+
+def block_entries(path: Path, side: str) -> Iterator[BlockEntry]:
+    """The blocks of any side without their text, in order, as they were cut and before the guard.
+
+    Raises CheckpointError for train of a snapshot of an earlier release, which kept no list of its blocks.
+    """
+    index = path / (_TRAIN_BLOCKS if side == "train" else f"{side}.jsonl")
+    if not index.is_file():
+        raise CheckpointError(
+            f"{index} is missing: an earlier release made this snapshot, without a list of its train blocks. "
+            "Read the sources anew: the next run does."
+        )
+    with index.open() as lines:
+        yield from (BlockEntry(**json.loads(line)) for line in lines)
 
 
 def side_text(path: Path, side: str) -> guard.Text:
@@ -160,20 +186,18 @@ class _Side:
     """One side while it is written: its file and index, and its stretches of neighbouring blocks."""
 
     text: IO[bytes]
-    index: IO[str] | None
-    """None for train, whose index can only be written after the guard."""
+    index: IO[str]
     blocks: int = 0
     offset: int = 0
     documents: "array[int]" = field(default_factory=lambda: array("q"))
     lengths: "array[int]" = field(default_factory=lambda: array("q"))
 
-    def add(self, placed: _Placed, is_neighbour: bool) -> None:
+    def add(self, placed: split.Placed, is_neighbour: bool) -> None:
         """Writes a block; one that follows its neighbour lengthens the stretch."""
         size = len(placed.data)
         self.text.write(placed.data)
-        if self.index:
-            entry = {"document": placed.document, "offset": self.offset, "bytes": size, "sha256": placed.sha256}
-            self.index.write(json.dumps(entry) + "\n")
+        entry = BlockEntry(placed.document, self.offset, size, placed.sha256)
+        self.index.write(json.dumps(entry._asdict()) + "\n")
         self.blocks += 1
         self.offset += size
         if is_neighbour:
@@ -190,25 +214,28 @@ def _publish(cfg: CorpusConfig, spool: Spool, goal: Path, about: dict[str, Any])
         written = _write_sides(cfg, spool, staged, dropped)
         removed = _apply_guard(staged, written)
         dropped.update(guard_runs=len(removed), guard_bytes=int(np.diff(removed).sum()))
-        (staged / _RAW_TRAIN).unlink()
+        _write_train_blocks(staged, removed)
+        for raw in (_RAW_TRAIN, _RAW_TRAIN_BLOCKS):
+            (staged / raw).unlink()
         counts = {name: written[name].blocks for name in SIDES}
         sizes = {name: (staged / f"{name}.txt").stat().st_size for name in SIDES}
         _check_sides(cfg, counts, sizes, dropped)
-        spool.write_list(staged / "documents.jsonl")
+        spool.write_list(staged / DOCUMENTS)
         totals = {"documents": len(spool.documents), "blocks": counts, "bytes": sizes, "dropped": dict(dropped)}
         manifest.commit(staged, goal, {**about, **totals})
 
 
 def _write_sides(cfg: CorpusConfig, spool: Spool, staged: Path, dropped: Counter[str]) -> dict[str, _Side]:
-    """Writes val and holdout with their indexes, and train without one. Counts duplicate blocks in `dropped`."""
-    place = _by_hash if cfg.split == "hash" else _by_position
-    files = {name: staged / (_RAW_TRAIN if name == "train" else f"{name}.txt") for name in SIDES}
+    """Writes all sides with the lists of their blocks, train as it is before the guard.
+
+    Counts duplicate blocks in `dropped`.
+    """
+    files = {name: (f"{name}.txt", f"{name}.jsonl") for name in SIDES} | {"train": (_RAW_TRAIN, _RAW_TRAIN_BLOCKS)}
     written = {
-        name: _Side(path.open("wb"), None if name == "train" else (staged / f"{name}.jsonl").open("w"))
-        for name, path in files.items()
+        name: _Side((staged / text).open("wb"), (staged / index).open("w")) for name, (text, index) in files.items()
     }
     last: tuple[int, str] | None = None
-    for placed in place(cfg, spool):
+    for placed in split.placed(cfg, spool):
         here = (placed.document, placed.side)
         if placed.side in written:
             is_joined = placed.side == "train" or cfg.split == "contiguous"
@@ -218,41 +245,8 @@ def _write_sides(cfg: CorpusConfig, spool: Spool, staged: Path, dropped: Counter
         last = here
     for one in written.values():
         one.text.close()
-        if one.index:
-            one.index.close()
+        one.index.close()
     return written
-
-
-def _by_hash(cfg: CorpusConfig, spool: Spool) -> Iterator[_Placed]:
-    """All blocks with the side of their hash; the side of one that was met before is `duplicate`."""
-    seen: set[bytes] = set()
-    for number, document in enumerate(spool.documents):
-        for data in cut(spool.pieces(document.offset, document.offset + document.bytes), cfg.block_bytes):
-            digest = hashlib.sha256(data)
-            where = side(digest.hexdigest(), cfg.val_fraction, cfg.holdout_fraction)
-            yield _Placed(number, "duplicate" if digest.digest() in seen else where, digest.hexdigest(), data)
-            seen.add(digest.digest())
-
-
-def _by_position(cfg: CorpusConfig, spool: Spool) -> Iterator[_Placed]:
-    """The first characters to train, the next to val, the last to holdout, as the seed split them; in blocks."""
-    total = sum(document.chars for document in spool.documents)
-    ends = _side_ends(cfg, total)
-    first = 0
-    for number, document in enumerate(spool.documents):
-        borders = [min(max(end - first, 0), document.chars) for end in ends.values()]
-        offsets = [document.offset, *(spool.byte_offset(document, border) for border in borders)]
-        for name, start, end in zip(ends, offsets, offsets[1:]):
-            for data in cut(spool.pieces(start, end), cfg.block_bytes):
-                yield _Placed(number, name, hashlib.sha256(data).hexdigest(), data)
-        first += document.chars
-
-
-def _side_ends(cfg: CorpusConfig, total_chars: int) -> dict[str, int]:
-    """Where each side ends, in characters. Rounded, for 1 - 0.05 - 0.05 is a little less than 0.9."""
-    train = int(round(1 - cfg.val_fraction - cfg.holdout_fraction, 12) * total_chars)
-    val = int(round(1 - cfg.holdout_fraction, 12) * total_chars)
-    return {"train": train, "val": val, "holdout": total_chars}
 
 
 def _apply_guard(staged: Path, written: dict[str, _Side]) -> guard.Positions:
@@ -274,6 +268,19 @@ def _apply_guard(staged: Path, written: dict[str, _Side]) -> guard.Positions:
             index.write(json.dumps({"document": document, "offset": offset, "bytes": end - start}) + "\n")
             offset += end - start
     return removed
+
+
+def _write_train_blocks(staged: Path, removed: guard.Positions) -> None:
+    """Turns the offsets of train before the guard into those of train.txt, None for blocks that are not whole."""
+    ends, total = removed[:, 1], np.concatenate([[0], np.cumsum(np.diff(removed).ravel())])
+    with (staged / _RAW_TRAIN_BLOCKS).open() as raw, (staged / _TRAIN_BLOCKS).open("w") as index:
+        for line in raw:
+            entry = BlockEntry(**json.loads(line))
+            assert entry.offset is not None
+            before = int(np.searchsorted(ends, entry.offset, side="right"))
+            is_whole = before == len(removed) or int(removed[before, 0]) >= entry.offset + entry.bytes
+            offset = entry.offset - int(total[before]) if is_whole else None
+            index.write(json.dumps(entry._replace(offset=offset)._asdict()) + "\n")
 
 
 def _kept(

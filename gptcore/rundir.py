@@ -1,11 +1,13 @@
 """The run directory: the contract between a training and whoever starts, follows or reads it.
 
-    config.json     what to train, written once by whoever prepares the directory (`RunConfig`)
-    lock            held by the one trainer that may write here
-    metrics.jsonl   one line per update, with the losses on those updates that were evaluated
-    checkpoints/    step-XXXXXXXX/, see gptcore.checkpoint
-    final/          the best weights and the result; its presence means that the training is finished
-    failure.json    why the last attempt ended, if it failed
+    config.json        what to train, written by whoever prepares the directory (`RunConfig`)
+    start.safetensors  the weights that training starts from, if not from scratch
+    lock               held by the one trainer that may write here
+    metrics.jsonl      one line per update, with the losses on those updates that were evaluated
+    checkpoints/       step-XXXXXXXX/, see gptcore.checkpoint
+    final/             the best weights and the result; its presence means that the training is finished
+    failure.json       why the last attempt ended, if it failed
+    paused.json        how far the last attempt came, if its session was over before the training was
 
 Training itself lives in gptcore.train; nothing here needs torch.
 """
@@ -13,6 +15,7 @@ Training itself lives in gptcore.train; nothing here needs torch.
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -20,10 +23,15 @@ from pathlib import Path
 from typing import Any
 
 from gptcore import errors, manifest
-from gptcore.config import RunConfig, parse
+from gptcore.config import SAVING_KEYS, RunConfig, Start, parse
 from gptcore.errors import CheckpointError, ConfigError, GPTCoreError, TrainingDiverged
 
 Metrics = dict[str, Any]
+
+STOPPED = 75
+"""Exit code of a trainer that was told to stop, or whose session is over: all is saved, run it again to go on.
+
+It is sysexits' EX_TEMPFAIL. `RunDirectory.paused` tells the one from the other."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,18 @@ class Result:
 
 
 @dataclass(frozen=True)
+class Paused:
+    """How a session ended before its training did, with everything saved."""
+
+    reason: str
+    """The key of `train` whose limit was reached: session_seconds."""
+    step: int
+    """Updates completed, over all sessions."""
+    seconds: float
+    """Length of this session."""
+
+
+@dataclass(frozen=True)
 class RunDirectory:
     """Paths and records inside one run directory."""
 
@@ -59,6 +79,11 @@ class RunDirectory:
         return self.path / "checkpoints"
 
     @property
+    def start(self) -> Path:
+        """The weights that training starts from, where config.json names some."""
+        return self.path / "start.safetensors"
+
+    @property
     def final(self) -> Path:
         """Committed when the training is finished."""
         return self.path / "final"
@@ -68,17 +93,46 @@ class RunDirectory:
         """The best weights, once the training is finished."""
         return self.final / "model.safetensors"
 
-    def prepare(self, config: RunConfig) -> None:
-        """Writes config.json. Raises CheckpointError if the directory is for another training already."""
-        path = self.path / "config.json"
-        if path.exists():
-            if (there := self.config().run_key) != config.run_key:
-                raise CheckpointError(
-                    f"{self.path} belongs to run key {there[:16]}, not {config.run_key[:16]}: take another directory."
-                )
+    def prepare(self, config: RunConfig, start_weights: Path | None = None) -> None:
+        """Writes config.json; where it is for the same training, takes over when to save and to pause.
+
+        `start_weights` is the safetensors file that `config.start` means; it is copied. Raises CheckpointError if it
+        has another hash or the directory is for another training already, GPTCoreError if config.json would have to be
+        changed while it is being trained.
+        """
+        if not (self.path / "config.json").exists():
+            self.path.mkdir(parents=True, exist_ok=True)
+            if config.start is not None:
+                assert start_weights is not None, "config.start means a file"
+                self._copy_start(config.start, start_weights)
+            self._write_config(config)
             return
-        self.path.mkdir(parents=True, exist_ok=True)
-        _write_atomically(path, config.model_dump_json(indent=1) + "\n")
+        there = self.config()
+        if there.run_key != config.run_key:
+            raise CheckpointError(
+                f"{self.path} belongs to run key {there.run_key[:16]}, not {config.run_key[:16]}: "
+                "take another directory."
+            )
+        train = there.train.model_copy(update={key: getattr(config.train, key) for key in SAVING_KEYS})
+        if train != there.train:
+            with self.lock():
+                self._write_config(there.model_copy(update={"train": train}))
+
+    def _write_config(self, config: RunConfig) -> None:
+        _write_atomically(self.path / "config.json", config.model_dump_json(indent=1) + "\n")
+
+    def _copy_start(self, start: Start, weights: Path) -> None:
+        with manifest.staging(self.path) as staged:
+            copy = staged / self.start.name
+            shutil.copyfile(weights, copy)
+            if (found := manifest.sha256_of_file(copy)) != start.weights_sha256:
+                raise CheckpointError(
+                    f"{weights} has sha256 {found}, the weights of {start.uri} have {start.weights_sha256}: it was "
+                    "altered. Restore it from a backup, or set train.start_from: scratch."
+                )
+            manifest.flush(copy)
+            copy.replace(self.start)
+        manifest.flush(self.path)
 
     def config(self) -> RunConfig:
         """Reads config.json. Raises ConfigError if it is missing or wrong."""
@@ -136,9 +190,19 @@ class RunDirectory:
         with suppress(OSError):  # on a full disk there may be no room for the reason; the exit code remains
             _write_atomically(self.path / "failure.json", json.dumps(body) + "\n")
 
-    def clear_failure(self) -> None:
-        """Forgets why the last attempt failed: a new one begins."""
-        (self.path / "failure.json").unlink(missing_ok=True)
+    def record_pause(self, paused: Paused) -> None:
+        """Tells whoever started the trainer that it was no signal that ended it."""
+        _write_atomically(self.path / "paused.json", json.dumps(asdict(paused)) + "\n")
+
+    def paused(self) -> Paused | None:
+        """How the last attempt ended, if its session was over before the training was."""
+        path = self.path / "paused.json"
+        return Paused(**json.loads(path.read_text())) if path.exists() else None
+
+    def forget_ending(self) -> None:
+        """Forgets why the last attempt failed or paused: a new one begins."""
+        for name in ("failure.json", "paused.json"):
+            (self.path / name).unlink(missing_ok=True)
 
     def failure(self) -> GPTCoreError | None:
         """The error that ended the last attempt, as an exception of its class."""

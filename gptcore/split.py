@@ -9,6 +9,10 @@ import hashlib
 import itertools
 import re
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from gptcore.config import CorpusConfig
+from gptcore.spool import Spool
 
 SIDES = ("train", "val", "holdout")
 WHOLE_DOCUMENT_BYTES = 4096
@@ -26,6 +30,53 @@ _LINE = _PARAGRAPH + rb"|(?P<r3>\n)"
 _SENTENCE = _LINE + rb"|(?P<r2>[.!?][\"')\]]*[ \t]+|\xe3\x80\x82|\xef\xbc\x81|\xef\xbc\x9f)"
 _WORD = _SENTENCE + rb"|(?P<r1>[ \t\r\f\v]+)"
 _BORDERS = {rank: re.compile(p) for rank, p in {4: _PARAGRAPH, 3: _LINE, 2: _SENTENCE, 1: _WORD}.items()}
+
+
+class Placed(NamedTuple):
+    """A block and its side."""
+
+    document: int
+    side: str
+    """`duplicate` for one that stands on a side already."""
+    sha256: str
+    data: bytes
+
+
+def placed(cfg: CorpusConfig, spool: Spool) -> Iterator[Placed]:
+    """All blocks of all documents, in order, as `cfg.split` says."""
+    return (_by_hash if cfg.split == "hash" else _by_position)(cfg, spool)
+
+
+def _by_hash(cfg: CorpusConfig, spool: Spool) -> Iterator[Placed]:
+    """All blocks with the side of their hash; the side of one that was met before is `duplicate`."""
+    seen: set[bytes] = set()
+    for number, document in enumerate(spool.documents):
+        for data in cut(spool.pieces(document.offset, document.offset + document.bytes), cfg.block_bytes):
+            digest = hashlib.sha256(data)
+            where = side(digest.hexdigest(), cfg.val_fraction, cfg.holdout_fraction)
+            yield Placed(number, "duplicate" if digest.digest() in seen else where, digest.hexdigest(), data)
+            seen.add(digest.digest())
+
+
+def _by_position(cfg: CorpusConfig, spool: Spool) -> Iterator[Placed]:
+    """The first characters to train, the next to val, the last to holdout, as the seed split them; in blocks."""
+    total = sum(document.chars for document in spool.documents)
+    ends = _side_ends(cfg, total)
+    first = 0
+    for number, document in enumerate(spool.documents):
+        borders = [min(max(end - first, 0), document.chars) for end in ends.values()]
+        offsets = [document.offset, *(spool.byte_offset(document, border) for border in borders)]
+        for name, start, end in zip(ends, offsets, offsets[1:]):
+            for data in cut(spool.pieces(start, end), cfg.block_bytes):
+                yield Placed(number, name, hashlib.sha256(data).hexdigest(), data)
+        first += document.chars
+
+
+def _side_ends(cfg: CorpusConfig, total_chars: int) -> dict[str, int]:
+    """Where each side ends, in characters. Rounded, for 1 - 0.05 - 0.05 is a little less than 0.9."""
+    train = int(round(1 - cfg.val_fraction - cfg.holdout_fraction, 12) * total_chars)
+    val = int(round(1 - cfg.holdout_fraction, 12) * total_chars)
+    return {"train": train, "val": val, "holdout": total_chars}
 
 
 def side(sha256: str, val_fraction: float, holdout_fraction: float) -> str:

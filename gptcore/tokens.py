@@ -28,7 +28,7 @@ from typing import IO, Any
 import numpy as np
 
 from gptcore import manifest
-from gptcore.errors import CheckpointError
+from gptcore.errors import CheckpointError, ConfigError
 from gptcore.tokenizer import Tokenizer, get_tokenizer, pieces, train_bpe
 
 TOKENS_VERSION = 1
@@ -61,6 +61,8 @@ class Tokens:
     """The tokenizer's name."""
     counts: dict[str, int]
     """Tokens on each side."""
+    tokenizer_sha256: str
+    """Identity of the vocabulary."""
 
     def side(self, side: str) -> np.ndarray:
         """The ids of "train" or "val", mapped from disk: (tokens,) uint16, or uint32 for more than 65,536 entries."""
@@ -76,7 +78,7 @@ class Tokens:
 def load_tokens(path: Path) -> Tokens:
     """The token directory at `path`. Raises CheckpointError if it was never completed or a file changed its size."""
     about = manifest.about(path)
-    keys = ("sha256", "n_vocab", "eot", "tokenizer", "counts")
+    keys = ("sha256", "n_vocab", "eot", "tokenizer", "counts", "tokenizer_sha256")
     tokens = Tokens(path=path, **{key: about[key] for key in keys})
     for side, count in tokens.counts.items():
         file, expected = path / f"{side}.bin", count * _dtype(tokens.n_vocab).itemsize
@@ -86,18 +88,30 @@ def load_tokens(path: Path) -> Tokens:
     return tokens
 
 
-def tokenize(snapshot: Path, name: str, tokens_root: Path, processes: int | None = None) -> Tokens:
+def tokenize(
+    snapshot: Path,
+    name: str,
+    tokens_root: Path,
+    processes: int | None = None,
+    vocabulary: Tokenizer | None = None,
+) -> Tokens:
     """Encodes the train and val sides of a corpus snapshot into a directory of `tokens_root`, or finds it there.
 
-    `name` is the tokenizer as in the configuration; bpe:N is trained on the train side first. `processes` is chosen
-    by the size of the corpus where it is left out. Memory does not grow with the corpus or its longest text. Raises
-    ConfigError for an unknown tokenizer, CorpusError if the text cannot give bpe:N its entries, TokenizerError for a
+    `name` is the tokenizer as in the configuration; bpe:N is trained on the train side first, unless a `vocabulary` of
+    that name is given. `processes` is chosen by the size of the corpus where it is left out. Memory does not grow with
+    the corpus or its longest text. Raises ConfigError for an unknown tokenizer or a vocabulary of another name,
+    CorpusError if the text cannot give bpe:N its entries, TokenizerError for a
     vocabulary that cannot be had, and CheckpointError if an existing directory was altered.
     """
     from gptcore import corpus  # not above: the workers import this module and need no corpus
 
+    if vocabulary is not None and vocabulary.name != name:
+        raise ConfigError(
+            f"corpus.tokenizer is {name!r}, but the vocabulary to be kept is {vocabulary.name!r}: set corpus.tokenizer "
+            f"to {vocabulary.name!r}, or train.start_from to scratch."
+        )
     source = corpus.load_snapshot(snapshot)
-    fixed = None if name.startswith("bpe:") else get_tokenizer(name)
+    fixed = vocabulary or (None if name.startswith("bpe:") else get_tokenizer(name))
     identity = _identity(source.sha256, name, fixed)
     goal = tokens_root / identity[:16]
     if manifest.is_committed(goal):
@@ -113,6 +127,16 @@ def tokenize(snapshot: Path, name: str, tokens_root: Path, processes: int | None
             }
         manifest.commit(staged, goal, _about(source.sha256, identity, tokenizer, counts))
     return load_tokens(goal)
+
+
+def encode_side(snapshot: Path, side: str, vocabulary: Path) -> Iterator[np.ndarray]:
+    """The ids of one side of a snapshot, in parts, as `tokenize` writes them for the tokenizer saved in `vocabulary`.
+
+    They are not kept: it is for looking at one text through the tokenizer of another. Raises TokenizerError.
+    """
+    processes = _processes_for((snapshot / f"{side}.txt").stat().st_size)
+    with _encoder(Tokenizer.load(vocabulary), vocabulary, processes) as encoded:
+        yield from encoded(_batches(_passages(snapshot, side)))
 
 
 def _passages(snapshot: Path, side: str) -> Iterator[Iterator[str]]:

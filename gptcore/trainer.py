@@ -1,8 +1,8 @@
 """The trainer of a run directory: resume, train, evaluate, save, and commit the best weights.
 
 It is the caller that gptcore.train's generator leaves the decisions to. It holds the directory's lock, so there are
-never two writers, and it stops after the current update, with a checkpoint, on SIGTERM, on SIGINT, or when the process
-that started it is gone.
+never two writers, and it stops after the current update, with a checkpoint, on SIGTERM, on SIGINT, when the process
+that started it is gone, or when its session is over (train.session_seconds).
 """
 
 import argparse
@@ -22,11 +22,11 @@ import psutil
 import torch
 from safetensors.torch import save_file
 
-from gptcore import checkpoint, manifest
-from gptcore.config import RunConfig
+from gptcore import checkpoint, manifest, warmstart
+from gptcore.config import SAVING_KEYS, RunConfig
 from gptcore.data import Batches, Tokens, check_sizes, eval_batches, load_tokens
 from gptcore.errors import CheckpointError, GPTCoreError, TrainingDiverged
-from gptcore.rundir import Result, RunDirectory, result_about
+from gptcore.rundir import STOPPED, Paused, Result, RunDirectory, result_about
 from gptcore.train import (
     TRAINING_VERSION,
     MicroBatches,
@@ -38,9 +38,6 @@ from gptcore.train import (
     steps_in_budget,
     training,
 )
-
-STOPPED = 75
-"""Exit code of a trainer that was told to stop and saved: sysexits' EX_TEMPFAIL, run it again to go on."""
 
 
 class Stop:
@@ -70,16 +67,17 @@ class Stop:
 
 
 def train_directory(path: Path, stop: Stop) -> Result | None:
-    """Trains the run directory to its end and returns the result, or None if `stop` ended it earlier, saved.
+    """Trains the run directory to its end and returns the result, or None if it saved and stopped before that.
 
-    A finished directory returns its result at once. Raises ConfigError, CorpusError, CheckpointError or
+    It stops when `stop` asks for it, or when its session is over, which is left in paused.json. A finished directory
+    returns its result at once. Raises ConfigError, CorpusError, CheckpointError or
     TrainingDiverged; the reason is left in failure.json too.
     """
     directory = RunDirectory(path)
     config = directory.config()
     with directory.lock():
         manifest.sweep(path, older_than_seconds=0)
-        directory.clear_failure()
+        directory.forget_ending()
         try:
             if (result := directory.result()) is None:
                 result = _Training.resumed(directory, config).run(stop)
@@ -99,17 +97,20 @@ class _Training:
     batches: Batches
     evaluated_train: MicroBatches
     evaluated_val: MicroBatches
+    began: float
     saved_at: float = field(default_factory=time.monotonic)
 
     @classmethod
     def resumed(cls, directory: RunDirectory, config: RunConfig) -> "_Training":
+        began = time.monotonic()
         tokens = _load_checked_tokens(directory, config)
         train, shape = config.train, config.model.shape()
         torch.set_num_threads(int(train.threads))
         context, stride = shape["context_length"], train.stride or shape["context_length"]
         check_sizes(tokens, context, stride, train.batch_size * train.accumulation)
         state = TrainState.initial(config.cfg(), train)
-        checkpoint.restore(directory.checkpoints, state, _identity(config))
+        if not checkpoint.restore(directory.checkpoints, state, _identity(config)) and config.start is not None:
+            warmstart.load_weights(state.model, directory.start, config.start.weights_sha256)
         directory.truncate_metrics(state.step)
         sides = {side: tokens.side(side) for side in ("train", "val")}
         val = eval_batches(sides["val"], context, train.batch_size, train.eval_batches)
@@ -120,6 +121,7 @@ class _Training:
             batches=Batches(sides["train"], context, stride, train.batch_size, train.accumulation, train.seed),
             evaluated_train=eval_batches(sides["train"], context, train.batch_size, len(val)),
             evaluated_val=val,
+            began=began,
         )
 
     def run(self, stop: Stop) -> Result | None:
@@ -135,12 +137,18 @@ class _Training:
                 if stop.reason:
                     self.save()
                     return None
+                if self.must_pause():
+                    self.pause()
+                    return None
                 if self.must_save():
                     self.save()
         return self.finish()
 
     def updates(self) -> Iterator[Update]:
-        updates = training(self.state, self.batches, self.config.train)
+        train = self.config.train
+        if self.config.start is not None:
+            train = warmstart.rewarmed(train, self.batches)
+        updates = training(self.state, self.batches, train)
         # Asked before the first update too: a training stopped just after its last one has none left to make.
         while not self.out_of_patience() and (done := next(updates, None)) is not None:
             yield done
@@ -149,10 +157,12 @@ class _Training:
         patience = self.config.train.patience
         return patience is not None and self.state.stale_evaluations >= patience
 
-    def must_evaluate(self) -> bool:
+    def is_budget_reached(self) -> bool:
         train = self.config.train
-        is_last = budget_reached(self.state, train, steps_in_budget(train, self.batches))
-        return is_last or is_evaluated(self.state.step, train.eval_every)
+        return budget_reached(self.state, train, steps_in_budget(train, self.batches))
+
+    def must_evaluate(self) -> bool:
+        return self.is_budget_reached() or is_evaluated(self.state.step, self.config.train.eval_every)
 
     def evaluate(self) -> None:
         precision = self.config.train.precision
@@ -167,6 +177,16 @@ class _Training:
                 self.state.step,
             )
         self.state.note_evaluation(*losses)
+
+    def must_pause(self) -> bool:
+        limit = self.config.train.session_seconds
+        is_over = limit is not None and time.monotonic() - self.began >= limit
+        return is_over and not self.is_budget_reached() and not self.out_of_patience()
+
+    def pause(self) -> None:
+        self.save()
+        seconds = round(time.monotonic() - self.began, 3)
+        self.directory.record_pause(Paused("session_seconds", self.state.step, seconds))
 
     def must_save(self) -> bool:
         train = self.config.train
@@ -236,10 +256,11 @@ def _progress_line(done: Update, losses: tuple[float, float]) -> str:
 
 def _identity(config: RunConfig) -> dict[str, Any]:
     """What a checkpoint must agree with: all of the configuration but the keys that do not change the weights."""
-    free = {"checkpoint_seconds", "checkpoint_steps", "keep_checkpoints"}
-    train = {f"train.{key}": value for key, value in config.train.model_dump(mode="json", exclude=free).items()}
+    kept = config.train.model_dump(mode="json", exclude={*SAVING_KEYS, "start_from"})
+    train = {f"train.{key}": value for key, value in kept.items()}
     model = {f"model.{key}": value for key, value in config.cfg().items()}
-    return {"training_version": config.training_version, "tokens": config.tokens_sha256, **model, **train}
+    start = {"start.weights_sha256": config.start.weights_sha256 if config.start else None}
+    return {"training_version": config.training_version, "tokens": config.tokens_sha256, **start, **model, **train}
 
 
 def _memory_mb(device: torch.device) -> float:
@@ -249,8 +270,14 @@ def _memory_mb(device: torch.device) -> float:
     return round(psutil.Process().memory_info().rss / 1e6, 1)
 
 
+def _how_it_stopped(stop: Stop, run_dir: Path) -> str:
+    if (paused := RunDirectory(run_dir).paused()) is None:
+        return f"stopped ({stop.reason})"
+    return f"paused after update {paused.step} (train.{paused.reason}: {paused.seconds:.1f} s)"
+
+
 def main() -> int:
-    """`python -m gptcore.train RUN_DIR`: 0 when the training is finished, 75 when it was stopped and saved."""
+    """`python -m gptcore.train RUN_DIR`: 0 when the training is finished, 75 when it stopped or paused, and saved."""
     parser = argparse.ArgumentParser(prog="python -m gptcore.train", description="Train a run directory to its end.")
     parser.add_argument("run_dir", type=Path, help="made by `gptflow prepare PIPELINE RUN_DIR`")
     parser.add_argument(
@@ -266,7 +293,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     if result is None:
-        print(f"stopped ({stop.reason}) and saved: the same command goes on", flush=True)
+        print(f"{_how_it_stopped(stop, arguments.run_dir)} and saved: the same command goes on", flush=True)
         return STOPPED
     print(
         f"finished by {result.stopped_by} after {result.steps} updates; best val loss {result.best_val_loss:.4f} nats "

@@ -125,7 +125,7 @@ def test_nothing_moves_to_a_version_that_cannot_be_loaded(tiny_registry: Any) ->
     weights = registry.bundle_path(root, MODEL, "1") / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:50])
     for ask in (lambda: promote(root, MODEL, "1", "x", "ann"), lambda: rollback(root, MODEL, "x", "ann")):
-        with pytest.raises(RegistryError, match="models:/gpt-tiny/1 cannot be loaded, so the champion stays"):
+        with pytest.raises(RegistryError, match="models:/gpt-tiny/1 cannot be loaded, and nothing is promoted"):
             ask()
     assert current(root) == "2" and len(moves(root, MODEL)) == 2
 

@@ -216,12 +216,12 @@ def test_a_damaged_champion_stays_and_the_challenger_is_decided_about_once_it_is
     else:
         weights.write_bytes(whole[:-100] if damage == "cut" else whole[:-1] + bytes([whole[-1] ^ 64]))
     challenger = register("good")
-    with pytest.raises(registry.RegistryError, match=f"models:/{NAME}/1 cannot be scored, so nothing is promoted"):
+    with pytest.raises(registry.RegistryError, match=f"models:/{NAME}/1 cannot be loaded, and nothing is promoted"):
         judged(challenger)
     kept = summary(root, challenger)
     assert champion_version(root) == "1"
     assert (kept["verdict"], kept["gate_kind"]) == (None, "model damaged")
-    assert "models:/gpt-tiny/1 cannot be scored" in kept["reason"]
+    assert "models:/gpt-tiny/1 cannot be loaded" in kept["reason"]
     weights.write_bytes(whole)
     assert judged(challenger).promoted and champion_version(root) == "2"
 
@@ -289,7 +289,7 @@ def test_a_champion_s_training_text_that_is_gone_is_called_unknown_and_the_compa
     shutil.rmtree(older.path)
     verdict = judged(register("good"))
     assert verdict.kind == "better"
-    assert "unknown is what version 1 was trained on" in verdict.reason and str(older.path) in verdict.reason
+    assert "unknown is what some of the training text was" in verdict.reason and str(older.path) in verdict.reason
     assert "version 1" in summary(root, "2")["gate_unknown"]
 
 

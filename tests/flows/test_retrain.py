@@ -141,7 +141,7 @@ def test_a_damaged_champion_stays_and_nothing_is_promoted(tiny: Pipeline, root: 
     run(changed(tiny, max_steps=20))
     weights = registry.bundle_path(root, "gpt-tiny", "1") / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
-    with pytest.raises(registry.RegistryError, match="models:/gpt-tiny/1 cannot be scored, so nothing is promoted"):
+    with pytest.raises(registry.RegistryError, match="models:/gpt-tiny/1 cannot be loaded, and nothing is promoted"):
         run(tiny)
     champion = registry.champion_of(root, "gpt-tiny")
     assert champion is not None and str(champion.version) == "1"

@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from gptcore import config
-from gptcore.config import CorpusConfig, ModelConfig, RunConfig, SampleConfig, Section, TrainConfig, check, parse
+from gptcore.config import CorpusConfig, ModelConfig, RunConfig, SampleConfig, Section, Start, TrainConfig, check, parse
 from gptcore.errors import ConfigError
 
 SECTIONS = [section for section in Section.__subclasses__() if section.__module__ == "gptcore.config"]
@@ -185,6 +185,27 @@ def test_a_run_config_comes_back_from_json_as_it_was():
     run = parse(RunConfig, RUN, "x")
     assert parse(RunConfig, json.loads(run.model_dump_json()), "x") == run
     assert run.train.max_steps is None
+
+
+@pytest.mark.parametrize("start", ["scratch", "champion", "models:/gpt-a/12", "models:/my model@champion"])
+def test_training_starts_from_scratch_the_champion_or_a_version_with_a_number_or_alias(start):
+    assert parse(TrainConfig, {"start_from": start}, "x").start_from == start
+
+
+@pytest.mark.parametrize(
+    "start", ["", "best", "models:/gpt-a", "models:/gpt-a/", "models:/a/b/1", "gpt-a/1", "models:/a/x"]
+)
+def test_any_other_start_is_refused_with_what_was_given(start):
+    message = refusal(TrainConfig, {"start_from": start})
+    assert "start_from" in message and repr(start) in message
+
+
+def test_a_run_config_names_the_version_it_starts_from_by_its_number_and_hash():
+    start = {"uri": "models:/gpt-a/3", "weights_sha256": "ab" * 32}
+    run = parse(RunConfig, {**RUN, "start": start}, "x")
+    assert run.start == Start(**start) and parse(RunConfig, json.loads(run.model_dump_json()), "x") == run
+    assert "start.uri" in refusal(RunConfig, {**RUN, "start": {**start, "uri": "models:/gpt-a@champion"}})
+    assert "start.weights_sha256" in refusal(RunConfig, {**RUN, "start": {**start, "weights_sha256": "ab"}})
 
 
 @pytest.mark.parametrize("key", ["device", "precision", "threads"])

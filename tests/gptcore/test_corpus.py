@@ -8,7 +8,7 @@ import pytest
 
 from gptcore import corpus, manifest, split
 from gptcore.config import CorpusConfig
-from gptcore.corpus import SIDES, Snapshot, blocks, ingest, load_snapshot, passages
+from gptcore.corpus import SIDES, Snapshot, block_entries, blocks, ingest, load_snapshot, passages
 from gptcore.errors import CheckpointError, CorpusError
 
 
@@ -95,6 +95,29 @@ def test_neighbouring_train_blocks_are_one_passage(tmp_path: Path) -> None:
         assert before or passage is found[0]
 
 
+@pytest.mark.parametrize("way", ["hash", "contiguous"])
+def test_every_train_block_that_the_guard_left_whole_is_where_its_list_says(tmp_path: Path, way: str) -> None:
+    drawn = random.Random(5)
+    stock = [prose(number, 260) for number in range(40)]
+    texts = {f"{number}.txt": "\n\n".join(drawn.choices(stock, k=9)) + prose(number, 5000) for number in range(20)}
+    snapshot = snapshot_of(tmp_path, texts, split=way)
+    train = (snapshot.path / "train.txt").read_bytes()
+    entries = list(block_entries(snapshot.path, "train"))
+    assert len(entries) == snapshot.blocks["train"]
+    whole = [(entry.offset, entry.bytes, entry.sha256) for entry in entries if entry.offset is not None]
+    assert 10 < len(whole) < len(entries)
+    for offset, size, sha256 in whole:
+        assert hashlib.sha256(train[offset : offset + size]).hexdigest() == sha256
+    assert sum(entry.bytes for entry in entries) == snapshot.bytes["train"] + snapshot.dropped["guard_bytes"]
+
+
+def test_a_snapshot_of_an_earlier_release_is_refused_where_its_train_blocks_are_asked_for(tmp_path: Path) -> None:
+    snapshot = snapshot_of(tmp_path, MANY)
+    (snapshot.path / "train-blocks.jsonl").unlink()
+    with pytest.raises(CheckpointError, match=r"train-blocks\.jsonl is missing: an earlier release made this snapshot"):
+        list(block_entries(snapshot.path, "train"))
+
+
 def test_the_same_files_give_the_same_bytes_again(tmp_path: Path) -> None:
     first, second = (snapshot_of(tmp_path / root, MANY) for root in ("one", "two"))
     assert first.sha256 == second.sha256
@@ -175,6 +198,9 @@ def test_holdout_text_copied_into_train_is_removed_and_counted(tmp_path: Path, w
     assert any(passage.startswith(">>") for passage in train)
     assert not any(stolen in passage for passage in train)
     assert (after.dropped["guard_runs"], after.dropped["guard_bytes"]) == (1, len(stolen.encode()))
+    entries = list(block_entries(after.path, "train"))
+    assert sum(entry.bytes for entry in entries) == after.bytes["train"] + len(stolen.encode())
+    assert sum(entry.offset is None for entry in entries) == 1
 
 
 @pytest.mark.parametrize("way", ["hash", "contiguous"])

@@ -252,7 +252,7 @@ def test_some_evaluation_windows_are_spread_evenly_and_do_not_overlap(n, batch_s
 
 
 def sized(tmp_path, train: int, val: int) -> Tokens:
-    return Tokens(tmp_path, "0" * 64, 257, 256, "bytes", {"train": train, "val": val})
+    return Tokens(tmp_path, "0" * 64, 257, 256, "bytes", {"train": train, "val": val}, "1" * 64)
 
 
 def test_sizes_that_are_just_enough_pass(tmp_path):

@@ -12,7 +12,7 @@ import pytest
 from gptcore import manifest, rundir
 from gptcore.config import RunConfig
 from gptcore.errors import CheckpointError, ConfigError, CorpusError, GPTCoreError, TrainingDiverged
-from gptcore.rundir import MetricsReader, Result, RunDirectory, result_about
+from gptcore.rundir import MetricsReader, Paused, Result, RunDirectory, result_about
 
 CONFIG = {
     "training_version": 1,
@@ -59,10 +59,63 @@ def test_preparing_again_for_the_same_training_changes_nothing(run):
     assert (run.path / "config.json").stat() == before
 
 
+SAVED_OTHERWISE = {"session_seconds": 60.0, "checkpoint_seconds": None, "checkpoint_steps": 7, "keep_checkpoints": 5}
+
+
+def saved_otherwise(**train):
+    return RunConfig(**{**CONFIG, "train": {**CONFIG["train"], **SAVED_OTHERWISE, **train}})
+
+
+def test_preparing_again_takes_over_when_to_save_and_pause_and_nothing_else(run):
+    run.prepare(saved_otherwise(learning_rate=0.5))
+    assert run.config() == saved_otherwise()
+
+
+def test_a_directory_that_is_being_trained_is_not_changed(run):
+    with run.lock(), pytest.raises(GPTCoreError, match=f"is being trained by process {os.getpid()}"):
+        run.prepare(saved_otherwise())
+    with run.lock():
+        run.prepare(RunConfig(**CONFIG))
+    assert run.config() == RunConfig(**CONFIG)
+
+
 def test_preparing_for_another_training_is_refused_with_both_keys(run):
     with pytest.raises(CheckpointError, match="belongs to run key cdcdcdcdcdcdcdcd, not efefefefefefefef"):
         run.prepare(RunConfig(**{**CONFIG, "run_key": "ef" * 32}))
     assert run.config().run_key == CONFIG["run_key"]
+
+
+def started_from(path, **start):
+    digest = manifest.sha256_of_file(path)
+    return RunConfig(**CONFIG, start={"uri": "models:/gpt-a/3", "weights_sha256": digest, **start})
+
+
+@pytest.fixture
+def weights(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"weights" * 1000)
+    return tmp_path / "model.safetensors"
+
+
+def test_the_weights_to_start_from_are_copied_before_the_configuration_names_them(tmp_path, weights, monkeypatch):
+    run = RunDirectory(tmp_path / "run")
+    with monkeypatch.context() as patched:
+        patched.setattr(RunDirectory, "_write_config", None)
+        with pytest.raises(TypeError):
+            run.prepare(started_from(weights), weights)
+    assert run.start.read_bytes() == weights.read_bytes()
+    run.prepare(started_from(weights), weights)
+    weights.unlink()
+    assert manifest.sha256_of_file(run.start) == run.config().start.weights_sha256
+    assert sorted(path.name for path in run.path.iterdir()) == ["config.json", "start.safetensors"]
+
+
+def test_weights_with_another_hash_are_refused_with_both_hashes_and_nothing_is_left(tmp_path, weights):
+    run = RunDirectory(tmp_path / "run")
+    config = started_from(weights, weights_sha256="ef" * 32)
+    found = manifest.sha256_of_file(weights)
+    with pytest.raises(CheckpointError, match=f"has sha256 {found}, the weights of models:/gpt-a/3 have {'ef' * 32}"):
+        run.prepare(config, weights)
+    assert list(run.path.iterdir()) == []
 
 
 def test_a_directory_without_configuration_is_answered_with_the_cure(tmp_path):
@@ -172,8 +225,16 @@ def test_a_failure_comes_back_as_the_error_that_it_was(run, error):
     )
 
 
-def test_a_cleared_failure_is_gone(run):
+def test_a_pause_is_told_until_the_next_attempt_begins(run):
+    assert run.paused() is None
+    run.record_pause(Paused("session_seconds", 12, 3.5))
+    assert run.paused() == Paused("session_seconds", 12, 3.5)
+    run.forget_ending()
+    assert run.paused() is None
+
+
+def test_a_forgotten_failure_is_gone(run):
     run.record_failure(GPTCoreError("x"))
-    run.clear_failure()
-    run.clear_failure()
+    run.forget_ending()
+    run.forget_ending()
     assert run.failure() is None

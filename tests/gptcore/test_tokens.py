@@ -111,6 +111,29 @@ def test_another_corpus_or_tokenizer_has_another_identity(snapshot, tmp_path):
     assert len({one.sha256 for one in made}) == len({one.path for one in made}) == 8
 
 
+def test_a_vocabulary_that_is_given_is_used_instead_of_one_trained_on_the_corpus(snapshot, tmp_path, monkeypatch):
+    (tmp_path / "c.txt").write_text("A third document with words of its own.\n" * 50)
+    larger = ingested(tmp_path, sources=("*.txt",), split="contiguous", val_fraction=0.1, holdout_fraction=0.1)
+    ancestor = tokenize(snapshot, "bpe:300", tmp_path / "tokens").load_tokenizer()
+    own = tokenize(larger, "bpe:300", tmp_path / "tokens")
+    monkeypatch.setattr(tokens, "train_bpe", None)
+    made = tokenize(larger, "bpe:300", tmp_path / "tokens", vocabulary=ancestor)
+    assert made.tokenizer_sha256 == ancestor.sha256 != own.tokenizer_sha256
+    assert made.sha256 != own.sha256, "the vocabulary is part of what the files are"
+    assert made.side("val").tolist() == expected_ids(larger, "val", ancestor)
+    assert tokenize(larger, "bpe:300", tmp_path / "tokens", vocabulary=made.load_tokenizer()) == made
+
+
+def test_a_fixed_vocabulary_that_is_given_changes_nothing(snapshot, tmp_path):
+    made = tokenize(snapshot, "bytes", tmp_path / "tokens")
+    assert tokenize(snapshot, "bytes", tmp_path / "tokens", vocabulary=made.load_tokenizer()) == made
+
+
+def test_a_vocabulary_of_another_name_is_refused_with_both_names(snapshot, tmp_path):
+    with pytest.raises(ConfigError, match=r"corpus\.tokenizer is 'bpe:300', but the vocabulary to be kept is 'bytes'"):
+        tokenize(snapshot, "bpe:300", tmp_path / "tokens", vocabulary=get_tokenizer("bytes"))
+
+
 def test_the_manifest_says_what_the_files_are_made_of(snapshot, tmp_path):
     made = tokenize(snapshot, "gpt2", tmp_path / "tokens")
     assert manifest.verify(made.path) == {

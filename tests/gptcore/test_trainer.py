@@ -18,9 +18,9 @@ from gptcore.config import CorpusConfig, RunConfig
 from gptcore.corpus import ingest
 from gptcore.data import Batches, load_tokens, tokenize
 from gptcore.errors import CheckpointError, ConfigError, CorpusError, GPTCoreError, TrainingDiverged
-from gptcore.rundir import RunDirectory
+from gptcore.rundir import STOPPED, RunDirectory
 from gptcore.train import TRAINING_VERSION
-from gptcore.trainer import STOPPED, Stop, train_directory
+from gptcore.trainer import Stop, train_directory
 
 WORDS = (
     "the old man looked at a grey sea and said that nothing would come of it but more wind and a little rain".split()
@@ -286,6 +286,71 @@ def test_a_death_while_the_result_is_committed_is_made_good(make, twin, monkeypa
     assert what_came_out(run) == twin
 
 
+# In sessions.
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Each look at it takes a second, and it is looked at after every update."""
+
+    class Clock:
+        seconds = 0.0
+
+        def monotonic(self):
+            self.seconds += 1.0
+            return self.seconds
+
+        def __getattr__(self, name):
+            return getattr(time, name)
+
+    monkeypatch.setattr(trainer, "time", Clock())
+
+
+def sessions_until_finished(run):
+    """The step after each session."""
+    reached = []
+    while finish(run) is None:
+        assert checkpoints(run)[-1] == f"step-{run.paused().step:08d}"
+        reached.append(run.paused().step)
+    assert run.paused() is None
+    return reached
+
+
+@pytest.mark.parametrize("seconds", [1, 4, 5])
+def test_a_training_in_sessions_ends_as_its_uninterrupted_twin_does(make, twin, steps_per_epoch, clock, seconds):
+    run = make(session_seconds=seconds, checkpoint_seconds=None, checkpoint_steps=None)
+    reached = sessions_until_finished(run)
+    assert reached == list(range(reached[0], 21, reached[0])) and len(reached) >= 3
+    assert reached[0] < steps_per_epoch < reached[-1], "some session meets the border of an epoch"
+    assert what_came_out(run) == twin
+
+
+def test_a_session_too_short_for_anything_makes_one_update(make):
+    run = make(max_steps=3, session_seconds=1e-9)
+    assert sessions_until_finished(run) == [1, 2]
+    assert run.result().steps == 3
+
+
+def test_a_session_that_ends_with_the_training_finishes_it(make):
+    run = make(session_seconds=1e-9, learning_rate=1e-30, eval_every=1, patience=1)
+    assert sessions_until_finished(run) == [1]
+    assert (run.result().steps, run.result().stopped_by) == (2, "patience")
+
+
+def test_a_signal_is_no_pause(make):
+    run = make(session_seconds=1e-9)
+    stop_after(run, 1)
+    assert run.paused() is None
+
+
+def test_a_directory_goes_on_in_sessions_of_another_length(make, twin):
+    run = make(session_seconds=1e-9)
+    assert finish(run) is None
+    run = make(session_seconds=3600.0)
+    finish(run)
+    assert what_came_out(run) == twin
+
+
 # What is refused.
 
 
@@ -484,6 +549,16 @@ def test_the_program_stops_and_saves_when_the_process_that_started_it_is_gone(ma
     assert process.returncode == STOPPED, output
     assert "stopped (the process that started it is gone) and saved" in output
     assert checkpoints(run) == [f"step-{len(run.read_metrics()):08d}"]
+
+
+def test_a_program_whose_session_is_over_says_so_and_how_to_go_on(make):
+    run = make(**LONG, session_seconds=1e-9)
+    with started(run) as process:
+        output, _ = process.communicate()
+    assert process.returncode == STOPPED, output
+    assert "paused after update 1 (train.session_seconds: " in output
+    assert output.endswith("and saved: the same command goes on\n")
+    assert (run.paused().step, checkpoints(run)) == (1, ["step-00000001"])
 
 
 def test_the_program_answers_a_wrong_directory_without_a_traceback(make):

@@ -1,0 +1,55 @@
+"""What each step of a retraining says of its outcome: one line, for the terminal and the log in the Prefect UI."""
+
+from pathlib import Path
+
+from flows.gate import Verdict
+from flows.reason import Reason
+from gptcore.corpus import Snapshot
+from gptcore.data import Tokens
+from gptcore.dossier import read_samples, read_scores
+from gptcore.rundir import Paused, Result
+
+
+def of_snapshot(snapshot: Snapshot) -> str:
+    """`78 documents: train 351 kB, val 31 kB, holdout 27 kB`."""
+    sizes = ", ".join(f"{side} {size / 1000:,.0f} kB" for side, size in snapshot.bytes.items())
+    return f"{snapshot.documents:,} documents: {sizes}"
+
+
+def of_reason(reason: Reason) -> str:
+    """Whether there is a reason to train, and which."""
+    return reason.text if reason.must_train else f"no reason to train: {reason.text}"
+
+
+def of_tokens(tokens: Tokens) -> str:
+    """`gpt2, 50,257 entries: train 104,413, val 8,990 tokens`."""
+    counts = ", ".join(f"{side} {count:,}" for side, count in tokens.counts.items())
+    return f"{tokens.tokenizer}, {tokens.n_vocab:,} entries: {counts} tokens"
+
+
+def of_training(ended: Result | Paused) -> str:
+    """How far the training came."""
+    if isinstance(ended, Paused):
+        return f"paused after {ended.seconds:,.0f} s, at step {ended.step:,}"
+    return (
+        f"{ended.steps:,} steps, {ended.tokens_seen:,} tokens, best val loss {ended.best_val_loss:.3f} "
+        f"at step {ended.best_step:,}"
+    )
+
+
+def of_evaluation(evaluation: Path) -> str:
+    """`1.9596 bits per byte on holdout, perplexity 88.0`."""
+    reported = read_scores(evaluation).reported
+    return f"{reported.bits_per_byte:.4f} bits per byte on {reported.side}, perplexity {reported.perplexity:,.1f}"
+
+
+def of_samples(samples: Path) -> str:
+    """`6 samples, longest verbatim copy 53 characters`."""
+    written = read_samples(samples)
+    copied = max((sample.longest_copied for sample in written), default=0)
+    return f"{len(written)} samples, longest verbatim copy {copied} characters"
+
+
+def of_verdict(verdict: Verdict) -> str:
+    """The verdict and its reason."""
+    return f"{'promoted' if verdict.promoted else 'rejected'}: {verdict.reason}"

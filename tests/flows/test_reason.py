@@ -1,0 +1,93 @@
+"""When a run trains and when it does not: the text and the settings against those of the newest finished training."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows import registry
+from flows.pipelines import SECTIONS, Pipeline
+from flows.retrain import Outcome, retrain
+from flows.state import StateRoot
+
+from .conftest import prose
+
+pytestmark = pytest.mark.usefixtures("prefect_server", "root")
+TRAINED = ("Promoted", "Kept champion")
+
+
+def run(pipeline: Pipeline, **more: Any) -> tuple[str, Outcome]:
+    sections = {name: getattr(pipeline, name) for name in SECTIONS}
+    state = retrain(pipeline.name, pipeline.model_name, **sections, **more, return_state=True)
+    assert state.name is not None
+    return state.name, state.result()
+
+
+def asking(pipeline: Pipeline, **sections: dict[str, Any]) -> Pipeline:
+    updates = {name: getattr(pipeline, name).model_copy(update=keys) for name, keys in sections.items()}
+    return pipeline.model_copy(update=updates)
+
+
+def test_a_share_of_new_text_below_the_threshold_is_no_reason_and_one_above_it_is(
+    tiny: Pipeline, project: Path
+) -> None:
+    asked = asking(tiny, retrain={"when": "share", "min_new_share": 0.2}, train={"max_steps": 5})
+    assert run(asked)[0] in TRAINED
+    (project / "text" / "two.txt").write_text(prose(2, 500))
+    name, outcome = run(asked)
+    assert name == "Skipped"
+    assert "of the text is new since version 1, no more than retrain.min_new_share 20.0%" in outcome.reason
+    (project / "text" / "three.txt").write_text(prose(3, 9000))
+    name, outcome = run(asked)
+    assert name in TRAINED and outcome.uri == "models:/gpt-tiny/2"
+
+
+def test_a_champion_that_is_no_worse_on_the_new_text_is_no_reason_and_one_that_is_worse_is(
+    tiny: Pipeline, project: Path
+) -> None:
+    asked = asking(tiny, retrain={"when": "drift", "drift_margin": 0.5})
+    run(asked)
+    (project / "text" / "two.txt").write_text(prose(2, 2000))
+    name, outcome = run(asked)
+    assert name == "Skipped" and "no more than retrain.drift_margin 0.5" in outcome.reason
+    strange = "\n\n".join(" ".join("ZQXJVWK"[(i * j) % 7] * 3 + str(i * j) for j in range(20)) for i in range(60))
+    (project / "text" / "two.txt").write_text(strange)
+    name, outcome = run(asked)
+    assert name in TRAINED and outcome.uri == "models:/gpt-tiny/2"
+
+
+def test_other_settings_are_a_reason_whatever_the_policy_and_a_rejected_night_is_not_repeated(
+    tiny: Pipeline, root: StateRoot, caplog: pytest.LogCaptureFixture
+) -> None:
+    strict = asking(tiny, retrain={"when": "share", "min_new_share": 0.9})
+    run(strict)
+    worse = asking(strict, train={"max_steps": 5})
+    name, outcome = run(worse)
+    assert (name, outcome.uri) == ("Kept champion", "models:/gpt-tiny/2")
+    assert "the settings are not those of version 1: train.max_steps 60 -> 5" in caplog.text
+    assert run(worse)[1].reason.startswith("nothing changed since version 2")
+    # Back to the first settings: they are not the newest training's, but have given a version already.
+    name, outcome = run(strict)
+    assert name == "Skipped" and "learned exactly this" in outcome.reason
+    assert len(registry.versions(root, "gpt-tiny")) == 2
+
+
+def test_renamed_and_reordered_text_is_no_change_and_always_needs_none(tiny: Pipeline, project: Path) -> None:
+    asked = asking(tiny, train={"max_steps": 5})
+    run(asked)
+    (project / "text" / "one.txt").rename(project / "text" / "other.txt")
+    name, outcome = run(asked)
+    assert name == "Skipped" and "nothing changed since version 1" in outcome.reason
+    name, outcome = run(asking(asked, retrain={"when": "always"}))
+    assert (name, outcome.uri) == ("Kept champion", "models:/gpt-tiny/2")
+
+
+def test_what_changed_in_the_text_is_said_with_numbers(tiny: Pipeline, project: Path, root: StateRoot) -> None:
+    run(tiny)
+    (project / "text" / "two.txt").write_text(prose(2, 500))
+    _, outcome = run(tiny)
+    changes = dict(outcome.changes)
+    assert changes["documents"] == "1 added, 0 changed, 0 removed, 1 kept"
+    assert changes["new text"].startswith(f"{len(prose(2, 500)):,} of ")
+    assert "bits per byte on" in changes["champion on the new text"]
+    assert changes["token distribution"].startswith("Jensen-Shannon divergence 0.")

@@ -140,6 +140,8 @@ def _deployment(asked: _Asked, root: StateRoot, pool: Pool | None) -> RunnerDepl
         **where,
     )
     assert isinstance(deployment, RunnerDeployment), "no event loop runs here"
+    if pool is None:
+        deployment.work_pool_name = None  # said in so many words, it is taken back from a pool that it was sent to
     return deployment
 
 

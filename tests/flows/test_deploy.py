@@ -110,7 +110,7 @@ def test_a_process_worker_elsewhere_retrains_and_then_has_nothing_to_do(
         second = server.start("night")
         assert server.ended(second, 100)["name"] == "Skipped", (elsewhere / "worker.log").read_text()
     shown = json.loads(gptflow(project, "show", "models:/gpt-night@champion", "--json").stdout)
-    assert (shown["version"], shown["prefect_flow_run_id"]) == ("1", first)
+    assert (shown["version"], shown["prefect_flow_run_id"]) == (1, first)
     assert sorted(path.name for path in elsewhere.iterdir() if path.name.startswith(("mlruns", "mlflow"))) == []
 
 

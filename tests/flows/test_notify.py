@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from flows.deployed import merged, parameters
 from flows.notify import Message, NotifyConfig, send
 from flows.pipelines import SECTIONS, Pipeline, PipelinesFile
+from flows.state import StateRoot
 from gptcore.errors import ConfigError, CorpusError
 from tests.flows.servers import Prefect, Receiver, Serving, prefect_server, wait_for, write
 
@@ -169,6 +171,28 @@ def test_a_run_of_the_command_line_tells_as_well(tiny: Pipeline, receiver: Recei
         retrain("tiny", "gpt-tiny", **{**sections, "corpus": corpus}, notify=targets)
     (message,) = receiver.got
     assert (message["event"], message["title"]) == ("failure", "tiny: failed")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("prefect_server", "tiny_registry")
+def test_a_run_that_nobody_saw_die_is_told_when_it_is_found(
+    root: StateRoot, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from prefect.client.orchestration import get_client
+    from prefect.states import Running
+
+    from flows import reconcile
+    from flows.retrain import retrain
+
+    monkeypatch.setattr(reconcile, "_STARTING", timedelta(0))
+    parameters = {"pipeline": "night", "notify": [{"webhook": f"{receiver.url}/hook"}]}
+    with get_client(sync_client=True) as client:
+        run = client.create_flow_run(retrain, parameters=parameters, state=Running())
+        assert f"crashed    Prefect run {run.id} of night" in reconcile.reconcile(client, root)
+        reconcile.reconcile(client, root)
+    (message,) = receiver.got
+    assert (message["event"], message["flow_run_id"]) == ("failure", str(run.id))
+    assert message["text"].startswith("No process was behind it")
 
 
 def flow_process(project: Path) -> psutil.Process:

@@ -37,6 +37,28 @@ def lineage_table(described: Mapping[str, Any]) -> None:
     _print(table)
 
 
+def differences_table(differences: Sequence[Mapping[str, Any]]) -> None:
+    """What is not as it was when a version was trained. What cannot change the weights is only mentioned."""
+    table = Table("different", "then", "now", title="Not as it was when this version was trained", title_style="bold")
+    for found in differences:
+        note = "" if found["is_decisive"] else " (changes no weights)"
+        table.add_row(f"{found['what']}{note}", found["then"], found["now"])
+    _print(table)
+
+
+def reproduction_table(done: Mapping[str, Any]) -> None:
+    """A version then and now."""
+    table = Table("", "then", "now", title=f"{done['uri']} trained again", title_style="bold")
+    table.add_row("weights sha256", done["weights_sha256"], done["reproduced_weights_sha256"])
+    now = done["reproduced_bits_per_byte"]
+    table.add_row(
+        "bits per byte", f"{done['holdout_bits_per_byte']:.6f}", "not scored" if now is None else f"{now:.6f}"
+    )
+    _print(table)
+    accepted = " There were differences, see above." if not done["equal"] and done["differences"] else ""
+    print(f"The weights are {'equal, bit for bit.' if done['equal'] else 'not equal.'}{accepted}")
+
+
 def _sentence(move: Mapping[str, Any]) -> str:
     way = f"version {move['from'] or '(none)'} -> {move['to'] or '(none)'}"
     return f"{move['at']}  {move['kind']}, {way}, by {move['by']}: {move['reason']}"

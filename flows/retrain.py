@@ -12,15 +12,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from prefect import State, flow, get_run_logger
-from prefect.artifacts import create_markdown_artifact
 from prefect.runtime import flow_run
 from prefect.states import Completed
 
-from flows import deployed, lock, registry, release, tasks, tracking
+from flows import card, deployed, lock, registry, release, tasks, tracking
 from flows.gate import SOURCES_OVERRIDDEN, Verdict
 from flows.lineage import lineage, run_key
 from flows.pipelines import Pipeline
-from flows.report import detail_rows, report, score_rows
+from flows.report import detail_rows, score_rows
 from flows.state import StateRoot, state_root
 from gptcore import manifest
 from gptcore.config import CorpusConfig, GateConfig, ModelConfig, RunConfig, SampleConfig, TrainConfig
@@ -160,7 +159,20 @@ class _Retraining:
             seconds=self.seconds,
         )
         began = time.perf_counter()
-        self.report(outcome, mlflow_run_id, scores, [evaluation, samples, plots])
+        done = card.Retrained(
+            pipeline=self.pipeline,
+            run=run,
+            snapshot=snapshot,
+            result=result,
+            scores=scores,
+            version=version,
+            verdict=verdict,
+            mlflow_run_id=mlflow_run_id,
+            flow_run_id=str(flow_run.id),
+            samples=samples,
+            plots=plots,
+        )
+        self.report(outcome, done, evaluation)
         self.seconds["report"] = round(time.perf_counter() - began, 2)
         return outcome
 
@@ -226,20 +238,12 @@ class _Retraining:
         outcome = Outcome(self.pipeline.name, "skipped", reason, uri, seconds=self.seconds)
         return Completed(name="Skipped", message=reason, data=outcome)
 
-    def report(self, outcome: Outcome, mlflow_run_id: str, scores: Scores, directories: list[Path]) -> None:
-        """The evidence goes to the MLflow run, and a page with all of it to both."""
-        _, samples, plots = directories
-        links = [
-            ("model", f"`{outcome.uri}`"),
-            ("MLflow run", f"`{mlflow_run_id}` in {self.root.tracking_uri}"),
-            ("run directory", f"`{outcome.run_directory}`"),
-        ]
-        title = f"{outcome.pipeline}: {outcome.verdict}"
-        page = report(title, outcome.reason, outcome.rows, plots, samples, links)
-        create_markdown_artifact(page, key=_artifact_key(f"{outcome.pipeline}-report"), description=outcome.reason)
-        tracking.log_results(self.root, mlflow_run_id, _final_metrics(scores), directories)
-        tracking.log_text(self.root, mlflow_run_id, page, "report.md")
-        tracking.close_run(self.root, mlflow_run_id, "FINISHED", {"verdict": outcome.verdict, "reason": outcome.reason})
+    def report(self, outcome: Outcome, done: card.Retrained, evaluation: Path) -> None:
+        """The evidence goes to the MLflow run, and a card with all of it to both."""
+        directories = [evaluation, done.samples, done.plots, *card.publish(self.root, done)]
+        tracking.log_results(self.root, done.mlflow_run_id, _final_metrics(done.scores), directories)
+        tags = {"verdict": outcome.verdict, "reason": outcome.reason}
+        tracking.close_run(self.root, done.mlflow_run_id, "FINISHED", tags)
 
 
 def run_config(pipeline: Pipeline, tokens: Tokens, tokens_path: str, key: str) -> RunConfig:
@@ -271,11 +275,6 @@ def _failure_tags(error: BaseException) -> dict[str, str]:
     if isinstance(error, TrainingDiverged):
         tags["diverged_at"] = str(error.step)
     return tags
-
-
-def _artifact_key(text: str) -> str:
-    """Prefect allows lower-case letters, digits and dashes."""
-    return "".join(c if c.isascii() and c.isalnum() else "-" for c in text.lower())
 
 
 def _snapshot_line(snapshot: Snapshot) -> str:

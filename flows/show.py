@@ -13,11 +13,10 @@ def models_table(listed: Sequence[Mapping[str, Any]]) -> None:
     if not listed:
         print("no models are registered yet: gptflow run quickstart")
         return
-    table = Table("model", "version", "verdict", "bits/byte", "rival's", "trained", "aliases")
+    table = Table("version", "verdict", "bits/byte", "rival's", "trained", "aliases")
     for version in listed:
         table.add_row(
-            version["model"],
-            str(version["version"]),
+            f"{version['model']}/{version['version']}",
             f"{version['verdict'] or 'undecided'}{', withdrawn' if version['withdrawn'] else ''}",
             _score(version["gate_bits_per_byte"]),
             _score(version["gate_champion_bits_per_byte"]),

@@ -170,6 +170,24 @@ def show(uri: str, file: str | None, json: bool) -> None:
 
 
 @cli.command()
+@click.argument("uri")
+@click.option("--anyway", is_flag=True, help="Go on where something is different; then other weights are no failure.")
+@_FILE
+@_JSON
+def reproduce(uri: str, anyway: bool, file: str | None, json: bool) -> None:
+    """Train the version URI again from its own lineage, and compare the weights bit for bit.
+
+    What is different from then is named first: packages, code, machine, text. If any of it may change the weights,
+    nothing is trained and the exit code is 2, unless --anyway is given. The exit code is 0 if the weights are equal, or
+    if they differ after differences that --anyway accepted, and 1 if they differ without any. Nothing is registered.
+    """
+    root = _entered(file)
+    from flows.reproduce import reproduce as train_again
+
+    train_again(root, uri, anyway, json)
+
+
+@cli.command()
 @click.argument("model")
 @click.argument("version", type=click.IntRange(1))
 @_REASON

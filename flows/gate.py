@@ -7,7 +7,7 @@ models are compared stands in gptcore.compare, which blocks are clean in gptcore
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mlflow import MlflowClient
@@ -21,7 +21,7 @@ from flows.state import StateRoot
 from gptcore import manifest
 from gptcore.bundle import Loaded
 from gptcore.clean import CleanBlocks, clean_blocks
-from gptcore.compare import MIN_BLOCKS, Comparison, compare
+from gptcore.compare import MIN_BLOCKS, Comparison, compare, gains
 from gptcore.config import GateConfig
 from gptcore.corpus import Block, Snapshot, blocks
 from gptcore.dossier import Scores, reported_side
@@ -56,6 +56,10 @@ class Verdict:
     """Of held-out text that one of the two may have learned from."""
     unknown: str = ""
     """Which training text could not be looked into, and why; empty where all of it could."""
+    comparison: Comparison | None = field(default=None, repr=False, compare=False)
+    """What was compared, where champion and challenger were scored in this very process."""
+    gains: tuple[float, ...] = field(default=(), repr=False, compare=False)
+    """By how many bits per byte the challenger was better on each block; not kept on the version."""
 
     def tags(self) -> dict[str, str]:
         """What is kept of it on the version."""
@@ -191,7 +195,9 @@ def _verdict(
     clean, unknown = _clean(root, snapshot, side, challenger, rival)
     theirs = _scored(champion, clean.blocks, side)
     own = _scored(load(root, challenger), clean.blocks, side)
-    return decide(compare(own, theirs, cfg.confidence), cfg, str(rival.version), clean.excluded_bytes, unknown)
+    compared = compare(own, theirs, cfg.confidence)
+    verdict = decide(compared, cfg, str(rival.version), clean.excluded_bytes, unknown)
+    return replace(verdict, comparison=compared, gains=gains(own, theirs))
 
 
 def _left_alone(rival: ModelVersion | None, scores: Scores, rolled_back: str | None) -> Verdict:

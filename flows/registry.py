@@ -113,6 +113,12 @@ def describe(root: StateRoot, found: ModelVersion) -> dict[str, Any]:
     }
 
 
+def address(root: StateRoot, name: str, version: str) -> str | None:
+    """The version's page in MLflow's UI, if there is a server that shows it."""
+    ui = root.mlflow_ui()
+    return f"{ui}/#/models/{name}/versions/{version}" if ui else None
+
+
 def lineage_of(root: StateRoot, name: str, version: str) -> dict[str, Any]:
     """What the version's lineage.json says. Raises RegistryError if it is gone or damaged."""
     path = bundle_path(root, name, version) / "lineage.json"

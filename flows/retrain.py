@@ -13,21 +13,21 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from prefect import State, flow, get_run_logger
-from prefect.artifacts import create_markdown_artifact
 from prefect.runtime import flow_run
 from prefect.states import Completed
 
-from flows import ancestry, attempt, deployed, lines, lock, registry, release, successes, tasks, tracking
+from flows import ancestry, attempt, card, deployed, lines, lock, registry, release, successes, tasks, tracking
 from flows.attempt import Attempt
 from flows.gate import Verdict
 from flows.lineage import lineage
 from flows.notify import NotifyConfig, tell_failure, tell_promotion
 from flows.pipelines import Pipeline
-from flows.reason import divergence
-from flows.report import detail_rows, report, score_rows
+from flows.reason import Reason, divergence
+from flows.report import detail_rows, score_rows
 from flows.state import StateRoot, state_root
 from gptcore import manifest
 from gptcore.config import CorpusConfig, GateConfig, ModelConfig, RetrainConfig, SampleConfig, TrainConfig
+from gptcore.corpus import Snapshot
 from gptcore.data import Tokens, check_sizes
 from gptcore.dossier import Scores, read_scores
 from gptcore.errors import TrainingDiverged
@@ -147,6 +147,8 @@ class _Retraining:
         found = attempt.unfinished(self.root, self.pipeline, self.sources_overridden)
         if found is not None:
             get_run_logger().info("goes on with %s", found.run.path.name, extra={"step": "unfinished"})
+            reason = self.step("compare", lines.of_reason, tasks.compare, self.root, self.pipeline, found.snapshot)
+            self.note_changes(reason, found.tokens, found.snapshot)
         return found
 
     def begun(self) -> Attempt | str:
@@ -165,10 +167,13 @@ class _Retraining:
         number = attempt.number_of(root, pipeline, tokens, start, wanted, self.sources_overridden)
         if number is None:
             return f"{pipeline.model_name} has a version already that learned exactly this; --force trains again"
+        self.note_changes(reason, tokens, snapshot)
+        return attempt.prepare(root, pipeline, snapshot, tokens, start, number, self.sources_overridden)
+
+    def note_changes(self, reason: Reason, tokens: Tokens, snapshot: Snapshot) -> None:
         self.changes = reason.changes
         if reason.since is not None:
-            self.changes += divergence(root, pipeline, reason.since, tokens, snapshot)
-        return attempt.prepare(root, pipeline, snapshot, tokens, start, number, self.sources_overridden)
+            self.changes += divergence(self.root, self.pipeline, reason.since, tokens, snapshot)
 
     def worked_on(self, found: Attempt) -> State[Outcome]:
         tags = {"prefect_flow_run_id": str(flow_run.id), "corpus_sha256": found.snapshot.sha256}
@@ -183,33 +188,33 @@ class _Retraining:
 
     def trained(self, found: Attempt, mlflow_run_id: str) -> Outcome:
         """From the training on: everything that belongs to one run directory."""
-        root, run, snapshot, tokens = self.root, found.run, found.snapshot, found.tokens
-        tracking.log_dataset(root, mlflow_run_id, self.pipeline, snapshot)
-        result = self.step("train", lines.of_training, tasks.train, root, run, mlflow_run_id)
+        tracking.log_dataset(self.root, mlflow_run_id, self.pipeline, found.snapshot)
+        result = self.step("train", lines.of_training, tasks.train, self.root, found.run, mlflow_run_id)
         if isinstance(result, Paused):
             return self.paused(found, result, mlflow_run_id)
-        evaluation = self.step("evaluate", lines.of_evaluation, tasks.evaluate, run, snapshot, tokens)
-        samples = self.step("sample", lines.of_samples, tasks.sample, run, snapshot, tokens, self.pipeline.sample)
-        plots = self.step("plot", str, tasks.plot, run, evaluation)
+        text = (found.run, found.snapshot, found.tokens)
+        evaluation = self.step("evaluate", lines.of_evaluation, tasks.evaluate, *text)
+        samples = self.step("sample", lines.of_samples, tasks.sample, *text, self.pipeline.sample)
+        plots = self.step("plot", str, tasks.plot, found.run, evaluation)
         scores = read_scores(evaluation)
         candidate = self.candidate(found, scores, result, mlflow_run_id)
-        version = self.step("register", self.version_line, tasks.register, root, run, tokens, candidate)
+        registered = (self.root, found.run, found.tokens, candidate)
+        version = self.step("register", self.version_line, tasks.register, *registered)
         verdict = self.gated(version, found, scores)
-        outcome = Outcome(
-            pipeline=self.pipeline.name,
-            verdict="promoted" if verdict.promoted else "rejected",
-            reason=verdict.reason,
-            uri=f"models:/{self.pipeline.model_name}/{version}",
-            rows=(*score_rows(scores), *detail_rows(scores, result)),
-            changes=self.changes,
-            plots=str(plots),
-            run_directory=str(run.path),
-            seconds=self.seconds,
+        done = card.Retrained(
+            pipeline=self.pipeline,
+            run=found.run,
+            snapshot=found.snapshot,
+            result=result,
+            scores=scores,
+            version=version,
+            verdict=verdict,
+            mlflow_run_id=mlflow_run_id,
+            flow_run_id=str(flow_run.id),
+            samples=samples,
+            plots=plots,
         )
-        began = time.perf_counter()
-        self.report(outcome, mlflow_run_id, scores, [evaluation, samples, plots])
-        self.seconds["report"] = round(time.perf_counter() - began, 2)
-        return outcome
+        return self.reported(done, evaluation)
 
     def step(self, name: str, describe: Callable[[T], str], task: Callable[..., T], *given: Any, **named: Any) -> T:
         """Runs a task, and says in one line what came out and how long it took."""
@@ -256,20 +261,30 @@ class _Retraining:
             self.pipeline.name, "paused", reason, uri, run_directory=str(found.run.path), seconds=self.seconds
         )
 
-    def report(self, outcome: Outcome, mlflow_run_id: str, scores: Scores, directories: list[Path]) -> None:
-        """The evidence goes to the MLflow run, and a page with all of it to both."""
-        _, samples, plots = directories
-        links = [
-            ("model", f"`{outcome.uri}`"),
-            ("MLflow run", f"`{mlflow_run_id}` in {self.root.tracking_uri}"),
-            ("run directory", f"`{outcome.run_directory}`"),
-        ]
-        title = f"{outcome.pipeline}: {outcome.verdict}"
-        page = report(title, outcome.reason, outcome.rows, plots, samples, links)
-        create_markdown_artifact(page, key=_artifact_key(f"{outcome.pipeline}-report"), description=outcome.reason)
-        tracking.log_results(self.root, mlflow_run_id, _final_metrics(scores), directories)
-        tracking.log_text(self.root, mlflow_run_id, page, "report.md")
-        tracking.close_run(self.root, mlflow_run_id, "FINISHED", {"verdict": outcome.verdict, "reason": outcome.reason})
+    def reported(self, done: card.Retrained, evaluation: Path) -> Outcome:
+        """The evidence goes to the MLflow run, and a card with all of it to both."""
+        began = time.perf_counter()
+        outcome = self.outcome(done)
+        made = card.publish(self.root, done, self.changes or None)
+        directories = [evaluation, done.samples, done.plots, *made]
+        tracking.log_results(self.root, done.mlflow_run_id, _final_metrics(done.scores), directories)
+        tags = {"verdict": outcome.verdict, "reason": outcome.reason}
+        tracking.close_run(self.root, done.mlflow_run_id, "FINISHED", tags)
+        self.seconds["report"] = round(time.perf_counter() - began, 2)
+        return outcome
+
+    def outcome(self, done: card.Retrained) -> Outcome:
+        return Outcome(
+            pipeline=self.pipeline.name,
+            verdict="promoted" if done.verdict.promoted else "rejected",
+            reason=done.verdict.reason,
+            uri=self.version_line(done.version),
+            rows=(*score_rows(done.scores), *detail_rows(done.scores, done.result)),
+            changes=self.changes,
+            plots=str(done.plots),
+            run_directory=str(done.run.path),
+            seconds=self.seconds,
+        )
 
 
 def _final_metrics(scores: Scores) -> dict[str, float]:
@@ -288,8 +303,3 @@ def _failure_tags(error: BaseException) -> dict[str, str]:
     if isinstance(error, TrainingDiverged):
         tags["diverged_at"] = str(error.step)
     return tags
-
-
-def _artifact_key(text: str) -> str:
-    """Prefect allows lower-case letters, digits and dashes."""
-    return "".join(c if c.isascii() and c.isalnum() else "-" for c in text.lower())

@@ -13,11 +13,10 @@ def models_table(listed: Sequence[Mapping[str, Any]]) -> None:
     if not listed:
         print("no models are registered yet: gptflow run quickstart")
         return
-    table = Table("model", "version", "verdict", "bits/byte", "rival's", "trained", "aliases")
+    table = Table("version", "verdict", "bits/byte", "rival's", "trained", "aliases")
     for version in listed:
         table.add_row(
-            version["model"],
-            str(version["version"]),
+            f"{version['model']}/{version['version']}",
             f"{version['verdict'] or 'undecided'}{', withdrawn' if version['withdrawn'] else ''}",
             _score(version["gate_bits_per_byte"]),
             _score(version["gate_champion_bits_per_byte"]),
@@ -35,6 +34,28 @@ def lineage_table(described: Mapping[str, Any]) -> None:
     for move in described["moves"]:
         table.add_row("move", _sentence(move))
     _print(table)
+
+
+def differences_table(differences: Sequence[Mapping[str, Any]]) -> None:
+    """What is not as it was when a version was trained. What cannot change the weights is only mentioned."""
+    table = Table("different", "then", "now", title="Not as it was when this version was trained", title_style="bold")
+    for found in differences:
+        note = "" if found["is_decisive"] else " (changes no weights)"
+        table.add_row(f"{found['what']}{note}", found["then"], found["now"])
+    _print(table)
+
+
+def reproduction_table(done: Mapping[str, Any]) -> None:
+    """A version then and now."""
+    table = Table("", "then", "now", title=f"{done['uri']} trained again", title_style="bold")
+    table.add_row("weights sha256", done["weights_sha256"], done["reproduced_weights_sha256"])
+    now = done["reproduced_bits_per_byte"]
+    table.add_row(
+        "bits per byte", f"{done['holdout_bits_per_byte']:.6f}", "not scored" if now is None else f"{now:.6f}"
+    )
+    _print(table)
+    accepted = " There were differences, see above." if not done["equal"] and done["differences"] else ""
+    print(f"The weights are {'equal, bit for bit.' if done['equal'] else 'not equal.'}{accepted}")
 
 
 def _sentence(move: Mapping[str, Any]) -> str:

@@ -67,6 +67,13 @@ class StateRoot:
         """A user's MLFLOW_TRACKING_URI, else the SQLite database in the state root."""
         return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{self.path / 'mlflow.db'}"
 
+    def mlflow_ui(self) -> str | None:
+        """URL of MLflow's UI, if there is one: a user's tracking server, else that of `gptflow up` while it is up."""
+        if self.tracking_uri.startswith("http"):
+            return self.tracking_uri.rstrip("/")
+        servers = running_servers(self.path)
+        return servers.mlflow if servers else None
+
     def run_directory(self, pipeline: str, run_key: str, attempt: int) -> Path:
         """Where attempt number `attempt` (from 1) at `run_key` is trained."""
         return self.path / "runs" / pipeline / f"{run_key[:16]}-{attempt}"

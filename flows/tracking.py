@@ -127,6 +127,14 @@ def log_text(root: StateRoot, run_id: str, text: str, name: str) -> None:
     MlflowClient(root.tracking_uri).log_text(run_id, text, name)
 
 
+def address(root: StateRoot, run_id: str) -> str | None:
+    """The run's page in MLflow's UI, if there is a server that shows it."""
+    if (ui := root.mlflow_ui()) is None:
+        return None
+    experiment = MlflowClient(root.tracking_uri).get_run(run_id).info.experiment_id
+    return f"{ui}/#/experiments/{experiment}/runs/{run_id}"
+
+
 def close_run(root: StateRoot, run_id: str, status: str, tags: Mapping[str, str]) -> None:
     """Ends the run as FINISHED, FAILED or KILLED."""
     client = MlflowClient(root.tracking_uri)

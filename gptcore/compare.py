@@ -95,6 +95,12 @@ def compare(
     )
 
 
+def gains(challenger: Sequence[Mapping[str, Any]], champion: Sequence[Mapping[str, Any]]) -> tuple[float, ...]:
+    """By how many bits per byte the challenger is better on each block; of two models' `Evaluation.per_block`."""
+    pairs = zip(challenger, champion, strict=True)
+    return tuple((theirs["nats"] - own["nats"]) / math.log(2) / own["bytes"] for own, theirs in pairs)
+
+
 def bootstrap(gains: Floats, sizes: Floats, draws: int = DRAWS) -> Floats:
     """(draws,) the improvement in bits per byte when as many clusters are drawn anew, with replacement.
 

@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 
 from gptcore import manifest, plots
 from gptcore.baselines import Baselines, baselines
+from gptcore.bundle import load
+from gptcore.compare import Comparison
 from gptcore.config import SampleConfig
 from gptcore.corpus import Block, Snapshot, blocks
 from gptcore.data import Tokens
@@ -114,6 +116,33 @@ def plot_run(run: RunDirectory, evaluation: Path) -> Path:
             figure.savefig(directory / f"{name}.png")
 
     return _published(run, "plots", inputs, fill)
+
+
+def sample_rival(run: RunDirectory, snapshot: Snapshot, rival: Path, weights_sha256: str, cfg: SampleConfig) -> Path:
+    """Lets the model in the bundle `rival`, with its own tokenizer, continue the run's prompts with the same seeds.
+
+    Raises CheckpointError or TokenizerError if it cannot be loaded.
+    """
+    inputs = {"weights": weights_sha256, "sample": cfg.model_dump(mode="json")}
+
+    def fill(directory: Path) -> None:
+        train = run.config().train
+        loaded = load(rival, train.device)
+        write_samples(loaded.model, loaded.tokenizer, cfg, train.seed, snapshot.path / "train.txt", directory)
+
+    return _published(run, "champion-samples", inputs, fill)
+
+
+def plot_rival(run: RunDirectory, gains: Sequence[float], comparison: Comparison, margin: float) -> Path:
+    """Draws how the run's weights and a rival compare, block by block."""
+    bounds = {"low": comparison.low, "high": comparison.high, "confidence": comparison.confidence, "margin": margin}
+    numbers = json.dumps({"gains": list(gains), **bounds})  # scores that are not finite included
+    inputs = {"weights": _weights_sha256(run), "numbers": numbers}
+
+    def fill(directory: Path) -> None:
+        plots.plot_gains(gains, comparison, margin).savefig(directory / "gains.png")
+
+    return _published(run, "comparison", inputs, fill)
 
 
 def read_scores(evaluation: Path) -> Scores:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from gptcore.baselines import Baselines
+    from gptcore.compare import Comparison
     from gptcore.evaluate import Evaluation
 
 BLUE, ORANGE, GREEN, VERMILION, SKY, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#5F6368"
@@ -122,6 +123,48 @@ def plot_loss_by_position(evaluation: "Evaluation") -> "Figure":
         _mark_level(axes, evaluation.loss, "Mean of all tokens")
     _finish(axes, {"positions": [value for value in values if not math.isnan(value)]})
     return figure
+
+
+def plot_gains(gains: Sequence[float], comparison: "Comparison", margin: float) -> "Figure":
+    """How champion and challenger compare: block by block, sorted, and below it the mean with its interval and margin.
+
+    `gains` are the champion's less the challenger's bits per byte of each block: above zero the challenger is better.
+    """
+    figure = new_figure()
+    above, below = figure.subplots(2, height_ratios=(3, 1))
+    finite = np.sort([gain for gain in gains if math.isfinite(gain)])[::-1]
+    above.set_title("Which model predicted each block better?", loc="left", fontsize=12, fontweight="bold", pad=24)
+    _dress(
+        above, f"{len(gains):,} blocks, from the largest gain to the largest loss", "Bits per byte saved\non the block"
+    )
+    x, y = thin(np.arange(1, len(finite) + 1), finite, _MAX_POINTS)
+    width = len(finite) / max(len(y), 1)
+    for name, colour, chosen in (("Challenger", BLUE, y > 0), ("Champion", VERMILION, y < 0)):
+        count = int((finite > 0).sum() if name == "Challenger" else (finite < 0).sum())
+        above.bar(x[chosen], y[chosen], width=width, color=colour, label=f"{name} better: {count:,}")
+    above.axhline(0, color="black", linewidth=0.8)
+    above.margins(x=0.01)
+    _finish(above, {"blocks": list(gains)})
+    _draw_interval(below, comparison, margin)
+    figure.align_ylabels()
+    return figure
+
+
+def _draw_interval(axes: "Axes", comparison: "Comparison", margin: float) -> None:
+    """One line: zero, the margin asked for, and the mean gain with its bounds."""
+    _dress(axes, "Mean of all blocks, in bits per byte saved by the challenger", "")
+    axes.set(yticks=[], ylim=(0, 1))
+    axes.spines["left"].set_visible(False)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.axvline(margin, color=GREY, linewidth=1.2, linestyle=":", label=f"Margin {margin:g}")
+    if math.isfinite(mean := comparison.improvement):
+        axes.plot(mean, 0.5, "o", color=BLUE, markersize=7, label=f"Mean {mean:.4f}")
+    if comparison.low is not None and comparison.high is not None:
+        sure = f"each bound {comparison.confidence:.4g} sure"
+        label = f"{comparison.low:.4f} to {comparison.high:.4f} ({sure})"
+        axes.plot([comparison.low, comparison.high], [0.5, 0.5], color=BLUE, linewidth=3, alpha=0.5, label=label)
+    axes.margins(x=0.1)
+    _finish(axes, {})
 
 
 def thin(

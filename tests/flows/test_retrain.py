@@ -96,7 +96,7 @@ def test_the_mlflow_run_holds_params_metrics_dataset_and_files(tiny: Pipeline, r
     assert "holdout_bits_per_byte" in only.data.metrics
     assert only.inputs.dataset_inputs[0].dataset.digest == only.data.tags["corpus_sha256"][:36]
     names = {item.path for item in client.list_artifacts(only.info.run_id)}
-    assert names == {"evaluation", "samples", "plots", "report.md", "lineage.json"}
+    assert names == {"evaluation", "samples", "plots", "card.md", "lineage.json"}
     plots = {Path(item.path).name for item in client.list_artifacts(only.info.run_id, "plots")}
     assert {"losses.png", "losses.pdf", "surprise.png"} < plots
 

@@ -127,7 +127,7 @@ def test_run_generate_models_show_and_prepare_from_the_command_line(project: Pat
     done = gptflow(project, "run", "tiny")
     assert done.returncode == 0, done.stderr
     assert "promoted" in done.stdout and "models:/gpt-tiny/1" in done.stdout and "holdout bits per byte" in done.stdout
-    for step in ("ingest", "tokenize", "train", "evaluate", "sample", "plot", "register", "gate"):
+    for step in ("ingest", "compare", "tokenize", "train", "evaluate", "sample", "plot", "register", "gate"):
         assert f"\n{step}" in f"\n{done.stdout}"
     for noise in ("Warning", "WARNING", "INFO", "Traceback"):
         assert noise not in done.stdout + done.stderr

@@ -15,7 +15,7 @@ import yaml
 
 from flows import registry
 from flows.differences import differences, materials
-from flows.pipelines import PipelinesFile
+from flows.pipelines import SECTIONS, PipelinesFile
 from flows.retrain import retrain
 from flows.state import StateRoot
 
@@ -44,7 +44,7 @@ def released(tmp_path_factory: pytest.TempPathFactory, prefect_server: None) -> 
         patched.setenv("GPTFLOW_HOME", str(root.path))
         patched.setenv("MLFLOW_TRACKING_URI", root.tracking_uri)
         asked = PipelinesFile(project / "pipelines.yaml").pipeline("tiny")
-        sections = {name: getattr(asked, name) for name in ("corpus", "model", "train", "sample", "gate")}
+        sections = {name: getattr(asked, name) for name in SECTIONS}
         retrain(asked.name, asked.model_name, **sections)
     (project / "pipelines.yaml").write_text("pipelines:\n  other: {}\n")  # today's file says nothing of the version
     shutil.rmtree(project / "text")

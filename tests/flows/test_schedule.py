@@ -24,11 +24,11 @@ def test_a_cron_deployment_gets_scheduled_runs_with_the_pipelines_parameters(ser
 import json, time
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter
-from flows.pipelines import Pipeline
+from flows.pipelines import SECTIONS, Pipeline
 from flows.retrain import retrain
 from prefect.types.entrypoint import EntrypointType
 tiny = Pipeline.model_validate_json({tiny.model_dump_json()!r})
-sections = {{name: getattr(tiny, name) for name in ("corpus", "model", "train", "sample", "gate")}}
+sections = {{name: getattr(tiny, name) for name in SECTIONS}}
 deployment = retrain.to_deployment(
     name="tiny", cron="* * * * *", parameters={{"pipeline": "tiny", "model_name": "gpt-tiny", **sections}},
     entrypoint_type=EntrypointType.MODULE_PATH,

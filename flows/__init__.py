@@ -1,1 +1,19 @@
-"""Prefect flows, MLflow tracking and registry, and the command line, over the core package gptcore."""
+"""Prefect flows, MLflow tracking and registry, and the command line around gptcore."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gptcore.bundle import Loaded
+
+
+def load(uri: str, device: str = "cpu") -> "Loaded":
+    """The model and the tokenizer of a registered version, such as models:/gpt-quickstart@champion.
+
+    The state root is GPTFLOW_HOME, else `mlruns/` in the working directory. Only safetensors and JSON are read. Raises
+    UnknownVersion, and RegistryError if the version is damaged.
+    """
+    from flows import loading, registry
+    from flows.state import state_root
+
+    root = state_root()
+    return loading.load(root, registry.resolve(root, uri), device)

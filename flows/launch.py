@@ -8,7 +8,7 @@ import json as json_module
 import logging
 import os
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import import_module
 from threading import Thread
 from typing import TYPE_CHECKING
@@ -38,8 +38,8 @@ def launch(pipeline: Pipeline, root: StateRoot, force: bool, json: bool, sources
     seconds = {"start": round(time.perf_counter() - began, 2)}
     with console.watching():
         outcome = _run(pipeline, force, sources_overridden)
-    total = time.perf_counter() - began
-    outcome.seconds.update({**seconds, **outcome.seconds, "total": round(total, 2)})
+    seconds |= {**outcome.seconds, "total": round(time.perf_counter() - began, 2)}
+    outcome = replace(outcome, seconds=seconds)
     if json:
         print(json_module.dumps(asdict(outcome), indent=1))
     else:
@@ -108,14 +108,19 @@ def _show(console: Console, outcome: "Outcome") -> None:
         print_(f"[bold]skipped[/bold]  {outcome.reason}  ({outcome.seconds['total']:.1f} s)")
         return
     table = Table(show_header=False, title=f"{outcome.pipeline}: {outcome.verdict}", title_style="bold", min_width=60)
+    table.add_column()
+    table.add_column(overflow="fold")  # a path that is cut short cannot be copied
     table.add_row("verdict", f"{outcome.verdict}: {outcome.reason}")
-    for name, value in outcome.rows:
+    for name, value in (*outcome.changes, *outcome.rows):
         table.add_row(name, value)
     table.add_row("model", outcome.uri)
-    table.add_row("plots", outcome.plots)
+    if outcome.plots:
+        table.add_row("plots", os.path.relpath(outcome.plots))
+    if outcome.run_directory:
+        table.add_row("run directory", os.path.relpath(outcome.run_directory))
     table.add_row("seconds", ", ".join(f"{name} {took:.1f}" for name, took in outcome.seconds.items()))
     print_(table)
-    champion = f"{outcome.uri.rpartition('/')[0]}@champion"
+    champion = f"models:/{outcome.uri.removeprefix('models:/').partition('@')[0].partition('/')[0]}@champion"
     prompt = "The assert statement" if outcome.pipeline == "quickstart" else "Once upon a time"
     print_("Next:")
     for command in (f'gptflow generate {champion} --prompt "{prompt}"', f"gptflow show {champion}", "gptflow models"):

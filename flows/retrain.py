@@ -253,7 +253,7 @@ class _Retraining:
         return Completed(name="Skipped", message=reason, data=outcome)
 
     def paused(self, found: Attempt, ended: Paused, mlflow_run_id: str) -> Outcome:
-        reason = f"paused at step {ended.step:,} after {ended.reason}; the next run goes on from there"
+        reason = f"{ended.reason} are over at step {ended.step:,}; the next run goes on from there"
         # MLflow's word for a run that is not over and that nobody works on at the moment.
         tracking.close_run(self.root, mlflow_run_id, "SCHEDULED", {"paused_at": str(ended.step)})
         uri = f"models:/{self.pipeline.model_name}@{registry.CHAMPION}"

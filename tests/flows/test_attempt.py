@@ -26,7 +26,7 @@ def paused_once(tiny: Pipeline) -> Pipeline:
     """The pipeline as it is asked for later, after one session of one update."""
     name, outcome = run(asking(tiny, train={"session_seconds": 0.001}))
     assert (name, outcome.verdict) == ("Paused", "paused")
-    assert "paused at step 1 after session_seconds" in outcome.reason
+    assert "session_seconds are over at step 1" in outcome.reason
     return tiny
 
 

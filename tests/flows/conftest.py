@@ -36,11 +36,10 @@ def prose(seed: int, num_words: int = 3000) -> str:
     return "".join(sentence + ("\n\n" if draw.random() < 0.2 else " ") for sentence in sentences)
 
 
-@pytest.fixture
-def project(tmp_path: Path) -> Path:
-    """A directory with a text and a pipelines.yaml whose pipeline `tiny` trains in a second."""
-    (tmp_path / "text").mkdir()
-    (tmp_path / "text" / "one.txt").write_text(prose(1, num_words=9000))  # 20 blocks of holdout, which the gate wants
+def write_project(path: Path) -> Path:
+    """Gives the directory a text and a pipelines.yaml whose pipeline `tiny` trains in a second."""
+    (path / "text").mkdir()
+    (path / "text" / "one.txt").write_text(prose(1, num_words=9000))  # 20 blocks of holdout, which the gate wants
     pipeline = {
         "corpus": {
             "sources": ["text"],
@@ -53,8 +52,14 @@ def project(tmp_path: Path) -> Path:
         "train": {"max_steps": 60, "batch_size": 8, "learning_rate": 0.01, "eval_every": 20, "threads": 1},
         "sample": {"prompts": ["The model"], "temperatures": [0.0], "max_new_tokens": 20},
     }
-    (tmp_path / "pipelines.yaml").write_text(yaml.safe_dump({"pipelines": {"tiny": pipeline}}))
-    return tmp_path
+    (path / "pipelines.yaml").write_text(yaml.safe_dump({"pipelines": {"tiny": pipeline}}))
+    return path
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A directory with a text and a pipelines.yaml whose pipeline `tiny` trains in a second."""
+    return write_project(tmp_path)
 
 
 @pytest.fixture

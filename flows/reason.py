@@ -2,7 +2,7 @@
 
 What became of that training does not matter, so that a rejected or rolled-back night is not repeated every night. Other
 settings are always a reason; of another text, `retrain.when` says when it is one. How two snapshots are compared stands
-in gptcore.delta.
+in gptcore.text.delta.
 """
 
 from dataclasses import dataclass, replace
@@ -10,19 +10,19 @@ from typing import Any
 
 from mlflow.entities.model_registry import ModelVersion
 
-from flows import registry
-from flows.lineage import settings_key
-from flows.loading import load
 from flows.pipelines import Pipeline
+from flows.releases import registry
+from flows.releases.lineage import settings_key
+from flows.releases.loading import load
 from flows.state import StateRoot
 from flows.tracking import flat
 from gptcore import manifest
 from gptcore.config import SAVING_KEYS
 from gptcore.corpus import Snapshot
 from gptcore.data import Tokens, load_tokens
-from gptcore.delta import Delta, compare_snapshots, new_blocks, train_divergence
 from gptcore.errors import CheckpointError
 from gptcore.evaluate import evaluate_blocks
+from gptcore.text.delta import Delta, compare_snapshots, new_blocks, train_divergence
 
 DRIFT_BYTES = 32_768
 """Of new text, at most, that the champion is scored on."""

@@ -17,8 +17,8 @@ from flows.pipelines import Pipeline, PipelinesFile
 from flows.state import OPT_OUTS, StateRoot
 from gptcore.bundle import write_bundle
 from gptcore.config import ModelConfig, RunConfig, TrainConfig
+from gptcore.learning.rundir import Result, RunDirectory, result_about
 from gptcore.manifest import commit, sha256_of, sha256_of_file, staging
-from gptcore.rundir import Result, RunDirectory, result_about
 from gptcore.tokenizer import get_tokenizer
 from tests.flows.servers import Receiver, Up
 

@@ -9,15 +9,15 @@ import torch
 from mlflow import MlflowClient
 from safetensors.torch import save_file
 
-from flows import registry
+from flows.releases import registry
 from flows.state import StateRoot
 from gptcore import manifest
-from gptcore.baselines import baselines
 from gptcore.bundle import WEIGHTS, write_bundle
 from gptcore.config import CorpusConfig
 from gptcore.corpus import Snapshot, blocks, ingest
-from gptcore.dossier import Scores
 from gptcore.evaluate import evaluate_blocks
+from gptcore.judging.baselines import baselines
+from gptcore.judging.dossier import Scores
 from gptcore.model import GPTModel
 from gptcore.tokenizer import get_tokenizer
 

@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from flows import attempt, registry
+from flows import attempt
 from flows.pipelines import Pipeline
+from flows.releases import registry
 from flows.state import StateRoot
 from gptcore.errors import TrainingDiverged
-from gptcore.rundir import RunDirectory
+from gptcore.learning.rundir import RunDirectory
 
 from .conftest import prose
 from .test_reason import asking, run

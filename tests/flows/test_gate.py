@@ -11,18 +11,18 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from flows import champion, gate, registry
-from flows.gate import Verdict, first_verdict, judge
-from flows.lineage import run_key
 from flows.pipelines import Pipeline, overrides_sources
+from flows.releases import champion, gate, registry
+from flows.releases.gate import Verdict, first_verdict, judge
+from flows.releases.lineage import run_key
 from flows.state import StateRoot
 from gptcore import manifest
 from gptcore.bundle import WEIGHTS
 from gptcore.config import GateConfig
 from gptcore.corpus import Snapshot, blocks
 from gptcore.data import Tokens
-from gptcore.dossier import Scores
 from gptcore.errors import CheckpointError
+from gptcore.judging.dossier import Scores
 from gptcore.model import GPTModel
 from tests.flows.judging import CFG, NAME, Weights, scores_of, sentences, snapshot_of, weights_after
 from tests.flows.judging import register as registered
@@ -273,7 +273,7 @@ def test_a_run_killed_after_the_alias_moved_ends_with_the_verdict_it_had(
         write(client, model_name, version, tags)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr("flows.gate._set_tags", killed)
+        patched.setattr("flows.releases.gate._set_tags", killed)
         judged(challenger)
     assert (champion_version(root), summary(root, challenger)["verdict"]) == ("2", None)
     verdict = judged(challenger)

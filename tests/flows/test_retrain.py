@@ -9,12 +9,12 @@ import mlflow
 import pytest
 from mlflow import MlflowClient
 
-from flows import registry
 from flows.pipelines import SECTIONS, Pipeline
+from flows.releases import registry
 from flows.retrain import Outcome, retrain
 from flows.state import StateRoot
 from gptcore.errors import CorpusError, TrainingDiverged
-from gptcore.rundir import RunDirectory
+from gptcore.learning.rundir import RunDirectory
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
@@ -108,7 +108,7 @@ def test_a_run_killed_before_the_verdict_goes_on_without_doubling_anything(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr("flows.gate.first_verdict", killed)
+        patched.setattr("flows.releases.gate.first_verdict", killed)
         run(tiny)
     assert registry.champion_of(root, "gpt-tiny") is None
     (interrupted,) = mlflow_runs(root)

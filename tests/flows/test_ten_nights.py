@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from flows import gate, registry
-from flows.gate import judge
+from flows.releases import gate, registry
+from flows.releases.gate import judge
 from flows.state import StateRoot
 from gptcore.config import GateConfig
 from gptcore.corpus import Block, Snapshot, blocks

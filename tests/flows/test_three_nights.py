@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from flows.registry import champion_of, versions
+from flows.releases.registry import champion_of, versions
 from flows.state import StateRoot
 from tests.flows.conftest import prose
 from tests.flows.servers import Up, wait_for, write

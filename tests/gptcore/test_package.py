@@ -66,7 +66,7 @@ def test_importing_the_package_loads_neither_torch_nor_pydantic():
 
 
 def test_the_rooms_of_text_and_configuration_do_without_torch():
-    rooms = "gptcore.errors, gptcore.config, gptcore.manifest, gptcore.sources, gptcore.corpus, gptcore.tokenizer"
+    rooms = "gptcore.errors, gptcore.config, gptcore.manifest, gptcore.text.sources, gptcore.corpus, gptcore.tokenizer"
     assert python(f"import sys, {rooms}; print('torch' in sys.modules)") == "False\n"
 
 

@@ -10,8 +10,9 @@ import warnings
 import numpy as np
 import pytest
 
-from gptcore.baselines import Baselines
 from gptcore.evaluate import Evaluation
+from gptcore.judging.baselines import Baselines
+from gptcore.judging.surprise import plot_surprise
 from gptcore.plots import (
     plot_loss_by_position,
     plot_losses,
@@ -20,7 +21,6 @@ from gptcore.plots import (
     plot_training_losses,
     thin,
 )
-from gptcore.surprise import plot_surprise
 
 BASELINES = Baselines(3.9, 10.8, 2.6, 7.4, 2.0, 1.4, 1000)
 

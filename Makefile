@@ -2,10 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-NIGHTS ?= 50
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-.PHONY: run test test-all soak lint clean
+.PHONY: run test test-all lint clean
 
 run: $(VENV)/installed
 	@$(BIN)/gptflow run quickstart
@@ -16,10 +15,6 @@ test: lint
 # The real kills, servers and browsers as well.
 test-all: test
 	$(PYTEST) -m slow
-
-# Many nights with random kills: `make soak NIGHTS=8` is shorter. bench/RESULTS.md has the figures.
-soak: $(VENV)/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m bench.soak --nights $(NIGHTS)
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

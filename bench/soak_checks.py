@@ -15,13 +15,12 @@ from flows.moves import chain
 from flows.state import StateRoot
 from flows.tracking import LOGGED
 
-VERSION_BYTES = 6_000_000
+VERSION_BYTES = 5_000_000
 """The most that one version's files take: run directory, artifacts, snapshot and tokens."""
-SERVER_BYTES = 40_000_000
-NIGHT_BYTES = 500_000
+SERVER_BYTES = 15_000_000
+NIGHT_BYTES = 300_000
 """Databases and logs: at first, and what a night adds. Retention frees neither MLflow's metrics nor Prefect's runs."""
 _OPEN = ["RUNNING", "PENDING", "CANCELLING"]
-_TWINS = 2
 
 
 class ChampionWatch(Thread):
@@ -104,16 +103,16 @@ def bound_bytes(root: StateRoot, nights: int) -> int:
     return (KEEP + reachable + 1) * VERSION_BYTES + SERVER_BYTES + nights * NIGHT_BYTES
 
 
-def not_reproduced(project: Project, killed: set[str]) -> tuple[list[str], int]:
-    """Trains the newest versions again that were killed while they trained; also returns how many those are."""
+def unlike_twin(project: Project, killed: set[str]) -> tuple[str | None, list[str]]:
+    """Trains the newest version again whose run directory is among `killed`, undisturbed; returns that name as well."""
     versions = sorted(registry.versions(project.root, MODEL), key=lambda version: -int(version.version))
-    chosen = [one for one in versions if f"{one.tags['run_key'][:16]}-{one.tags['attempt']}" in killed][:_TWINS]
-    found = []
-    for version in chosen:
-        done = project.command("reproduce", registry.uri_of(version))
-        if done.returncode != 0:
-            found.append(f"version {version.version}, killed in training, has no twin: {done.stdout}{done.stderr}")
-    return found, len(chosen)
+    for version in versions:
+        name = f"{version.tags['run_key'][:16]}-{version.tags['attempt']}"
+        if name in killed and "verdict" in version.tags:
+            done = project.command("reproduce", registry.uri_of(version))
+            said = f"version {version.version}, killed in training, has no equal twin: {done.stdout}{done.stderr}"
+            return name, [said] if done.returncode else []
+    return None, []
 
 
 def bytes_of(path: Path) -> int:

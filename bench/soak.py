@@ -10,6 +10,7 @@ night is lived in peace, and then soak_checks.py says what should not be. Exit c
 
 import argparse
 import json
+import math
 import os
 import platform
 import random
@@ -49,8 +50,8 @@ SPANS = {"start": 9.0, "train": 6.0, "plot": 3.0, "register": 1.0, "gate": 1.2, 
 """Seconds after the beginning of a step within which a kill falls; in the others it falls at once."""
 PRUNE = "prune"
 NOTHING = "nothing"
-PRUNE_EVERY = 3
-MOST_TWINS = 3
+PRUNE_EVERY = 4
+MOST_TWINS = 2
 _END_SECONDS = 300.0
 
 
@@ -138,8 +139,8 @@ def _drawn(kind: str, prunes: bool, draw: random.Random) -> Kill:
     return Kill(kind, step, draw.uniform(0.0, SPANS.get(step, 0.0)))
 
 
-def soak(directory: Path, nights: int, seed: int, kill_share: float = 0.75) -> Soak:
-    """Lives the nights in a new project in `directory`, and checks everything."""
+def soak(directory: Path, nights: int, seed: int, kill_share: float = 0.75, minutes: float = math.inf) -> Soak:
+    """Lives the nights, or as many of them as fit, in a new project in `directory`, and checks everything."""
     began = time.monotonic()
     done = Soak(nights, seed)
     project = Project(directory, random.Random(seed))
@@ -148,8 +149,11 @@ def soak(directory: Path, nights: int, seed: int, kill_share: float = 0.75) -> S
     watch.start()
     try:
         for night in planned(nights, seed, kill_share):
+            if time.monotonic() - began > minutes * 60:
+                break
             _live(project, night, done)
-        _live(project, Night(nights + 1, "grown", None, prunes=True), done)
+        done.nights = len(done.lived)
+        _live(project, Night(done.nights + 1, "grown", None, prunes=True), done)
         watch.stop()
         _judge(project, watch, done)
     finally:
@@ -194,7 +198,7 @@ def _run(project: Project, deployment: str, key: str, kill: Kill | None, lived: 
     run = project.trigger(deployment, key)
     if kill is not None:
         lived.fell = _strike(project, kill, run, begin, done)
-    if not wait_for(lambda: _has_ended(project, run, done), _END_SECONDS):
+    if not wait_for(lambda: _has_ended(project, run, done), _END_SECONDS, every=0.5):
         done.violations.append(f"{key}: {deployment} is {project.state(run)['name']} after {_END_SECONDS:.0f} s")
     state = project.state(run)
     is_excused = kill is not None and kill.kind in MORTAL and lived.fell != NOTHING
@@ -294,11 +298,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--nights", type=int, default=50)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--kill-share", type=float, default=0.75, help="of the nights on which something is killed")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no further night after that")
     parser.add_argument("--json", type=Path, help="where everything that was found is written")
     asked = parser.parse_args(arguments)
     os.environ.update(OPT_OUTS)
     directory = Path(tempfile.mkdtemp(prefix="gptflow-soak-"))
-    done = soak(directory, asked.nights, asked.seed, asked.kill_share)
+    done = soak(directory, asked.nights, asked.seed, asked.kill_share, asked.minutes)
     print(summary(done))
     if done.violations:
         print(f"the project is left in {directory}")

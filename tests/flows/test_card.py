@@ -67,6 +67,7 @@ def test_the_card_stands_in_both_runs_and_shows_what_the_champion_would_have_wri
     assert "| prompt | version 2 | version 1 |" in beside
 
 
+@pytest.mark.slow
 def test_the_champion_writes_with_its_own_tokenizer(tiny: Pipeline, root: StateRoot) -> None:
     run(tiny, max_steps=20)
     other = tiny.model_copy(update={"corpus": tiny.corpus.model_copy(update={"tokenizer": "bpe:300"})})

@@ -57,6 +57,7 @@ def test_a_forced_run_trains_equal_weights_and_a_tie_does_not_replace_the_champi
     assert second["gate_bits_per_byte"] == second["gate_champion_bits_per_byte"]
 
 
+@pytest.mark.slow
 def test_a_better_challenger_is_promoted_and_a_worse_one_is_not(tiny: Pipeline, root: StateRoot) -> None:
     run(changed(tiny, max_steps=20))
     _, better = run(changed(tiny, max_steps=120))
@@ -145,6 +146,7 @@ def test_a_run_killed_after_the_verdict_is_reported_by_the_next_one_without_bein
     assert run(tiny)[0] == "Skipped"
 
 
+@pytest.mark.slow
 def test_what_a_killed_run_left_running_in_mlflow_is_ended_by_the_next_run(
     tiny: Pipeline, root: StateRoot, project: Path
 ) -> None:

@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+NIGHTS ?= 50
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-.PHONY: run test test-all lint clean
+.PHONY: run test test-all soak lint clean
 
 run: $(VENV)/installed
 	@$(BIN)/gptflow run quickstart
@@ -15,6 +16,10 @@ test: lint
 # The real kills, servers and browsers as well.
 test-all: test
 	$(PYTEST) -m slow
+
+# Many nights of retraining with kills at random moments: about half a minute a night.
+soak: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.soak --nights $(NIGHTS) --seed 1 --json build/soak.json
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -15,6 +15,7 @@ from typing import Any
 
 from mlflow.entities.model_registry import ModelVersion
 
+from flows import tracking
 from flows.pipelines import Pipeline
 from flows.releases import ancestry, registry
 from flows.releases.ancestry import Ancestor, WarmStart
@@ -53,7 +54,7 @@ def number_of(
     if newest is None:
         return 1
     number = int(newest.tags["attempt"])
-    if not _is_decided(newest, sources_overridden):
+    if not _is_done(root, newest, sources_overridden):
         return number
     return number + 1 if force else None
 
@@ -85,7 +86,7 @@ def configure(run: RunDirectory, pipeline: Pipeline, tokens: Tokens, tokens_path
 
 
 def unfinished(root: StateRoot, pipeline: Pipeline, sources_overridden: bool = False) -> Attempt | None:
-    """The training that an earlier run began with these very settings, on whatever text, and that has no verdict yet.
+    """The training that an earlier run began with these very settings, on whatever text, and that is not done yet.
 
     One that diverged is not gone on with: it would diverge again. None also where its text or its start is gone.
     """
@@ -103,9 +104,9 @@ def unfinished(root: StateRoot, pipeline: Pipeline, sources_overridden: bool = F
     number = int(path.name.rpartition("-")[2])
     same = _key(pipeline, tokens, config.start) == config.run_key
     found = registry.find(root, pipeline.model_name, config.run_key, number)
-    is_decided = found is not None and _is_decided(found, sources_overridden)
+    is_done = found is not None and _is_done(root, found, sources_overridden)
     has_diverged = isinstance(run.failure(), TrainingDiverged)
-    if not same or is_decided or has_diverged or not _is_start(root, pipeline, config.start):
+    if not same or is_done or has_diverged or not _is_start(root, pipeline, config.start):
         return None
     run.prepare(_config(pipeline, tokens, config.tokens, config.start))
     return Attempt(run, config.run_key, number, snapshot, tokens, ancestors)
@@ -135,10 +136,11 @@ def _key(pipeline: Pipeline, tokens: Tokens, start: WarmStart | Start | None) ->
     return run_key(pipeline, tokens, TRAINING_VERSION, start.weights_sha256 if start else None)
 
 
-def _is_decided(version: ModelVersion, sources_overridden: bool) -> bool:
+def _is_done(root: StateRoot, version: ModelVersion, sources_overridden: bool) -> bool:
+    """Whether the version has its verdict, and its MLflow run everything that explains it."""
     # Once the pipeline's own sources have become the text of an experiment, its version competes.
     has_yet_to_compete = version.tags.get("gate_kind") == registry.SOURCES_OVERRIDDEN and not sources_overridden
-    return "verdict" in version.tags and not has_yet_to_compete
+    return "verdict" in version.tags and not has_yet_to_compete and tracking.is_finished(root, version.run_id or "")
 
 
 def _is_start(root: StateRoot, pipeline: Pipeline, began_with: Start | None) -> bool:

@@ -138,6 +138,7 @@ class _Retraining:
 
     def run(self) -> State[Outcome]:
         tracking.open_database(self.root)
+        tracking.close_left(self.root, self.pipeline.name)
         for parent in (self.root.corpora, self.root.tokens):
             manifest.sweep(parent)
         found = self.unfinished() or self.begun()

@@ -108,6 +108,11 @@ class StateRoot:
         assert state is not None, "create() writes it"
         return state.id
 
+    @property
+    def tag(self) -> str:
+        """Marks on a Prefect server what belongs to this state: its deployments and their runs. Only after `create`."""
+        return f"home:{self.id}"
+
     def enter(self) -> None:
         """Sets the environment that Prefect, MLflow and every child process read. A user's own values win.
 

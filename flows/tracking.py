@@ -69,6 +69,24 @@ def open_run(root: StateRoot, pipeline: Pipeline, run_key: str, attempt: int, ta
     return run_id
 
 
+def close_left(root: StateRoot, pipeline_name: str) -> None:
+    """Ends, as KILLED, what a killed run of the pipeline left running. The pipeline's lock must be held."""
+    client = MlflowClient(root.tracking_uri)
+    if (experiment := client.get_experiment_by_name(pipeline_name)) is None:
+        return
+    for run in client.search_runs([experiment.experiment_id], "attributes.status = 'RUNNING'"):
+        if run.data.tags.get("pipeline") == pipeline_name:
+            client.set_terminated(run.info.run_id, "KILLED")
+
+
+def is_finished(root: StateRoot, run_id: str) -> bool:
+    """Whether the run has all its evidence; also where somebody has deleted it."""
+    try:
+        return bool(MlflowClient(root.tracking_uri).get_run(run_id).info.status == "FINISHED")
+    except MlflowException:
+        return True
+
+
 def log_dataset(root: StateRoot, run_id: str, pipeline: Pipeline, snapshot: Snapshot) -> None:
     """Names the corpus snapshot as the run's input."""
     dataset = Dataset(
@@ -116,8 +134,9 @@ def system_metrics(run_id: str) -> Iterator[None]:
 def log_results(root: StateRoot, run_id: str, values: Mapping[str, float], directories: Sequence[Path]) -> None:
     """Logs final scores as metrics, and each directory's files under the name before its hash."""
     client = MlflowClient(root.tracking_uri)
-    for key, value in values.items():
-        client.log_metric(run_id, key, value)
+    logged = client.get_run(run_id).data.metrics  # by a run that was killed here
+    for key in values.keys() - logged.keys():
+        client.log_metric(run_id, key, values[key])
     for directory in directories:
         client.log_artifacts(run_id, str(directory), artifact_path=directory.name.rpartition("-")[0])
 

@@ -97,9 +97,13 @@ def judge(
     disk, RegistryError if the champion cannot be loaded: then nothing is promoted, the version's tags say why, and it
     stays undecided, so that the next run decides about it once the damage is mended.
 
-    The tag `verdict` is written last. A run killed after the alias was moved finds the numbers in the other tags.
+    The tag `verdict` is written last. A run killed after the alias was moved finds the numbers in the other tags, and
+    one killed after the verdict the verdict.
     """
     client = MlflowClient(root.tracking_uri)
+    own = resolve(root, f"models:/{model_name}/{version}").tags
+    if "verdict" in own and own.get("gate_kind") != SOURCES_OVERRIDDEN:
+        return _recorded(own)
     rolled_back = withdrawal(root, model_name, version)  # also completes a promotion that was killed half-way
     champion = champion_of(root, model_name)
     is_champion = champion is not None and str(champion.version) == version
@@ -247,11 +251,11 @@ def _set_tags(client: MlflowClient, model_name: str, version: str, tags: dict[st
 
 
 def _recorded(tags: dict[str, str]) -> Verdict:
-    """The verdict in favour of a version that was promoted, but not yet tagged as such, when its run was killed."""
+    """The verdict that a killed run left on a version; without the tag, one in favour of a version that is champion."""
     numbers = {key: float(tags[key]) if tags[key] else None for key in ("gate_low", "gate_high")}
     rival = tags["gate_champion_bits_per_byte"]
     return Verdict(
-        promoted=True,
+        promoted=tags.get("verdict", "promoted") == "promoted",
         kind=tags["gate_kind"],
         reason=tags["reason"],
         bits_per_byte=float(tags["gate_bits_per_byte"]),

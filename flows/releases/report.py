@@ -147,7 +147,7 @@ def text(plain: str, width: int | None = None) -> str:
     lines = re.split(r"\r\n|\r|\n", plain)
     if width:
         lines = [part for line in lines for part in textwrap.wrap(line, width, drop_whitespace=False) or [""]]
-    escaped = (re.sub(r"([\\`*_{}\[\]()#+!|~$])", r"\\\1", line) for line in lines)
+    escaped = (re.sub(r"([\\`*_\[\]#|~$])", r"\\\1", line) for line in lines)
     return "<br>".join(line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;") for line in escaped)
 
 

@@ -1,11 +1,16 @@
 """What a crash left unsaid: runs that Prefect or MLflow still calls running, though no process is behind them.
 
-A run is touched only while the lock of its pipeline is held here, so never one that is alive, wherever it was started.
+A retraining is touched only while the lock of its pipeline is held here, so never one that is alive, wherever it was
+started. The other flows hold no such lock; theirs are runs of a deployment, and their process carries the run's id.
 """
 
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
+from uuid import UUID
 
+import psutil
 from mlflow import MlflowClient
 from mlflow.entities import Run, ViewType
 from prefect.client.orchestration import SyncPrefectClient
@@ -27,6 +32,9 @@ _UNFINISHED = [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING]
 _PAGE = 200
 _STARTING = timedelta(seconds=5)
 """A run this young may not have come to its lock yet."""
+RETRAIN = "retrain"
+OPERATIONS = ["promote", "rollback", "prune", "watch"]
+"""The flows that hold no pipeline's lock, by name."""
 
 
 def reconcile(client: SyncPrefectClient, root: StateRoot) -> list[str]:
@@ -41,24 +49,48 @@ def close_orphans(root: StateRoot) -> list[str]:
 
 def _prefect_runs(client: SyncPrefectClient, root: StateRoot) -> Iterator[str]:
     # Listed before the lock is taken: a run that ends meanwhile is asked for again, under the lock.
-    runs = client.read_flow_runs(
-        flow_filter=FlowFilter(name=FlowFilterName(any_=["retrain"])),
-        flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=_UNFINISHED))),
-        limit=_PAGE,
-    )
-    for run in runs:
+    for run in _unfinished(client, FlowFilter(name=FlowFilterName(any_=[RETRAIN]))):
         pipeline = str(run.parameters.get("pipeline"))
+        _let_start(run)
         with taken(root.lock(pipeline)) as free:
-            if free and _is_orphaned(client.read_flow_run(run.id)):
-                crashed: State[None] = Crashed(message="No process was behind it any more when gptflow started.")
-                client.set_flow_run_state(run.id, crashed, force=True)
+            if free and (crashed := _end(client, run.id)) is not None:
                 tell_end(run, crashed)
                 yield f"crashed    Prefect run {run.id} of {pipeline}"
+    for run in _unfinished(client, FlowFilter(name=FlowFilterName(any_=OPERATIONS))):
+        _let_start(run)
+        if root.tag in run.tags and not _has_process(run.id) and _end(client, run.id) is not None:
+            yield f"crashed    Prefect run {run.id}, {run.name}"
 
 
-def _is_orphaned(run: FlowRun) -> bool:
-    state = run.state
-    return state is not None and state.type in _UNFINISHED and datetime.now(UTC) - state.timestamp > _STARTING
+def _unfinished(client: SyncPrefectClient, flows: FlowFilter) -> list[FlowRun]:
+    state = FlowRunFilterState(type=FlowRunFilterStateType(any_=_UNFINISHED))
+    return client.read_flow_runs(flow_filter=flows, flow_run_filter=FlowRunFilter(state=state), limit=_PAGE)
+
+
+def _let_start(run: FlowRun) -> None:
+    """Waits until the run is old enough to have its process and its lock. Nobody would look at it again later."""
+    assert run.state is not None, "it was found by its state"
+    left = _STARTING - (datetime.now(UTC) - run.state.timestamp)
+    time.sleep(min(max(left, timedelta()), _STARTING).total_seconds())
+
+
+def _end(client: SyncPrefectClient, run_id: UUID) -> State[None] | None:
+    """Ends the run as Crashed, and returns that state; None if it has ended by itself."""
+    state = client.read_flow_run(run_id).state
+    if state is None or state.type not in _UNFINISHED:
+        return None
+    crashed: State[None] = Crashed(message="No process was behind it any more when gptflow started.")
+    client.set_flow_run_state(run_id, crashed, force=True)
+    return crashed
+
+
+def _has_process(run_id: UUID) -> bool:
+    """Whether a process on this machine works on the flow run."""
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.environ().get("PREFECT__FLOW_RUN_ID") == str(run_id):
+                return True
+    return False
 
 
 def _mlflow_runs(root: StateRoot) -> Iterator[str]:

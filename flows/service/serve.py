@@ -84,7 +84,7 @@ def deployments(file: PipelinesFile, root: StateRoot, pool: Pool | None = None) 
 
 def changes(client: SyncPrefectClient, wanted: list[RunnerDeployment], root: StateRoot) -> list[str]:
     """A line about each deployment that is or was there. Those that are no longer wanted are deleted."""
-    tags = DeploymentFilterTags(all_=[TAG, _home(root)])
+    tags = DeploymentFilterTags(all_=[TAG, root.tag])
     found = client.read_deployments(deployment_filter=DeploymentFilter(tags=tags))
     there = {deployment.name: deployment for deployment in found}
     lines = []
@@ -120,7 +120,7 @@ def _of_pipeline(pipeline: Pipeline) -> _Asked:
 
 
 def _deployment(asked: _Asked, root: StateRoot, pool: Pool | None) -> RunnerDeployment:
-    tags = sorted({TAG, _home(root), *asked.tags})
+    tags = sorted({TAG, root.tag, *asked.tags})
     described = asked.schedule.model_dump() if asked.schedule else None
     form = asked.flow.parameters.model_dump(mode="json")
     triggers = [trigger.awaited(asked.name) for trigger in asked.triggers]
@@ -156,7 +156,3 @@ def _schedule(asked: ScheduleConfig) -> Schedule:
         return Cron(asked.cron, **options)
     assert asked.interval is not None, "a schedule has a cron expression or an interval"
     return Interval(timedelta(seconds=asked.interval), anchor_date=interval_anchor(asked), **options)
-
-
-def _home(root: StateRoot) -> str:
-    return f"home:{root.id}"

@@ -52,6 +52,7 @@ def test_a_paused_training_is_finished_on_its_own_text_and_then_the_new_text_has
     assert outcome.uri == "models:/gpt-tiny/2" and len(run_directories(root)) == 2
 
 
+@pytest.mark.slow
 def test_sessions_end_with_the_weights_of_one_uninterrupted_training(tiny: Pipeline, root: StateRoot) -> None:
     asked = paused_once(asking(tiny, train={"max_steps": 12}))
     run(asked)
@@ -60,6 +61,7 @@ def test_sessions_end_with_the_weights_of_one_uninterrupted_training(tiny: Pipel
     assert first["run_key"] == second["run_key"] and first["weights_sha256"] == second["weights_sha256"]
 
 
+@pytest.mark.slow
 def test_restart_leaves_a_paused_training_and_starts_on_the_new_text(
     tiny: Pipeline, project: Path, root: StateRoot
 ) -> None:
@@ -81,6 +83,7 @@ def test_a_training_with_other_settings_or_another_start_is_not_gone_on_with(tin
     assert attempt.unfinished(root, resolved(asked)) is None
 
 
+@pytest.mark.slow
 def test_an_unfinished_training_whose_text_is_gone_is_left(tiny: Pipeline, root: StateRoot) -> None:
     asked = paused_once(tiny)
     for snapshot in root.corpora.iterdir():

@@ -42,6 +42,7 @@ def test_a_share_of_new_text_below_the_threshold_is_no_reason_and_one_above_it_i
     assert name in TRAINED and outcome.uri == "models:/gpt-tiny/2"
 
 
+@pytest.mark.slow
 def test_a_champion_that_is_no_worse_on_the_new_text_is_no_reason_and_one_that_is_worse_is(
     tiny: Pipeline, project: Path
 ) -> None:
@@ -72,6 +73,7 @@ def test_other_settings_are_a_reason_whatever_the_policy_and_a_rejected_night_is
     assert len(registry.versions(root, "gpt-tiny")) == 2
 
 
+@pytest.mark.slow
 def test_renamed_and_reordered_text_is_no_change_and_always_needs_none(tiny: Pipeline, project: Path) -> None:
     asked = asking(tiny, train={"max_steps": 5})
     run(asked)

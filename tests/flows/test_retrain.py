@@ -57,6 +57,7 @@ def test_a_forced_run_trains_equal_weights_and_a_tie_does_not_replace_the_champi
     assert second["gate_bits_per_byte"] == second["gate_champion_bits_per_byte"]
 
 
+@pytest.mark.slow
 def test_a_better_challenger_is_promoted_and_a_worse_one_is_not(tiny: Pipeline, root: StateRoot) -> None:
     run(changed(tiny, max_steps=20))
     _, better = run(changed(tiny, max_steps=120))
@@ -119,6 +120,41 @@ def test_a_run_killed_before_the_verdict_goes_on_without_doubling_anything(
     assert only.info.run_id == interrupted.info.run_id and only.info.status == "FINISHED"
     client = MlflowClient(root.tracking_uri)
     assert len(client.get_metric_history(only.info.run_id, "loss")) == 60
+
+
+def test_a_run_killed_after_the_verdict_is_reported_by_the_next_one_without_being_judged_again(
+    tiny: Pipeline, root: StateRoot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("flows.releases.card.publish", killed)
+        run(tiny)
+    (interrupted,) = mlflow_runs(root)
+    client = MlflowClient(root.tracking_uri)
+    client.update_run(interrupted.info.run_id, status="RUNNING")  # as after SIGKILL, which no handler sees
+    client.log_metric(interrupted.info.run_id, "holdout_loss", 1.0)
+    with monkeypatch.context() as patched:
+        patched.setattr("flows.releases.gate.first_verdict", killed)
+        name, outcome = run(tiny)
+    assert (name, outcome.uri) == ("Promoted", "models:/gpt-tiny/1")
+    (only,) = mlflow_runs(root)
+    assert (only.info.run_id, only.info.status) == (interrupted.info.run_id, "FINISHED")
+    assert "plots" in {file.path for file in client.list_artifacts(only.info.run_id)}
+    assert len(client.get_metric_history(only.info.run_id, "holdout_loss")) == 1
+    assert run(tiny)[0] == "Skipped"
+
+
+@pytest.mark.slow
+def test_what_a_killed_run_left_running_in_mlflow_is_ended_by_the_next_run(
+    tiny: Pipeline, root: StateRoot, project: Path
+) -> None:
+    run(tiny)
+    (done,) = mlflow_runs(root)
+    left = MlflowClient(root.tracking_uri).create_run(done.info.experiment_id, tags={"pipeline": "tiny"})
+    assert run(tiny)[0] == "Skipped"
+    assert {one.info.run_id: one.info.status for one in mlflow_runs(root)}[left.info.run_id] == "KILLED"
 
 
 def test_a_diverging_training_fails_the_mlflow_run_and_registers_nothing(tiny: Pipeline, root: StateRoot) -> None:

@@ -96,8 +96,9 @@ def test_a_run_with_one_value_changed_in_the_form_keeps_the_others_and_shows_its
     page.get_by_text("Model training", exact=True).click()
     page.goto(f"{up.servers().mlflow}/#/models/gpt-tiny")
     expect(page.get_by_role("row").filter(has_text="Version 1").get_by_text("@ champion")).to_be_visible()
-    page.get_by_role("button", name="Close", exact=True).click()  # the assistant, which takes a quarter of the page
-    page.get_by_text("Tags", exact=True).first.click()
+    if screenshots is not None:
+        page.get_by_role("button", name="Close", exact=True).click()  # the assistant takes a quarter of the page
+        page.get_by_text("Tags", exact=True).first.click()
     picture(page, screenshots, "model")
 
 

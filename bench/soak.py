@@ -1,0 +1,319 @@
+"""The soak: many nights of scheduled retraining under one `gptflow up`, with kills at random moments.
+
+    python -m bench.soak --nights 50 --seed 1 --json soak.json
+
+Every night the text grows, is edited, loses a document or stays as it is, and the pipeline is retrained; some nights
+retention runs as well. On most nights something is killed with SIGKILL: the trainer, the flow run, the runner, a
+server, or everything at once, which is then started again. What was killed is left to the next night. In the end one
+night is lived in peace, and then soak_checks.py says what should not be. Exit code 1 if anything is.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import psutil
+
+from bench.project import CHANGES, ENDS, MODEL, PIPELINE, STEPS, Project, wait_for
+from bench.soak_checks import (
+    ChampionWatch,
+    bound_bytes,
+    bytes_of,
+    doubles,
+    orphans_in_mlflow,
+    orphans_in_prefect,
+    too_much,
+    unlike_twin,
+)
+from flows.attempt import current
+from flows.releases import registry
+from flows.releases.champion import moves
+from flows.state import OPT_OUTS
+
+KINDS = ("trainer", "flow run", "runner", "mlflow", "prefect", "up")
+"""What is killed; `up` is the whole of it."""
+MORTAL = ("flow run", "runner", "prefect", "up")
+"""Kills that a retraining does not outlive. From the others it recovers by itself."""
+SPANS = {"start": 9.0, "train": 6.0, "plot": 3.0, "register": 1.0, "gate": 1.2, "report": 1.0, "prune": 9.0}
+"""Seconds after the beginning of a step within which a kill falls; in the others it falls at once."""
+PRUNE = "prune"
+NOTHING = "nothing"
+PRUNE_EVERY = 4
+MOST_TWINS = 2
+_END_SECONDS = 300.0
+
+
+@dataclass(frozen=True)
+class Kill:
+    """What is killed, and at which moment."""
+
+    kind: str
+    step: str
+    """The step of the flow that it is meant for, or PRUNE; it may come too late, and then falls into a later one."""
+    delay: float
+    """Seconds after the step began."""
+
+
+@dataclass(frozen=True)
+class Night:
+    """What is to happen."""
+
+    number: int
+    change: str
+    kill: Kill | None
+    prunes: bool
+
+
+@dataclass
+class Lived:
+    """What happened."""
+
+    number: int
+    change: str
+    outcome: str = ""
+    seconds: float = 0.0
+    """From the trigger to the end of the retraining, a restart included, retention not."""
+    kill: str | None = None
+    fell: str | None = None
+    """The step that the kill fell into; NOTHING if all was over."""
+    bytes: int = 0
+    files_bytes: int = 0
+    """Without databases and logs."""
+
+
+@dataclass
+class Soak:
+    """Everything that a soak found."""
+
+    nights: int
+    seed: int
+    lived: list[Lived] = field(default_factory=list)
+    violations: list[str] = field(default_factory=list)
+    killed_in_training: set[str] = field(default_factory=set)
+    """Names of run directories."""
+    twins: list[str] = field(default_factory=list)
+    """Those of them that were trained again, undisturbed, and compared."""
+    versions: int = 0
+    promotions: int = 0
+    looks: int = 0
+    busy_looks: int = 0
+    bytes: int = 0
+    bound_bytes: int = 0
+    seconds: float = 0.0
+
+    def as_dict(self) -> dict[str, object]:
+        """As JSON, with the machine's class."""
+        machine = {"processors": os.cpu_count(), "system": platform.system(), "python": platform.python_version()}
+        return {**asdict(self), "killed_in_training": sorted(self.killed_in_training), "machine": machine}
+
+
+def planned(nights: int, seed: int, kill_share: float) -> Iterator[Night]:
+    """The nights, one after the other. Kinds of kill are dealt from a shuffled deck: each comes as often."""
+    draw = random.Random(seed)
+    deck: list[str] = []
+    for number in range(1, nights + 1):
+        (change,) = draw.choices(list(CHANGES), weights=list(CHANGES.values()))
+        prunes, kill = number % PRUNE_EVERY == 0, None
+        if draw.random() < kill_share:
+            deck = deck or draw.sample(KINDS, len(KINDS))
+            kill = _drawn(deck.pop(), prunes, draw)
+        yield Night(number, change, kill, prunes)
+
+
+def _drawn(kind: str, prunes: bool, draw: random.Random) -> Kill:
+    step = "train" if kind == "trainer" else draw.choice(STEPS)
+    if prunes and kind != "trainer" and draw.random() < 0.25:
+        step = PRUNE
+    return Kill(kind, step, draw.uniform(0.0, SPANS.get(step, 0.0)))
+
+
+def soak(directory: Path, nights: int, seed: int, kill_share: float = 0.75, minutes: float = math.inf) -> Soak:
+    """Lives the nights, or as many of them as fit, in a new project in `directory`, and checks everything."""
+    began = time.monotonic()
+    done = Soak(nights, seed)
+    project = Project(directory, random.Random(seed))
+    project.start()
+    watch = ChampionWatch(project.root)
+    watch.start()
+    try:
+        for night in planned(nights, seed, kill_share):
+            if time.monotonic() - began > minutes * 60:
+                break
+            _live(project, night, done)
+        done.nights = len(done.lived)
+        _live(project, Night(done.nights + 1, "grown", None, prunes=True), done)
+        watch.stop()
+        _judge(project, watch, done)
+    finally:
+        watch.done.set()
+        project.stop()
+    done.violations += [f"still there after the stop: {process}" for process in project.left_over()]
+    done.seconds = round(time.monotonic() - began, 1)
+    return done
+
+
+def _live(project: Project, night: Night, done: Soak) -> None:
+    """One night: the text changes, the pipeline is retrained, retention runs, and something may be killed."""
+    lived = Lived(night.number, night.change, kill=night.kill.kind if night.kill else None)
+    done.lived.append(lived)
+    project.text.live(night.change)
+    in_prune = night.kill is not None and night.kill.step == PRUNE
+    kill = None if in_prune else night.kill
+    began = time.monotonic()
+    lived.outcome = _run(project, f"retrain/{PIPELINE}", f"night {night.number}", kill, lived, done)
+    lived.seconds = round(time.monotonic() - began, 1)
+    if night.prunes:
+        _compare_twin(project, done, MOST_TWINS)
+        kill = night.kill if in_prune else None
+        _run(project, "prune/prune", f"prune {night.number}", kill, lived, done)
+    lived.bytes = bytes_of(project.root.path)
+    kept = (project.root.artifacts, project.root.corpora, project.root.tokens, project.root.path / "runs")
+    lived.files_bytes = sum(map(bytes_of, kept))
+    print(_line(lived), flush=True)
+
+
+def _compare_twin(project: Project, done: Soak, most: int) -> None:
+    """Before retention comes: a version killed in training against the same training left in peace."""
+    if len(done.twins) < most:
+        name, violations = unlike_twin(project, done.killed_in_training - set(done.twins))
+        done.twins += [name] if name else []
+        done.violations += violations
+
+
+def _run(project: Project, deployment: str, key: str, kill: Kill | None, lived: Lived, done: Soak) -> str:
+    """Triggers a run, kills what is to be killed, and returns the name of the state that the run ended in."""
+    begin = project.log_size()
+    run = project.trigger(deployment, key)
+    if kill is not None:
+        lived.fell = _strike(project, kill, run, begin, done)
+    if not wait_for(lambda: _has_ended(project, run, done), _END_SECONDS, every=0.5):
+        done.violations.append(f"{key}: {deployment} is {project.state(run)['name']} after {_END_SECONDS:.0f} s")
+    state = project.state(run)
+    is_excused = kill is not None and kill.kind in MORTAL and lived.fell != NOTHING
+    if state["type"] != "COMPLETED" and not is_excused:
+        done.violations.append(f"{key}: {deployment} ended as {state['name']}: {state.get('message')}")
+    return str(state["name"])
+
+
+def _has_ended(project: Project, run: str, done: Soak) -> bool:
+    if not project.is_up():
+        done.violations.append("gptflow up ended by itself")
+        project.start()
+    return project.state(run)["type"] in ENDS
+
+
+def _strike(project: Project, kill: Kill, run: str, begin: int, done: Soak) -> str:
+    """Kills at the moment that was drawn. Returns the step that it fell into."""
+    is_prune = kill.step == PRUNE
+    if not is_prune:
+        wait_for(lambda: _has_come(project.step(run, begin), kill.step), _END_SECONDS, every=0.05)
+    time.sleep(kill.delay)
+    if kill.kind in ("trainer", "flow run"):  # it may be still to come
+        wait_for(lambda: project.processes(kill.kind, run) or project.state(run)["type"] in ENDS, 60, every=0.1)
+    fell = PRUNE if is_prune else project.step(run, begin)
+    victims = project.processes(kill.kind, run)
+    is_over = fell is None or (is_prune and project.state(run)["type"] in ENDS)
+    for process in victims:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    if fell == "train" and victims and kill.kind != "mlflow":
+        done.killed_in_training.add(current(project.root.path / "runs" / PIPELINE).get("own", ""))
+    if kill.kind == "up":
+        assert project.process is not None
+        project.process.wait()
+        project.start()
+    return NOTHING if is_over or not victims else str(fell)
+
+
+def _has_come(step: str | None, wanted: str) -> bool:
+    return step is None or STEPS.index(step) >= STEPS.index(wanted)
+
+
+def _judge(project: Project, watch: ChampionWatch, done: Soak) -> None:
+    """What should not be, while everything is still up."""
+    root = project.root
+    last = done.lived[-1]
+    if last.outcome not in ("Promoted", "Kept champion"):
+        done.violations.append(f"the last night, which nobody disturbed, ended as {last.outcome}")
+    done.violations += orphans_in_prefect(project) + orphans_in_mlflow(root) + doubles(root)
+    done.violations += too_much(root, done.nights) + watch.failures
+    _compare_twin(project, done, MOST_TWINS + 1)
+    if done.killed_in_training and not done.twins:
+        done.violations.append("no version that was killed in training is left to be compared with a twin")
+    done.versions = max(int(version.version) for version in registry.versions(root, MODEL))
+    done.promotions = sum(move.kind == "promoted" for move in moves(root, MODEL))
+    done.looks, done.busy_looks = watch.looks, watch.busy
+    done.bytes, done.bound_bytes = last.bytes, bound_bytes(root, done.nights)
+
+
+def _line(lived: Lived) -> str:
+    struck = f"{lived.kill} killed in {lived.fell}" if lived.kill else ""
+    size = f"{lived.bytes / 1e6:6.1f} MB"
+    return f"{lived.number:3}  {lived.change:<15}  {lived.outcome:<13}  {lived.seconds:6.1f} s  {size}  {struck}"
+
+
+def summary(done: Soak) -> str:
+    """The table that is printed in the end."""
+    outcomes = Counter(lived.outcome for lived in done.lived)
+    struck = [lived for lived in done.lived if lived.kill]
+    hit = [lived for lived in struck if lived.fell != NOTHING]
+    seconds = sorted(lived.seconds for lived in done.lived)
+    rows = {
+        "nights": f"{done.nights}, and one in peace",
+        "outcomes": _counts(outcomes),
+        "kills": f"{len(hit)}; {len(struck) - len(hit)} more fell into nothing",
+        "kills by kind": _counts(Counter(str(lived.kill) for lived in hit)),
+        "kills by step": _counts(Counter(str(lived.fell) for lived in hit)),
+        "versions": f"{done.versions} made, {done.promotions} promoted",
+        "twins": f"{len(done.twins)} of {len(done.killed_in_training)} trainings that were killed, compared",
+        "champion": f"{done.looks} looks, {done.busy_looks} of them at a busy database",
+        "state root": f"{done.bytes:,} bytes, bound {done.bound_bytes:,}",
+        "night": f"median {seconds[len(seconds) // 2]} s, longest {seconds[-1]} s",
+        "total": f"{done.seconds:,.0f} s",
+        "violations": str(len(done.violations)),
+    }
+    table = "\n".join(f"{name:<14} {value}" for name, value in rows.items())
+    return "\n".join([table, *(f"VIOLATION {violation}" for violation in done.violations)])
+
+
+def _counts(counter: "Counter[str]") -> str:
+    return ", ".join(f"{name} {count}" for name, count in counter.most_common())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line. Keeps the project where something is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nights", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--kill-share", type=float, default=0.75, help="of the nights on which something is killed")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no further night after that")
+    parser.add_argument("--json", type=Path, help="where everything that was found is written")
+    asked = parser.parse_args(arguments)
+    os.environ.update(OPT_OUTS)
+    directory = Path(tempfile.mkdtemp(prefix="gptflow-soak-"))
+    done = soak(directory, asked.nights, asked.seed, asked.kill_share, asked.minutes)
+    print(summary(done))
+    if done.violations:
+        print(f"the project is left in {directory}")
+    else:
+        shutil.rmtree(directory)
+    if asked.json:
+        asked.json.parent.mkdir(parents=True, exist_ok=True)
+        asked.json.write_text(json.dumps(done.as_dict(), indent=1) + "\n")
+    return 1 if done.violations else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,136 @@
+"""What must hold after, and during, a soak. Each check returns violations: sentences, none where all is well."""
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from threading import Event, Thread
+
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from bench.project import KEEP, MODEL, Project, wait_for
+from flows.releases import loading, registry
+from flows.releases.champion import moves
+from flows.releases.moves import chain
+from flows.state import StateRoot
+from flows.tracking import LOGGED
+
+VERSION_BYTES = 5_000_000
+"""The most that one version's files take: run directory, artifacts, snapshot and tokens."""
+SERVER_BYTES = 15_000_000
+NIGHT_BYTES = 300_000
+"""Databases and logs: at first, and what a night adds. Retention frees neither MLflow's metrics nor Prefect's runs."""
+_OPEN = ["RUNNING", "PENDING", "CANCELLING"]
+
+
+class ChampionWatch(Thread):
+    """Resolves and loads the champion every second, and writes down when that fails."""
+
+    def __init__(self, root: StateRoot) -> None:
+        super().__init__(daemon=True)
+        self.root, self.done = root, Event()
+        self.looks = self.busy = 0
+        self.seen: set[str] = set()
+        """Versions that were champion at some look."""
+        self.failures: list[str] = []
+
+    def run(self) -> None:
+        while not self.done.wait(1.0):
+            self.looks += 1
+            try:
+                self.look()
+            except Exception as error:
+                if "database is locked" in str(error):
+                    self.busy += 1
+                else:
+                    self.failures.append(f"look {self.looks} at the champion: {type(error).__name__}: {error}")
+
+    def look(self) -> None:
+        champion = registry.champion_of(self.root, MODEL)
+        if champion is not None:
+            loading.load(self.root, champion)
+            self.seen.add(str(champion.version))
+        elif self.seen:
+            self.failures.append(f"look {self.looks}: there is no champion any more")
+
+    def stop(self) -> None:
+        self.done.set()
+        self.join()
+
+
+def orphans_in_prefect(project: Project) -> list[str]:
+    """Flow runs that Prefect calls under way, though nothing is."""
+    asked = {"flow_runs": {"state": {"type": {"any_": _OPEN}}}}
+    wait_for(lambda: not project.ask("flow_runs/filter", asked), 30)
+    found = project.ask("flow_runs/filter", asked)
+    return [f"Prefect calls {run['name']} ({run['id']}) {run['state']['name']}" for run in found]
+
+
+def orphans_in_mlflow(root: StateRoot) -> list[str]:
+    """Runs that MLflow calls running, though nothing is."""
+    return [f"MLflow run {run.info.run_id} is RUNNING" for run in _runs(root) if run.info.status == "RUNNING"]
+
+
+def doubles(root: StateRoot) -> list[str]:
+    """Trainings with two versions or two MLflow runs, and metrics with two points at one step."""
+    versions = Counter((one.tags["run_key"], one.tags["attempt"]) for one in registry.versions(root, MODEL))
+    runs = Counter((run.data.tags["run_key"], run.data.tags["attempt"]) for run in _runs(root) if _is_kept(run))
+    found = [f"{count} versions of {key[0][:16]}-{key[1]}" for key, count in versions.items() if count > 1]
+    found += [f"{count} MLflow runs of {key[0][:16]}-{key[1]}" for key, count in runs.items() if count > 1]
+    return [*found, *(double for run in _runs(root) for double in _doubled_points(root, run))]
+
+
+def _doubled_points(root: StateRoot, run: Run) -> Iterator[str]:
+    client = MlflowClient(root.tracking_uri)
+    for key in LOGGED:
+        steps = Counter(point.step for point in client.get_metric_history(run.info.run_id, key))
+        if doubled := [step for step, count in steps.items() if count > 1]:
+            yield f"MLflow run {run.info.run_id} has {key} twice at steps {doubled[:5]}"
+
+
+def too_much(root: StateRoot, nights: int) -> list[str]:
+    """Versions and bytes that retention should have freed."""
+    kept, reachable = len(registry.versions(root, MODEL)), len(chain(moves(root, MODEL)))
+    most, bound = KEEP + reachable + 1, bound_bytes(root, nights)
+    found = [f"{kept} versions are registered, {most} at most should be"] if kept > most else []
+    size = bytes_of(root.path)
+    return [*found, f"the state root has {size:,} bytes, {bound:,} at most should be"] if size > bound else found
+
+
+def bound_bytes(root: StateRoot, nights: int) -> int:
+    """What the state root may take after so many nights and a prune."""
+    reachable = len(chain(moves(root, MODEL)))
+    return (KEEP + reachable + 1) * VERSION_BYTES + SERVER_BYTES + nights * NIGHT_BYTES
+
+
+def unlike_twin(project: Project, killed: set[str]) -> tuple[str | None, list[str]]:
+    """Trains the newest version again whose run directory is among `killed`, undisturbed; returns that name as well."""
+    versions = sorted(registry.versions(project.root, MODEL), key=lambda version: -int(version.version))
+    for version in versions:
+        name = f"{version.tags['run_key'][:16]}-{version.tags['attempt']}"
+        if name in killed and "verdict" in version.tags:
+            done = project.command("reproduce", registry.uri_of(version))
+            said = f"version {version.version}, killed in training, has no equal twin: {done.stdout}{done.stderr}"
+            return name, [said] if done.returncode else []
+    return None, []
+
+
+def bytes_of(path: Path) -> int:
+    """Of all files below, some of which may go while they are counted."""
+    total = 0
+    for file in path.rglob("*"):
+        try:
+            total += file.lstat().st_size if not file.is_dir() else 0
+        except FileNotFoundError:
+            continue
+    return total
+
+
+def _runs(root: StateRoot) -> list[Run]:
+    client = MlflowClient(root.tracking_uri)
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    return list(client.search_runs(experiments, max_results=5000))
+
+
+def _is_kept(run: Run) -> bool:
+    return "run_key" in run.data.tags

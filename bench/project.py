@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 import yaml
 
-from flows.servers import recorded
+from flows.service.servers import recorded
 from flows.state import OPT_OUTS, StateRoot
 
 COMMAND = (sys.executable, "-P", "-c", "from flows.cli import main; main()")

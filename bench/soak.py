@@ -39,9 +39,9 @@ from bench.soak_checks import (
     too_much,
     unlike_twin,
 )
-from flows import registry
 from flows.attempt import current
-from flows.champion import moves
+from flows.releases import registry
+from flows.releases.champion import moves
 from flows.state import OPT_OUTS
 
 KINDS = ("trainer", "flow run", "runner", "mlflow", "prefect", "up")

@@ -9,9 +9,9 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from bench.project import KEEP, MODEL, Project, wait_for
-from flows import loading, registry
-from flows.champion import moves
-from flows.moves import chain
+from flows.releases import loading, registry
+from flows.releases.champion import moves
+from flows.releases.moves import chain
 from flows.state import StateRoot
 from flows.tracking import LOGGED
 

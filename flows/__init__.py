@@ -12,7 +12,7 @@ def load(uri: str, device: str = "cpu") -> "Loaded":
     The state root is GPTFLOW_HOME, else `mlruns/` in the working directory. Only safetensors and JSON are read. Raises
     UnknownVersion, and RegistryError if the version is damaged.
     """
-    from flows import loading, registry
+    from flows.releases import loading, registry
     from flows.state import state_root
 
     root = state_root()

@@ -15,17 +15,18 @@ from typing import Any
 
 from mlflow.entities.model_registry import ModelVersion
 
-from flows import ancestry, registry, tracking
-from flows.ancestry import Ancestor, WarmStart
-from flows.lineage import run_key
+from flows import tracking
 from flows.pipelines import Pipeline
+from flows.releases import ancestry, registry
+from flows.releases.ancestry import Ancestor, WarmStart
+from flows.releases.lineage import run_key
 from flows.state import StateRoot
 from gptcore import manifest
 from gptcore.config import RunConfig, Start
 from gptcore.corpus import Snapshot, load_snapshot
 from gptcore.data import Tokens, load_tokens
 from gptcore.errors import CheckpointError, ConfigError, TrainingDiverged
-from gptcore.rundir import RunDirectory
+from gptcore.learning.rundir import RunDirectory
 from gptcore.train import TRAINING_VERSION
 
 CURRENT = "current.json"

@@ -62,7 +62,7 @@ class _RunCommand(click.Command):
 @_JSON
 def run(pipeline: str, overrides: tuple[str, ...], force: bool, file: str | None, json: bool) -> None:
     """Retrain PIPELINE here and now: corpus in; a trained, evaluated, registered model out."""
-    from flows.launch import launch
+    from flows.command.launch import launch
     from flows.pipelines import overrides_sources
 
     asked, root = _asked(pipeline, overrides, file)
@@ -79,7 +79,7 @@ def serve(limit: int, file: str | None, reconcile: bool) -> None:
     root.enter()
     if "PREFECT_API_URL" not in os.environ:
         raise click.UsageError("PREFECT_API_URL is not set: name a Prefect server, or start one with `gptflow up`")
-    from flows.serve import serve as serve_pipelines
+    from flows.service.serve import serve as serve_pipelines
 
     serve_pipelines(pipelines, root, limit, reconcile)
 
@@ -94,7 +94,7 @@ def deploy(work_pool: str, image: str | None, file: str | None) -> None:
     if "PREFECT_API_URL" not in os.environ:
         raise click.UsageError("PREFECT_API_URL is not set: name the Prefect server that has the work pool")
     root.enter()
-    from flows.deploy import deploy as deploy_pipelines
+    from flows.service.deploy import deploy as deploy_pipelines
 
     deploy_pipelines(pipelines, root, work_pool, image)
 
@@ -107,8 +107,8 @@ def deploy(work_pool: str, image: str | None, file: str | None) -> None:
 def up(prefect_port: int, mlflow_port: int, limit: int, file: str | None) -> None:
     """Start Prefect, MLflow and all deployments with their schedules, and keep them up until Ctrl-C."""
     pipelines, root = _all_pipelines(file)
-    from flows.up import Options
-    from flows.up import up as supervise
+    from flows.service.up import Options
+    from flows.service.up import up as supervise
 
     supervise(root, Options(pipelines.path, prefect_port, mlflow_port, limit))
 
@@ -121,7 +121,7 @@ def up(prefect_port: int, mlflow_port: int, limit: int, file: str | None) -> Non
 def prepare(pipeline: str, directory: Path, overrides: tuple[str, ...], file: str | None) -> None:
     """Make DIRECTORY a run directory of PIPELINE, to be trained by hand with `python -m gptcore.train DIRECTORY`."""
     asked, root = _asked(pipeline, overrides, file)
-    from flows.prepare import prepare as prepare_directory
+    from flows.command.prepare import prepare as prepare_directory
 
     tokens = prepare_directory(asked, root, directory)
     counts = tokens.counts
@@ -136,9 +136,9 @@ def prepare(pipeline: str, directory: Path, overrides: tuple[str, ...], file: st
 def models(model: str | None, file: str | None, json: bool) -> None:
     """List the versions of MODEL, or of every registered model, with their scores and the gate's verdicts."""
     root = _entered(file)
-    from flows import registry
-    from flows.champion import moves as settle
-    from flows.show import models_table
+    from flows.command.show import models_table
+    from flows.releases import registry
+    from flows.releases.champion import moves as settle
 
     for name in {version.name for version in registry.versions(root, model)}:
         settle(root, name)
@@ -156,9 +156,9 @@ def models(model: str | None, file: str | None, json: bool) -> None:
 def show(uri: str, file: str | None, json: bool) -> None:
     """Show the whole lineage of the version URI, such as models:/gpt-quickstart@champion."""
     root = _entered(file)
-    from flows import registry
-    from flows.champion import moves as log_of_moves
-    from flows.show import lineage_table
+    from flows.command.show import lineage_table
+    from flows.releases import registry
+    from flows.releases.champion import moves as log_of_moves
 
     found = registry.resolve(root, uri)
     concerned = [move for move in log_of_moves(root, found.name) if str(found.version) in (move.source, move.target)]
@@ -182,7 +182,7 @@ def reproduce(uri: str, anyway: bool, file: str | None, json: bool) -> None:
     if they differ after differences that --anyway accepted, and 1 if they differ without any. Nothing is registered.
     """
     root = _entered(file)
-    from flows.reproduce import reproduce as train_again
+    from flows.releases.reproduce import reproduce as train_again
 
     train_again(root, uri, anyway, json)
 
@@ -195,7 +195,7 @@ def reproduce(uri: str, anyway: bool, file: str | None, json: bool) -> None:
 @_JSON
 def promote(model: str, version: int, reason: str, file: str | None, json: bool) -> None:
     """Make VERSION the champion of MODEL, whatever the gate said."""
-    from flows.hand import promote as move_to
+    from flows.command.hand import promote as move_to
 
     move_to(_entered(file), model, str(version), reason, json)
 
@@ -207,7 +207,7 @@ def promote(model: str, version: int, reason: str, file: str | None, json: bool)
 @_JSON
 def rollback(model: str, reason: str, file: str | None, json: bool) -> None:
     """Go back to the previous champion of MODEL, and withdraw the current one."""
-    from flows.hand import rollback as move_back
+    from flows.command.hand import rollback as move_back
 
     move_back(_entered(file), model, reason, json)
 
@@ -220,7 +220,7 @@ def prune(dry_run: bool, file: str | None, json: bool) -> None:
     """Free the files of old versions that no rollback can reach, and what only they needed (retrain.keep)."""
     pipelines, _ = _all_pipelines(file)
     root = _entered(file)
-    from flows.hand import prune as free
+    from flows.command.hand import prune as free
 
     free(root, pipelines.keep(), dry_run, json)
 
@@ -230,7 +230,7 @@ def prune(dry_run: bool, file: str | None, json: bool) -> None:
 @_JSON
 def doctor(file: str | None, json: bool) -> None:
     """Check versions, servers, disk, registry and stale champions, and say what cures each failure."""
-    from flows.doctor import doctor as examine
+    from flows.command.doctor import doctor as examine
 
     sys.exit(examine(file, json))
 
@@ -249,7 +249,7 @@ def generate(uri: str, prompt: str, file: str | None, num_samples: int, seed: in
     """Continue a prompt with the version URI, token by token as they come."""
     root = _entered(file)
     Thread(target=import_module, args=("gptcore.bundle",)).start()  # torch, while MLflow is imported and asked
-    from flows import registry
+    from flows.releases import registry
     from gptcore.bundle import load
     from gptcore.generate import generate as continue_ids
     from gptcore.generate import stream_text
@@ -271,7 +271,8 @@ def _asked(name: str, overrides: tuple[str, ...], file: str | None) -> "tuple[Pi
     """The pipeline and a writable state root, or an error about whatever can be found wrong without heavy imports."""
     from flows.pipelines import PipelinesFile, find_pipelines_file
     from flows.state import state_root
-    from gptcore import sources, tokenizer
+    from gptcore import tokenizer
+    from gptcore.text import sources
 
     path = find_pipelines_file(file)
     asked = PipelinesFile(path).pipeline(name, overrides)
@@ -294,7 +295,7 @@ def _all_pipelines(file: str | None) -> "tuple[PipelinesFile, StateRoot]":
 
 def _entered(file: str | None) -> "StateRoot":
     """The state root for a command that reads the registry. Libraries imported after this are quiet."""
-    from flows.launch import quieten
+    from flows.command.launch import quieten
     from flows.pipelines import find_pipelines_file
     from flows.state import state_root
 

@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from flows.gate import Verdict
 from flows.reason import Reason
+from flows.releases.gate import Verdict
 from gptcore.corpus import Snapshot
 from gptcore.data import Tokens
-from gptcore.dossier import read_samples, read_scores
-from gptcore.rundir import Paused, Result
+from gptcore.judging.dossier import read_samples, read_scores
+from gptcore.learning.rundir import Paused, Result
 
 
 def of_snapshot(snapshot: Snapshot) -> str:

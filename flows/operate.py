@@ -10,10 +10,10 @@ from prefect.runtime import flow_run
 from prefect.states import Completed
 from pydantic import Field
 
-from flows import champion
-from flows import prune as retention
 from flows.pipelines import PipelinesFile
-from flows.schedule import ScheduleConfig
+from flows.releases import champion
+from flows.releases import prune as retention
+from flows.service.schedule import ScheduleConfig
 from flows.state import state_root
 
 ModelName = Annotated[str, Field(min_length=1)]

@@ -14,9 +14,9 @@ import yaml
 from pydantic import Field
 
 from flows.lock import Overlap
-from flows.notify import NotifyConfig
-from flows.schedule import ScheduleConfig
-from flows.triggers import TriggerConfig
+from flows.service.notify import NotifyConfig
+from flows.service.schedule import ScheduleConfig
+from flows.service.triggers import TriggerConfig
 from gptcore.config import (
     CorpusConfig,
     GateConfig,

@@ -2,7 +2,7 @@
 
 What became of that training does not matter, so that a rejected or rolled-back night is not repeated every night. Other
 settings are always a reason; of another text, `retrain.when` says when it is one. How two snapshots are compared stands
-in gptcore.delta.
+in gptcore.text.delta.
 """
 
 from dataclasses import dataclass, replace
@@ -10,18 +10,19 @@ from typing import Any
 
 from mlflow.entities.model_registry import ModelVersion
 
-from flows import registry
-from flows.lineage import settings_key
-from flows.loading import load
 from flows.pipelines import Pipeline
+from flows.releases import registry
+from flows.releases.lineage import settings_key
+from flows.releases.loading import load
 from flows.state import StateRoot
 from flows.tracking import flat
 from gptcore import manifest
+from gptcore.config import SAVING_KEYS
 from gptcore.corpus import Snapshot
 from gptcore.data import Tokens, load_tokens
-from gptcore.delta import Delta, compare_snapshots, new_blocks, train_divergence
 from gptcore.errors import CheckpointError
 from gptcore.evaluate import evaluate_blocks
+from gptcore.text.delta import Delta, compare_snapshots, new_blocks, train_divergence
 
 DRIFT_BYTES = 32_768
 """Of new text, at most, that the champion is scored on."""
@@ -58,8 +59,13 @@ def weigh(root: StateRoot, pipeline: Pipeline, snapshot: Snapshot) -> Reason:
 
 
 def divergence(root: StateRoot, pipeline: Pipeline, since: str, tokens: Tokens, snapshot: Snapshot) -> tuple[Row, ...]:
-    """How far the token distribution of the training text has moved since a version, as a row; none if unknown."""
+    """How far the token distribution of the training text has moved since a version, as a row.
+
+    None if it is the same text, or if that version's tokens are gone.
+    """
     tags = registry.resolve(root, f"models:/{pipeline.model_name}/{since}").tags
+    if tags.get("corpus_sha256") == snapshot.sha256:
+        return ()
     try:
         before = load_tokens(root.tokens / tags.get("tokens_sha256", "")[:16])
         moved = train_divergence(before, tokens, snapshot.path)
@@ -71,7 +77,8 @@ def divergence(root: StateRoot, pipeline: Pipeline, since: str, tokens: Tokens, 
 def _of_text(root: StateRoot, pipeline: Pipeline, snapshot: Snapshot, newest: ModelVersion) -> Reason:
     number, sha256 = newest.version, newest.tags.get("corpus_sha256", "")
     if sha256 == snapshot.sha256:
-        return Reason(False, f"nothing changed since version {number} of {newest.name}")
+        unchanged = (("text", f"the same as version {number} learned from"),)
+        return Reason(False, f"nothing changed since version {number} of {newest.name}", changes=unchanged)
     before = root.corpora / sha256[:16]
     try:
         manifest.verify(before)
@@ -141,7 +148,7 @@ def _settings_sentence(root: StateRoot, pipeline: Pipeline, newest: ModelVersion
     except (registry.RegistryError, KeyError):
         return sentence
     now = flat(pipeline.model_dump(mode="json"))
-    outside = ("retrain.", "gate.", "sample.", "corpus.sources")
+    outside = ("retrain.", "gate.", "sample.", "corpus.sources", *(f"train.{key}" for key in SAVING_KEYS))
     differing = [
         f"{key} {then.get(key, 'absent')} -> {now[key]}"
         for key in now

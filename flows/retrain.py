@@ -16,22 +16,24 @@ from prefect import State, flow, get_run_logger
 from prefect.runtime import flow_run
 from prefect.states import Completed
 
-from flows import ancestry, attempt, card, deployed, lines, lock, registry, release, successes, tasks, tracking
+from flows import attempt, lines, lock, tasks, tracking
 from flows.attempt import Attempt
-from flows.gate import Verdict
-from flows.lineage import lineage
-from flows.notify import NotifyConfig, tell_failure, tell_promotion
 from flows.pipelines import Pipeline
 from flows.reason import Reason, divergence
-from flows.report import detail_rows, score_rows
+from flows.releases import ancestry, card, registry, release
+from flows.releases.gate import Verdict
+from flows.releases.lineage import lineage
+from flows.releases.report import detail_rows, score_rows
+from flows.service import deployed, successes
+from flows.service.notify import NotifyConfig, tell_failure, tell_promotion
 from flows.state import StateRoot, state_root
 from gptcore import manifest
 from gptcore.config import CorpusConfig, GateConfig, ModelConfig, RetrainConfig, SampleConfig, TrainConfig
 from gptcore.corpus import Snapshot
 from gptcore.data import Tokens, check_sizes
-from gptcore.dossier import Scores, read_scores
 from gptcore.errors import TrainingDiverged
-from gptcore.rundir import Paused, Result
+from gptcore.judging.dossier import Scores, read_scores
+from gptcore.learning.rundir import Paused, Result
 from gptcore.train import resolve
 
 T = TypeVar("T")
@@ -254,7 +256,7 @@ class _Retraining:
         return Completed(name="Skipped", message=reason, data=outcome)
 
     def paused(self, found: Attempt, ended: Paused, mlflow_run_id: str) -> Outcome:
-        reason = f"paused at step {ended.step:,} after {ended.reason}; the next run goes on from there"
+        reason = f"{ended.reason} are over at step {ended.step:,}; the next run goes on from there"
         # MLflow's word for a run that is not over and that nobody works on at the moment.
         tracking.close_run(self.root, mlflow_run_id, "SCHEDULED", {"paused_at": str(ended.step)})
         uri = f"models:/{self.pipeline.model_name}@{registry.CHAMPION}"

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flows import relocate
-from flows.servers import running_servers
+from flows.service.servers import running_servers
 from gptcore.errors import GPTCoreError
 
 OPT_OUTS = {

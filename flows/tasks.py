@@ -7,11 +7,13 @@ from typing import Any, ParamSpec, TypeVar
 from prefect import Task, task
 from prefect.cache_policies import NO_CACHE
 
-from flows import release, training
-from flows.gate import judge
+from flows import training
 from flows.reason import weigh
-from gptcore import corpus, data, dossier
+from flows.releases import release
+from flows.releases.gate import judge
+from gptcore import corpus, data
 from gptcore.errors import SourceUnavailable
+from gptcore.judging import dossier
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -21,7 +21,7 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from flows.pipelines import RUNNING_KEYS, Pipeline
 from flows.state import StateRoot
 from gptcore.corpus import Snapshot
-from gptcore.rundir import Metrics
+from gptcore.learning.rundir import Metrics
 
 LOGGED = (
     "loss",

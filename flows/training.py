@@ -16,10 +16,10 @@ from uuid import UUID
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
 from flows import tracking
-from flows.console import active
+from flows.command.console import active
 from flows.state import StateRoot
 from gptcore.errors import GPTCoreError
-from gptcore.rundir import STOPPED, Metrics, MetricsReader, Paused, Result, RunDirectory
+from gptcore.learning.rundir import STOPPED, Metrics, MetricsReader, Paused, Result, RunDirectory
 
 GRACE_SECONDS = 25.0
 """How long a stopped trainer may take to save. Prefect kills a cancelled flow run after 30 seconds."""

@@ -18,11 +18,12 @@ from typing import Any
 from prefect import State, flow, get_run_logger
 from prefect.states import Completed
 
-from flows import events, lock, notify, successes
+from flows import lock
 from flows.pipelines import Pipeline
+from flows.service import events, notify, successes
 from flows.state import StateRoot, state_root
 from gptcore.errors import GPTCoreError
-from gptcore.glance import fingerprint
+from gptcore.text.glance import fingerprint
 
 _REGISTERED = {"name", "model_name", "corpus", "schedule", "triggers", "notify"}
 

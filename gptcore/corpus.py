@@ -16,11 +16,12 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from gptcore import guard, manifest, sources, split
+from gptcore import manifest
 from gptcore.config import CorpusConfig
 from gptcore.errors import CheckpointError, CorpusError
-from gptcore.split import SIDES
-from gptcore.spool import Spool, pieces
+from gptcore.text import guard, sources, split
+from gptcore.text.split import SIDES
+from gptcore.text.spool import Spool, pieces
 
 CORPUS_VERSION = 2
 """Raised when equal documents would give other blocks, sides or files."""

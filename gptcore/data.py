@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from gptcore.errors import ConfigError, CorpusError
+from gptcore.text.tokens import Tokens, load_tokens, tokenize
 from gptcore.tokenizer import END_OF_TEXT, tiktoken_encoding
-from gptcore.tokens import Tokens, load_tokens, tokenize
 
 __all__ = [
     "Batches",

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from gptcore.baselines import Baselines
-    from gptcore.compare import Comparison
     from gptcore.evaluate import Evaluation
+    from gptcore.judging.baselines import Baselines
+    from gptcore.judging.compare import Comparison
 
 BLUE, ORANGE, GREEN, VERMILION, SKY, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#5F6368"
 Metrics = Sequence[Mapping[str, Any]]

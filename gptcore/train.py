@@ -289,6 +289,6 @@ def train_model_simple(
 
 
 if __name__ == "__main__":
-    from gptcore.trainer import main
+    from gptcore.learning.trainer import main
 
     sys.exit(main())

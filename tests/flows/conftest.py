@@ -17,8 +17,8 @@ from flows.pipelines import Pipeline, PipelinesFile
 from flows.state import OPT_OUTS, StateRoot
 from gptcore.bundle import write_bundle
 from gptcore.config import ModelConfig, RunConfig, TrainConfig
+from gptcore.learning.rundir import Result, RunDirectory, result_about
 from gptcore.manifest import commit, sha256_of, sha256_of_file, staging
-from gptcore.rundir import Result, RunDirectory, result_about
 from gptcore.tokenizer import get_tokenizer
 from tests.flows.servers import Receiver, Up
 
@@ -36,11 +36,10 @@ def prose(seed: int, num_words: int = 3000) -> str:
     return "".join(sentence + ("\n\n" if draw.random() < 0.2 else " ") for sentence in sentences)
 
 
-@pytest.fixture
-def project(tmp_path: Path) -> Path:
-    """A directory with a text and a pipelines.yaml whose pipeline `tiny` trains in a second."""
-    (tmp_path / "text").mkdir()
-    (tmp_path / "text" / "one.txt").write_text(prose(1, num_words=9000))  # 20 blocks of holdout, which the gate wants
+def write_project(path: Path) -> Path:
+    """Gives the directory a text and a pipelines.yaml whose pipeline `tiny` trains in a second."""
+    (path / "text").mkdir()
+    (path / "text" / "one.txt").write_text(prose(1, num_words=9000))  # 20 blocks of holdout, which the gate wants
     pipeline = {
         "corpus": {
             "sources": ["text"],
@@ -53,8 +52,14 @@ def project(tmp_path: Path) -> Path:
         "train": {"max_steps": 60, "batch_size": 8, "learning_rate": 0.01, "eval_every": 20, "threads": 1},
         "sample": {"prompts": ["The model"], "temperatures": [0.0], "max_new_tokens": 20},
     }
-    (tmp_path / "pipelines.yaml").write_text(yaml.safe_dump({"pipelines": {"tiny": pipeline}}))
-    return tmp_path
+    (path / "pipelines.yaml").write_text(yaml.safe_dump({"pipelines": {"tiny": pipeline}}))
+    return path
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A directory with a text and a pipelines.yaml whose pipeline `tiny` trains in a second."""
+    return write_project(tmp_path)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ import psutil
 import yaml
 from mlflow import MlflowClient
 
-from flows.servers import Servers, answers, recorded
+from flows.service.servers import Servers, answers, recorded
 from flows.state import OPT_OUTS, StateRoot
 
 COMMAND = [sys.executable, "-P", "-c", "from flows.cli import main; main()"]

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from flows import ancestry, registry
-from flows.ancestry import line_of
 from flows.pipelines import Pipeline
-from flows.prune import prune
+from flows.releases import ancestry, registry
+from flows.releases.ancestry import line_of
+from flows.releases.prune import prune
 from flows.state import StateRoot
 from gptcore.errors import ConfigError
-from gptcore.rundir import RunDirectory
+from gptcore.learning.rundir import RunDirectory
 
 from .conftest import prose
 from .test_reason import asking, run

@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from flows import attempt, registry
+from flows import attempt
 from flows.pipelines import Pipeline
+from flows.releases import registry
 from flows.state import StateRoot
 from gptcore.errors import TrainingDiverged
-from gptcore.rundir import RunDirectory
+from gptcore.learning.rundir import RunDirectory
 
 from .conftest import prose
 from .test_reason import asking, run
@@ -26,7 +27,7 @@ def paused_once(tiny: Pipeline) -> Pipeline:
     """The pipeline as it is asked for later, after one session of one update."""
     name, outcome = run(asking(tiny, train={"session_seconds": 0.001}))
     assert (name, outcome.verdict) == ("Paused", "paused")
-    assert "paused at step 1 after session_seconds" in outcome.reason
+    assert "session_seconds are over at step 1" in outcome.reason
     return tiny
 
 

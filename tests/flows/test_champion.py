@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from flows import champion, registry
-from flows.champion import GATE, NoPrevious, moves, promote, rollback, withdrawal
-from flows.moves import chain
-from flows.registry import RegistryError, UnknownVersion
+from flows.releases import champion, registry
+from flows.releases.champion import GATE, NoPrevious, moves, promote, rollback, withdrawal
+from flows.releases.moves import chain
+from flows.releases.registry import RegistryError, UnknownVersion
 from flows.state import StateRoot
 
 MODEL = "gpt-tiny"
@@ -159,7 +159,7 @@ def kill(patched: pytest.MonkeyPatch, when: str) -> None:
     """The next move ends like a killed process, at this point."""
     client = MlflowClient
     if when == "before the completion":
-        patched.setattr("flows.champion._Log._complete", raises)
+        patched.setattr("flows.releases.champion._Log._complete", raises)
     elif when == "before the alias":
         patched.setattr(client, "set_registered_model_alias", raises)
     else:

@@ -105,7 +105,7 @@ def test_help_lists_every_key_with_its_documentation(project: Path) -> None:
 
 def test_help_and_settings_are_answered_without_the_heavy_imports() -> None:
     program = (
-        "import sys; import flows.cli, flows.pipelines, flows.state, gptcore.config, gptcore.sources;"
+        "import sys; import flows.cli, flows.pipelines, flows.state, gptcore.config, gptcore.text.sources;"
         "heavy = {'torch', 'prefect', 'mlflow', 'pandas', 'matplotlib', 'pyarrow', 'tiktoken'} & set(sys.modules);"
         "assert not heavy, heavy"
     )

@@ -70,7 +70,7 @@ def test_what_cannot_be_deployed_is_refused(
 
 
 def test_no_password_is_shown_with_a_deployment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from flows.deploy import job_variables
+    from flows.service.deploy import job_variables
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://ann:secret@example.org")
     with pytest.raises(ConfigError, match="MLFLOW_TRACKING_PASSWORD to the workers") as refused:

@@ -16,11 +16,13 @@ from typing import Any
 import pytest
 import yaml
 
-from flows import checks, doctor, relocate, successes
-from flows.champion import promote
-from flows.checks import Check, Patient
+from flows import relocate
+from flows.command import checks, doctor
+from flows.command.checks import Check, Patient
 from flows.pipelines import Pipeline, PipelinesFile
-from flows.servers import Servers, record
+from flows.releases.champion import promote
+from flows.service import successes
+from flows.service.servers import Servers, record
 from flows.state import StateRoot
 from tests.flows.servers import Up, gptflow, wait_for
 

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import requests
 
-from flows import champion, events
-from flows.champion import GATE
 from flows.pipelines import PipelinesFile
-from flows.triggers import TriggerConfig
+from flows.releases import champion
+from flows.releases.champion import GATE
+from flows.service import events
+from flows.service.triggers import TriggerConfig
 from gptcore.errors import ConfigError
 from tests.flows.servers import Prefect, Receiver, Serving, clean, gptflow, prefect_server, wait_for, write
 

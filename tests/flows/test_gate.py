@@ -3,116 +3,66 @@
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, cast
 
-import numpy as np
 import pytest
 import torch
 from mlflow import MlflowClient
-from safetensors.torch import save_file
 
-from flows import champion, gate, registry
-from flows.gate import Verdict, first_verdict, judge
-from flows.lineage import run_key
 from flows.pipelines import Pipeline, overrides_sources
+from flows.releases import champion, gate, registry
+from flows.releases.gate import Verdict, first_verdict, judge
+from flows.releases.lineage import run_key
 from flows.state import StateRoot
 from gptcore import manifest
-from gptcore.baselines import baselines
-from gptcore.bundle import WEIGHTS, write_bundle
-from gptcore.config import CorpusConfig, GateConfig
-from gptcore.corpus import Snapshot, blocks, ingest
+from gptcore.bundle import WEIGHTS
+from gptcore.config import GateConfig
+from gptcore.corpus import Snapshot, blocks
 from gptcore.data import Tokens
-from gptcore.dossier import Scores
 from gptcore.errors import CheckpointError
-from gptcore.evaluate import evaluate_blocks
+from gptcore.judging.dossier import Scores
 from gptcore.model import GPTModel
-from gptcore.tokenizer import get_tokenizer
-
-NAME = "gpt-tiny"
-CFG = {
-    "vocab_size": 257,
-    "context_length": 32,
-    "emb_dim": 32,
-    "n_heads": 2,
-    "n_layers": 1,
-    "drop_rate": 0.0,
-    "qkv_bias": False,
-}
-Weights = dict[str, torch.Tensor]
+from tests.flows.judging import CFG, NAME, Weights, scores_of, sentences, snapshot_of, weights_after
+from tests.flows.judging import register as registered
 
 
-def sentences(seed: int, count: int) -> str:
-    draw = np.random.default_rng(seed)
-    words = [f"{a}{b}" for a in ("ba", "do", "mi", "qu") for b in ("la", "ne", "st", "xy", "zu")]
-    return "".join(" ".join(draw.choice(words, 9)) + (".\n\n" if draw.random() < 0.3 else ". ") for _ in range(count))
-
-
-def snapshot_of(root: StateRoot, name: str, text: str, **settings: Any) -> Snapshot:
+def text_snapshot(root: StateRoot, name: str, text: str, **settings: Any) -> Snapshot:
     directory = root.path / "text" / name
     directory.mkdir(parents=True)
     (directory / "one.txt").write_text(text)
-    chosen = {"val_fraction": 0.1, "holdout_fraction": 0.2, "block_bytes": 256, **settings}
-    return ingest(CorpusConfig(sources=(str(directory),), **chosen), root.corpora, root.path)
+    return snapshot_of(root, directory, **settings)
 
 
 @pytest.fixture(scope="module")
 def trained() -> dict[str, Weights]:
     """Weights after few and after more updates, the latter also disturbed a little, and broken."""
-    ids = torch.tensor(get_tokenizer("bytes").encode(sentences(1, 400)))
-    torch.manual_seed(1)
-    model = GPTModel(CFG)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    made = {}
-    for step in range(1, 81):
-        windows = ids[torch.randint(0, len(ids) - 33, (16, 1)) + torch.arange(33)]
-        loss = torch.nn.functional.cross_entropy(model(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if step in (30, 80):
-            made["poor" if step == 30 else "good"] = {k: v.detach().clone() for k, v in model.state_dict().items()}
-    made["nearly"] = {key: value + 1e-4 * torch.randn_like(value) for key, value in made["good"].items()}
-    made["nan"] = {**made["good"], "final_norm.scale": torch.full((32,), math.nan)}
-    made["none"] = {k: v.detach() for k, v in GPTModel(CFG).state_dict().items()}
-    return made
+    poor, good = weights_after([30, 80])
+    return {
+        "poor": poor,
+        "good": good,
+        "nearly": {key: value + 1e-4 * torch.randn_like(value) for key, value in good.items()},
+        "nan": {**good, "final_norm.scale": torch.full((32,), math.nan)},
+        "none": {key: value.detach() for key, value in GPTModel(CFG).state_dict().items()},
+    }
 
 
 @pytest.fixture
 def snapshot(root: StateRoot) -> Snapshot:
-    return snapshot_of(root, "own", sentences(1, 700))
+    return text_snapshot(root, "own", sentences(1, 700))
 
 
 @pytest.fixture
 def scores(snapshot: Snapshot) -> Scores:
-    """With the unigram score of the snapshot; the rest does not matter to the gate."""
-    torch.manual_seed(0)
-    tokenizer = get_tokenizer("bytes")
-    held_out = list(blocks(snapshot.path, "holdout"))
-    train = snapshot.path / "train.txt"
-    ids = np.asarray(tokenizer.encode(train.read_text()))
-    evaluation = evaluate_blocks(GPTModel(CFG), tokenizer, held_out, "cpu")
-    return Scores(evaluation, evaluation, baselines(ids, tokenizer, tokenizer.n_vocab, held_out, train))
+    return scores_of(snapshot)
 
 
 @pytest.fixture
-def register(root: StateRoot, snapshot: Snapshot, trained: dict[str, Weights]) -> Iterator[Callable[..., str]]:
-    """Registers weights by name, as models are registered but without MLflow's packaging; returns the version."""
-    client = MlflowClient(root.tracking_uri)
-    client.create_registered_model(NAME)
-
-    def registered(weights: str, corpus: Snapshot = snapshot) -> str:
-        number = len(client.search_model_versions(f"name = '{NAME}'")) + 1
-        source = root.path / "models" / str(number)
-        bundle = source / "artifacts" / registry.BUNDLE
-        bundle.mkdir(parents=True)
-        save_file(trained[weights], source / "weights")
-        write_bundle(bundle, CFG, source / "weights", get_tokenizer("bytes"), {})
-        tags = {"corpus_sha256": corpus.sha256, "weights_sha256": manifest.sha256_of_file(bundle / WEIGHTS)}
-        return str(client.create_model_version(NAME, str(source), tags=tags).version)
-
-    yield registered
+def register(root: StateRoot, snapshot: Snapshot, trained: dict[str, Weights]) -> Callable[..., str]:
+    """Registers weights by name; returns the version."""
+    MlflowClient(root.tracking_uri).create_registered_model(NAME)
+    return lambda weights, corpus=snapshot: registered(root, trained[weights], corpus)
 
 
 @pytest.fixture
@@ -250,7 +200,7 @@ def test_held_out_text_that_is_copied_into_a_training_document_is_removed_there_
 ) -> None:
     block = max((block.text for block in blocks(snapshot.path, "holdout")), key=len)
     assert len(block) > 200
-    again = snapshot_of(root, "again", sentences(1, 700) + f"\n\nQuoted: {block} {sentences(5, 100)}")
+    again = text_snapshot(root, "again", sentences(1, 700) + f"\n\nQuoted: {block} {sentences(5, 100)}")
     assert block in "".join(one.text for one in blocks(again.path, "holdout"))
     assert again.dropped["guard_bytes"] >= len(block.encode())
     assert block not in (again.path / "train.txt").read_text()
@@ -261,7 +211,7 @@ def test_what_the_champion_learned_from_is_excluded_and_reported(
 ) -> None:
     known = [block.text for block in blocks(snapshot.path, "holdout")][:3]
     text = sentences(3, 50) + "".join(known) + sentences(4, 50)
-    older = snapshot_of(root, "older", text, split="contiguous", val_fraction=0.01, holdout_fraction=0.0)
+    older = text_snapshot(root, "older", text, split="contiguous", val_fraction=0.01, holdout_fraction=0.0)
     judged(register("poor", older))
     verdict = judged(register("good"))
     assert verdict.excluded_bytes >= sum(len(text.encode()) for text in known)
@@ -273,7 +223,7 @@ def test_what_the_champion_learned_from_is_excluded_and_reported(
 def test_with_too_few_clean_blocks_the_champion_stays(
     root: StateRoot, snapshot: Snapshot, register: Callable[..., str], judged: Callable[..., Verdict]
 ) -> None:
-    older = snapshot_of(root, "older", sentences(1, 700), split="contiguous", val_fraction=0.01, holdout_fraction=0.0)
+    older = text_snapshot(root, "older", sentences(1, 700), split="contiguous", val_fraction=0.01, holdout_fraction=0.0)
     judged(register("poor", older))
     verdict = judged(register("good"))
     assert verdict.kind == "insufficient evidence" and verdict.blocks < 20
@@ -284,7 +234,7 @@ def test_with_too_few_clean_blocks_the_champion_stays(
 def test_a_champion_s_training_text_that_is_gone_is_called_unknown_and_the_comparison_goes_on(
     root: StateRoot, register: Callable[..., str], judged: Callable[..., Verdict]
 ) -> None:
-    older = snapshot_of(root, "older", sentences(6, 300))
+    older = text_snapshot(root, "older", sentences(6, 300))
     judged(register("poor", older))
     shutil.rmtree(older.path)
     verdict = judged(register("good"))
@@ -323,7 +273,7 @@ def test_a_run_killed_after_the_alias_moved_ends_with_the_verdict_it_had(
         write(client, model_name, version, tags)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr("flows.gate._set_tags", killed)
+        patched.setattr("flows.releases.gate._set_tags", killed)
         judged(challenger)
     assert (champion_version(root), summary(root, challenger)["verdict"]) == ("2", None)
     verdict = judged(challenger)

@@ -11,9 +11,9 @@ import pytest
 from mlflow import MlflowClient
 
 import gptcore
-from flows import registry
-from flows.lineage import code, hardware, packages, source_sha256
 from flows.pipelines import SECTIONS, Pipeline
+from flows.releases import registry
+from flows.releases.lineage import code, hardware, packages, source_sha256
 from flows.retrain import retrain
 from flows.state import StateRoot
 from gptcore import manifest

@@ -9,9 +9,9 @@ from typing import Any
 import psutil
 import pytest
 
-from flows.deployed import merged, parameters
-from flows.notify import Message, NotifyConfig, send
 from flows.pipelines import SECTIONS, Pipeline, PipelinesFile
+from flows.service.deployed import merged, parameters
+from flows.service.notify import Message, NotifyConfig, send
 from flows.state import StateRoot
 from gptcore.errors import ConfigError, CorpusError
 from tests.flows.servers import Prefect, Receiver, Serving, prefect_server, wait_for, write
@@ -181,8 +181,8 @@ def test_a_run_that_nobody_saw_die_is_told_when_it_is_found(
     from prefect.client.orchestration import get_client
     from prefect.states import Running
 
-    from flows import reconcile
     from flows.retrain import retrain
+    from flows.service import reconcile
 
     monkeypatch.setattr(reconcile, "_STARTING", timedelta(0))
     parameters = {"pipeline": "night", "notify": [{"webhook": f"{receiver.url}/hook"}]}

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from flows import operate, registry
-from flows.champion import GATE, moves, promote, rollback
+from flows import operate
 from flows.pipelines import SECTIONS, Pipeline, PipelinesFile
-from flows.prune import prune
+from flows.releases import registry
+from flows.releases.champion import GATE, moves, promote, rollback
+from flows.releases.prune import prune
 from flows.retrain import Outcome, retrain
 from flows.state import StateRoot
 from gptcore.bundle import load
@@ -127,5 +128,6 @@ def test_what_cannot_be_moved_is_refused_with_exit_code_2(
 
 
 def test_a_command_that_moves_the_champion_does_not_import_prefect() -> None:
-    program = "import sys, flows.hand, flows.champion, flows.prune; assert 'prefect' not in sys.modules"
+    program = "import sys, flows.command.hand, flows.releases.champion, flows.releases.prune\n"
+    program += "assert 'prefect' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from flows import lock, registry
+from flows import lock
 from flows.attempt import CURRENT
-from flows.champion import GATE, NoPrevious, moves, promote, rollback
-from flows.moves import chain
-from flows.prune import prune
+from flows.releases import registry
+from flows.releases.champion import GATE, NoPrevious, moves, promote, rollback
+from flows.releases.moves import chain
+from flows.releases.prune import prune
 from flows.state import StateRoot
 from gptcore import manifest
 from gptcore.bundle import load

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from flows import registry
 from flows.pipelines import SECTIONS, Pipeline
+from flows.releases import registry
 from flows.retrain import Outcome, retrain
 from flows.state import StateRoot
 

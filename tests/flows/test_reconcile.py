@@ -9,7 +9,7 @@ from uuid import UUID
 
 import pytest
 
-from flows import reconcile
+from flows.service import reconcile
 from flows.state import StateRoot
 from tests.flows.servers import clean
 

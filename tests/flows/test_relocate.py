@@ -12,7 +12,8 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
-from flows import lock, registry, relocate
+from flows import lock, relocate
+from flows.releases import registry
 from flows.state import StateRoot
 from gptcore.bundle import load
 from gptcore.errors import GPTCoreError

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import yaml
 
-from flows import registry
-from flows.differences import differences, materials
 from flows.pipelines import SECTIONS, PipelinesFile
+from flows.releases import registry
+from flows.releases.differences import differences, materials
 from flows.retrain import retrain
 from flows.state import StateRoot
 

@@ -9,12 +9,12 @@ import mlflow
 import pytest
 from mlflow import MlflowClient
 
-from flows import registry
 from flows.pipelines import SECTIONS, Pipeline
+from flows.releases import registry
 from flows.retrain import Outcome, retrain
 from flows.state import StateRoot
 from gptcore.errors import CorpusError, TrainingDiverged
-from gptcore.rundir import RunDirectory
+from gptcore.learning.rundir import RunDirectory
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
@@ -108,7 +108,7 @@ def test_a_run_killed_before_the_verdict_goes_on_without_doubling_anything(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr("flows.gate.first_verdict", killed)
+        patched.setattr("flows.releases.gate.first_verdict", killed)
         run(tiny)
     assert registry.champion_of(root, "gpt-tiny") is None
     (interrupted,) = mlflow_runs(root)
@@ -128,14 +128,14 @@ def test_a_run_killed_after_the_verdict_is_reported_by_the_next_one_without_bein
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr("flows.card.publish", killed)
+        patched.setattr("flows.releases.card.publish", killed)
         run(tiny)
     (interrupted,) = mlflow_runs(root)
     client = MlflowClient(root.tracking_uri)
     client.update_run(interrupted.info.run_id, status="RUNNING")  # as after SIGKILL, which no handler sees
     client.log_metric(interrupted.info.run_id, "holdout_loss", 1.0)
     with monkeypatch.context() as patched:
-        patched.setattr("flows.gate.first_verdict", killed)
+        patched.setattr("flows.releases.gate.first_verdict", killed)
         name, outcome = run(tiny)
     assert (name, outcome.uri) == ("Promoted", "models:/gpt-tiny/1")
     (only,) = mlflow_runs(root)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from flows.deployed import merged, parameters
 from flows.pipelines import Pipeline, PipelinesFile
+from flows.service.deployed import merged, parameters
 from gptcore.errors import ConfigError
 from tests.flows.servers import Prefect, Serving, prefect_server, wait_for, write
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from flows import successes
 from flows.pipelines import Pipeline
-from flows.schedule import ScheduleConfig
+from flows.service import successes
+from flows.service.schedule import ScheduleConfig
 from flows.state import StateRoot
 
 MONDAY = datetime(2026, 3, 2, 2, 40, tzinfo=UTC)

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from flows.servers import answers, recorded
+from flows.service.servers import answers, recorded
 from tests.flows.servers import Up, living, wait_for
 
 pytestmark = pytest.mark.slow

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 
-from flows import lock, successes
-from flows.events import EventNotSent
-from flows.notify import NotifyConfig
+from flows import lock
 from flows.pipelines import Pipeline, PipelinesFile
-from flows.schedule import ScheduleConfig
+from flows.service import successes
+from flows.service.events import EventNotSent
+from flows.service.notify import NotifyConfig
+from flows.service.schedule import ScheduleConfig
+from flows.service.triggers import TriggerConfig
 from flows.state import StateRoot
-from flows.triggers import TriggerConfig
 from flows.watch import look_at_sources, look_at_successes, recall, watched
 from gptcore.errors import ConfigError
 from tests.flows.conftest import prose

@@ -8,10 +8,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from gptcore import baselines as module
-from gptcore.baselines import baselines, compressed_size, token_counts, unigram_nats
 from gptcore.corpus import Block
 from gptcore.errors import CorpusError
+from gptcore.judging import baselines as module
+from gptcore.judging.baselines import baselines, compressed_size, token_counts, unigram_nats
 from gptcore.tokenizer import get_tokenizer
 
 WORDS = ["the", "of", "and", "model", "text", "token", "holdout", "loss", "gradient", "champion", "registry", "epoch"]

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from gptcore import checkpoint, manifest
+from gptcore import manifest
 from gptcore.config import TrainConfig
 from gptcore.data import Batches
 from gptcore.errors import CheckpointError, DiskFull
+from gptcore.learning import checkpoint
 from gptcore.train import TrainState, training
 
 CFG = {

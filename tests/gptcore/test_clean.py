@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from gptcore.clean import clean_blocks
 from gptcore.config import CorpusConfig
 from gptcore.corpus import Snapshot, blocks, ingest, passages
-from gptcore.guard import RUN_BYTES, contained
+from gptcore.text.clean import clean_blocks
+from gptcore.text.guard import RUN_BYTES, contained
 
 
 def prose(seed: int, num_bytes: int) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gptcore.compare import MIN_BLOCKS, bootstrap, compare
+from gptcore.judging.compare import MIN_BLOCKS, bootstrap, compare
 
 
 def per_block(nats: Sequence[float], documents: Sequence[int] | None = None, size: int = 1000) -> list[dict[str, Any]]:

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
-from gptcore import corpus, manifest, split
+from gptcore import corpus, manifest
 from gptcore.config import CorpusConfig
 from gptcore.corpus import SIDES, Snapshot, block_entries, blocks, ingest, load_snapshot, passages
 from gptcore.errors import CheckpointError, CorpusError
+from gptcore.text import split
 
 
 def prose(seed: int, chars: int) -> str:

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from gptcore.data import Batches, GPTDatasetV1, check_sizes, create_dataloader_v1, eval_batches, num_windows
 from gptcore.errors import ConfigError, CorpusError
+from gptcore.text.tokens import Tokens
 from gptcore.tokenizer import get_tokenizer, tiktoken_encoding
-from gptcore.tokens import Tokens
 
 
 class Letters:

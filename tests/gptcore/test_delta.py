@@ -13,10 +13,10 @@ from hypothesis.extra.numpy import arrays
 
 from gptcore.config import CorpusConfig
 from gptcore.corpus import block_entries, ingest
-from gptcore.delta import Delta, compare_snapshots, new_blocks, token_divergence, train_divergence
 from gptcore.errors import CheckpointError
-from gptcore.split import SIDES
-from gptcore.tokens import encode_side, tokenize
+from gptcore.text.delta import Delta, compare_snapshots, new_blocks, token_divergence, train_divergence
+from gptcore.text.split import SIDES
+from gptcore.text.tokens import encode_side, tokenize
 
 
 def prose(seed: int, chars: int) -> str:

@@ -12,7 +12,7 @@ from gptcore import manifest
 from gptcore.config import CorpusConfig, RunConfig, SampleConfig
 from gptcore.corpus import ingest
 from gptcore.data import tokenize
-from gptcore.dossier import (
+from gptcore.judging.dossier import (
     evaluate_run,
     load_model,
     plot_run,
@@ -21,9 +21,9 @@ from gptcore.dossier import (
     reported_side,
     sample_run,
 )
-from gptcore.rundir import RunDirectory
+from gptcore.learning.rundir import RunDirectory
+from gptcore.learning.trainer import Stop, train_directory
 from gptcore.train import TRAINING_VERSION
-from gptcore.trainer import Stop, train_directory
 
 WORDS = (
     "the old man looked at a grey sea and said that nothing would come of it but more wind and a little rain".split()

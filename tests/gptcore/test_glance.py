@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gptcore.errors import CorpusError, SourceUnavailable
-from gptcore.glance import fingerprint
+from gptcore.text.glance import fingerprint
 
 
 @pytest.fixture

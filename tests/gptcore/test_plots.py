@@ -10,9 +10,12 @@ import warnings
 import numpy as np
 import pytest
 
-from gptcore.baselines import Baselines
 from gptcore.evaluate import Evaluation
+from gptcore.judging.baselines import Baselines
+from gptcore.judging.compare import Comparison
+from gptcore.judging.surprise import plot_surprise
 from gptcore.plots import (
+    plot_gains,
     plot_loss_by_position,
     plot_losses,
     plot_schedule,
@@ -20,7 +23,6 @@ from gptcore.plots import (
     plot_training_losses,
     thin,
 )
-from gptcore.surprise import plot_surprise
 
 BASELINES = Baselines(3.9, 10.8, 2.6, 7.4, 2.0, 1.4, 1000)
 
@@ -187,3 +189,22 @@ def test_neither_pyplot_nor_a_display_is_needed(tmp_path):
         "plot_losses([0, 1], [0, 9], [2.0, 1.0], [2.0, 1.5]); assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, env={"PYTHONPATH": ":".join(sys.path)})
+
+
+def test_gains_are_sorted_bars_with_the_mean_its_interval_and_the_margin_below():
+    figure = plot_gains([0.1, -0.2, 0.3], Comparison(1.8, 1.9, 3, 99, "block", 0.95, 0.02, 0.18), margin=0.005)
+    above, below = figure.axes
+    assert [round(bar.get_height(), 6) for bar in above.patches] == [0.3, 0.1, -0.2]
+    written = texts(figure)
+    for words in ("Challenger better: 2", "Champion better: 1", "Margin 0.005", "Mean 0.1000", "0.0200 to 0.1800"):
+        assert words in written
+    assert [line.get_xdata()[0] for line in below.lines] == pytest.approx([0, 0.005, 0.1, 0.02])
+    png(figure)
+
+
+@pytest.mark.parametrize("gains", [[0.0] * 5, [math.nan, 1.0], [math.nan], list(np.linspace(-1, 1, 5000))])
+def test_gains_without_evidence_or_in_thousands_can_be_drawn(gains):
+    figure = plot_gains(gains, Comparison(math.nan, 1.9, len(gains), 99, "block", 0.95, None, None), margin=0.0)
+    assert len(figure.axes[0].patches) <= 1000
+    assert ("not finite: blocks (1)" in texts(figure)) == any(map(math.isnan, gains))
+    png(figure)

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from gptcore import manifest, rundir
+from gptcore import manifest
 from gptcore.config import RunConfig
 from gptcore.errors import CheckpointError, ConfigError, CorpusError, GPTCoreError, TrainingDiverged
-from gptcore.rundir import MetricsReader, Paused, Result, RunDirectory, result_about
+from gptcore.learning import rundir
+from gptcore.learning.rundir import MetricsReader, Paused, Result, RunDirectory, result_about
 
 CONFIG = {
     "training_version": 1,
@@ -25,7 +26,7 @@ CONFIG = {
 }
 HOLD = """
 import pathlib, sys, time
-from gptcore.rundir import RunDirectory
+from gptcore.learning.rundir import RunDirectory
 with RunDirectory(pathlib.Path(sys.argv[1])).lock():
     print("held", flush=True)
     time.sleep(60)

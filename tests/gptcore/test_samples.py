@@ -9,11 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptcore import samples as module
 from gptcore.config import SampleConfig
 from gptcore.generate import generate
+from gptcore.judging import samples as module
+from gptcore.judging.samples import Sample, distinct, longest_copies, samples_markdown, samples_table, write_samples
 from gptcore.model import GPTModel
-from gptcore.samples import Sample, distinct, longest_copies, samples_markdown, samples_table, write_samples
 from gptcore.tokenizer import get_tokenizer
 
 

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import zstandard
 
-from gptcore import formats, sources
 from gptcore.errors import CorpusError, SourceUnavailable
+from gptcore.text import formats, sources
 
 TEXT = "First line.\r\nÄpfel, 日本語, 🎈 and a NUL \0.\n\nLast line without an end"
 ROWS = ["one", TEXT, "", "x" * 200_000, 'quotes " and, commas\n']

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptcore import guard
-from gptcore.guard import RUN_BYTES, Text, shared_runs
-from gptcore.split import WHOLE_DOCUMENT_BYTES, cut, side
+from gptcore.text import guard
+from gptcore.text.guard import RUN_BYTES, Text, shared_runs
+from gptcore.text.split import WHOLE_DOCUMENT_BYTES, cut, side
 
 WORDS = ["the", "of", "größe", "日本語", "🎈", "model", "holdout", "e.g.", "x" * 30]
 

@@ -10,12 +10,13 @@ import numpy as np
 import psutil
 import pytest
 
-from gptcore import corpus, manifest, tokens
+from gptcore import corpus, manifest
 from gptcore import tokenizer as tokenizer_room
 from gptcore.config import CorpusConfig
 from gptcore.errors import CheckpointError, ConfigError, CorpusError, TokenizerError
+from gptcore.text import tokens
+from gptcore.text.tokens import load_tokens, tokenize
 from gptcore.tokenizer import get_tokenizer
-from gptcore.tokens import load_tokens, tokenize
 
 FIRST = "".join(f"The {n}th cat, naïvely; 日本 and <|endoftext|>.\r\n\t{n * 7919} !!!\n\n" for n in range(200))
 SECOND = "".join(f"Another document, line {n}: {n * n * 104729} clouds in the mountains.\n" for n in range(200))
@@ -214,7 +215,7 @@ def script(tmp_path: Path, program: str) -> subprocess.Popen:
 
 def test_an_unguarded_script_that_imports_torch_tokenizes_with_processes_that_do_not(snapshot, tmp_path):
     program = (
-        "import torch\nfrom pathlib import Path\nfrom gptcore import tokens\n"
+        "import torch\nfrom pathlib import Path\nfrom gptcore.text import tokens\n"
         "said = '; print(\"torch\" in sys.modules, file=sys.stderr, flush=True); _work('\n"
         "tokens._WORKER = tokens._WORKER.replace('; _work(', said)\n"
         f"print(tokens.tokenize(Path({str(snapshot)!r}), 'bytes', Path('tokens'), processes=2).counts['train'])\n"
@@ -228,7 +229,7 @@ def test_an_unguarded_script_that_imports_torch_tokenizes_with_processes_that_do
 def test_tokenizing_processes_end_when_their_parent_is_killed(tmp_path):
     get_tokenizer("bytes").save(tmp_path / "saved")
     program = (
-        "import time\nfrom pathlib import Path\nfrom gptcore import tokens\n"
+        "import time\nfrom pathlib import Path\nfrom gptcore.text import tokens\n"
         "with tokens._encoder(None, Path('saved'), 2) as encoder:\n"
         "    print(*(worker.pid for worker in encoder._workers), flush=True)\n    time.sleep(100)\n"
     )

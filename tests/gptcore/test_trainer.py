@@ -13,14 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from gptcore import manifest, trainer
+from gptcore import manifest
 from gptcore.config import CorpusConfig, RunConfig
 from gptcore.corpus import ingest
 from gptcore.data import Batches, load_tokens, tokenize
 from gptcore.errors import CheckpointError, ConfigError, CorpusError, GPTCoreError, TrainingDiverged
-from gptcore.rundir import STOPPED, RunDirectory
+from gptcore.learning import trainer
+from gptcore.learning.rundir import STOPPED, RunDirectory
+from gptcore.learning.trainer import Stop, train_directory
 from gptcore.train import TRAINING_VERSION
-from gptcore.trainer import Stop, train_directory
 
 WORDS = (
     "the old man looked at a grey sea and said that nothing would come of it but more wind and a little rain".split()

@@ -13,11 +13,11 @@ from gptcore.config import CorpusConfig, RunConfig, TrainConfig
 from gptcore.corpus import ingest
 from gptcore.data import Batches, load_tokens, tokenize
 from gptcore.errors import CheckpointError
+from gptcore.learning.rundir import RunDirectory
+from gptcore.learning.trainer import Stop, train_directory
+from gptcore.learning.warmstart import rewarmed
 from gptcore.model import GPTModel
-from gptcore.rundir import RunDirectory
 from gptcore.train import TRAINING_VERSION, mean_loss
-from gptcore.trainer import Stop, train_directory
-from gptcore.warmstart import rewarmed
 
 MODEL = {"context_length": 32, "emb_dim": 16, "n_heads": 2, "n_layers": 2, "drop_rate": 0.1}
 TRAIN = {

@@ -1,0 +1,31 @@
+"""Preparing a run directory to be trained by hand, under a job scheduler or in a container."""
+
+import shutil
+from pathlib import Path
+
+from flows.attempt import configure
+from flows.pipelines import Pipeline
+from flows.releases import ancestry
+from flows.state import StateRoot
+from gptcore.corpus import ingest
+from gptcore.data import Tokens, check_sizes, tokenize
+from gptcore.learning.rundir import RunDirectory
+from gptcore.train import resolve
+
+
+def prepare(pipeline: Pipeline, root: StateRoot, directory: Path) -> Tokens:
+    """Ingests and tokenizes, then makes `directory` a run directory that holds its tokens and can be moved.
+
+    Raises CheckpointError if the directory belongs to another training.
+    """
+    asked = pipeline.model_copy(update={"train": resolve(pipeline.train)})
+    start = ancestry.start_of(root, asked)
+    snapshot = ingest(asked.corpus, root.corpora, Path.cwd())
+    vocabulary = start.tokenizer() if start else None
+    tokens = tokenize(snapshot.path, asked.corpus.tokenizer, root.tokens, vocabulary=vocabulary)
+    context = asked.model.shape()["context_length"]
+    check_sizes(tokens, context, asked.train.stride or context, asked.train.batch_size * asked.train.accumulation)
+    configure(RunDirectory(directory), asked, tokens, "tokens", start)
+    if not (directory / "tokens").exists():
+        shutil.copytree(tokens.path, directory / "tokens")
+    return tokens

@@ -1,0 +1,122 @@
+"""A release: a trained model becomes a version of the registry.
+
+A version is found by its run key and attempt before it is created, so a retry never doubles it. Look-ups stand in
+registry.py; whether the version becomes champion is decided in gate.py.
+"""
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version as installed
+from pathlib import Path
+from typing import Any
+
+import mlflow
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from mlflow.models import ModelSignature
+from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
+
+import gptcore
+from flows.releases.registry import BUNDLE, find
+from flows.state import StateRoot
+from gptcore.bundle import write_bundle
+from gptcore.data import Tokens
+from gptcore.learning.rundir import RunDirectory
+
+SIGNATURE = ModelSignature(
+    inputs=Schema([ColSpec("string")]),  # without a name, so that a plain list of prompts will do
+    outputs=Schema([ColSpec("string")]),
+    params=ParamSchema(
+        [
+            ParamSpec("max_new_tokens", "long", 50),
+            ParamSpec("temperature", "double", 0.8),
+            ParamSpec("top_k", "long", 50),
+            ParamSpec("top_p", "double", 1.0),
+            ParamSpec("seed", "long", 0),
+        ]
+    ),
+)
+REQUIREMENTS = ("mlflow", "torch", "safetensors", "tiktoken", "numpy")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What is to be registered, and how it is found again."""
+
+    model_name: str
+    run_key: str
+    attempt: int
+    mlflow_run_id: str
+    lineage: dict[str, Any]
+
+
+def register(root: StateRoot, run: RunDirectory, tokens: Tokens, candidate: Candidate) -> str:
+    """Logs the run's best weights as a model, and registers it. Returns the version, which may have existed."""
+    if (found := find(root, candidate.model_name, candidate.run_key, candidate.attempt)) is not None:
+        return str(found.version)
+    mlflow.set_tracking_uri(root.tracking_uri)
+    tags = {**_tags(candidate.lineage), "run_key": candidate.run_key, "attempt": str(candidate.attempt)}
+    uri = _logged_model(root, candidate) or _log_model(run, tokens, candidate)
+    client = MlflowClient(root.tracking_uri)
+    with contextlib.suppress(MlflowException):  # it exists already
+        client.create_registered_model(candidate.model_name)
+    created = client.create_model_version(candidate.model_name, uri, run_id=candidate.mlflow_run_id, tags=tags)
+    return str(created.version)
+
+
+def _tags(lineage: Mapping[str, Any]) -> dict[str, str]:
+    """What of the lineage is short enough to be searched for."""
+    keys = (
+        "pipeline",
+        "settings_key",
+        "started_from",
+        "weights_sha256",
+        "parameters",
+        "holdout_bits_per_byte",
+        "corpus_sha256",
+        "documents_sha256",
+        "tokens_sha256",
+        "tokenizer",
+        "tokenizer_sha256",
+        "seed",
+        "code_commit",
+        "code_dirty",
+        "gptcore_sha256",
+        "python",
+        "parent_version",
+        "prefect_flow_run_id",
+    )
+    short = {key: str(lineage[key]) for key in keys if lineage.get(key) is not None}
+    whole = {key: json.dumps(lineage[key]) for key in ("split", "packages", "hardware") if lineage.get(key)}
+    return {**short, **whole}
+
+
+def _logged_model(root: StateRoot, candidate: Candidate) -> str | None:
+    """The URI of the model that a killed attempt at registering has logged already."""
+    outputs = MlflowClient(root.tracking_uri).get_run(candidate.mlflow_run_id).outputs
+    for output in outputs.model_outputs if outputs else ():
+        model = mlflow.get_logged_model(output.model_id)
+        if str(model.status) == "READY":
+            return f"models:/{output.model_id}"
+    return None
+
+
+def _log_model(run: RunDirectory, tokens: Tokens, candidate: Candidate) -> str:
+    origin = {**candidate.lineage, "mlflow_run_id": candidate.mlflow_run_id}
+    with tempfile.TemporaryDirectory() as temporary:
+        bundle = Path(temporary) / BUNDLE
+        bundle.mkdir()
+        write_bundle(bundle, run.config().cfg(), run.weights, tokens.load_tokenizer(), origin)
+        with mlflow.start_run(run_id=candidate.mlflow_run_id):
+            mlflow.log_artifact(str(bundle / "lineage.json"))
+            return mlflow.pyfunc.log_model(
+                name="gpt",
+                python_model=str(Path(__file__).with_name("served_model.py")),
+                artifacts={BUNDLE: str(bundle)},
+                code_paths=[str(Path(str(gptcore.__file__)).parent)],
+                signature=SIGNATURE,
+                pip_requirements=[f"{package}=={installed(package).partition('+')[0]}" for package in REQUIREMENTS],
+            ).model_uri

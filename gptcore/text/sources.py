@@ -1,0 +1,267 @@
+"""Where text comes from: what each entry of corpus.sources means, and the documents it gives, one after another.
+
+An entry is `python-docs`, a file, a directory, a glob, an http(s) address or anything that fsspec opens. Every file is
+first copied aside in one state, so that an edit during the reading cannot give a text that never existed. How a file's
+bytes become documents stands in formats.py, how they come over the web in downloads.py.
+"""
+
+import importlib.util
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
+from urllib.parse import unquote, urlsplit
+
+from gptcore.errors import CorpusError, GPTCoreError, SourceUnavailable
+from gptcore.text import downloads as web
+from gptcore.text import formats
+from gptcore.text.formats import Errors
+
+if TYPE_CHECKING:
+    import fsspec
+
+PYTHON_DOCS = "python-docs"
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*)://(.*)", re.DOTALL)
+_PINNED = re.compile(r"sha256=([0-9a-fA-F]{64})")
+_PACKAGES = {
+    "s3": "s3fs",
+    "s3a": "s3fs",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "hf": "huggingface_hub",
+    "az": "adlfs",
+    "abfs": "adlfs",
+    "sftp": "paramiko",
+    "ssh": "paramiko",
+}
+_COPY_BYTES = 1024 * 1024
+_IN_MEMORY_BYTES = 8 * 1024 * 1024
+_TRIES = 2
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text. `chunks` gives it once, as UTF-8 in pieces of at most 1 MiB that end at whole characters."""
+
+    name: str
+    """What it is called in lists: its path or address, with the row in a table."""
+    source: str
+    """The entry of corpus.sources that it came from."""
+    chunks: Iterator[bytes]
+
+
+@dataclass(frozen=True)
+class _File:
+    name: str
+    filename: str
+    """Its suffix says the format."""
+    open: Callable[[], BinaryIO]
+
+
+def check(sources: Sequence[str], base: Path) -> None:
+    """Whether every source can exist: no network is used and no text is read. Relative paths start at `base`.
+
+    Raises CorpusError for a missing file, a glob without a match, a directory without text, or a malformed address.
+    """
+    for source in sources:
+        if source == PYTHON_DOCS:
+            continue
+        if (scheme := scheme_of(source)) is None:
+            local_paths(source, base)
+        elif scheme in ("http", "https"):
+            parse_address(source)
+        else:
+            _check_package(source, scheme)
+
+
+def documents(sources: Sequence[str], base: Path, downloads: Path, errors: Errors) -> Iterator[Document]:
+    """The documents of all sources, in order; each must be consumed before the next is asked for.
+
+    Relative paths start at `base`; `downloads` keeps what comes over the web. Raises CorpusError where a source
+    cannot be used and SourceUnavailable where a remote one does not answer.
+    """
+    downloads.mkdir(parents=True, exist_ok=True)
+    for source in sources:
+        if source == PYTHON_DOCS:
+            yield from _python_docs(errors)
+            continue
+        for found in _files(source, base, downloads):
+            with found.open() as file:
+                for name, chunks in formats.read(file, found.name, found.filename, errors):
+                    yield Document(name, source, chunks)
+
+
+def scheme_of(source: str) -> str | None:
+    """What stands before `://`, in lower case; None for a local path."""
+    match = _SCHEME.fullmatch(source)
+    return match[1].lower() if match else None
+
+
+def parse_address(source: str) -> tuple[str, str | None]:
+    """An http(s) source as (address, sha256 or None). Raises CorpusError where it is malformed."""
+    address, _, fragment = source.partition("#")
+    try:
+        host = urlsplit(address).hostname
+    except ValueError as error:
+        raise CorpusError(f"{source!r} is not an address: {error}") from None
+    if not host:
+        raise CorpusError(f"{source!r} is not an address: it names no host, as in https://example.org/text.txt")
+    if fragment and not _PINNED.fullmatch(fragment):
+        raise CorpusError(f"{source!r}: expected #sha256= and 64 hexadecimal digits after the address")
+    return address, fragment.removeprefix("sha256=").lower() or None
+
+
+def _python_docs(errors: Errors) -> Iterator[Document]:
+    from pydoc_data.topics import topics
+
+    for topic, text in sorted(topics.items()):
+        name = f"{PYTHON_DOCS}:{topic}"
+        yield Document(name, PYTHON_DOCS, formats.pieces(text, name, errors))
+
+
+def _files(source: str, base: Path, downloads: Path) -> Iterator[_File]:
+    scheme = scheme_of(source)
+    if scheme is None:
+        for path in local_paths(source, base):
+            yield _File(_shown(path, base), path.name, lambda path=path: _copy_of(path, downloads))  # type: ignore[misc]
+    elif scheme in ("http", "https"):
+        address, sha256 = parse_address(source)
+        filename = PurePosixPath(unquote(urlsplit(address).path)).name
+        yield _File(address, filename, lambda: web.fetch(address, sha256, downloads).open("rb"))
+    else:
+        yield from _stored_files(source, downloads)
+
+
+def _shown(path: Path, base: Path) -> str:
+    shown, root = str(path), os.path.join(base, "")  # noqa: PTH118
+    return shown.removeprefix(root)
+
+
+def local_paths(source: str, base: Path) -> list[Path]:
+    """At least one regular file. A name that exists is meant literally, even with a `[` in it."""
+    path = base / Path(source).expanduser()
+    if not source.strip():
+        raise CorpusError("corpus.sources: an entry is empty; name a file, a directory, a glob or an address.")
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        found = _texts_in(path)
+        missing = "holds no file that ends in .txt .md .jsonl .csv or .parquet (or these with .gz or .zst)"
+    elif any(mark in source for mark in "*?["):
+        found = _matches(Path(source).expanduser(), base)
+        missing = "matches no file"
+    else:
+        found = []
+        missing = "is not a regular file" if path.exists() else "does not exist"
+    if not found:
+        hint = "" if Path(source).is_absolute() else f" (looked for in {base})"
+        raise CorpusError(f"corpus.sources: {source!r} {missing}{hint}.")
+    return found
+
+
+def _texts_in(directory: Path) -> list[Path]:
+    found, seen = [], set()
+    for parent, directories, names in os.walk(directory, onerror=_unreadable, followlinks=True):
+        here = os.stat(parent)  # noqa: PTH116
+        if (here.st_dev, here.st_ino) in seen:  # a symbolic link led back
+            directories.clear()
+            continue
+        seen.add((here.st_dev, here.st_ino))
+        directories.sort()
+        found += [path for name in names if formats.is_known(name) and (path := Path(parent, name)).is_file()]
+    return sorted(found, key=str)
+
+
+def _unreadable(error: OSError) -> None:
+    raise CorpusError(f"{error.filename} cannot be searched for text: {error.strerror}.")
+
+
+def _matches(pattern: Path, base: Path) -> list[Path]:
+    root = Path(pattern.anchor) if pattern.is_absolute() else base
+    return sorted(path for path in root.glob(str(pattern.relative_to(pattern.anchor))) if path.is_file())
+
+
+def _copy_of(path: Path, scratch: Path) -> BinaryIO:
+    """The file in one state: copied, and copied once more if it changed in the meantime."""
+    try:
+        for _ in range(_TRIES):
+            before = path.stat()
+            copy = tempfile.SpooledTemporaryFile(_IN_MEMORY_BYTES, dir=str(scratch))  # noqa: SIM115
+            with path.open("rb") as file:
+                shutil.copyfileobj(file, copy, _COPY_BYTES)
+            after = path.stat()
+            if (before.st_size, before.st_mtime_ns) == (after.st_size, after.st_mtime_ns):
+                copy.seek(0)
+                return cast(BinaryIO, copy)
+            copy.close()
+    except (FileNotFoundError, NotADirectoryError):
+        raise CorpusError(f"{path} vanished while the corpus was read.") from None
+    except PermissionError:
+        raise CorpusError(f"{path} cannot be read: permission denied.") from None
+    raise CorpusError(
+        f"{path} changed while it was read, {_TRIES} times in a row (from {before.st_size} to {after.st_size} bytes); "
+        "start again when nothing writes to it."
+    )
+
+
+def stored(source: str) -> tuple["fsspec.AbstractFileSystem", dict[str, dict[str, Any]], bool]:
+    """What fsspec finds: one object, the matches of a glob, or the texts below a prefix, by name, as it describes them.
+
+    Returned with the file system, and whether the source names a single object. Raises CorpusError, SourceUnavailable.
+    """
+    with _storage_errors(source):
+        import fsspec
+
+        filesystem, path = fsspec.core.url_to_fs(source)
+        filesystem.invalidate_cache()  # a listing kept from an earlier look would hide what is new
+        if is_literal := filesystem.isfile(path):
+            found = {path: filesystem.info(path)}
+        elif any(mark in path for mark in "*?["):
+            matches = filesystem.glob(path, detail=True)
+            found = {name: info for name, info in matches.items() if info["type"] == "file"}
+        else:
+            found = {name: info for name, info in filesystem.find(path, detail=True).items() if formats.is_known(name)}
+    if not found:
+        raise CorpusError(f"corpus.sources: {source!r} does not exist, matches nothing or holds no text.")
+    return filesystem, dict(sorted(found.items())), is_literal
+
+
+def _stored_files(source: str, scratch: Path) -> Iterator[_File]:
+    filesystem, found, is_literal = stored(source)
+    for name in found:
+        shown = source if is_literal else filesystem.unstrip_protocol(name)
+        yield _File(shown, name, lambda name=name: _fetched(filesystem, name, source, scratch))  # type: ignore[misc]
+
+
+def _fetched(filesystem: "fsspec.AbstractFileSystem", name: str, source: str, scratch: Path) -> BinaryIO:
+    copy = tempfile.SpooledTemporaryFile(_IN_MEMORY_BYTES, dir=str(scratch))  # noqa: SIM115
+    with _storage_errors(source), filesystem.open(name, "rb") as file:
+        shutil.copyfileobj(file, copy, _COPY_BYTES)
+    copy.seek(0)
+    return cast(BinaryIO, copy)
+
+
+@contextmanager
+def _storage_errors(source: str) -> Iterator[None]:
+    """Every storage has exceptions of its own; they become ours, with the source they are about."""
+    try:
+        yield
+    except GPTCoreError:
+        raise
+    except ImportError as error:
+        raise CorpusError(f"{source!r} needs a package that is not installed: {error}. pip install it.") from None
+    except (FileNotFoundError, IsADirectoryError, PermissionError, ValueError) as error:
+        raise CorpusError(f"{source!r} cannot be read: {error}") from None
+    except Exception as error:
+        raise SourceUnavailable(f"{source} is unavailable: {error}. Try again later, or name a file.") from error
+
+
+def _check_package(source: str, scheme: str) -> None:
+    package = _PACKAGES.get(scheme)
+    if package and not importlib.util.find_spec(package):
+        raise CorpusError(f"{source!r} needs the package {package}, which is not installed: pip install {package}")

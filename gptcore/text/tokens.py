@@ -1,0 +1,294 @@
+"""Token files: a corpus snapshot as two flat arrays of ids on disk, train and val, with the tokenizer that made them.
+
+Text is encoded once and mapped into memory ever after, so that training starts at once and holds no corpus. Passages
+follow one another with an end-of-text id between them. The holdout is not here: it is scored block by block, as text.
+
+Large corpora are encoded by several processes (tiktoken gains nothing from threads). They are plain children of this
+one, fed through pipes, and not a multiprocessing pool, whose workers would import the caller's main module again
+(with torch, or without end if it has no `__name__` guard) and outlive a parent that is killed. These know only the
+tokenizer, and end when their input does.
+"""
+
+import codecs
+import contextlib
+import importlib.metadata
+import json
+import os
+import pickle
+import queue
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from gptcore import manifest
+from gptcore.errors import CheckpointError, ConfigError
+from gptcore.tokenizer import Tokenizer, get_tokenizer, pieces, train_bpe
+
+TOKENS_VERSION = 1
+"""Raised when the same corpus and tokenizer come to give other files."""
+
+SIDES = ("train", "val")
+"""The sides of the split that have a token file."""
+
+_CHUNK_BYTES = 1_000_000
+_BATCH_CHARS = 1_000_000
+_BYTES_PER_PROCESS = 4_000_000
+_WORKER = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from gptcore.text.tokens import _work; _work(sys.argv[2])"
+)
+
+Batch = list[str | None]
+"""Pieces of text in order; None stands for an end-of-text id."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A committed token directory."""
+
+    path: Path
+    sha256: str
+    """Identity of corpus, tokenizer and `TOKENS_VERSION`."""
+    n_vocab: int
+    eot: int
+    tokenizer: str
+    """The tokenizer's name."""
+    counts: dict[str, int]
+    """Tokens on each side."""
+    tokenizer_sha256: str
+    """Identity of the vocabulary."""
+
+    def side(self, side: str) -> np.ndarray:
+        """The ids of "train" or "val", mapped from disk: (tokens,) uint16, or uint32 for more than 65,536 entries."""
+        if self.counts[side] == 0:  # nothing can be mapped
+            return np.empty(0, dtype=_dtype(self.n_vocab))
+        return np.memmap(self.path / f"{side}.bin", dtype=_dtype(self.n_vocab), mode="r")
+
+    def load_tokenizer(self) -> Tokenizer:
+        """The tokenizer the files were made with. Raises TokenizerError if it is damaged."""
+        return Tokenizer.load(self.path / "tokenizer")
+
+
+def load_tokens(path: Path) -> Tokens:
+    """The token directory at `path`. Raises CheckpointError if it was never completed or a file changed its size."""
+    about = manifest.about(path)
+    keys = ("sha256", "n_vocab", "eot", "tokenizer", "counts", "tokenizer_sha256")
+    tokens = Tokens(path=path, **{key: about[key] for key in keys})
+    for side, count in tokens.counts.items():
+        file, expected = path / f"{side}.bin", count * _dtype(tokens.n_vocab).itemsize
+        found = file.stat().st_size if file.is_file() else 0
+        if found != expected:
+            raise CheckpointError(f"{file} has {found} bytes, its manifest says {expected}. Delete {path}; run again.")
+    return tokens
+
+
+def tokenize(
+    snapshot: Path,
+    name: str,
+    tokens_root: Path,
+    processes: int | None = None,
+    vocabulary: Tokenizer | None = None,
+) -> Tokens:
+    """Encodes the train and val sides of a corpus snapshot into a directory of `tokens_root`, or finds it there.
+
+    `name` is the tokenizer as in the configuration; bpe:N is trained on the train side first, unless a `vocabulary` of
+    that name is given. `processes` is chosen by the size of the corpus where it is left out. Memory does not grow with
+    the corpus or its longest text. Raises ConfigError for an unknown tokenizer or a vocabulary of another name,
+    CorpusError if the text cannot give bpe:N its entries, TokenizerError for a
+    vocabulary that cannot be had, and CheckpointError if an existing directory was altered.
+    """
+    from gptcore import corpus  # not above: the workers import this module and need no corpus
+
+    if vocabulary is not None and vocabulary.name != name:
+        raise ConfigError(
+            f"corpus.tokenizer is {name!r}, but the vocabulary to be kept is {vocabulary.name!r}: set corpus.tokenizer "
+            f"to {vocabulary.name!r}, or train.start_from to scratch."
+        )
+    source = corpus.load_snapshot(snapshot)
+    fixed = vocabulary or (None if name.startswith("bpe:") else get_tokenizer(name))
+    identity = _identity(source.sha256, name, fixed)
+    goal = tokens_root / identity[:16]
+    if manifest.is_committed(goal):
+        manifest.verify(goal)
+        return load_tokens(goal)
+    tokenizer = fixed or train_bpe(_train_text(snapshot), int(name.removeprefix("bpe:")))
+    num_bytes = sum(source.bytes[side] for side in SIDES)
+    with manifest.staging(tokens_root) as staged:
+        tokenizer.save(staged / "tokenizer")
+        with _encoder(tokenizer, staged / "tokenizer", processes or _processes_for(num_bytes)) as encoded:
+            counts = {
+                side: _write(staged / f"{side}.bin", encoded(_batches(_passages(snapshot, side)))) for side in SIDES
+            }
+        manifest.commit(staged, goal, _about(source.sha256, identity, tokenizer, counts))
+    return load_tokens(goal)
+
+
+def encode_side(snapshot: Path, side: str, vocabulary: Path) -> Iterator[np.ndarray]:
+    """The ids of one side of a snapshot, in parts, as `tokenize` writes them for the tokenizer saved in `vocabulary`.
+
+    They are not kept: it is for looking at one text through the tokenizer of another. Raises TokenizerError.
+    """
+    processes = _processes_for((snapshot / f"{side}.txt").stat().st_size)
+    with _encoder(Tokenizer.load(vocabulary), vocabulary, processes) as encoded:
+        yield from encoded(_batches(_passages(snapshot, side)))
+
+
+def _passages(snapshot: Path, side: str) -> Iterator[Iterator[str]]:
+    """As `corpus.passages`, each in chunks of about a megabyte: one may be as long as the corpus."""
+    from gptcore import corpus
+
+    text = corpus.side_text(snapshot, side)
+    with text.path.open("rb") as file:
+        for length in np.diff(text.bounds).tolist():
+            yield _chunks(file, length)
+
+
+def _chunks(file: IO[bytes], num_bytes: int) -> Iterator[str]:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    while num_bytes > 0:
+        data = file.read(min(num_bytes, _CHUNK_BYTES))
+        if not data:
+            raise CheckpointError(
+                f"{file.name} ends {num_bytes} bytes before its index does: the snapshot was altered."
+            )
+        num_bytes -= len(data)
+        yield decoder.decode(data, final=num_bytes == 0)
+
+
+def _train_text(snapshot: Path) -> Iterator[str]:
+    return (piece for passage in _passages(snapshot, "train") for piece in pieces(passage))
+
+
+def _identity(corpus_sha256: str, name: str, fixed: Tokenizer | None) -> str:
+    """A trained vocabulary is a function of corpus, name and trainer, so it need not be trained to be found again."""
+    vocabulary = fixed.sha256 if fixed else f"rustbpe {importlib.metadata.version('rustbpe')}"
+    return manifest.sha256_of([corpus_sha256, name, vocabulary, TOKENS_VERSION])
+
+
+def _about(corpus_sha256: str, identity: str, tokenizer: Tokenizer, counts: dict[str, int]) -> dict[str, Any]:
+    return {
+        "sha256": identity,
+        "corpus_sha256": corpus_sha256,
+        "tokenizer": tokenizer.name,
+        "tokenizer_sha256": tokenizer.sha256,
+        "n_vocab": tokenizer.n_vocab,
+        "eot": tokenizer.eot,
+        "dtype": _dtype(tokenizer.n_vocab).name,
+        "counts": counts,
+    }
+
+
+def _dtype(n_vocab: int) -> np.dtype:
+    return np.dtype(np.uint16 if n_vocab <= 65_536 else np.uint32)
+
+
+def _write(path: Path, parts: Iterable[np.ndarray]) -> int:
+    count = 0
+    with path.open("wb") as file:
+        for part in parts:
+            file.write(part.data)
+            count += len(part)
+    return count
+
+
+def _batches(passages: Iterable[Iterable[str]]) -> Iterator[Batch]:
+    """About `_BATCH_CHARS` characters each, cut at the borders of `pieces`, so that batches can be encoded apart."""
+    batch: Batch = []
+    size = 0
+    for number, passage in enumerate(passages):
+        batch += [None] if number else []
+        for piece in pieces(passage):
+            batch.append(piece)
+            size += len(piece)
+            if size >= _BATCH_CHARS:
+                yield batch
+                batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _encode(tokenizer: Tokenizer, batch: Batch) -> np.ndarray:
+    dtype = _dtype(tokenizer.n_vocab)
+    separator = np.array([tokenizer.eot], dtype=dtype)
+    parts = (separator if piece is None else tokenizer.encode_to_numpy(piece).astype(dtype) for piece in batch)
+    return np.concatenate([np.empty(0, dtype=dtype), *parts])
+
+
+def _processes_for(num_bytes: int) -> int:
+    """One per `_BYTES_PER_PROCESS` of text and at most one per CPU: below twice that, starting a second costs more."""
+    return max(1, min(_cpus(), num_bytes // _BYTES_PER_PROCESS))
+
+
+def _cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class _Encode:
+    """Encodes batches in order: in this process, or by workers that are each busy with one batch."""
+
+    def __init__(self, tokenizer: Tokenizer, workers: list[subprocess.Popen], threads: ThreadPoolExecutor) -> None:
+        self._tokenizer, self._workers, self._threads = tokenizer, workers, threads
+        self._idle: queue.SimpleQueue = queue.SimpleQueue()
+        for worker in workers:
+            self._idle.put(worker)
+
+    def __call__(self, batches: Iterable[Batch]) -> Iterator[np.ndarray]:
+        """(tokens,) arrays, one per batch. At most two batches per worker are in memory."""
+        if not self._workers:
+            yield from (_encode(self._tokenizer, batch) for batch in batches)
+            return
+        pending: deque[Future] = deque()
+        for batch in batches:
+            pending.append(self._threads.submit(self._ask, batch))
+            if len(pending) >= 2 * len(self._workers):
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+    def _ask(self, batch: Batch) -> np.ndarray:
+        worker = self._idle.get()
+        try:
+            pickle.dump(batch, worker.stdin)
+            worker.stdin.flush()
+            return pickle.load(worker.stdout)
+        except (EOFError, BrokenPipeError, pickle.UnpicklingError):
+            raise RuntimeError(f"a tokenizing process ended early, with exit code {worker.wait()}") from None
+        finally:
+            self._idle.put(worker)
+
+
+@contextlib.contextmanager
+def _encoder(tokenizer: Tokenizer, saved: Path, processes: int) -> Iterator[_Encode]:
+    """`saved` is the directory where the workers find the tokenizer. They are gone on exit."""
+    command = [sys.executable, "-P", "-c", _WORKER, json.dumps(sys.path), str(saved.resolve())]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "start_new_session": True}
+    workers: list[subprocess.Popen] = []
+    threads = ThreadPoolExecutor(max_workers=processes)
+    try:
+        workers += [subprocess.Popen(command, **pipes) for _ in range(processes if processes > 1 else 0)]
+        yield _Encode(tokenizer, workers, threads)
+    finally:
+        for worker in workers:
+            worker.kill()
+        threads.shutdown(cancel_futures=True)
+        for worker in workers:
+            worker.wait()
+            for pipe in filter(None, (worker.stdin, worker.stdout)):
+                with contextlib.suppress(BrokenPipeError):
+                    pipe.close()
+
+
+def _work(directory: str) -> None:
+    """A worker's whole life: batches of text from standard input, arrays of ids to standard output."""
+    tokenizer = Tokenizer.load(Path(directory))
+    with contextlib.suppress(EOFError, BrokenPipeError):
+        while True:
+            ids = _encode(tokenizer, pickle.load(sys.stdin.buffer))
+            pickle.dump(ids, sys.stdout.buffer, protocol=pickle.HIGHEST_PROTOCOL)
+            sys.stdout.buffer.flush()

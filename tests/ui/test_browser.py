@@ -1,0 +1,117 @@
+"""What a person does in the two web pages: start a run with one value changed, see why it won, see the champion."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from playwright.sync_api import Locator, Page, expect
+
+from flows.pipelines import PipelinesFile
+from tests.flows.servers import Up
+from tests.ui.conftest import SECONDS
+
+pytestmark = pytest.mark.slow
+expect.set_options(timeout=SECONDS)
+
+HEADING = ":scope > .p-label__header .schema-form-property__label"
+CHANGED = "25"
+
+
+def open_form(page: Page, up: Up) -> None:
+    """The custom-run form of the deployment."""
+    identity = up.prefect.ask("deployments/name/retrain/tiny")["id"]
+    page.goto(f"{up.servers().prefect}/deployments/deployment/{identity}/run")
+
+
+def named(parent: Page | Locator, page: Page, label: str) -> Locator:
+    return parent.locator(".schema-form-property", has=page.locator(f"{HEADING}:text-is('{label}')"))
+
+
+def field(page: Page, section: str, label: str) -> Locator:
+    """One value of a section, with its name, its description and what is said about it."""
+    return named(named(page, page, section), page, f"{label} (Optional)")
+
+
+def control(page: Page, section: str, label: str) -> Locator:
+    return field(page, section, label).locator("input, textarea").first
+
+
+def picture(page: Page, directory: Path | None, name: str) -> None:
+    if directory is not None:
+        page.wait_for_timeout(1500)  # what moves comes to rest
+        page.screenshot(path=directory / f"{name}.png")
+
+
+def test_the_form_refuses_a_wrong_value_and_says_which_and_why(page: Page, up: Up) -> None:
+    open_form(page, up)
+    control(page, "train", "Batch Size").fill("0")
+    page.get_by_role("button", name="Submit").click()
+    refused = "Validation failed for field 'train.batch_size'. Failure reason: 0 is less than the minimum of 1"
+    expect(page.get_by_text(refused).first).to_be_visible()
+    control(page, "train", "Batch Size").fill("8")
+    control(page, "train", "Max Steps").fill("-5")
+    page.get_by_role("button", name="Submit").click()
+    expect(field(page, "train", "Max Steps")).to_contain_text("-5 is not valid")
+    assert page.url.endswith("/run") and up.prefect.runs() == []
+
+
+def test_a_run_with_one_value_changed_in_the_form_keeps_the_others_and_shows_its_verdict(
+    page: Page, up: Up, screenshots: Path | None
+) -> None:
+    open_form(page, up)
+    shown = {
+        ("corpus", "Tokenizer"): "bytes",
+        ("corpus", "Val Fraction"): "0.15",
+        ("model", "Emb Dim"): "32",
+        ("train", "Learning Rate"): "0.01",
+        ("train", "Max Steps"): "60",
+        ("sample", "Prompts"): "The model",
+    }
+    for (section, label), value in shown.items():
+        expect(control(page, section, label)).to_have_value(value)
+    control(page, "train", "Max Steps").fill(CHANGED)
+    field(page, "train", "Max Steps").scroll_into_view_if_needed()
+    picture(page, screenshots, "form")
+    page.get_by_role("button", name="Submit").click()
+    page.get_by_role("button", name="View run").first.dispatch_event("click")  # it floats: a pointer may miss it
+
+    expect(page.get_by_text("Promoted", exact=True)).to_be_visible(timeout=3 * SECONDS)
+    page.reload()  # the timeline goes on as if the run did
+    picture(page, screenshots, "run")
+    trained_as_asked(up)
+    page.get_by_text("Artifacts", exact=True).click()
+    page.locator("a[href*='/artifacts/artifact/']").first.click()
+    plot = page.locator("img[src^='data:image/png']").first
+    expect(plot).to_be_visible()
+    assert plot.evaluate("image => image.naturalWidth") > 300
+    (version,) = MlflowClient(f"sqlite:///{up.root.path / 'mlflow.db'}").search_model_versions("name = 'gpt-tiny'")
+    expect(page.get_by_text(re.compile("promoted")).first).to_be_visible()
+    expect(page.get_by_text(f"{float(version.tags['holdout_bits_per_byte']):.4f}").first).to_be_visible()
+    picture(page, screenshots, "card")
+
+    page.goto(f"{up.servers().mlflow}/#/models/gpt-tiny")
+    expect(page.get_by_text("@ champion")).to_be_visible()
+    page.get_by_text("Model training", exact=True).click()
+    page.goto(f"{up.servers().mlflow}/#/models/gpt-tiny")
+    expect(page.get_by_role("row").filter(has_text="Version 1").get_by_text("@ champion")).to_be_visible()
+    if screenshots is not None:
+        page.get_by_role("button", name="Close", exact=True).click()  # the assistant takes a quarter of the page
+    picture(page, screenshots, "model")
+
+
+def trained_as_asked(up: Up) -> None:
+    """The run directory says: every value is the pipeline's own, but for the one that was changed."""
+    own = PipelinesFile(up.project / "pipelines.yaml").pipeline("tiny")
+    (path,) = up.root.path.glob("runs/tiny/*/config.json")
+    trained = json.loads(path.read_text())
+    chosen = {key: trained["train"][key] for key in ("device", "precision")}  # auto, until the run chooses
+    assert trained["train"] == {**own.train.model_dump(mode="json"), **chosen, "max_steps": int(CHANGED)}
+    assert trained["model"] == own.model.model_dump(mode="json")
+    client = MlflowClient(f"sqlite:///{up.root.path / 'mlflow.db'}")
+    (run,) = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
+    for section in ("corpus", "sample", "gate"):
+        for key, value in getattr(own, section).model_dump(mode="json").items():
+            logged = run.data.params[f"{section}.{key}"]
+            assert logged == (value if isinstance(value, str) else json.dumps(value)), (section, key)

@@ -29,9 +29,11 @@ import psutil
 from bench.project import CHANGES, ENDS, MODEL, PIPELINE, STEPS, Project, wait_for
 from bench.soak_checks import (
     ChampionWatch,
-    bound_bytes,
     bytes_of,
+    databases_bound,
     doubles,
+    files_bound,
+    files_bytes,
     orphans_in_mlflow,
     orphans_in_prefect,
     too_much,
@@ -109,8 +111,8 @@ class Soak:
     promotions: int = 0
     looks: int = 0
     busy_looks: int = 0
-    bytes: int = 0
-    bound_bytes: int = 0
+    files_bound: int = 0
+    databases_bound: int = 0
     seconds: float = 0.0
 
     def as_dict(self) -> dict[str, object]:
@@ -179,8 +181,7 @@ def _live(project: Project, night: Night, done: Soak) -> None:
         kill = night.kill if in_prune else None
         _run(project, "prune/prune", f"prune {night.number}", kill, lived, done)
     lived.bytes = bytes_of(project.root.path)
-    kept = (project.root.artifacts, project.root.corpora, project.root.tokens, project.root.path / "runs")
-    lived.files_bytes = sum(map(bytes_of, kept))
+    lived.files_bytes = files_bytes(project.root)
     print(_line(lived), flush=True)
 
 
@@ -255,7 +256,7 @@ def _judge(project: Project, watch: ChampionWatch, done: Soak) -> None:
     done.versions = max(int(version.version) for version in registry.versions(root, MODEL))
     done.promotions = sum(move.kind == "promoted" for move in moves(root, MODEL))
     done.looks, done.busy_looks = watch.looks, watch.busy
-    done.bytes, done.bound_bytes = last.bytes, bound_bytes(root, done.nights)
+    done.files_bound, done.databases_bound = files_bound(root), databases_bound(done.nights)
 
 
 def _line(lived: Lived) -> str:
@@ -269,7 +270,7 @@ def summary(done: Soak) -> str:
     outcomes = Counter(lived.outcome for lived in done.lived)
     struck = [lived for lived in done.lived if lived.kill]
     hit = [lived for lived in struck if lived.fell != NOTHING]
-    seconds = sorted(lived.seconds for lived in done.lived)
+    seconds, last = sorted(lived.seconds for lived in done.lived), done.lived[-1]
     rows = {
         "nights": f"{done.nights}, and one in peace",
         "outcomes": _counts(outcomes),
@@ -279,7 +280,8 @@ def summary(done: Soak) -> str:
         "versions": f"{done.versions} made, {done.promotions} promoted",
         "twins": f"{len(done.twins)} of {len(done.killed_in_training)} trainings that were killed, compared",
         "champion": f"{done.looks} looks, {done.busy_looks} of them at a busy database",
-        "state root": f"{done.bytes:,} bytes, bound {done.bound_bytes:,}",
+        "files": f"{last.files_bytes:,} bytes, bound {done.files_bound:,}",
+        "databases": f"{last.bytes - last.files_bytes:,} bytes with logs, bound {done.databases_bound:,}",
         "night": f"median {seconds[len(seconds) // 2]} s, longest {seconds[-1]} s",
         "total": f"{done.seconds:,.0f} s",
         "violations": str(len(done.violations)),

@@ -12,7 +12,6 @@ from mlflow.entities.model_registry import ModelVersion
 
 from flows.pipelines import Pipeline
 from flows.releases import registry
-from flows.releases.lineage import settings_key
 from flows.releases.loading import load
 from flows.state import StateRoot
 from flows.tracking import flat
@@ -44,14 +43,14 @@ class Reason:
     """What changed in the text since, for people to read."""
 
 
-def weigh(root: StateRoot, pipeline: Pipeline, snapshot: Snapshot) -> Reason:
-    """Compares text and settings with those of the newest finished training. `pipeline.train` must be resolved."""
+def weigh(root: StateRoot, pipeline: Pipeline, settings: str, snapshot: Snapshot) -> Reason:
+    """Compares text and settings with those of the newest finished training. `settings` is a settings_key."""
     newest = registry.newest_finished(root, pipeline)
     if newest is None:
         return Reason(True, "it is the first training")
     number = str(newest.version)
     reason = replace(_of_text(root, pipeline, snapshot, newest), since=number)
-    if newest.tags.get("settings_key") != settings_key(pipeline):
+    if newest.tags.get("settings_key") != settings:
         return replace(reason, must_train=True, text=_settings_sentence(root, pipeline, newest))
     if pipeline.retrain.when == "always":
         return replace(reason, must_train=True, text="retrain.when is always")

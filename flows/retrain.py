@@ -22,7 +22,7 @@ from flows.pipelines import Pipeline
 from flows.reason import Reason, divergence
 from flows.releases import ancestry, card, registry, release
 from flows.releases.gate import Verdict
-from flows.releases.lineage import lineage
+from flows.releases.lineage import lineage, settings_key
 from flows.releases.report import detail_rows, score_rows
 from flows.service import deployed, successes
 from flows.service.notify import NotifyConfig, tell_failure, tell_promotion
@@ -118,8 +118,7 @@ def retrain(
     root = state_root().create()
     try:
         with lock.hold(root.lock(asked.name), str(flow_run.id), asked.overlap):
-            resolved = asked.model_copy(update={"train": resolve(asked.train)})
-            state = _Retraining(resolved, root, force, sources_overridden or has_other_sources).run()
+            state = _Retraining(asked, root, force, sources_overridden or has_other_sources).run()
             successes.record(root, asked.name, state.name or "", str(flow_run.id))
             return state
     except lock.Held as held:
@@ -130,9 +129,10 @@ def retrain(
 class _Retraining:
     """One run of the flow: what was asked for, and what has been made so far."""
 
-    def __init__(self, pipeline: Pipeline, root: StateRoot, force: bool, sources_overridden: bool) -> None:
-        self.pipeline, self.root, self.force = pipeline, root, force
-        self.sources_overridden = sources_overridden
+    def __init__(self, asked: Pipeline, root: StateRoot, force: bool, sources_overridden: bool) -> None:
+        self.pipeline = asked.model_copy(update={"train": resolve(asked.train)})
+        self.settings = settings_key(asked)  # what `auto` stands for on this machine is not what was asked for
+        self.root, self.force, self.sources_overridden = root, force, sources_overridden
         self.changes: tuple[tuple[str, str], ...] = ()
         self.seconds: dict[str, float] = {}
 
@@ -150,7 +150,7 @@ class _Retraining:
         found = attempt.unfinished(self.root, self.pipeline, self.sources_overridden)
         if found is not None:
             get_run_logger().info("goes on with %s", found.run.path.name, extra={"step": "unfinished"})
-            reason = self.step("compare", lines.of_reason, tasks.compare, self.root, self.pipeline, found.snapshot)
+            reason = self.step("compare", lines.of_reason, tasks.compare, *self.compared(found.snapshot))
             self.note_changes(reason, found.tokens, found.snapshot)
         return found
 
@@ -158,7 +158,7 @@ class _Retraining:
         """A training on the text as it is now, prepared; or, in a sentence, why there is none."""
         pipeline, root = self.pipeline, self.root
         snapshot = self.step("ingest", lines.of_snapshot, tasks.ingest, pipeline.corpus, root.corpora, Path.cwd())
-        reason = self.step("compare", lines.of_reason, tasks.compare, root, pipeline, snapshot)
+        reason = self.step("compare", lines.of_reason, tasks.compare, *self.compared(snapshot))
         if not (reason.must_train or self.force or self.sources_overridden):
             return f"{reason.text}; --force trains again"
         start = ancestry.start_of(root, pipeline)
@@ -172,6 +172,9 @@ class _Retraining:
             return f"{pipeline.model_name} has a version already that learned exactly this; --force trains again"
         self.note_changes(reason, tokens, snapshot)
         return attempt.prepare(root, pipeline, snapshot, tokens, start, number, self.sources_overridden)
+
+    def compared(self, snapshot: Snapshot) -> tuple[StateRoot, Pipeline, str, Snapshot]:
+        return self.root, self.pipeline, self.settings, snapshot
 
     def note_changes(self, reason: Reason, tokens: Tokens, snapshot: Snapshot) -> None:
         self.changes = reason.changes
@@ -241,6 +244,7 @@ class _Retraining:
         made_from = (found.snapshot, found.tokens, found.run)
         origin = {
             **lineage(self.pipeline, *made_from, result, scores, found.ancestors),
+            "settings_key": self.settings,
             "prefect_flow_run_id": str(flow_run.id),
             "parent_version": None if champion is None else str(champion.version),
         }

@@ -124,6 +124,8 @@ class StateRoot:
             "MLFLOW_TRACKING_URI": self.tracking_uri,
             "PREFECT_HOME": str(self.prefect / "ephemeral"),
             "PREFECT_RUNNER_POLL_FREQUENCY": "2",
+            # Prefect forgets runs, with their logs and cards, after 90 days; by its own default it keeps them for ever.
+            "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": "events,flow_runs",
             # No database time-outs: on SQLite, Prefect 3.8 overrides them with 60 seconds. Its 503 under load is a read
             # transaction that turns to writing while another one writes, which SQLite refuses at once; clients retry.
         }

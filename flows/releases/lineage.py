@@ -63,7 +63,10 @@ def run_key(pipeline: Pipeline, tokens: Tokens, training_version: int, start_sha
 
 
 def settings_key(pipeline: Pipeline) -> str:
-    """Names what is asked for, apart from the text: where it differs, training again has a reason."""
+    """Names what is asked for, apart from the text: where it differs, training again has a reason.
+
+    An `auto` stays one here: another machine is no reason.
+    """
     return manifest.sha256_of(
         {
             "corpus": pipeline.corpus.model_dump(mode="json", exclude=_CORPUS_KEYS_OUTSIDE),
@@ -94,7 +97,6 @@ def lineage(
         "weights_sha256": result.weights_sha256,
         "parameters": num_parameters(run.weights),
         "run_key": run.config().run_key,
-        "settings_key": settings_key(pipeline),
         "started_from": ancestors[0]["uri"] if ancestors else None,
         "corpus_sha256": snapshot.sha256,
         "documents_sha256": manifest.sha256_of_file(snapshot.path / DOCUMENTS),

@@ -84,6 +84,14 @@ def test_renamed_and_reordered_text_is_no_change_and_always_needs_none(tiny: Pip
     assert (name, outcome.uri) == ("Kept champion", "models:/gpt-tiny/2")
 
 
+def test_another_number_of_cores_is_no_reason(tiny: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    auto = asking(tiny, train={"threads": "auto", "max_steps": 5})
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0})
+    run(auto)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
+    assert run(auto)[0] == "Skipped"
+
+
 def test_what_changed_in_the_text_is_said_with_numbers(tiny: Pipeline, project: Path, root: StateRoot) -> None:
     run(tiny)
     (project / "text" / "two.txt").write_text(prose(2, 500))

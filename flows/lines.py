@@ -50,6 +50,11 @@ def of_samples(samples: Path) -> str:
     return f"{len(written)} samples, longest verbatim copy {copied} characters"
 
 
+def of_plots(plots: Path) -> str:
+    """Where they are, from the working directory if they lie below it."""
+    return str(plots.relative_to(Path.cwd()) if plots.is_relative_to(Path.cwd()) else plots)
+
+
 def of_verdict(verdict: Verdict) -> str:
     """The verdict and its reason."""
     return f"{'promoted' if verdict.promoted else 'rejected'}: {verdict.reason}"

@@ -201,7 +201,7 @@ class _Retraining:
         text = (found.run, found.snapshot, found.tokens)
         evaluation = self.step("evaluate", lines.of_evaluation, tasks.evaluate, *text)
         samples = self.step("sample", lines.of_samples, tasks.sample, *text, self.pipeline.sample)
-        plots = self.step("plot", str, tasks.plot, found.run, evaluation)
+        plots = self.step("plot", lines.of_plots, tasks.plot, found.run, evaluation)
         scores = read_scores(evaluation)
         candidate = self.candidate(found, scores, result, mlflow_run_id)
         registered = (self.root, found.run, found.tokens, candidate)

@@ -310,7 +310,7 @@ def main() -> None:
     from gptcore.errors import GPTCoreError
 
     try:
-        cli(standalone_mode=False)
+        _command()
     except click.exceptions.Exit as done:
         sys.exit(done.exit_code)
     except click.Abort:
@@ -328,3 +328,20 @@ def main() -> None:
     except KeyboardInterrupt:
         click.echo("interrupted; the same command goes on from the last checkpoint", err=True)
         sys.exit(130)
+
+
+def _command() -> None:
+    try:
+        cli(standalone_mode=False)
+    except (click.ClickException, click.exceptions.Exit, click.Abort):
+        raise
+    except Exception as error:
+        # Only where MLflow has been imported can its errors, or Prefect's, have come up.
+        if "mlflow" not in sys.modules:
+            raise
+        from flows.faults import explained
+        from flows.state import state_root
+
+        if (ours := explained(error, state_root())) is None:
+            raise
+        raise ours from error

@@ -16,8 +16,9 @@ from prefect import State, flow, get_run_logger
 from prefect.runtime import flow_run
 from prefect.states import Completed
 
-from flows import attempt, lines, lock, tasks, tracking
+from flows import attempt, faults, lines, lock, tasks, tracking
 from flows.attempt import Attempt
+from flows.metrics import MetricsLog
 from flows.pipelines import Pipeline
 from flows.reason import Reason, divergence
 from flows.releases import ancestry, card, registry, release
@@ -117,7 +118,7 @@ def retrain(
     )
     root = state_root().create()
     try:
-        with lock.hold(root.lock(asked.name), str(flow_run.id), asked.overlap):
+        with faults.in_our_words(root), lock.hold(root.lock(asked.name), str(flow_run.id), asked.overlap):
             state = _Retraining(asked, root, force, sources_overridden or has_other_sources).run()
             successes.record(root, asked.name, state.name or "", str(flow_run.id))
             return state
@@ -275,6 +276,7 @@ class _Retraining:
         made = card.publish(self.root, done, self.changes or None)
         directories = [evaluation, done.samples, done.plots, *made]
         tracking.log_results(self.root, done.mlflow_run_id, _final_metrics(done.scores), directories)
+        MetricsLog(self.root, done.mlflow_run_id, done.run.metrics).send()  # what MLflow did not take before
         tags = {"verdict": outcome.verdict, "reason": outcome.reason}
         tracking.close_run(self.root, done.mlflow_run_id, "FINISHED", tags)
         self.seconds["report"] = round(time.perf_counter() - began, 2)

@@ -1,6 +1,5 @@
 """The steps of a retraining as Prefect tasks: a table of core functions, and which of their errors are tried again."""
 
-import errno
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
@@ -8,23 +7,20 @@ from prefect import Task, task
 from prefect.cache_policies import NO_CACHE
 
 from flows import training
+from flows.faults import is_transient
 from flows.reason import weigh
 from flows.releases import release
 from flows.releases.gate import judge
 from gptcore import corpus, data
-from gptcore.errors import SourceUnavailable
 from gptcore.judging import dossier
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def is_transient(_task: Any, _run: Any, state: Any) -> bool:
-    """Whether the error of a failed task may be gone in a moment. Wrong input, divergence and a full disk are not."""
-    error = state.result(raise_on_failure=False)
-    if isinstance(error, OSError):
-        return error.errno != errno.ENOSPC
-    return isinstance(error, SourceUnavailable | training.TrainerDied)
+def _is_tried_again(_task: Any, _run: Any, state: Any) -> bool:
+    # The trainer's deaths are not for Prefect to count: training.py starts it again while it gets further.
+    return is_transient(state.result(raise_on_failure=False))
 
 
 def _step(function: Callable[P, R], name: str) -> Task[P, R]:
@@ -35,7 +31,7 @@ def _step(function: Callable[P, R], name: str) -> Task[P, R]:
         persist_result=False,
         retries=2,
         retry_delay_seconds=[1, 4],
-        retry_condition_fn=is_transient,
+        retry_condition_fn=_is_tried_again,
     )(function)
 
 

@@ -1,7 +1,7 @@
 """MLflow runs: one per run key and attempt, found by its tags before anything is created.
 
-With registry.py the only place that talks to MLflow. A retry, or a run after a crash, finds the run of its key and goes
-on with it, so nothing is doubled; metrics carry the trainer's own timestamps.
+With metrics.py and registry.py the only place that talks to MLflow. A retry, or a run after a crash, finds the run of
+its key and goes on with it, so nothing is doubled.
 """
 
 import fcntl
@@ -14,28 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, Metric, Param, RunStatus, RunTag
+from mlflow.entities import Dataset, DatasetInput, Param, RunStatus, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 from flows.pipelines import RUNNING_KEYS, Pipeline
 from flows.state import StateRoot
 from gptcore.corpus import Snapshot
-from gptcore.learning.rundir import Metrics
 
-LOGGED = (
-    "loss",
-    "train_loss",
-    "val_loss",
-    "learning_rate",
-    "grad_norm",
-    "epoch",
-    "tokens_seen",
-    "tokens_per_second",
-    "memory_mb",
-)
-"""What of a line of metrics.jsonl becomes an MLflow metric."""
-_BATCH = 1000  # MLflow's limit on metrics per request
 _SYSTEM_METRICS_SECONDS = 5
 _CLOSING_PAUSES = (0.0, 0.5, 2.0)
 
@@ -97,27 +83,6 @@ def log_dataset(root: StateRoot, run_id: str, pipeline: Pipeline, snapshot: Snap
         profile=json.dumps({"documents": snapshot.documents, "blocks": snapshot.blocks, "bytes": snapshot.bytes}),
     )
     MlflowClient(root.tracking_uri).log_inputs(run_id, [DatasetInput(dataset)])
-
-
-class MetricsLog:
-    """Sends lines of metrics.jsonl to a run, each update once, however often a line is read."""
-
-    def __init__(self, root: StateRoot, run_id: str) -> None:
-        self.client = MlflowClient(root.tracking_uri)
-        self.run_id = run_id
-        history = self.client.get_metric_history(run_id, "loss")
-        self.last_step = max((metric.step for metric in history), default=0)
-
-    def send(self, lines: Sequence[Metrics]) -> None:
-        """Logs those lines that belong to updates not yet logged."""
-        new = [line for line in lines if line["step"] > self.last_step]
-        metrics = [
-            Metric(key, line[key], line["time_ms"], line["step"]) for line in new for key in LOGGED if key in line
-        ]
-        for begin in range(0, len(metrics), _BATCH):
-            self.client.log_batch(self.run_id, metrics=metrics[begin : begin + _BATCH])
-        if new:
-            self.last_step = new[-1]["step"]
 
 
 @contextmanager

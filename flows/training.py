@@ -4,6 +4,7 @@ The child's memory is its own, so an out-of-memory kill costs a retry and not th
 pipe: when this process is gone, the child saves and stops, so there are never two writers.
 """
 
+import logging
 import os
 import subprocess
 import sys
@@ -13,10 +14,15 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from uuid import UUID
 
+import httpx
+import psutil
+from prefect import get_run_logger
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.exceptions import PrefectException
 
 from flows import tracking
 from flows.command.console import active
+from flows.metrics import Following, MetricsLog
 from flows.state import StateRoot
 from gptcore.errors import GPTCoreError
 from gptcore.learning.rundir import STOPPED, Metrics, MetricsReader, Paused, Result, RunDirectory
@@ -24,10 +30,19 @@ from gptcore.learning.rundir import STOPPED, Metrics, MetricsReader, Paused, Res
 GRACE_SECONDS = 25.0
 """How long a stopped trainer may take to save. Prefect kills a cancelled flow run after 30 seconds."""
 _POLL_SECONDS = 0.25
+_MOST_DEATHS = 3
+_RESTART_SECONDS = 1.0
+_PROGRESS_SECONDS = 1.0
+_AWAY_SECONDS = 60.0
+_log = logging.getLogger(__name__)
 
 
 class TrainerDied(GPTCoreError):
     """The trainer ended without finishing and without saying why: killed, or out of memory. Starting it again helps."""
+
+
+class TrainerKeepsDying(GPTCoreError):
+    """The trainer died again and again without getting any further. Starting it once more would not help."""
 
 
 def train(run: RunDirectory, on_metrics: Callable[[list[Metrics]], None]) -> Result | Paused:
@@ -87,36 +102,84 @@ def _outcome(run: RunDirectory, code: int) -> Result | Paused:
     raise TrainerDied(f"the trainer {how}; its last words in {log}: {' '.join(last) or '(none)'}")
 
 
+def train_on(
+    run: RunDirectory, on_metrics: Callable[[list[Metrics]], None], warn: Callable[[str], None]
+) -> Result | Paused:
+    """`train`, which starts a trainer that died again, from its last checkpoint, as long as it gets further.
+
+    `warn` is told of each death. Raises TrainerKeepsDying, with a diagnosis, when it has died three times without
+    getting past a step.
+    """
+    furthest, deaths = -1, 0
+    while True:
+        try:
+            return train(run, on_metrics)
+        except TrainerDied as death:
+            lines = run.read_metrics()
+            step = lines[-1]["step"] if lines else 0
+            furthest, deaths = (step, 1) if step > furthest else (furthest, deaths + 1)
+            if deaths == _MOST_DEATHS:
+                raise TrainerKeepsDying(_diagnosis(furthest, lines, death)) from None
+            warn(f"after step {step} {death}. It starts again from its last checkpoint.")
+        time.sleep(_RESTART_SECONDS * deaths)
+
+
+def _diagnosis(step: int, lines: list[Metrics], death: TrainerDied) -> str:
+    held = f"It held {lines[-1]['memory_mb']:,.0f} MB after its last step" if lines else "It made no step"
+    machine = psutil.virtual_memory()
+    return (
+        f"the trainer died {_MOST_DEATHS} times without getting past step {step}; the last time {death}. {held}; this "
+        f"machine has {machine.total / 1e6:,.0f} MB, of which {machine.available / 1e6:,.0f} are available now. If "
+        "nobody kills it, memory is what it lacks: lower train.batch_size and raise train.accumulation as much, or "
+        "make the model smaller. The next run goes on from the last checkpoint."
+    )
+
+
 def train_tracked(root: StateRoot, run: RunDirectory, mlflow_run_id: str) -> Result | Paused:
-    """`train`, with the metrics going to the MLflow run, to a Prefect progress artifact and to the terminal's bar."""
-    log = tracking.MetricsLog(root, mlflow_run_id)
-    console = active()
-    with tracking.system_metrics(mlflow_run_id), console.bar() if console else nullcontext() as bar:
+    """`train_on`, shown while it lasts: metrics in the MLflow run, an artifact in Prefect, the terminal's bar."""
+    log = MetricsLog(root, mlflow_run_id, run.metrics)
+    console, logger = active(), get_run_logger()
+
+    def warn(text: str) -> None:
+        logger.warning("train: %s", text, extra={"step": "train"})
+
+    with tracking.system_metrics(mlflow_run_id), Following(log), console.bar() if console else nullcontext() as bar:
         artifact = ProgressArtifact(f"{run.path.name}-progress")
 
         def on_metrics(lines: list[Metrics]) -> None:
             if lines:
-                log.send(lines)
                 artifact.show(lines[-1])
                 if bar:
                     bar.show(lines[-1])
 
-        return train(run, on_metrics)
+        return train_on(run, on_metrics, warn)
 
 
 class ProgressArtifact:
-    """A progress bar in the Prefect UI, moved at most once a second."""
+    """A progress bar in the Prefect UI, moved at most once a second, and left alone for a while if Prefect is away."""
 
     def __init__(self, key: str) -> None:
-        created = create_progress_artifact(0.0, key=key, description="waiting for the first step")
-        assert isinstance(created, UUID), "tasks are synchronous, so this call is"
-        self.id = created
-        self.moved_at = 0.0
+        self.key = key
+        self.id: UUID | None = None
+        self.due = 0.0
 
     def show(self, line: Metrics) -> None:
-        """Moves the bar to the newest update."""
-        if time.monotonic() - self.moved_at < 1.0 and line["progress"] < 1.0:
+        """Moves the bar to the newest update. The training does not depend on whether it moves."""
+        if time.monotonic() < self.due and line["progress"] < 1.0:
             return
-        self.moved_at = time.monotonic()
         text = f"step {line['step']:,} · loss {line['loss']:.3f} · {line['tokens_per_second']:,.0f} tokens/s"
-        update_progress_artifact(self.id, 100.0 * line["progress"], description=text)
+        pause = _PROGRESS_SECONDS
+        try:
+            self._move(100.0 * line["progress"], text)
+        except (httpx.HTTPError, PrefectException) as error:
+            _log.warning("Prefect does not take the progress for now: %s", error)
+            pause = _AWAY_SECONDS
+        self.due = time.monotonic() + pause
+
+    def _move(self, percent: float, text: str) -> None:
+        if self.id is not None:
+            update_progress_artifact(self.id, percent, description=text)
+            return
+        created = create_progress_artifact(percent, key=self.key, description=text)
+        assert isinstance(created, UUID), "tasks are synchronous, so this call is"
+        self.id = created

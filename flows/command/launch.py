@@ -8,6 +8,7 @@ import json as json_module
 import logging
 import os
 import time
+from contextlib import suppress
 from dataclasses import asdict, replace
 from importlib import import_module
 from threading import Thread
@@ -36,7 +37,7 @@ def launch(pipeline: Pipeline, root: StateRoot, force: bool, json: bool, sources
     with console.terminal.status("starting Prefect and MLflow"):
         _start(root)
     seconds = {"start": round(time.perf_counter() - began, 2)}
-    with console.watching():
+    with console.watching(), import_module("flows.faults").in_our_words(root):
         outcome = _run(pipeline, force, sources_overridden)
     seconds |= {**outcome.seconds, "total": round(time.perf_counter() - began, 2)}
     outcome = replace(outcome, seconds=seconds)
@@ -80,7 +81,8 @@ def _start(root: StateRoot) -> None:
 
 def _import_and_open(root: StateRoot) -> None:
     import_module("flows.retrain")
-    import_module("flows.tracking").open_database(root)
+    with suppress(Exception):  # the flow will meet it again, and say what it is
+        import_module("flows.tracking").open_database(root)
 
 
 def _run(pipeline: Pipeline, force: bool, sources_overridden: bool) -> "Outcome":

@@ -224,8 +224,11 @@ class MetricsReader:
         self.offset = 0
         self.inode = 0
 
-    def new_lines(self) -> list[Metrics]:
-        """Lines completed since the last call. Starts over when a resumed training has replaced the file."""
+    def new_lines(self, most_bytes: int = -1) -> list[Metrics]:
+        """Lines completed since the last call, of at most so many bytes, which a line must fit in.
+
+        Starts over when a resumed training has replaced the file.
+        """
         if not self.path.exists():
             return []
         with self.path.open("rb") as file:
@@ -233,7 +236,7 @@ class MetricsReader:
             if inode != self.inode:
                 self.inode, self.offset = inode, 0
             file.seek(self.offset)
-            text = file.read()
+            text = file.read(most_bytes)
         complete = text[: text.rfind(b"\n") + 1]
         self.offset += len(complete)
         return [json.loads(line) for line in complete.splitlines()]

@@ -1,0 +1,71 @@
+"""What the world around a run does to it: which errors may be gone in a moment, and what others are called here.
+
+MLflow, Prefect and the operating system have error classes of their own. A user meets ours, which say what is wrong,
+where, and the cure.
+"""
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from shutil import disk_usage
+
+import httpx
+from mlflow.exceptions import MlflowException
+
+from flows.state import StateRoot
+from gptcore.errors import DiskFull, GPTCoreError, SourceUnavailable
+
+_AWAY = ("TEMPORARILY_UNAVAILABLE", "INTERNAL_ERROR", "REQUEST_LIMIT_EXCEEDED")
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+_SQLITE_IS_FULL = "database or disk is full"
+_KEPT = "Nothing that was complete is lost: the same command goes on."
+
+
+class Away(GPTCoreError):
+    """MLflow or Prefect does not answer."""
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether the error may be gone in a moment. Wrong input, divergence and a full disk are not."""
+    if is_disk_full(error):
+        return False
+    return isinstance(error, OSError | SourceUnavailable) or is_mlflow_away(error)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether there was no room for what was to be written, as the system, SQLite or our own code says it."""
+    by_number = isinstance(error, OSError) and error.errno in _NO_ROOM
+    return by_number or isinstance(error, DiskFull) or _SQLITE_IS_FULL in str(error)
+
+
+def is_mlflow_away(error: BaseException) -> bool:
+    """Whether MLflow's server or database did not answer, as opposed to answering that it will not."""
+    return isinstance(error, MlflowException) and error.error_code in _AWAY
+
+
+@contextmanager
+def in_our_words(root: StateRoot) -> Iterator[None]:
+    """Raises as one of our classes what the world does to a run."""
+    try:
+        yield
+    except Exception as error:
+        if (ours := explained(error, root)) is None:
+            raise
+        raise ours from error
+
+
+def explained(error: Exception, root: StateRoot) -> GPTCoreError | None:
+    """The error as one of ours; None where it is one already, or where nobody but us is to blame."""
+    said = str(error).strip().partition("\n")[0].rstrip(".")
+    if isinstance(error, GPTCoreError):
+        return None
+    if is_disk_full(error):
+        where = getattr(error, "filename", None) or root.path
+        free = disk_usage(root.path).free
+        return DiskFull(f"the disk is full: {where} could not be written, {free:,} bytes are free. Free space. {_KEPT}")
+    if is_mlflow_away(error):
+        cure = "Start its server, or wait until nothing locks its database"
+        return Away(f"MLflow at {root.tracking_uri} does not answer: {said}. {cure}. {_KEPT}")
+    if isinstance(error, httpx.HTTPError):
+        return Away(f"Prefect does not answer: {said}. Start its server. {_KEPT}")
+    return None

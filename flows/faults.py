@@ -5,12 +5,14 @@ where, and the cure.
 """
 
 import errno
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from shutil import disk_usage
 
 import httpx
 from mlflow.exceptions import MlflowException
+from prefect.exceptions import PrefectException
 
 from flows.state import StateRoot
 from gptcore.errors import DiskFull, GPTCoreError, SourceUnavailable
@@ -18,11 +20,18 @@ from gptcore.errors import DiskFull, GPTCoreError, SourceUnavailable
 _AWAY = ("TEMPORARILY_UNAVAILABLE", "INTERNAL_ERROR", "REQUEST_LIMIT_EXCEEDED")
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _SQLITE_IS_FULL = "database or disk is full"
+_log = logging.getLogger(__name__)
 _KEPT = "Nothing that was complete is lost: the same command goes on."
 
 
-class Away(GPTCoreError):
-    """MLflow or Prefect does not answer."""
+class MLflowAway(GPTCoreError):
+    """MLflow's server is down, or its database is locked."""
+
+
+class PrefectAway(GPTCoreError):
+    """Prefect's server does not answer."""
+
+    ends_at_once = True  # what Prefect's client has left to send, it would go on trying to send for minutes
 
 
 def is_transient(error: BaseException) -> bool:
@@ -54,6 +63,15 @@ def in_our_words(root: StateRoot) -> Iterator[None]:
         raise ours from error
 
 
+@contextmanager
+def only_shown(what: str) -> Iterator[None]:
+    """Goes on, with a warning, if Prefect does not take what it would only show."""
+    try:
+        yield
+    except (httpx.HTTPError, PrefectException) as error:
+        _log.warning("Prefect does not take %s: %s", what, error)
+
+
 def explained(error: Exception, root: StateRoot) -> GPTCoreError | None:
     """The error as one of ours; None where it is one already, or where nobody but us is to blame."""
     said = str(error).strip().partition("\n")[0].rstrip(".")
@@ -65,7 +83,7 @@ def explained(error: Exception, root: StateRoot) -> GPTCoreError | None:
         return DiskFull(f"the disk is full: {where} could not be written, {free:,} bytes are free. Free space. {_KEPT}")
     if is_mlflow_away(error):
         cure = "Start its server, or wait until nothing locks its database"
-        return Away(f"MLflow at {root.tracking_uri} does not answer: {said}. {cure}. {_KEPT}")
+        return MLflowAway(f"MLflow at {root.tracking_uri} does not answer: {said}. {cure}. {_KEPT}")
     if isinstance(error, httpx.HTTPError):
-        return Away(f"Prefect does not answer: {said}. Start its server. {_KEPT}")
+        return PrefectAway(f"Prefect does not answer: {said}. Start its server. {_KEPT}")
     return None

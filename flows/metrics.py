@@ -35,7 +35,7 @@ _LINES = 1000 // len(LOGGED)
 _PIECE_BYTES = 1024 * 1024
 _POLL_SECONDS = 0.5
 _LONGEST_PAUSE_SECONDS = 30.0
-_END_SECONDS = 60.0
+_END_SECONDS = 10.0
 _HURRIED_END_SECONDS = 3.0
 _log = logging.getLogger(__name__)
 
@@ -79,8 +79,8 @@ def _points(lines: Iterable[Metrics]) -> Iterator[Metric]:
 class Following:
     """While this context lasts, a thread sends what the training writes. MLflow may come and go.
 
-    The training does not wait for MLflow; the end of the context does, for a minute, or for seconds if it ends by an
-    error. What is still missing then, whoever reports the run sends.
+    The training does not wait for MLflow; the end of the context does, for some seconds. What is still missing then,
+    whoever reports the run sends.
     """
 
     def __init__(self, log: MetricsLog) -> None:

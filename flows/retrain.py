@@ -241,13 +241,11 @@ class _Retraining:
         check_sizes(tokens, context, train.stride or context, train.batch_size * train.accumulation)
 
     def candidate(self, found: Attempt, scores: Scores, result: Result, mlflow_run_id: str) -> release.Candidate:
-        champion = registry.champion_of(self.root, self.pipeline.model_name)
         made_from = (found.snapshot, found.tokens, found.run)
         origin = {
             **lineage(self.pipeline, *made_from, result, scores, found.ancestors),
             "settings_key": self.settings,
             "prefect_flow_run_id": str(flow_run.id),
-            "parent_version": None if champion is None else str(champion.version),
         }
         return release.Candidate(self.pipeline.model_name, found.run_key, found.number, mlflow_run_id, origin)
 

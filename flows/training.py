@@ -4,23 +4,21 @@ The child's memory is its own, so an out-of-memory kill costs a retry and not th
 pipe: when this process is gone, the child saves and stops, so there are never two writers.
 """
 
-import logging
 import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from uuid import UUID
 
-import httpx
 import psutil
 from prefect import get_run_logger
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
-from prefect.exceptions import PrefectException
 
-from flows import tracking
+from flows import faults, tracking
 from flows.command.console import active
 from flows.metrics import Following, MetricsLog
 from flows.state import StateRoot
@@ -34,7 +32,6 @@ _MOST_DEATHS = 3
 _RESTART_SECONDS = 1.0
 _PROGRESS_SECONDS = 1.0
 _AWAY_SECONDS = 60.0
-_log = logging.getLogger(__name__)
 
 
 class TrainerDied(GPTCoreError):
@@ -105,33 +102,33 @@ def _outcome(run: RunDirectory, code: int) -> Result | Paused:
 def train_on(
     run: RunDirectory, on_metrics: Callable[[list[Metrics]], None], warn: Callable[[str], None]
 ) -> Result | Paused:
-    """`train`, which starts a trainer that died again, from its last checkpoint, as long as it gets further.
+    """`train`, which starts a trainer that died again, from its last checkpoint, as long as checkpoints come.
 
-    `warn` is told of each death. Raises TrainerKeepsDying, with a diagnosis, when it has died three times without
-    getting past a step.
+    `warn` is told of each death. Raises TrainerKeepsDying, with a diagnosis, at the third death since one checkpoint.
     """
-    furthest, deaths = -1, 0
+    deaths: Counter[int] = Counter()
     while True:
         try:
             return train(run, on_metrics)
         except TrainerDied as death:
-            lines = run.read_metrics()
-            step = lines[-1]["step"] if lines else 0
-            furthest, deaths = (step, 1) if step > furthest else (furthest, deaths + 1)
-            if deaths == _MOST_DEATHS:
-                raise TrainerKeepsDying(_diagnosis(furthest, lines, death)) from None
-            warn(f"after step {step} {death}. It starts again from its last checkpoint.")
-        time.sleep(_RESTART_SECONDS * deaths)
+            saved = run.saved_step()
+            deaths[saved] += 1
+            if deaths[saved] == _MOST_DEATHS:
+                raise TrainerKeepsDying(_diagnosis(run, saved, death)) from None
+            warn(f"{death}. It starts again from step {saved}.")
+        time.sleep(_RESTART_SECONDS)
 
 
-def _diagnosis(step: int, lines: list[Metrics], death: TrainerDied) -> str:
-    held = f"It held {lines[-1]['memory_mb']:,.0f} MB after its last step" if lines else "It made no step"
+def _diagnosis(run: RunDirectory, saved: int, death: TrainerDied) -> str:
+    lines = run.read_metrics()
+    last = f"after step {lines[-1]['step']}, holding {lines[-1]['memory_mb']:,.0f} MB" if lines else "before any step"
     machine = psutil.virtual_memory()
     return (
-        f"the trainer died {_MOST_DEATHS} times without getting past step {step}; the last time {death}. {held}; this "
-        f"machine has {machine.total / 1e6:,.0f} MB, of which {machine.available / 1e6:,.0f} are available now. If "
-        "nobody kills it, memory is what it lacks: lower train.batch_size and raise train.accumulation as much, or "
-        "make the model smaller. The next run goes on from the last checkpoint."
+        f"the trainer died {_MOST_DEATHS} times between its checkpoint at step {saved} and the next one, this time "
+        f"{last}: {death}. This machine has {machine.total / 1e6:,.0f} MB, of which {machine.available / 1e6:,.0f} are "
+        "available now. If nobody kills it, memory is what it lacks: lower train.batch_size and raise "
+        "train.accumulation as much, or make the model smaller. If it is killed now and then, save more often: "
+        "train.checkpoint_seconds. The next run goes on from the checkpoint."
     )
 
 
@@ -167,16 +164,14 @@ class ProgressArtifact:
         """Moves the bar to the newest update. The training does not depend on whether it moves."""
         if time.monotonic() < self.due and line["progress"] < 1.0:
             return
-        text = f"step {line['step']:,} · loss {line['loss']:.3f} · {line['tokens_per_second']:,.0f} tokens/s"
-        pause = _PROGRESS_SECONDS
-        try:
-            self._move(100.0 * line["progress"], text)
-        except (httpx.HTTPError, PrefectException) as error:
-            _log.warning("Prefect does not take the progress for now: %s", error)
-            pause = _AWAY_SECONDS
-        self.due = time.monotonic() + pause
+        self.due = time.monotonic() + _AWAY_SECONDS
+        with faults.only_shown("the progress"):
+            self._move(line)
+            self.due = time.monotonic() + _PROGRESS_SECONDS
 
-    def _move(self, percent: float, text: str) -> None:
+    def _move(self, line: Metrics) -> None:
+        percent = 100.0 * line["progress"]
+        text = f"step {line['step']:,} · loss {line['loss']:.3f} · {line['tokens_per_second']:,.0f} tokens/s"
         if self.id is not None:
             update_progress_artifact(self.id, percent, description=text)
             return

@@ -10,6 +10,8 @@ class GPTCoreError(Exception):
     """The root. `exit_code` is 2 where the user's input is wrong and 1 otherwise."""
 
     exit_code = 1
+    ends_at_once = False
+    """Whether a command ends without what libraries still want to do then."""
 
 
 class ConfigError(GPTCoreError):

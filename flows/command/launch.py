@@ -37,8 +37,8 @@ def launch(pipeline: Pipeline, root: StateRoot, force: bool, json: bool, sources
     with console.terminal.status("starting Prefect and MLflow"):
         _start(root)
     seconds = {"start": round(time.perf_counter() - began, 2)}
-    with console.watching(), import_module("flows.faults").in_our_words(root):
-        outcome = _run(pipeline, force, sources_overridden)
+    with console.watching():
+        outcome = _run(pipeline, root, force, sources_overridden)
     seconds |= {**outcome.seconds, "total": round(time.perf_counter() - began, 2)}
     outcome = replace(outcome, seconds=seconds)
     if json:
@@ -51,6 +51,8 @@ def quieten(root: StateRoot) -> None:
     """Sends what libraries log and warn to a file, so that the screen is ours. Call it before importing them."""
     os.environ.setdefault("MLFLOW_CONFIGURE_LOGGING", "false")
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+    os.environ.setdefault("PREFECT_INTERNAL_LOGGING_LEVEL", "CRITICAL")
+    logging.raiseExceptions = False  # a log that cannot be sent is no reason for a traceback
     handler = logging.FileHandler(root.logs / "libraries.log", delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s"))
     logging.getLogger().addHandler(handler)
@@ -85,21 +87,23 @@ def _import_and_open(root: StateRoot) -> None:
         import_module("flows.tracking").open_database(root)
 
 
-def _run(pipeline: Pipeline, force: bool, sources_overridden: bool) -> "Outcome":
+def _run(pipeline: Pipeline, root: StateRoot, force: bool, sources_overridden: bool) -> "Outcome":
+    from flows import faults
     from flows.retrain import Outcome, retrain
 
     sections = {name: getattr(pipeline, name) for name in SECTIONS}
-    state = retrain(
-        pipeline=pipeline.name,
-        model_name=pipeline.model_name,
-        **sections,
-        force=force,
-        sources_overridden=sources_overridden,
-        overlap=pipeline.overlap,
-        notify=pipeline.notify,
-        return_state=True,
-    )
-    outcome = state.result()
+    with faults.in_our_words(root):
+        state = retrain(
+            pipeline=pipeline.name,
+            model_name=pipeline.model_name,
+            **sections,
+            force=force,
+            sources_overridden=sources_overridden,
+            overlap=pipeline.overlap,
+            notify=pipeline.notify,
+            return_state=True,
+        )
+        outcome = state.result()
     assert isinstance(outcome, Outcome), "the flow returns a state that carries its outcome"
     return outcome
 

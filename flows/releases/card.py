@@ -15,7 +15,7 @@ from typing import Any
 
 from prefect.artifacts import create_markdown_artifact
 
-from flows import tracking
+from flows import faults, tracking
 from flows.pipelines import Pipeline
 from flows.releases import registry
 from flows.releases.gate import Verdict
@@ -54,8 +54,9 @@ def publish(root: StateRoot, done: Retrained, changes: Rows | None = None) -> li
     comparison = _comparison(done)
     card = _card(root, done, theirs, comparison, changes)
     key = "".join(c if c.isascii() and c.isalnum() else "-" for c in f"{done.pipeline.name}-card".lower())
-    create_markdown_artifact(page(card, _data_url), key=key, description=sentence(done.verdict, done.version))
     tracking.log_text(root, done.mlflow_run_id, page(card, _beside), "card.md")
+    with faults.only_shown("the card"):
+        create_markdown_artifact(page(card, _data_url), key=key, description=sentence(done.verdict, done.version))
     return [directory for directory in (theirs, comparison) if isinstance(directory, Path)]
 
 

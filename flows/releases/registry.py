@@ -26,7 +26,7 @@ SOURCES_OVERRIDDEN = "sources overridden"
 
 
 class RegistryError(GPTCoreError):
-    """A version's files are missing or damaged, or the registry does not answer."""
+    """A version's files are missing or damaged."""
 
 
 class UnknownVersion(GPTCoreError):
@@ -51,7 +51,7 @@ def champion_of(root: StateRoot, model_name: str) -> ModelVersion | None:
     except MlflowException as error:
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             return None
-        raise RegistryError(f"the registry at {root.tracking_uri} does not answer: {error}") from None
+        raise
 
 
 def resolve(root: StateRoot, uri: str) -> ModelVersion:

@@ -20,7 +20,7 @@ from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
 import gptcore
-from flows.releases.registry import BUNDLE, find
+from flows.releases.registry import BUNDLE, champion_of, find
 from flows.state import StateRoot
 from gptcore.bundle import write_bundle
 from gptcore.data import Tokens
@@ -58,12 +58,20 @@ def register(root: StateRoot, run: RunDirectory, tokens: Tokens, candidate: Cand
     if (found := find(root, candidate.model_name, candidate.run_key, candidate.attempt)) is not None:
         return str(found.version)
     mlflow.set_tracking_uri(root.tracking_uri)
-    tags = {**_tags(candidate.lineage), "run_key": candidate.run_key, "attempt": str(candidate.attempt)}
-    uri = _logged_model(root, candidate) or _log_model(run, tokens, candidate)
+    champion = champion_of(root, candidate.model_name)
+    lineage = {**candidate.lineage, "parent_version": None if champion is None else str(champion.version)}
+    tags = {**_tags(lineage), "run_key": candidate.run_key, "attempt": str(candidate.attempt)}
+    uri = _logged_model(root, candidate) or _log_model(run, tokens, candidate, lineage)
     client = MlflowClient(root.tracking_uri)
     with contextlib.suppress(MlflowException):  # it exists already
         client.create_registered_model(candidate.model_name)
-    created = client.create_model_version(candidate.model_name, uri, run_id=candidate.mlflow_run_id, tags=tags)
+    created = client.create_model_version(
+        candidate.model_name,
+        uri,
+        run_id=candidate.mlflow_run_id,
+        tags=tags,
+        model_id=uri.removeprefix("models:/"),  # a server takes no model without it
+    )
     return str(created.version)
 
 
@@ -104,8 +112,8 @@ def _logged_model(root: StateRoot, candidate: Candidate) -> str | None:
     return None
 
 
-def _log_model(run: RunDirectory, tokens: Tokens, candidate: Candidate) -> str:
-    origin = {**candidate.lineage, "mlflow_run_id": candidate.mlflow_run_id}
+def _log_model(run: RunDirectory, tokens: Tokens, candidate: Candidate, lineage: Mapping[str, Any]) -> str:
+    origin = {**lineage, "mlflow_run_id": candidate.mlflow_run_id}
     with tempfile.TemporaryDirectory() as temporary:
         bundle = Path(temporary) / BUNDLE
         bundle.mkdir()

@@ -184,6 +184,10 @@ class RunDirectory:
         kept = [line for line in self.read_metrics() if line["step"] <= step]
         _write_atomically(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
 
+    def saved_step(self) -> int:
+        """Updates completed at the newest checkpoint; 0 where there is none."""
+        return max((int(path.name.removeprefix("step-")) for path in self.checkpoints.glob("step-*")), default=0)
+
     def record_failure(self, error: GPTCoreError) -> None:
         """Leaves the reason for whoever started the trainer."""
         body = {"error": type(error).__name__, "message": str(error), "step": getattr(error, "step", None)}

@@ -1,0 +1,192 @@
+"""The whole flow with MLflow or Prefect away in the middle of it."""
+
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from mlflow import MlflowClient
+
+from flows.pipelines import SECTIONS, Pipeline
+from flows.retrain import retrain
+from flows.service.servers import answers
+from flows.state import StateRoot
+from gptcore.learning.rundir import RunDirectory
+from tests.flows.servers import begin, clean, free_ports, gptflow, wait_for
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+STEPS = 2500
+
+
+def run(pipeline: Pipeline, **train: object) -> tuple[str, str]:
+    """Name and message of the state that the flow ends in."""
+    asked = pipeline.model_copy(update={"train": pipeline.train.model_copy(update=train)})
+    sections = {name: getattr(asked, name) for name in SECTIONS}
+    state = retrain(asked.name, asked.model_name, **sections, return_state=True)
+    return str(state.name), str(state.message)
+
+
+def run_directory(root: StateRoot) -> RunDirectory:
+    (only,) = (root.path / "runs" / "tiny").glob("*-*")
+    return RunDirectory(only)
+
+
+def once(is_true: Callable[[], bool], act: Callable[[], None]) -> threading.Thread:
+    """Acts in a thread as soon as it becomes true. An error is nothing yet."""
+
+    def watch() -> None:
+        while True:
+            try:
+                if is_true():
+                    return act()
+            except (OSError, ValueError):
+                pass
+            time.sleep(0.02)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    return thread
+
+
+def has_begun(root: StateRoot) -> bool:
+    return len(run_directory(root).read_metrics()) > 20
+
+
+def is_trained(root: StateRoot) -> bool:
+    return run_directory(root).result() is not None
+
+
+def assert_one_whole_run(root: StateRoot, steps: int) -> None:
+    """One MLflow run that is finished, every update in it once and in order, and one version of the registry."""
+    client = MlflowClient(root.tracking_uri)
+    (only,) = client.search_runs([one.experiment_id for one in client.search_experiments()])
+    assert only.info.status == "FINISHED"
+    history = client.get_metric_history(only.info.run_id, "loss")
+    assert [metric.step for metric in history] == list(range(1, steps + 1))
+    times = [line["time_ms"] for line in run_directory(root).read_metrics()]
+    assert [metric.timestamp for metric in history] == times
+    assert len(client.search_model_versions("name = 'gpt-tiny'")) == 1
+
+
+# FAULTS 21
+@pytest.mark.usefixtures("prefect_server")
+def test_a_database_locked_for_half_a_minute_delays_what_is_logged_and_nothing_else(
+    tiny: Pipeline, root: StateRoot
+) -> None:
+    released: list[bool] = []
+
+    def lock() -> None:
+        connection = sqlite3.connect(root.path / "mlflow.db", isolation_level=None, timeout=30)
+        connection.execute("BEGIN EXCLUSIVE")
+        time.sleep(30)
+        released.append(is_trained(root))
+        connection.execute("ROLLBACK")
+        connection.close()
+
+    locking = once(lambda: has_begun(root), lock)
+    assert run(tiny, max_steps=STEPS)[0] == "Promoted"
+    locking.join()
+    assert released == [True], "the training did not wait for it"
+    assert_one_whole_run(root, STEPS)
+
+
+class Mlflow:
+    """An MLflow server that can be killed and started again."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory, (self.port,) = directory, free_ports(1)
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.start()
+
+    def start(self) -> None:
+        store = ["--backend-store-uri", f"sqlite:///{self.directory / 'server.db'}"]
+        files = ["--artifacts-destination", str(self.directory / "files"), "--workers", "1"]
+        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
+        with (self.directory / "mlflow.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [*command, *store, *files],
+                env=clean(),
+                cwd=self.directory,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        wait_for(lambda: answers(f"{self.uri}/health"), 120)
+
+    def kill(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.fixture
+def mlflow_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Mlflow]:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    directory = tmp_path / "server"
+    directory.mkdir()
+    server = Mlflow(directory)
+    yield server
+    server.kill()
+
+
+# FAULTS 21
+@pytest.mark.usefixtures("prefect_server")
+def test_a_tracking_server_that_dies_in_mid_training_gets_all_metrics_once_it_is_back(
+    tiny: Pipeline, root: StateRoot, mlflow_server: Mlflow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server.uri)
+
+    def restart() -> None:
+        mlflow_server.kill()
+        time.sleep(2)
+        mlflow_server.start()
+
+    restarting = once(lambda: has_begun(root), restart)
+    assert run(tiny, max_steps=STEPS)[0] == "Promoted"
+    restarting.join()
+    assert_one_whole_run(root, STEPS)
+
+
+# FAULTS 21
+@pytest.mark.usefixtures("prefect_server")
+def test_a_tracking_server_that_is_away_at_register_fails_the_run_and_the_next_one_registers_without_training(
+    tiny: Pipeline, root: StateRoot, mlflow_server: Mlflow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server.uri)
+    killing = once(lambda: is_trained(root), mlflow_server.kill)
+    name, message = run(tiny, max_steps=200)
+    killing.join()
+    assert name == "Failed" and "does not answer" in message and "the same command goes on" in message
+    trained_at = run_directory(root).weights.stat().st_mtime_ns
+    mlflow_server.start()
+    assert run(tiny, max_steps=200)[0] == "Promoted"
+    assert run_directory(root).weights.stat().st_mtime_ns == trained_at
+    assert_one_whole_run(root, 200)
+
+
+def test_a_training_whose_prefect_server_is_gone_ends_and_its_version_gets_its_verdict(project: Path) -> None:
+    """The client's side of Prefect carries the flow on; only what it should have been told is lost."""
+    root, (port,) = StateRoot(project / "mlruns"), free_ports(1)
+    url = f"http://127.0.0.1:{port}"
+    server = subprocess.Popen([sys.executable, "-m", "flows.service.temporary", str(port)], env=clean())
+    wait_for(lambda: answers(f"{url}/api/health"), 120)
+    settings = yaml.safe_load((project / "pipelines.yaml").read_text())
+    settings["pipelines"]["tiny"]["train"]["max_steps"] = STEPS
+    (project / "pipelines.yaml").write_text(yaml.safe_dump(settings))
+    log = project / "run.log"
+    environment = {"PREFECT_API_URL": f"{url}/api", "PREFECT_CLIENT_MAX_RETRIES": "1"}
+    process = begin(project, log, "run", "tiny", **environment)
+    once(lambda: has_begun(root), server.kill).join()
+    server.wait()
+    assert process.wait(200) == 1
+    said = log.read_text()
+    assert "Prefect does not answer" in said and "the same command goes on" in said and "Traceback" not in said
+    assert_one_whole_run(root, STEPS)
+    again = gptflow(project, "run", "tiny")
+    assert again.returncode == 0 and "nothing changed since version 1" in again.stdout, again.stderr

@@ -1,0 +1,73 @@
+"""A trainer that is killed under a living flow, as the kernel does when memory runs out."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from flows.command.prepare import prepare
+from flows.pipelines import Pipeline
+from flows.state import StateRoot
+from flows.training import TrainerKeepsDying, train_on
+from gptcore.learning.rundir import Result, RunDirectory
+
+pytestmark = pytest.mark.slow
+
+
+def prepared(tiny: Pipeline, root: StateRoot, path: Path, **train: object) -> RunDirectory:
+    asked = tiny.model_copy(update={"train": tiny.train.model_copy(update={"max_steps": 2000, **train})})
+    prepare(asked, root, path)
+    return RunDirectory(path)
+
+
+@contextmanager
+def killed_after(run: RunDirectory, lines: int, times: int) -> Iterator[list[int]]:
+    """While this holds, the trainer is killed when it has written so many lines since it started, so many times."""
+    killed: list[int] = []
+    is_over = threading.Event()
+
+    def kill() -> None:
+        while not is_over.wait(0.01) and len(killed) < times:
+            with suppress(OSError, ValueError):
+                pid = int((run.path / "lock").read_text())
+                if pid not in killed and len(run.read_metrics()) - run.saved_step() >= lines:
+                    os.kill(pid, signal.SIGKILL)
+                    killed.append(pid)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    try:
+        yield killed
+    finally:
+        is_over.set()
+        thread.join()
+
+
+def test_a_kill_for_want_of_memory_costs_one_start_from_the_last_checkpoint(
+    tiny: Pipeline, root: StateRoot, tmp_path: Path
+) -> None:
+    twin = train_on(prepared(tiny, root, tmp_path / "twin"), lambda _: None, print)
+    run = prepared(tiny, root, tmp_path / "killed", checkpoint_steps=100)
+    said: list[str] = []
+    with killed_after(run, lines=50, times=1) as killed:
+        result = train_on(run, lambda _: None, said.append)
+    assert len(killed) == len(said) == 1 and "was killed by signal 9" in said[0], said
+    assert isinstance(twin, Result) and isinstance(result, Result)
+    assert result.weights_sha256 == twin.weights_sha256
+    assert [line["step"] for line in run.read_metrics()] == list(range(1, 2001))
+
+
+def test_a_trainer_that_dies_three_times_at_one_place_is_given_up_with_a_diagnosis(
+    tiny: Pipeline, root: StateRoot, tmp_path: Path
+) -> None:
+    run = prepared(tiny, root, tmp_path / "run", checkpoint_steps=1000)
+    said: list[str] = []
+    with killed_after(run, lines=50, times=10) as killed, pytest.raises(TrainerKeepsDying) as given_up:
+        train_on(run, lambda _: None, said.append)
+    assert len(killed) == 3 and len(said) == 2
+    for part in ("died 3 times", "checkpoint at step 0", "killed by signal 9", "MB", "train.batch_size"):
+        assert part in str(given_up.value)

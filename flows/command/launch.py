@@ -26,6 +26,12 @@ if TYPE_CHECKING:
     from flows.retrain import Outcome
 
 
+class Interrupted(GPTCoreError):
+    """Somebody pressed Ctrl-C."""
+
+    exit_code = 130  # as a shell reports SIGINT
+
+
 def launch(pipeline: Pipeline, root: StateRoot, force: bool, json: bool, sources_overridden: bool = False) -> None:
     """Runs the retraining flow in this process and prints its outcome. Raises what the flow raised."""
     began = time.perf_counter()
@@ -37,8 +43,11 @@ def launch(pipeline: Pipeline, root: StateRoot, force: bool, json: bool, sources
     with console.terminal.status("starting Prefect and MLflow"):
         _start(root)
     seconds = {"start": round(time.perf_counter() - began, 2)}
-    with console.watching():
-        outcome = _run(pipeline, root, force, sources_overridden)
+    try:
+        with console.watching():
+            outcome = _run(pipeline, root, force, sources_overridden)
+    except KeyboardInterrupt:
+        raise Interrupted("interrupted. What was saved stays: the same command goes on from there.") from None
     seconds |= {**outcome.seconds, "total": round(time.perf_counter() - began, 2)}
     outcome = replace(outcome, seconds=seconds)
     if json:

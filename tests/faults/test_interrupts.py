@@ -1,0 +1,79 @@
+"""Ctrl-C, and Ctrl-C again, in a terminal in which `gptflow run` trains."""
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from mlflow import MlflowClient
+
+from flows.state import StateRoot
+from gptcore.learning.rundir import RunDirectory
+from tests.flows.servers import begin, gptflow, wait_for
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def training(project: Path) -> Iterator["subprocess.Popen[bytes]"]:
+    """`gptflow run tiny` that has written some updates of a long training."""
+    settings = yaml.safe_load((project / "pipelines.yaml").read_text())
+    settings["pipelines"]["tiny"]["train"] |= {"max_steps": 3000, "checkpoint_steps": 100}
+    (project / "pipelines.yaml").write_text(yaml.safe_dump(settings))
+    process = begin(project, project / "run.log", "run", "tiny")
+    wait_for(lambda: process.poll() is not None or steps(project) > 150, 120)
+    yield process
+    if process.poll() is None:
+        process.kill()
+
+
+def directory(project: Path) -> RunDirectory | None:
+    found = list((project / "mlruns" / "runs" / "tiny").glob("*-*"))
+    return RunDirectory(found[0]) if found else None
+
+
+def steps(project: Path) -> int:
+    run = directory(project)
+    return len(run.read_metrics()) if run else 0
+
+
+def trainer_of(project: Path) -> psutil.Process:
+    run = directory(project)
+    assert run is not None
+    return psutil.Process(int((run.path / "lock").read_text()))
+
+
+def assert_the_next_run_goes_on(project: Path, saved: int) -> None:
+    run = directory(project)
+    assert run is not None and run.saved_step() == saved
+    done = gptflow(project, "run", "tiny")
+    assert done.returncode == 0 and "promoted" in done.stdout, done.stderr
+    assert [line["step"] for line in run.read_metrics()] == list(range(1, 3001))
+    client = MlflowClient(StateRoot(project / "mlruns").tracking_uri)
+    (only,) = client.search_runs([one.experiment_id for one in client.search_experiments()])
+    history = client.get_metric_history(only.info.run_id, "loss")
+    assert [metric.step for metric in history] == list(range(1, 3001))
+
+
+def test_a_second_ctrl_c_ends_a_run_at_once_whose_trainer_cannot_save_and_what_was_saved_stays(
+    project: Path, training: "subprocess.Popen[bytes]"
+) -> None:
+    trainer, run = trainer_of(project), directory(project)
+    assert run is not None
+    trainer.suspend()
+    saved = run.saved_step()
+    training.send_signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        training.wait(3)
+    training.send_signal(signal.SIGINT)
+    assert training.wait(15) == 130
+    said = (project / "run.log").read_text()
+    assert "the same command goes on" in said and "Traceback" not in said, said
+    assert run.saved_step() == saved
+    os.kill(trainer.pid, signal.SIGKILL)
+    wait_for(lambda: not trainer.is_running(), 20)
+    assert_the_next_run_goes_on(project, saved)

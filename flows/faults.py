@@ -78,7 +78,7 @@ def explained(error: Exception, root: StateRoot) -> GPTCoreError | None:
     if isinstance(error, GPTCoreError):
         return None
     if is_disk_full(error):
-        where = getattr(error, "filename", None) or root.path
+        where = getattr(error, "filename2", None) or getattr(error, "filename", None) or root.path
         free = disk_usage(root.path).free
         return DiskFull(f"the disk is full: {where} could not be written, {free:,} bytes are free. Free space. {_KEPT}")
     if is_mlflow_away(error):

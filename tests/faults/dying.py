@@ -11,6 +11,7 @@ second and no kill can fall into imports.
 
 import errno
 import json
+import math
 import mmap
 import multiprocessing
 import os
@@ -20,7 +21,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
@@ -186,9 +187,10 @@ def _live(run: Path, fates: Mapping[str, str], log: Path) -> None:
     points = Points(run, fates, log.with_suffix(".board"))
     points.install()
     sys.argv = ["gptcore.train", str(run)]
+    began = time.monotonic()
     code = trainer.main()
     points.is_over = True
-    log.with_suffix(".json").write_text(json.dumps(points.passed))
+    log.with_suffix(".json").write_text(json.dumps({"passed": points.passed, "seconds": time.monotonic() - began}))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -204,8 +206,10 @@ class Life:
     """The newest point that it passed."""
     said: str
     """What it printed."""
-    passed: tuple[str, ...]
+    passed: Sequence[str] = ()
     """Every point, of a trainer that was not killed."""
+    seconds: float = math.nan
+    """From its beginning to its end, of a trainer that was not killed."""
 
     @property
     def was_killed(self) -> bool:
@@ -248,13 +252,9 @@ def _born(run: RunDirectory, fates: Mapping[str, str]) -> Iterator[tuple[BasePro
 
 def _life(process: BaseProcess, log: Path) -> Life:
     assert process.exitcode is not None
-    passed = log.with_suffix(".json")
-    return Life(
-        code=process.exitcode,
-        last=_newest(log),
-        said=log.with_suffix(".log").read_text(),
-        passed=tuple(json.loads(passed.read_text())) if passed.exists() else (),
-    )
+    record = log.with_suffix(".json")
+    whole = json.loads(record.read_text()) if record.exists() else {}
+    return Life(process.exitcode, _newest(log), log.with_suffix(".log").read_text(), **whole)
 
 
 def _newest(log: Path) -> str:

@@ -11,7 +11,6 @@ import random
 import re
 import sys
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -50,9 +49,9 @@ class Twin:
         self.root, self.tokens, self.settings = root / scenario.replace(" ", "-"), tokens, SCENARIOS[scenario]
         self.made = 0
         run = self.another()
-        began = time.monotonic()
-        points = list(dict.fromkeys(point for life in lives_to_its_end(run) for point in life.passed))
-        self.seconds = time.monotonic() - began
+        lives = list(lives_to_its_end(run))
+        self.seconds = max(life.seconds for life in lives)
+        points = list(dict.fromkeys(point for life in lives for point in life.passed))
         self.outcome = outcome(run)
         self.points = [*_with(points, self._points_of_a_resumption(points))]
 
@@ -126,6 +125,8 @@ def at_each(twin: Twin, points: Iterable[str], strike: Callable[[RunDirectory, s
     while left:
         run, later, is_new = twin.another(), [], True
         for point in left:
+            if is_new and point.startswith("resume"):  # there has to be something to resume
+                killed_at(run, "after update 1 begins")
             if _is_behind(run, point):
                 later.append(point)
             elif strike(run, point):
@@ -172,9 +173,11 @@ def kill_at_random_times(twin: Twin, kills: int, draw: random.Random, tally: Tal
     before = len(tally.fell)
     while len(tally.fell) < before + kills:
         run = twin.another()
-        for _ in range(min(5, before + kills - len(tally.fell))):
+        wanted = min(5, before + kills - len(tally.fell))
+        while wanted and run.result() is None:
             life = live_until(run, draw.uniform(0, twin.seconds))
             if life.was_killed:
+                wanted -= 1
                 tally.fell.append(life.last)
                 check_what_stands(run)
         for _ in lives_to_its_end(run):

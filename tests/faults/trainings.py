@@ -68,6 +68,7 @@ def prepare(path: Path, tokens: Tokens, start: bool = False, **train: Any) -> Ru
     weights = None
     if start:
         torch.manual_seed(5)
+        path.parent.mkdir(parents=True, exist_ok=True)
         weights = path.with_name("ancestor.safetensors")
         cfg = ModelConfig(**MODEL).for_vocabulary(tokens.n_vocab)
         save_file(GPTModel(cfg).state_dict(), weights)

@@ -28,6 +28,8 @@ from gptcore.learning.rundir import STOPPED, Metrics, MetricsReader, Paused, Res
 GRACE_SECONDS = 25.0
 """How long a stopped trainer may take to save. Prefect kills a cancelled flow run after 30 seconds."""
 _POLL_SECONDS = 0.25
+_ERROR = "error: "
+"""How the trainer begins what it says of an error that it knows."""
 _MOST_DEATHS = 3
 _RESTART_SECONDS = 1.0
 _PROGRESS_SECONDS = 1.0
@@ -94,9 +96,11 @@ def _outcome(run: RunDirectory, code: int) -> Result | Paused:
     if (failure := run.failure()) is not None:
         raise failure
     log = run.path / "trainer.log"
-    last = log.read_text(errors="replace").strip().splitlines()[-1:]
+    last = " ".join(log.read_text(errors="replace").strip().splitlines()[-1:])
+    if code > 0 and last.startswith(_ERROR):  # there was no room for failure.json
+        raise GPTCoreError(last.removeprefix(_ERROR))
     how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-    raise TrainerDied(f"the trainer {how}; its last words in {log}: {' '.join(last) or '(none)'}")
+    raise TrainerDied(f"the trainer {how}; its last words in {log}: {last or '(none)'}")
 
 
 def train_on(

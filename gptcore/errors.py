@@ -38,6 +38,10 @@ class CheckpointError(GPTCoreError):
     """A checkpoint or another committed directory is damaged, or belongs to another configuration."""
 
 
+class NewerFormat(CheckpointError):
+    """A newer release made it, in a format that this one does not know. It is not damaged."""
+
+
 class DiskFull(GPTCoreError):
     """A file could not be written for want of space. What was committed before is intact."""
 

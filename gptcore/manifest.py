@@ -4,6 +4,8 @@ Every step of the pipeline leaves a directory behind: a corpus snapshot, token f
 is filled under a temporary name beside its goal; its manifest (size and sha256 of every file) is written last; all of
 it is flushed to disk; and one rename commits it. A process killed in between leaves a `.tmp-` directory that nobody
 reads and that the next one sweeps up. No step needs clean-up code to be correct.
+
+    {"format": 7, "sha256": of this text without the digest, "files": {name: {"bytes", "sha256"}}, "about": {...}}
 """
 
 import contextlib
@@ -15,13 +17,17 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from gptcore.errors import CheckpointError, DiskFull
+from gptcore.errors import CheckpointError, DiskFull, NewerFormat
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 7
+"""What is written. One flipped bit makes no larger digit of a 7, and no 1: damage never passes for another format."""
+_UNSEALED = 1
+"""The only earlier format, without a checksum of the manifest itself. It is still read."""
 TEMPORARY = ".tmp-"
 """How the names of half-made directories begin."""
 _STALE_SECONDS = 24 * 3600
@@ -48,13 +54,21 @@ def staging(parent: Path) -> Iterator[Path]:
     parent.mkdir(parents=True, exist_ok=True)
     directory = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=parent))
     try:
-        yield directory
-    except Exception as error:
-        if _is_out_of_space(error):
-            raise DiskFull(_out_of_space(parent, directory)) from None
-        raise
+        with full_disk_named(directory):
+            yield directory
     finally:
         shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def full_disk_named(directory: Path) -> Iterator[None]:
+    """Turns the lack of space into DiskFull, with the bytes that `directory` holds so far and those that are free."""
+    try:
+        yield
+    except Exception as error:
+        if _is_out_of_space(error):
+            raise DiskFull(_out_of_space(directory)) from None
+        raise
 
 
 def _is_out_of_space(error: Exception) -> bool:
@@ -63,12 +77,12 @@ def _is_out_of_space(error: Exception) -> bool:
     return by_number or f"os error {errno.ENOSPC}" in str(error)
 
 
-def _out_of_space(parent: Path, directory: Path) -> str:
+def _out_of_space(directory: Path) -> str:
     written = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
-    free = shutil.disk_usage(parent).free
+    free = shutil.disk_usage(directory.parent).free
     return (
-        f"the disk that holds {parent} is full: more than the {written:,} bytes written so far are needed and {free:,} "
-        "are free. Nothing that was complete is lost. Free space, then run the same command again."
+        f"the disk that holds {directory.parent} is full: more than the {written:,} bytes written so far are needed "
+        f"and {free:,} are free. Nothing that was complete is lost. Free space, then run the same command again."
     )
 
 
@@ -79,13 +93,11 @@ def commit(staged: Path, goal: Path, about: Mapping[str, Any]) -> Path:
     from the same inputs: it stays, and what was staged is dropped by `staging`.
     """
     files = sorted(path for path in staged.rglob("*") if path.is_file())
-    listed = {
-        path.relative_to(staged).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
-        for path in files
-    }
-    body = {"format": FORMAT, "files": listed, "about": dict(about)}
-    (staged / MANIFEST).write_text(json.dumps(body, indent=1, allow_nan=False) + "\n")
-    for path in [*files, staged / MANIFEST, *(p for p in staged.rglob("*") if p.is_dir()), staged]:
+    with ThreadPoolExecutor() as threads:  # hashing keeps a core busy and flushing the disk
+        entries = list(threads.map(_flushed_entry, files))
+    listed = {path.relative_to(staged).as_posix(): entry for path, entry in zip(files, entries)}
+    (staged / MANIFEST).write_text(_sealed({"files": listed, "about": dict(about)}))
+    for path in [staged / MANIFEST, *(p for p in staged.rglob("*") if p.is_dir()), staged]:
         flush(path)
     staged.chmod(0o755)
     goal.parent.mkdir(parents=True, exist_ok=True)
@@ -96,6 +108,16 @@ def commit(staged: Path, goal: Path, about: Mapping[str, Any]) -> Path:
             raise
     flush(goal.parent)
     return goal
+
+
+def _flushed_entry(path: Path) -> dict[str, Any]:
+    flush(path)
+    return {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
+
+
+def _sealed(body: Mapping[str, Any]) -> str:
+    text = json.dumps({"format": FORMAT, "sha256": "", **body}, indent=1, allow_nan=False) + "\n"
+    return text.replace('"sha256": ""', f'"sha256": "{hashlib.sha256(text.encode()).hexdigest()}"', 1)
 
 
 def flush(path: Path) -> None:
@@ -137,16 +159,30 @@ def verify(directory: Path) -> dict[str, Any]:
 def _read(directory: Path) -> dict[str, Any]:
     path = directory / MANIFEST
     try:
-        body = json.loads(path.read_text())
-        if body["format"] != FORMAT:
-            raise CheckpointError(f"{path} has format {body['format']}, this release reads format {FORMAT}.")
+        data = path.read_bytes()
+        body = json.loads(data)
+        if (number := body["format"]) > FORMAT:
+            raise NewerFormat(
+                f"{path} has format {number}, this release reads formats {_UNSEALED} and {FORMAT}: a newer release "
+                "made it. Use that one."
+            )
+        if number != _UNSEALED:
+            _check_seal(data, body)
         if not isinstance(body["files"], dict) or not isinstance(body["about"], dict):
             raise TypeError("'files' and 'about' must be objects")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"{directory} has no {MANIFEST}: it was never completed.") from None
-    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+    except (ValueError, KeyError, TypeError, IsADirectoryError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from None
     return body
+
+
+def _check_seal(data: bytes, body: Mapping[str, Any]) -> None:
+    if body["format"] != FORMAT:
+        raise ValueError(f"there is no format {body['format']}")
+    digest = hashlib.sha256(data.replace(str(body["sha256"]).encode(), b"", 1)).hexdigest()
+    if digest != body["sha256"]:
+        raise ValueError(f"its text has sha256 {digest}, and says {body['sha256']}")
 
 
 def remove(directory: Path) -> None:
@@ -158,9 +194,12 @@ def remove(directory: Path) -> None:
 
 
 def sweep(parent: Path, older_than_seconds: float = _STALE_SECONDS) -> None:
-    """Removes what killed processes left half-made inside `parent`: temporary directories of a certain age."""
+    """Removes what killed processes left half-made inside `parent`, from a certain age on."""
     for leftover in stale(parent, older_than_seconds):
-        shutil.rmtree(leftover, ignore_errors=True)
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
 
 
 def stale(parent: Path, older_than_seconds: float = _STALE_SECONDS) -> list[Path]:

@@ -1,4 +1,7 @@
-"""Where the fixtures are, and the order of the tests: with several workers the longest files begin first."""
+"""Where the fixtures are, in which order tests run, and what is told of their kills.
+
+With several workers the longest files begin first, so that all end at the same time.
+"""
 
 import pytest
 
@@ -10,3 +13,11 @@ LONGEST = ("test_soak.py", "test_three_nights.py", "test_browser.py", "test_up.p
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Stable: otherwise the order stays."""
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Shows what tests recorded as their kills: how many, and where they fell."""
+    for report in terminalreporter.stats.get("passed", []):
+        for name, value in getattr(report, "user_properties", []):
+            if name == "kills":
+                terminalreporter.write_line(f"{report.nodeid.rpartition('::')[2]}: {value}")

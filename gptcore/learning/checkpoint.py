@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gptcore import manifest
-from gptcore.errors import CheckpointError
+from gptcore.errors import CheckpointError, NewerFormat
 
 if TYPE_CHECKING:
     from gptcore.train import TrainState
@@ -44,20 +44,21 @@ def restore(checkpoints: Path, state: "TrainState", identity: dict[str, Any]) ->
     """Brings `state` to the newest valid checkpoint and returns True, or returns False if there never was one.
 
     Each damaged checkpoint is named in a warning, passed over, and removed once an older one is loaded: it would stand
-    where training saves again, and count among those that are kept. Raises CheckpointError if all are damaged, if the
-    newest valid one belongs to another training, naming the key that differs and both values, or if it holds files of
-    another kind, such as pickles, which are not read.
+    where training saves again, and count among those that are kept. Raises CheckpointError if nothing that is there can
+    be used, if the newest valid one belongs to another training, naming the key that differs and both values, if a
+    newer release made it, or if it holds files of another kind, such as pickles, which are not read.
     """
-    found = sorted(checkpoints.glob("step-*"), reverse=True)
     damaged = []
-    for directory in found:
+    for directory in sorted(checkpoints.glob("step-*"), reverse=True):
         try:
             about = manifest.verify(directory)
+        except NewerFormat:
+            raise
         except CheckpointError as error:
             warnings.warn(f"checkpoint passed over: {error}", stacklevel=2)
             damaged.append(directory)
             continue
-        _compare(directory, about["identity"], identity)
+        _compare(directory, about.get("identity", {}), identity)
         try:
             _load(directory, state, about["counters"])
         except SafetensorError as error:
@@ -65,10 +66,10 @@ def restore(checkpoints: Path, state: "TrainState", identity: dict[str, Any]) ->
         for passed_over in damaged:
             manifest.remove(passed_over)
         return True
-    if found:
+    if unusable := sorted(path.name for path in checkpoints.glob("[!.]*")):
         raise CheckpointError(
-            f"none of the {len(found)} checkpoints in {checkpoints} can be used, and training does not start over. "
-            "Restore one from a backup, or remove the directory to train from the beginning."
+            f"none of what is in {checkpoints} ({', '.join(unusable)}) can be used, and training does not start over. "
+            "Restore a checkpoint from a backup, or remove the directory to train from the beginning."
         )
     return False
 

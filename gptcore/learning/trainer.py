@@ -40,6 +40,8 @@ from gptcore.train import (
     training,
 )
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
 
 class Stop:
     """A request to stop after the current update. Signal handlers and the parent's watcher only set this flag."""
@@ -48,8 +50,8 @@ class Stop:
         self.reason: str | None = None
 
     def on_signals(self) -> "Stop":
-        """Listens to SIGTERM and SIGINT."""
-        for number in (signal.SIGTERM, signal.SIGINT):
+        """Listens to SIGTERM and SIGINT. A second one of them ends the process at once, saving nothing more."""
+        for number in SIGNALS:
             signal.signal(number, self._signalled)
         return self
 
@@ -60,6 +62,8 @@ class Stop:
 
     def _signalled(self, number: int, _: Any) -> None:
         self.reason = self.reason or signal.Signals(number).name
+        for each in SIGNALS:  # by the system, so that it also ends a long write; what is not committed does not count
+            signal.signal(each, signal.SIG_DFL)
 
     def _wait_for_end_of_input(self) -> None:
         while os.read(0, 1):
@@ -71,8 +75,8 @@ def train_directory(path: Path, stop: Stop) -> Result | None:
     """Trains the run directory to its end and returns the result, or None if it saved and stopped before that.
 
     It stops when `stop` asks for it, or when its session is over, which is left in paused.json. A finished directory
-    returns its result at once. Raises ConfigError, CorpusError, CheckpointError or
-    TrainingDiverged; the reason is left in failure.json too.
+    returns its result at once. Raises ConfigError, CorpusError, CheckpointError, DiskFull or TrainingDiverged; the
+    reason is left in failure.json too.
     """
     directory = RunDirectory(path)
     config = directory.config()
@@ -80,8 +84,11 @@ def train_directory(path: Path, stop: Stop) -> Result | None:
         manifest.sweep(path, older_than_seconds=0)
         directory.forget_ending()
         try:
-            if (result := directory.result()) is None:
-                result = _Training.resumed(directory, config).run(stop)
+            with manifest.full_disk_named(path):
+                if (result := directory.result()) is None:
+                    result = _Training.resumed(directory, config).run(stop)
+                else:  # of a trainer that was killed before it removed them
+                    checkpoint.prune(directory.checkpoints, keep=0)
         except GPTCoreError as error:
             directory.record_failure(error)
             raise

@@ -138,9 +138,17 @@ DAMAGES = {
     "cut manifest": (lambda goal: os.truncate(goal / "manifest.json", 40), "manifest.json is damaged"),
     "binary manifest": (lambda goal: (goal / "manifest.json").write_bytes(b"\xff\xfe"), "manifest.json is damaged"),
     "foreign JSON": (lambda goal: (goal / "manifest.json").write_text("[]"), "manifest.json is damaged"),
-    "another format": (
+    "a newer format": (
         lambda goal: (goal / "manifest.json").write_text('{"format": 99}'),
-        "has format 99, this release reads format 1",
+        "has format 99, this release reads formats 1 and 7: a newer release made it",
+    ),
+    "a format that never was": (
+        lambda goal: (goal / "manifest.json").write_text('{"format": 5}'),
+        "manifest.json is damaged: there is no format 5",
+    ),
+    "altered manifest": (
+        lambda goal: (goal / "manifest.json").write_text((goal / "manifest.json").read_text().replace("test", "text")),
+        "manifest.json is damaged: its text has sha256",
     ),
 }
 
@@ -150,6 +158,16 @@ def test_damage_is_found_and_named(committed, damage):
     harm, said = DAMAGES[damage]
     harm(committed)
     with pytest.raises(CheckpointError, match=said):
+        manifest.verify(committed)
+
+
+def test_a_directory_of_the_earlier_format_is_read(committed):
+    path = committed / "manifest.json"
+    body = json.loads(path.read_text())
+    path.write_text(json.dumps({"format": 1, "files": body["files"], "about": body["about"]}, indent=1) + "\n")
+    assert manifest.verify(committed) == manifest.about(committed) == {"kind": "test"}
+    flip_bit(committed / "a.bin")
+    with pytest.raises(CheckpointError, match=r"a\.bin has sha256"):
         manifest.verify(committed)
 
 
@@ -185,6 +203,12 @@ def test_sweeping_leaves_young_temporary_directories_and_committed_ones_alone(co
     os.utime(old, (0, 0))
     manifest.sweep(committed.parent)
     assert sorted(committed.parent.iterdir()) == [young, committed]
+
+
+def test_half_written_files_are_swept_too(tmp_path):
+    (tmp_path / ".tmp-metrics.jsonl").write_text("{")
+    manifest.sweep(tmp_path, older_than_seconds=0)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_equal_values_have_equal_hashes_whatever_the_order_of_their_keys():

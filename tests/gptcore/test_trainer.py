@@ -1,13 +1,7 @@
-"""The trainer of a run directory: however often it is interrupted, it ends as its never-interrupted twin does."""
+"""The trainer of a run directory: however often it is stopped, it ends as its twin does. That it is killed: faults/."""
 
-import contextlib
 import json
-import os
-import pickle
 import random
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,9 +11,9 @@ from gptcore import manifest
 from gptcore.config import CorpusConfig, RunConfig
 from gptcore.corpus import ingest
 from gptcore.data import Batches, load_tokens, tokenize
-from gptcore.errors import CheckpointError, ConfigError, CorpusError, GPTCoreError, TrainingDiverged
+from gptcore.errors import CheckpointError, ConfigError, CorpusError, GPTCoreError
 from gptcore.learning import trainer
-from gptcore.learning.rundir import STOPPED, RunDirectory
+from gptcore.learning.rundir import RunDirectory
 from gptcore.learning.trainer import Stop, train_directory
 from gptcore.train import TRAINING_VERSION
 
@@ -41,8 +35,6 @@ TRAIN = {
     "threads": 1,
 }
 MEASURED = {"tokens_per_second", "seconds", "memory_mb", "time_ms"}
-LONG = {**TRAIN, "max_steps": 400, "checkpoint_steps": None}
-"""Long enough that a signal always finds the training unfinished."""
 
 
 def write_text(path: Path, num_bytes: int) -> None:
@@ -91,23 +83,15 @@ def steps_per_epoch(tokens):
     return Batches(tokens.side("train"), 32, 32, 4, 2, 123).steps_per_epoch
 
 
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing is saved."""
-
-
 class StopAfter:
-    """Asks to stop, or kills, once update `step` is logged."""
+    """Asks to stop once update `step` is logged."""
 
-    def __init__(self, run: RunDirectory, step: int, kill: bool = False) -> None:
-        self.run, self.step, self.kill = run, step, kill
+    def __init__(self, run: RunDirectory, step: int) -> None:
+        self.run, self.step = run, step
 
     @property
     def reason(self):
-        if self.run.read_metrics()[-1]["step"] < self.step:
-            return None
-        if self.kill:
-            raise Killed
-        return "the test"
+        return None if self.run.read_metrics()[-1]["step"] < self.step else "the test"
 
 
 def finish(run):
@@ -116,12 +100,6 @@ def finish(run):
 
 def stop_after(run, step):
     assert train_directory(run.path, StopAfter(run, step)) is None
-    assert run.result() is None
-
-
-def kill_after(run, step):
-    with contextlib.suppress(Killed):
-        train_directory(run.path, StopAfter(run, step, kill=True))
     assert run.result() is None
 
 
@@ -135,12 +113,6 @@ def what_came_out(run):
 
 def checkpoints(run):
     return sorted(path.name for path in run.checkpoints.iterdir())
-
-
-def flip_bit(path):
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
 
 
 # One training from its beginning to its end.
@@ -221,7 +193,7 @@ def test_a_training_stopped_when_its_patience_is_at_an_end_makes_no_further_upda
     assert what_came_out(run) == what_came_out(twin)
 
 
-# Interrupted and run again.
+# Stopped and run again.
 
 
 @pytest.fixture(scope="module")
@@ -239,14 +211,13 @@ def twin(make, twin_outcome):
     return twin_outcome[0]
 
 
-@pytest.mark.parametrize("interrupt", [stop_after, kill_after])
 @pytest.mark.parametrize("where", ["first", "mid-epoch", "epoch border", "after the border", "last"])
-def test_an_interrupted_training_ends_as_its_twin_does(make, twin, steps_per_epoch, interrupt, where):
+def test_an_interrupted_training_ends_as_its_twin_does(make, twin, steps_per_epoch, where):
     assert 6 < steps_per_epoch < 20, "the run crosses the border of an epoch"
     border = steps_per_epoch
     step = {"first": 1, "mid-epoch": 6, "epoch border": border, "after the border": border + 1, "last": 21}[where]
     run = make()
-    interrupt(run, step)
+    stop_after(run, step)
     finish(run)
     assert what_came_out(run) == twin
 
@@ -255,34 +226,6 @@ def test_a_training_interrupted_after_every_few_updates_ends_as_its_twin_does(ma
     run = make()
     for step in (1, 2, 5, 11, 20):
         stop_after(run, step)
-        kill_after(run, step + 1)
-    finish(run)
-    assert what_came_out(run) == twin
-
-
-def test_a_kill_before_the_first_checkpoint_starts_over_with_clean_metrics(make, twin):
-    run = make()
-    kill_after(run, 3)
-    assert len(run.read_metrics()) == 3 and not run.checkpoints.exists()
-    finish(run)
-    assert what_came_out(run) == twin
-
-
-def test_a_death_while_the_result_is_committed_is_made_good(make, twin, monkeypatch):
-    run = make()
-
-    commit = manifest.commit
-
-    def dying(staged, goal, about):
-        if goal == run.final:
-            raise Killed
-        return commit(staged, goal, about)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(manifest, "commit", dying)
-        with pytest.raises(Killed):
-            finish(run)
-    assert run.result() is None
     finish(run)
     assert what_came_out(run) == twin
 
@@ -355,71 +298,11 @@ def test_a_directory_goes_on_in_sessions_of_another_length(make, twin):
 # What is refused.
 
 
-def test_a_second_trainer_on_the_same_directory_is_refused_with_the_pid_of_the_first(make):
-    run = make()
-    with run.lock(), pytest.raises(GPTCoreError, match=f"is being trained by process {os.getpid()}"):
-        finish(run)
-    assert run.failure() is None, "the failure file belongs to the one that holds the lock"
-
-
-def test_a_damaged_newest_checkpoint_is_passed_over_and_the_twin_still_reached(make, twin):
-    run = make()
-    stop_after(run, 10)
-    assert checkpoints(run) == ["step-00000008", "step-00000010"]
-    flip_bit(run.checkpoints / "step-00000010" / "model.safetensors")
-    with pytest.warns(UserWarning, match="checkpoint passed over: .*step-00000010"):
-        stop_after(run, 11)
-    assert checkpoints(run) == ["step-00000008", "step-00000011"]
-    finish(run)
-    assert what_came_out(run) == twin
-
-
-def test_a_checkpoint_without_manifest_on_the_way_is_replaced(make, twin):
-    run = make()
-    stop_after(run, 8)
-    (run.checkpoints / "step-00000008" / "manifest.json").unlink()
-    with pytest.warns(UserWarning, match="step-00000008 has no manifest.json"):
-        finish(run)
-    assert what_came_out(run) == twin
-
-
-def test_when_every_checkpoint_is_damaged_training_does_not_start_over(make):
-    run = make()
-    stop_after(run, 10)
-    for name in checkpoints(run):
-        flip_bit(run.checkpoints / name / "optimizer.safetensors")
-    with (
-        pytest.warns(UserWarning, match="passed over"),
-        pytest.raises(CheckpointError, match="none of the 2 checkpoints"),
-    ):
-        finish(run)
-    assert isinstance(run.failure(), CheckpointError)
-    assert len(run.read_metrics()) == 10, "nothing was dropped"
-
-
 def edit(run, section, key, value):
     path = run.path / "config.json"
     config = json.loads(path.read_text())
     (config[section] if section else config)[key] = value
     path.write_text(json.dumps(config))
-
-
-@pytest.mark.parametrize(
-    ("section", "key", "value", "said"),
-    [
-        ("train", "learning_rate", 0.02, r"train\.learning_rate is 0\.01 there and 0\.02 here"),
-        ("train", "seed", 7, r"train\.seed is 123 there and 7 here"),
-        ("model", "n_layers", 3, r"model\.n_layers is 2 there and 3 here"),
-        (None, "vocab_size", 300, r"model\.vocab_size is 257 there and 300 here"),
-    ],
-)
-def test_a_checkpoint_of_another_configuration_is_refused_with_key_and_both_values(make, section, key, value, said):
-    run = make()
-    stop_after(run, 2)
-    edit(run, section, key, value)
-    with pytest.raises(CheckpointError, match=said):
-        finish(run)
-    assert str(run.failure()).startswith(str(run.checkpoints))
 
 
 def test_how_often_checkpoints_are_saved_may_change_between_attempts(make, twin):
@@ -429,13 +312,6 @@ def test_how_often_checkpoints_are_saved_may_change_between_attempts(make, twin)
     edit(run, "train", "keep_checkpoints", 1)
     finish(run)
     assert what_came_out(run) == twin
-
-
-def test_other_tokens_than_the_configured_ones_are_refused_with_both_identities(make, tokens):
-    run = make()
-    edit(run, None, "tokens_sha256", "ef" * 32)
-    with pytest.raises(CheckpointError, match=f"has identity {tokens.sha256}, config.json expects {'ef' * 32}"):
-        finish(run)
 
 
 def test_a_directory_of_another_training_version_is_refused_with_both_versions(make):
@@ -451,27 +327,6 @@ def test_a_directory_without_configuration_is_refused_and_left_as_it_is(tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-class Payload:
-    """Unpickling it creates a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
-def test_a_pickle_planted_in_a_checkpoint_is_not_executed(make, tmp_path, twin):
-    run = make()
-    stop_after(run, 10)
-    planted = run.checkpoints / "step-00000010" / "model.safetensors"
-    planted.write_bytes(pickle.dumps(Payload(tmp_path / "executed")))
-    with pytest.warns(UserWarning, match="passed over"):
-        finish(run)
-    assert not (tmp_path / "executed").exists()
-    assert what_came_out(run) == twin
-
-
 def test_a_corpus_that_is_too_small_is_refused_with_counts_and_the_reason_is_left(make, tokens):
     run = make(batch_size=512)
     count = load_tokens(tokens.path).counts["train"]
@@ -480,133 +335,8 @@ def test_a_corpus_that_is_too_small_is_refused_with_counts_and_the_reason_is_lef
     assert isinstance(run.failure(), CorpusError) and not run.metrics.exists()
 
 
-def test_a_diverging_training_is_ended_with_the_reason_and_registers_nothing(make):
-    run = make(learning_rate=10, warmup_steps=0, grad_clip=0, schedule="constant", model={**MODEL, "n_layers": 1})
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(trainer, "mean_loss", lambda *_: float("nan"))
-        with pytest.raises(TrainingDiverged, match="after update 1 are nan and nan"):
-            finish(run)
-    assert (run.failure().step, run.result()) == (1, None)
-
-
 def test_the_reason_of_a_failure_is_gone_after_the_next_attempt(make):
     run = make(max_steps=2)
     run.record_failure(GPTCoreError("earlier"))
     finish(run)
     assert run.failure() is None
-
-
-# Real processes.
-
-
-@contextlib.contextmanager
-def started(run, *options, stdin=subprocess.DEVNULL):
-    root = Path(trainer.__file__).parents[1]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "gptcore.train", str(run.path), *options]
-    pipes = {"stdin": stdin, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    process = subprocess.Popen(command, env=environment, text=True, **pipes)
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-        for pipe in filter(None, (process.stdin, process.stdout)):
-            pipe.close()
-
-
-def wait_for_updates(run, process, count):
-    while process.poll() is None and len(run.read_metrics()) < count:
-        time.sleep(0.01)
-    assert process.poll() is None, process.stdout.read()
-
-
-@pytest.fixture(scope="module")
-def long_outcome():
-    return []
-
-
-@pytest.fixture
-def long_twin(make, long_outcome):
-    if not long_outcome:
-        run = make("long-twin", **LONG)
-        finish(run)
-        long_outcome.append(what_came_out(run))
-    return long_outcome[0]
-
-
-def run_to_its_end(run):
-    with started(run) as process:
-        output, _ = process.communicate()
-    assert process.returncode == 0, output
-    return output
-
-
-def test_the_program_stops_and_saves_when_the_process_that_started_it_is_gone(make):
-    run = make(**LONG)
-    with started(run, "--stop-at-end-of-input", stdin=subprocess.PIPE) as process:
-        wait_for_updates(run, process, 3)
-        output, _ = process.communicate()
-    assert process.returncode == STOPPED, output
-    assert "stopped (the process that started it is gone) and saved" in output
-    assert checkpoints(run) == [f"step-{len(run.read_metrics()):08d}"]
-
-
-def test_a_program_whose_session_is_over_says_so_and_how_to_go_on(make):
-    run = make(**LONG, session_seconds=1e-9)
-    with started(run) as process:
-        output, _ = process.communicate()
-    assert process.returncode == STOPPED, output
-    assert "paused after update 1 (train.session_seconds: " in output
-    assert output.endswith("and saved: the same command goes on\n")
-    assert (run.paused().step, checkpoints(run)) == (1, ["step-00000001"])
-
-
-def test_the_program_answers_a_wrong_directory_without_a_traceback(make):
-    run = make()
-    edit(run, "train", "learning_rate", -1)
-    with started(run) as process:
-        output, _ = process.communicate()
-    assert process.returncode == 2
-    assert output.startswith(f"error: {run.path}/config.json: train.learning_rate: ") and "Traceback" not in output
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_program_told_to_stop_saves_and_its_next_start_ends_as_the_twin(make, long_twin, number):
-    run = make(**LONG)
-    with started(run) as process:
-        wait_for_updates(run, process, 3)
-        process.send_signal(number)
-        output, _ = process.communicate()
-    assert process.returncode == STOPPED, output
-    assert f"stopped ({number.name}) and saved" in output
-    assert checkpoints(run) == [f"step-{len(run.read_metrics()):08d}"]
-    assert "finished by max_steps after 400 updates" in run_to_its_end(run)
-    assert what_came_out(run) == long_twin
-
-
-@pytest.mark.slow
-def test_a_program_that_is_killed_again_and_again_ends_as_the_twin(make, long_twin):
-    run = make(**{**LONG, "checkpoint_steps": 1})
-    reached = 0
-    for more in (1, 40, 111):
-        with started(run) as process:
-            wait_for_updates(run, process, reached + more)
-            process.send_signal(signal.SIGKILL)
-            process.communicate()
-        assert process.returncode == -signal.SIGKILL and run.result() is None
-        reached = len(run.read_metrics())
-    run_to_its_end(run)
-    assert what_came_out(run) == long_twin
-
-
-@pytest.mark.slow
-def test_a_second_program_is_refused_while_the_first_one_trains(make):
-    run = make(**LONG)
-    with started(run) as first:
-        wait_for_updates(run, first, 1)
-        first.send_signal(signal.SIGSTOP)
-        with started(run) as second:
-            output, _ = second.communicate()
-        assert (second.returncode, f"by process {first.pid}" in output) == (1, True)

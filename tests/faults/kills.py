@@ -1,0 +1,225 @@
+"""Trainers killed at every named point and at random times, and compared with a twin that was never killed.
+
+    python -m tests.faults.kills --kills 200 --seed 1
+
+A share of the kills goes to each scenario of tests.faults.trainings, half of it to named points, half to random times.
+It prints where they fell, and ends with 1 if a killed training came out otherwise than its twin.
+"""
+
+import argparse
+import random
+import re
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gptcore import manifest
+from gptcore.data import Tokens
+from gptcore.learning.rundir import STOPPED, RunDirectory
+from tests.faults.dying import Life, live, live_until
+from tests.faults.trainings import SCENARIOS, make_tokens, outcome, prepare
+
+
+class Differs(AssertionError):
+    """A killed training did not end as its twin, or left what it should not."""
+
+
+@dataclass
+class Tally:
+    """The points at which trainers were killed."""
+
+    fell: list[str] = field(default_factory=list)
+    trainings: int = 0
+    """Ended, and compared with their twins."""
+
+    def __str__(self) -> str:
+        phases = Counter(re.sub(r" (begins|before|half-way).*| of update.*| \d+", "", point) for point in self.fell)
+        where = ", ".join(f"{phase} ({count})" for phase, count in phases.most_common())
+        return f"{len(self.fell)} kills in {self.trainings} trainings, each ending as its twin; they fell into {where}"
+
+
+class Twin:
+    """A scenario's training that was never killed: what came out, and every point that it passed."""
+
+    def __init__(self, root: Path, scenario: str, tokens: Tokens) -> None:
+        self.root, self.tokens, self.settings = root / scenario.replace(" ", "-"), tokens, SCENARIOS[scenario]
+        self.made = 0
+        run = self.another()
+        lives = list(lives_to_its_end(run))
+        self.seconds = max(life.seconds for life in lives)
+        points = list(dict.fromkeys(point for life in lives for point in life.passed))
+        self.outcome = outcome(run)
+        self.points = [*_with(points, self._points_of_a_resumption(points))]
+
+    def another(self) -> RunDirectory:
+        """A new run directory of the same training."""
+        self.made += 1
+        return prepare(self.root / str(self.made) / "run", self.tokens, **self.settings)
+
+    def _points_of_a_resumption(self, points: Sequence[str]) -> list[str]:
+        run = self.another()
+        saved = _last_of_first_save(points)
+        assert killed_at(run, points[saved])
+        passed = [point for life in lives_to_its_end(run) for point in life.passed]
+        return [point for point in dict.fromkeys(passed) if point not in set(points)]
+
+    def compare(self, run: RunDirectory) -> None:
+        """Raises Differs."""
+        there = outcome(run)
+        for key, expected in self.outcome.items():
+            if there[key] != expected:
+                raise Differs(f"{run.path}: {key} is {there[key]}, the twin has {expected}")
+        manifest.verify(run.final)
+        if left := [*run.path.rglob(f"{manifest.TEMPORARY}*"), *run.checkpoints.glob("*")]:
+            raise Differs(f"{run.path}: {left} is left")
+
+
+def _last_of_first_save(points: Sequence[str]) -> int:
+    first = next(index for index, point in enumerate(points) if point.startswith("save"))
+    phase = points[first].removesuffix(" begins")
+    return max(index for index, point in enumerate(points) if point.startswith(f"{phase} "))
+
+
+def _with(points: Sequence[str], resumption: Sequence[str]) -> Iterator[str]:
+    """The points in an order in which one training can be killed at one after the other."""
+    saved = _last_of_first_save(points)
+    yield from points[: saved + 1]
+    yield from resumption
+    yield from points[saved + 1 :]
+
+
+def lives_to_its_end(run: RunDirectory) -> Iterator[Life]:
+    """Undisturbed trainers, session after session, until the training is finished."""
+    while True:
+        life = live(run)
+        yield life
+        if life.code == 0:
+            return
+        if life.code != STOPPED:
+            raise Differs(f"{run.path} ended with {life.code}: {life.said}")
+
+
+def killed_at(run: RunDirectory, point: str) -> bool:
+    """Whether a trainer, or one of its next sessions, died at the point; else the training is finished."""
+    life = live(run, {point: "SIGKILL"})
+    while life.code == STOPPED:
+        life = live(run, {point: "SIGKILL"})
+    if life.was_killed and life.last != point:
+        raise Differs(f"{run.path}: killed at {life.last}, not at {point}")
+    if not life.was_killed and life.code != 0:
+        raise Differs(f"{run.path}: before {point} it ended with {life.code}: {life.said}")
+    return life.was_killed
+
+
+def at_each(twin: Twin, points: Iterable[str], strike: Callable[[RunDirectory, str], bool]) -> int:
+    """Strikes trainings at each of the points, given in order, as many as possible in one training, and compares each
+    with its twin. Returns the number of trainings.
+
+    `strike` starts a trainer that something is to happen to at a point, and returns whether it did.
+    """
+    left, trainings = list(points), 0
+    while left:
+        run, later, is_new = twin.another(), [], True
+        for point in left:
+            if is_new and point.startswith("resume"):  # there has to be something to resume
+                killed_at(run, "after update 1 begins")
+            if _is_behind(run, point):
+                later.append(point)
+            elif strike(run, point):
+                check_what_stands(run)
+            elif is_new:
+                raise Differs(f"{run.path}: {point} was not passed")
+            else:
+                later.append(point)
+            is_new = False
+        for _ in lives_to_its_end(run):
+            pass
+        twin.compare(run)
+        trainings += 1
+        left = later
+    return trainings
+
+
+def kill_at_points(twin: Twin, points: Iterable[str], tally: Tally) -> None:
+    """Kills trainers at each of the points."""
+
+    def strike(run: RunDirectory, point: str) -> bool:
+        was_killed = killed_at(run, point)
+        tally.fell += [point] * was_killed
+        return was_killed
+
+    tally.trainings += at_each(twin, points, strike)
+
+
+def _is_behind(run: RunDirectory, point: str) -> bool:
+    """Whether the point lies in a save, an update or an end that is committed: the next trainer won't pass it."""
+    reached = max((int(path.name[5:]) for path in run.checkpoints.glob("step-*")), default=0)
+    of_update = re.search(r"update (\d+)", point)
+    return manifest.is_committed(run.final) or (of_update is not None and int(of_update[1]) <= reached)
+
+
+def check_what_stands(run: RunDirectory) -> None:
+    """After a kill: whatever has its final name is whole."""
+    for directory in (*run.checkpoints.glob("step-*"), *run.path.glob("final")):
+        manifest.verify(directory)
+
+
+def kill_at_random_times(twin: Twin, kills: int, draw: random.Random, tally: Tally) -> None:
+    """Kills trainers at moments between their first file operation and their likely end, up to 5 in one training."""
+    before = len(tally.fell)
+    while len(tally.fell) < before + kills:
+        run = twin.another()
+        wanted = min(5, before + kills - len(tally.fell))
+        while wanted and run.result() is None:
+            life = live_until(run, draw.uniform(0, twin.seconds))
+            if life.was_killed:
+                wanted -= 1
+                tally.fell.append(life.last)
+                check_what_stands(run)
+        for _ in lives_to_its_end(run):
+            pass
+        twin.compare(run)
+        tally.trainings += 1
+
+
+def sample(points: Sequence[str], count: int, draw: random.Random) -> list[str]:
+    """Some of the points, in order."""
+    return [points[index] for index in sorted(draw.sample(range(len(points)), min(count, len(points))))]
+
+
+def kill(root: Path, kills: int, seed: int, names: Sequence[str] = tuple(SCENARIOS)) -> Tally:
+    """`kills` kills in all. Raises Differs."""
+    tally, tokens, draw = Tally(), make_tokens(root), random.Random(seed)
+    for index, name in enumerate(names):
+        share = kills // len(names) + (index < kills % len(names))
+        twin = Twin(root, name, tokens)
+        kill_at_points(twin, sample(twin.points, (share + 1) // 2, draw), tally)
+        kill_at_random_times(twin, share // 2, draw, tally)
+    return tally
+
+
+def main() -> int:
+    """0 if every training came out as its twin."""
+    parser = argparse.ArgumentParser(prog="python -m tests.faults.kills", description="Kill trainers; see above.")
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--scenario", choices=list(SCENARIOS), action="append", help="only these")
+    given: Any = parser.parse_args()
+    with tempfile.TemporaryDirectory() as root:
+        try:
+            tally = kill(Path(root), given.kills, given.seed, given.scenario or list(SCENARIOS))
+        except Differs as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+    for point, count in sorted(Counter(tally.fell).items()):
+        print(f"{count:5} {point}")
+    print(tally)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,103 @@
+"""A loss or a gradient that is no number: the training ends before the update that it would spoil.  # FAULTS 11"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from gptcore import train
+from gptcore.data import Tokens
+from gptcore.errors import TrainingDiverged
+from gptcore.learning import trainer
+from gptcore.learning.rundir import RunDirectory
+from gptcore.learning.trainer import Stop, train_directory
+from tests.faults.trainings import TRAIN, make_tokens, outcome, prepare
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Tokens:
+    return make_tokens(tmp_path_factory.mktemp("tokens"))
+
+
+class Spoiled:
+    """The loss of update `step` is spoiled in its last micro-batch: its value, or the gradient that flows from it."""
+
+    def __init__(self, step: int, what: str, by: float) -> None:
+        self.last_pass = step * TRAIN["accumulation"]
+        self.what, self.by, self.passes = what, by, 0
+        self.calc_loss_batch = train.calc_loss_batch
+
+    def __call__(self, inputs: Tensor, targets: Tensor, model: Any, device: Any) -> Tensor:
+        loss = self.calc_loss_batch(inputs, targets, model, device)
+        if not torch.is_grad_enabled():
+            return loss
+        self.passes += 1
+        if self.passes == self.last_pass:
+            if self.what == "loss":
+                return loss * self.by
+            loss.register_hook(lambda gradient: gradient * self.by)
+        return loss
+
+
+def weights_before(tmp_path: Path, tokens: Tokens, step: int) -> dict[str, Tensor]:
+    """What an undisturbed training's weights are before update `step`."""
+    run = prepare(tmp_path / "before", tokens, session_seconds=1e-9)
+    for _ in range(step - 1):
+        assert train_directory(run.path, Stop()) is None
+    return load_file(run.checkpoints / f"step-{step - 1:08d}" / "model.safetensors")
+
+
+@pytest.mark.parametrize("step", [2, 6], ids=["before any checkpoint", "after one"])
+@pytest.mark.parametrize("by", [math.nan, math.inf])
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_loss_or_gradient_that_is_not_finite_ends_the_training_before_the_update(
+    tmp_path: Path, tokens: Tokens, what: str, by: float, step: int
+) -> None:
+    run, trainings = prepare(tmp_path / "run", tokens), []
+    resumed = trainer._Training.resumed
+
+    def watched(directory: RunDirectory, config: Any) -> Any:
+        trainings.append(resumed(directory, config))
+        return trainings[-1]
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(trainer._Training, "resumed", watched)
+        patched.setattr(train, "calc_loss_batch", Spoiled(step, what, by))
+        with pytest.raises(TrainingDiverged, match=rf"the {what}[a-z ]* of update {step} is (nan|inf)"):
+            train_directory(run.path, Stop())
+    weights = trainings[0].state.model.state_dict()
+    assert {name: value.tolist() for name, value in weights.items()} == {
+        name: value.tolist() for name, value in weights_before(tmp_path, tokens, step).items()
+    }, "the weights are those before the update"
+    assert run.result() is None and not run.final.exists()
+    failure = run.failure()
+    assert isinstance(failure, TrainingDiverged) and failure.step == step - 1
+    assert [line["step"] for line in run.read_metrics()] == list(range(1, step))
+    for path in run.path.rglob("*.safetensors"):
+        assert all(torch.isfinite(value.float()).all() for value in load_file(path).values()), path
+
+
+def test_the_next_start_after_a_divergence_that_is_over_ends_as_the_twin(tmp_path: Path, tokens: Tokens) -> None:
+    twin, run = prepare(tmp_path / "twin", tokens), prepare(tmp_path / "run", tokens)
+    train_directory(twin.path, Stop())
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(train, "calc_loss_batch", Spoiled(6, "gradient", math.nan))
+        with pytest.raises(TrainingDiverged):
+            train_directory(run.path, Stop())
+    train_directory(run.path, Stop())
+    assert outcome(run) == outcome(twin) and run.failure() is None
+
+
+def test_an_evaluation_that_is_not_finite_ends_the_training_with_nothing_to_register(
+    tmp_path: Path, tokens: Tokens, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = prepare(tmp_path / "run", tokens)
+    monkeypatch.setattr(trainer, "mean_loss", lambda *_: math.nan)
+    with pytest.raises(TrainingDiverged, match="after update 1 are nan and nan"):
+        train_directory(run.path, Stop())
+    failure = run.failure()
+    assert isinstance(failure, TrainingDiverged) and failure.step == 1 and run.result() is None

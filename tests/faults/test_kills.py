@@ -1,0 +1,263 @@
+"""Trainers killed with SIGKILL, told to stop, or out of disk, at every named point: each training ends as its twin."""
+
+import os
+import re
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from flows.state import StateRoot
+from flows.tracking import LOGGED, MetricsLog
+from gptcore import manifest
+from gptcore.data import Batches, Tokens
+from gptcore.errors import CheckpointError, DiskFull
+from gptcore.learning.rundir import STOPPED, MetricsReader, RunDirectory
+from tests.faults.dying import live
+from tests.faults.kills import (
+    Tally,
+    Twin,
+    at_each,
+    check_what_stands,
+    kill,
+    kill_at_points,
+    killed_at,
+    lives_to_its_end,
+)
+from tests.faults.trainings import SCENARIOS, make_tokens, prepare
+
+SAID_OF_A_FULL_DISK = re.compile(r"error: .* is full: more than the [0-9,]+ bytes .* are needed and [0-9,]+ are free")
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Tokens:
+    return make_tokens(tmp_path_factory.mktemp("tokens"))
+
+
+@pytest.fixture(scope="module")
+def twin(tmp_path_factory: pytest.TempPathFactory, tokens: Tokens) -> Twin:
+    """The plain scenario, with the border of an epoch between its two saves."""
+    assert Batches(tokens.side("train"), 32, 32, 6, 2, 123).steps_per_epoch == 7
+    return Twin(tmp_path_factory.mktemp("twin"), "plain", tokens)
+
+
+@pytest.fixture
+def run(twin: Twin) -> RunDirectory:
+    return twin.another()
+
+
+def checkpoints(run: RunDirectory) -> list[str]:
+    return sorted(path.name for path in run.checkpoints.glob("*"))
+
+
+def finish(twin: Twin, run: RunDirectory) -> None:
+    """Trains undisturbed to the end, which is the twin's."""
+    for _ in lives_to_its_end(run):
+        pass
+    twin.compare(run)
+
+
+# FAULTS 1, 2
+
+
+def test_a_training_killed_before_any_of_its_file_operations_ends_as_its_twin(
+    twin: Twin, record_property: Callable[[str, object], None]
+) -> None:
+    tally = Tally()
+    kill_at_points(twin, twin.points, tally)
+    record_property("kills", str(tally))
+    assert tally.fell and sorted(tally.fell) == sorted(twin.points)
+    for expected in (
+        "start before open of lock",
+        "after update 1 begins",
+        "save of update 4 before mkdir of checkpoints",
+        "save of update 4 half-way through writing manifest.json",
+        "save of update 8 before writing optimizer.safetensors",
+        "save of update 8 before fsync of checkpoints/.tmp-*/best.safetensors",
+        "save of update 8 before rename to checkpoints/step-00000008",
+        "save of update 8 before rename to checkpoints/.tmp-removed-step-00000004",
+        "save of update 8 before remove of manifest.json",
+        "after update 10 begins",
+        "finish before rename to final",
+        "finish before rmdir of checkpoints/.tmp-removed-step-00000008",
+        "resume before rename to metrics.jsonl",
+    ):
+        assert expected in tally.fell
+
+
+@pytest.mark.slow
+def test_trainings_of_every_shape_killed_at_any_point_and_time_end_as_their_twins(
+    tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    tally = kill(tmp_path, kills=12 * len(SCENARIOS), seed=1)
+    record_property("kills", str(tally))
+    assert len(tally.fell) == 12 * len(SCENARIOS)
+
+
+def test_metrics_of_a_training_killed_again_and_again_arrive_in_mlflow_once_per_update(
+    twin: Twin, run: RunDirectory, tmp_path: Path
+) -> None:
+    root = StateRoot(tmp_path / "state")
+    root.path.mkdir()
+    client = MlflowClient(root.tracking_uri)
+    run_id = client.create_run(client.create_experiment("kills")).info.run_id
+    log, reader = MetricsLog(root, run_id), MetricsReader(run.metrics)
+    points = ["after update 3 begins", "save of update 4 before rename to checkpoints/step-00000004"]
+    points += ["after update 6 begins", "after update 6 begins", "finish before rename to final"]
+    for number, point in enumerate(points):
+        assert killed_at(run, point)
+        log.send(reader.new_lines())
+        if number % 2:  # what follows the training is killed too
+            log, reader = MetricsLog(root, run_id), MetricsReader(run.metrics)
+    finish(twin, run)
+    log.send(reader.new_lines())
+    lines = run.read_metrics()
+    for key in LOGGED:
+        logged = [(point.step, point.value) for point in client.get_metric_history(run_id, key)]
+        expected = [(line["step"], line[key]) for line in lines if key in line]
+        assert [step for step, _ in logged] == [step for step, _ in expected], key
+        if key not in ("tokens_per_second", "memory_mb"):
+            assert logged == expected, key
+
+
+def test_a_torn_last_line_of_the_metrics_is_written_again(twin: Twin, run: RunDirectory) -> None:
+    assert killed_at(run, "after update 6 begins")
+    os.truncate(run.metrics, run.metrics.stat().st_size - 20)
+    finish(twin, run)
+
+
+# FAULTS 6
+
+
+def test_a_training_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(
+    tmp_path: Path, tokens: Tokens
+) -> None:
+    twin = Twin(tmp_path, "two epochs", tokens)
+    run = twin.another()
+    assert killed_at(run, "after update 12 begins")
+    damaged = run.checkpoints / "step-00000010"
+    (damaged / "model.safetensors").write_bytes(bytes((damaged / "model.safetensors").stat().st_size))
+    life = live(run)
+    assert life.code == 0 and f"checkpoint passed over: {damaged}/model.safetensors has sha256" in life.said
+    twin.compare(run)
+
+
+def test_a_training_all_of_whose_checkpoints_are_damaged_ends_with_the_reason(run: RunDirectory) -> None:
+    assert killed_at(run, "after update 9 begins")
+    for directory in run.checkpoints.iterdir():
+        os.truncate(directory / "manifest.json", 100)
+    life = live(run)
+    assert life.code == 1 and "error: none of what is in" in life.said and "Traceback" not in life.said
+    assert isinstance(run.failure(), CheckpointError)
+    assert len(run.read_metrics()) == 9, "nothing was dropped"
+
+
+# FAULTS 9
+
+
+NEEDS_SPACE = re.compile(
+    r" (writing|open of|fsync of|mkdir of .*\.tmp-|rename to (?!.*removed))|update 4 .*mkdir of checkpoints$"
+)
+"""Not the making of a directory that is there already, and not the renaming of one that is to go."""
+
+
+def test_a_disk_that_is_full_at_any_write_costs_no_checkpoint_and_the_next_start_ends_as_the_twin(twin: Twin) -> None:
+    struck = []
+
+    def strike(run: RunDirectory, point: str) -> bool:
+        before = checkpoints(run)
+        life = live(run, {point: "ENOSPC"})
+        if life.code == 0:
+            return False
+        struck.append(point)
+        assert life.code == 1, f"{point}: {life.said}"
+        assert SAID_OF_A_FULL_DISK.search(life.said) and "Traceback" not in life.said, f"{point}: {life.said}"
+        assert isinstance(run.failure(), DiskFull), point
+        assert not [path for path in run.path.rglob(".tmp-*") if path.is_dir()], f"{point}: nothing half-made stays"
+        assert set(before) <= set(checkpoints(run)), point
+        return True
+
+    at_each(twin, [point for point in twin.points if NEEDS_SPACE.search(point) and not point.endswith(" lock")], strike)
+    assert len(struck) > 40
+
+
+def test_a_file_system_without_space_costs_no_checkpoint_and_with_space_the_training_ends_as_the_twin(
+    twin: Twin, tokens: Tokens, tmp_path: Path, small_disk: Callable[[Path, int], None]
+) -> None:
+    run = RunDirectory(tmp_path / "run")
+    run.path.mkdir()
+    small_disk(run.path, 2**20)
+    prepare(run.path, tokens)
+    assert killed_at(run, "after update 5 begins")
+    filler = run.path / "filler"
+    for kib in (0, 4, 60, 100, 200):
+        filler.unlink(missing_ok=True)
+        stat = os.statvfs(run.path)
+        filler.write_bytes(bytes(max(stat.f_bavail * stat.f_frsize - kib * 1024, 0)))
+        life = live(run)
+        assert life.code == 1 and SAID_OF_A_FULL_DISK.search(life.said), f"{kib} KiB free: {life.said}"
+        assert checkpoints(run) == ["step-00000004"]
+        check_what_stands(run)
+    filler.unlink()
+    finish(twin, run)
+
+
+@pytest.fixture
+def small_disk() -> Iterator[Callable[[Path, int], None]]:
+    """Mounts a file system of its own where that is permitted."""
+    mounted: list[Path] = []
+
+    def mount(path: Path, num_bytes: int) -> None:
+        command = ["mount", "-t", "tmpfs", "-o", f"size={num_bytes}", "tmpfs", str(path)]
+        try:
+            subprocess.run(command, check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError):
+            pytest.skip("mounting a file system is not permitted here")
+        mounted.append(path)
+
+    yield mount
+    for path in mounted:
+        subprocess.run(["umount", str(path)], check=True)
+
+
+# FAULTS 5 (the trainer's part)
+
+
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGINT"])
+def test_a_trainer_told_to_stop_finishes_its_update_saves_and_ends_as_the_twin(
+    twin: Twin, run: RunDirectory, number: str
+) -> None:
+    life = live(run, {"update 6 before its line begins": number})
+    assert life.code == STOPPED and f"stopped ({number}) and saved" in life.said
+    assert checkpoints(run) == ["step-00000006"] and len(run.read_metrics()) == 6
+    finish(twin, run)
+
+
+@pytest.mark.parametrize("second", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("first", ["SIGTERM", "SIGINT"])
+def test_a_second_signal_ends_a_trainer_at_once_and_loses_nothing_that_was_saved(
+    twin: Twin, run: RunDirectory, first: str, second: str
+) -> None:
+    saving = "save of update 6 before writing optimizer.safetensors"
+    life = live(run, {"update 6 before its line begins": first, saving: second})
+    assert (life.code, life.last) == (-signal.Signals[second], saving)
+    assert sorted(path.name for path in run.checkpoints.glob("step-*")) == ["step-00000004"]
+    manifest.verify(run.checkpoints / "step-00000004")
+    finish(twin, run)
+
+
+# FAULTS 20
+
+
+def test_the_lock_of_a_killed_trainer_is_free_and_that_of_a_living_one_is_not(twin: Twin, run: RunDirectory) -> None:
+    assert killed_at(run, "after update 2 begins")
+    dead = int((run.path / "lock").read_text())
+    assert dead != os.getpid()
+    with run.lock():
+        life = live(run)
+    assert life.code == 1 and f"is being trained by process {os.getpid()}" in life.said
+    assert run.failure() is None, "the failure file belongs to the one that holds the lock"
+    finish(twin, run)

@@ -1,0 +1,98 @@
+"""What a trainer does not go on from: the checkpoint of another training, other tokens, code in place of weights."""
+
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gptcore.data import Tokens
+from gptcore.errors import CheckpointError
+from gptcore.learning.rundir import RunDirectory
+from tests.faults.dying import live
+from tests.faults.kills import Twin, killed_at
+from tests.faults.trainings import make_tokens, prepare
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Tokens:
+    return make_tokens(tmp_path_factory.mktemp("tokens"))
+
+
+@pytest.fixture
+def run(tmp_path: Path, tokens: Tokens) -> RunDirectory:
+    return prepare(tmp_path / "run", tokens)
+
+
+def edit(run: RunDirectory, section: str | None, key: str, value: Any) -> None:
+    path = run.path / "config.json"
+    config = json.loads(path.read_text())
+    (config[section] if section else config)[key] = value
+    path.write_text(json.dumps(config))
+
+
+# FAULTS 7
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "said"),
+    [
+        ("train", "learning_rate", 0.02, "train.learning_rate is 0.01 there and 0.02 here"),
+        ("train", "seed", 7, "train.seed is 123 there and 7 here"),
+        ("model", "n_layers", 3, "model.n_layers is 2 there and 3 here"),
+        (None, "vocab_size", 300, "model.vocab_size is 257 there and 300 here"),
+    ],
+)
+def test_a_checkpoint_of_another_configuration_or_tokenizer_is_refused_with_key_and_both_values(
+    run: RunDirectory, section: str | None, key: str, value: Any, said: str
+) -> None:
+    assert killed_at(run, "after update 5 begins")
+    edit(run, section, key, value)
+    life = live(run)
+    assert life.code == 1 and said in life.said and "Traceback" not in life.said
+    assert isinstance(run.failure(), CheckpointError)
+    assert (run.checkpoints / "step-00000004").exists()
+
+
+def test_a_checkpoint_of_another_corpus_is_refused_with_both_identities(
+    run: RunDirectory, tokens: Tokens, tmp_path: Path
+) -> None:
+    assert killed_at(run, "after update 5 begins")
+    other = make_tokens(tmp_path / "other", paragraphs=130)
+    edit(run, None, "tokens", str(other.path))
+    life = live(run)
+    assert life.code == 1 and f"has identity {other.sha256}, config.json expects {tokens.sha256}" in life.said
+    edit(run, None, "tokens_sha256", other.sha256)
+    life = live(run)
+    assert life.code == 1 and f"tokens is '{tokens.sha256}' there and '{other.sha256}' here" in life.said
+
+
+# FAULTS 8
+
+
+class Payload:
+    """Unpickling it creates a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_pickle_planted_in_a_checkpoint_is_not_executed_and_the_training_ends_as_its_twin(
+    tmp_path: Path, tokens: Tokens
+) -> None:
+    twin = Twin(tmp_path, "two epochs", tokens)
+    run = twin.another()
+    assert killed_at(run, "after update 12 begins")
+    payload = pickle.dumps(Payload(tmp_path / "executed"))
+    pickle.loads(payload)
+    (tmp_path / "executed").rmdir()
+    (run.checkpoints / "step-00000010" / "model.safetensors").write_bytes(payload)
+    life = live(run)
+    assert life.code == 0 and "passed over" in life.said
+    assert not (tmp_path / "executed").exists()
+    twin.compare(run)

@@ -1,0 +1,76 @@
+"""The trainer as a program of its own, `python -m gptcore.train`: how it ends, and what it says."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gptcore.data import Tokens
+from gptcore.learning import trainer
+from gptcore.learning.rundir import STOPPED, RunDirectory
+from tests.faults.trainings import make_tokens, prepare
+
+LONG = {"max_steps": 2000, "checkpoint_steps": None}
+"""Long enough that its end does not come first."""
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Tokens:
+    return make_tokens(tmp_path_factory.mktemp("tokens"))
+
+
+@contextlib.contextmanager
+def started(run: RunDirectory, *options: str, stdin: int = subprocess.DEVNULL) -> Iterator["subprocess.Popen[str]"]:
+    root = Path(trainer.__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "gptcore.train", str(run.path), *options]
+    process = subprocess.Popen(
+        command, env=environment, text=True, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        for pipe in filter(None, (process.stdin, process.stdout)):
+            pipe.close()
+
+
+def test_the_program_stops_and_saves_when_the_process_that_started_it_is_gone(tmp_path: Path, tokens: Tokens) -> None:
+    run = prepare(tmp_path / "run", tokens, **LONG)
+    with started(run, "--stop-at-end-of-input", stdin=subprocess.PIPE) as process:
+        while process.poll() is None and len(run.read_metrics()) < 3:
+            time.sleep(0.01)
+        output, _ = process.communicate()
+    assert process.returncode == STOPPED, output
+    assert "stopped (the process that started it is gone) and saved" in output
+    assert [path.name for path in run.checkpoints.iterdir()] == [f"step-{len(run.read_metrics()):08d}"]
+
+
+def test_a_program_whose_session_is_over_says_so_and_how_to_go_on(tmp_path: Path, tokens: Tokens) -> None:
+    run = prepare(tmp_path / "run", tokens, **LONG, session_seconds=1e-9)
+    with started(run) as process:
+        output, _ = process.communicate()
+    assert process.returncode == STOPPED, output
+    assert "paused after update 1 (train.session_seconds: " in output
+    assert output.endswith("and saved: the same command goes on\n")
+    paused = run.paused()
+    assert paused and paused.step == 1 and (run.checkpoints / "step-00000001").exists()
+
+
+def test_the_program_answers_a_wrong_directory_without_a_traceback(tmp_path: Path, tokens: Tokens) -> None:
+    run = prepare(tmp_path / "run", tokens)
+    path = run.path / "config.json"
+    config = json.loads(path.read_text())
+    config["train"]["learning_rate"] = -1
+    path.write_text(json.dumps(config))
+    with started(run) as process:
+        output, _ = process.communicate()
+    assert process.returncode == 2
+    assert output.startswith(f"error: {path}: train.learning_rate: ") and "Traceback" not in output

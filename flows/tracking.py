@@ -69,8 +69,10 @@ def is_finished(root: StateRoot, run_id: str) -> bool:
     """Whether the run has all its evidence; also where somebody has deleted it."""
     try:
         return bool(MlflowClient(root.tracking_uri).get_run(run_id).info.status == "FINISHED")
-    except MlflowException:
-        return True
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return True
+        raise
 
 
 def log_dataset(root: StateRoot, run_id: str, pipeline: Pipeline, snapshot: Snapshot) -> None:

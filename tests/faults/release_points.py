@@ -1,4 +1,4 @@
-"""Kills between any two steps of a release: what a process that registers or moves a champion writes, and in what order.
+"""Kills between any two steps of a release: what a process that registers or moves a champion writes, in its order.
 
 `python -m tests.faults.release_points` has everything imported and no database open. For each request, a line of JSON
 on its standard input, it forks a child that does what is asked with the real functions; a child that is to die does so
@@ -17,11 +17,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
-import mlflow
-import torch  # noqa: F401  (not again in each child)
+import mlflow.pyfunc.model
+import mlflow.store.model_registry.sqlalchemy_store
+import mlflow.store.tracking.sqlalchemy_store
+import torch  # noqa: F401  (like those of MLflow: what is imported here is not imported by each child)
 from mlflow import MlflowClient
+from mlflow.utils.requirements_utils import _init_modules_to_packages_map
 from sqlalchemy import event
 from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.orm import configure_mappers
 
 from flows.releases import champion, registry, release
 from flows.releases.loading import load
@@ -68,7 +72,7 @@ class Points:
 
     def on_event(self, name: str, arguments: tuple[Any, ...]) -> None:
         if name not in FILE_EVENTS or (name == "open" and not _writes(arguments)):
-            return
+            return None
         for path in (os.fsdecode(one) for one in arguments if isinstance(one, str | bytes)):
             if path.startswith(self.root) and "/mlflow.db" not in path and "/locks" not in path:
                 return self.reached(f"{name.removeprefix('os.')} {_without_ids(path.removeprefix(self.root))}")
@@ -163,7 +167,7 @@ def settle(root: StateRoot) -> None:
 
 
 def look(root: StateRoot) -> None:
-    """Writes the champion's version into looked.json, once it has been loaded; null where there is none."""
+    """Tells the champion's version, once it has been loaded; null where there is none."""
     found = registry.champion_of(root, MODEL)
     if found is not None:
         load(root, found)
@@ -171,7 +175,7 @@ def look(root: StateRoot) -> None:
 
 
 def look_at_everything(root: StateRoot) -> None:
-    """Writes all that the registry, the runs and the artifacts say into looked.json."""
+    """Tells all that the registry, the runs and the artifacts say."""
     client = MlflowClient(root.tracking_uri)
     model = client.get_registered_model(MODEL)
     experiments = [one.experiment_id for one in client.search_experiments()]
@@ -194,7 +198,8 @@ def look_at_everything(root: StateRoot) -> None:
 
 
 def _tell(root: StateRoot, value: Any) -> None:
-    root.path.with_name("looked.json").write_text(json.dumps(value))
+    with root.path.with_name("looked").open("a") as file:
+        file.write(json.dumps(value) + "\n")
 
 
 def _child(asked: dict[str, Any]) -> None:
@@ -212,6 +217,8 @@ def main() -> None:
     """Answers requests until there are no more."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    configure_mappers()
+    _init_modules_to_packages_map()
     for line in sys.stdin:
         if (child := os.fork()) == 0:
             code = 1
@@ -257,9 +264,12 @@ class Forker:
         """The crash points that the last child that took notes came to."""
         return self.notes.read_text().splitlines()
 
-    def looked(self) -> Any:
-        """What the last look saw."""
-        return json.loads(self.root.path.with_name("looked.json").read_text())
+    def looked(self) -> list[Any]:
+        """What each look since the last call saw."""
+        path = self.root.path.with_name("looked")
+        lines = path.read_text().splitlines()
+        path.unlink()
+        return [json.loads(line) for line in lines]
 
     def stop(self) -> None:
         self.process.kill()

@@ -1,4 +1,4 @@
-"""Whole retrainings killed with SIGKILL, one kill after the other, against a twin that nobody kills.
+"""Whole retrainings killed or stopped, one time after the other, against a twin that is left in peace.
 
 Each start of `gptflow run` goes on where the last one died, and dies further on: three times in training, with less and
 less left alive, and then before the version is registered, before it is judged, and while its report is written.
@@ -6,7 +6,7 @@ less left alive, and then before the version is registered, before it is judged,
 
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,14 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
+from flows import lock
 from flows.releases import registry
 from flows.releases.loading import load
 from flows.state import StateRoot
 from flows.tracking import LOGGED
 from gptcore.learning.rundir import RunDirectory
 from tests.flows.conftest import write_project
-from tests.flows.servers import Prefect, begin, living, prefect_server, wait_for
+from tests.flows.servers import Prefect, Serving, begin, living, prefect_server, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 STEPS = 900
@@ -88,6 +89,15 @@ class Project:
         found = list(self.root.path.glob("runs/tiny/*/metrics.jsonl"))
         return found[0].read_bytes().count(b"\n") if found else 0
 
+    def saved(self) -> int:
+        """The update of the newest checkpoint."""
+        return max(int(path.name.removeprefix("step-")) for path in self.run_directory().checkpoints.glob("step-*"))
+
+    def mlflow_statuses(self) -> list[str]:
+        client = MlflowClient(self.root.tracking_uri)
+        found = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+        return [run.info.status for run in found]
+
     def trainer(self, process: "subprocess.Popen[bytes]") -> psutil.Process:
         children = psutil.Process(process.pid).children(recursive=True)
         (found,) = (child for child in children if "gptcore.train" in child.cmdline())
@@ -121,6 +131,12 @@ class Project:
         return self.run_directory().read_metrics()
 
 
+@pytest.fixture(autouse=True)
+def no_other_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("GPTFLOW_HOME", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prefect]:
     with prefect_server(tmp_path_factory.mktemp("server")) as server:
@@ -140,8 +156,7 @@ def killed_in_training(project: Project, kill: str, after: int) -> str:
     process.wait(30)
     if kill == "flow":
         wait_for(lambda: not living([trainer]), 60)
-        last = max(path.name for path in project.run_directory().checkpoints.glob("step-*"))
-        assert int(last.removeprefix("step-")) == project.updates(), "the trainer saves, and stops"
+        assert project.saved() == project.updates(), "the trainer saves, and stops"
     assert living([trainer, *doomed]) == [] and project.run_directory().result() is None
     return f"{kill} at update {project.updates()}"
 
@@ -152,14 +167,28 @@ def killed_before(project: Project, function: str) -> str:
     return f"flow before {function}"
 
 
+@pytest.fixture(scope="module")
+def twin(server: Prefect, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], dict[str, Any]]]:
+    """The facts of a run that is left in peace. It begins before the others, and is waited for when it is asked."""
+    project = Project(tmp_path_factory.mktemp("twin") / "project", server)
+    process = project.start()
+
+    def facts() -> dict[str, Any]:
+        project.finish(process)
+        expected = project.facts()
+        assert expected["runs"] == ["FINISHED"] and expected["points"]["loss"] == list(range(1, STEPS + 1))
+        return expected
+
+    yield facts
+    process.kill()
+    process.wait()
+
+
 # FAULTS 1, 3 and 4
 def test_a_retraining_killed_six_times_ends_as_its_twin_that_was_never_killed(
-    server: Prefect, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: Prefect, twin: Callable[[], dict[str, Any]], tmp_path: Path
 ) -> None:
-    for name in ("GPTFLOW_HOME", "MLFLOW_TRACKING_URI"):
-        monkeypatch.delenv(name, raising=False)
-    project, twin = Project(tmp_path / "killed", server), Project(tmp_path / "twin", server)
-    beside = twin.start()
+    project = Project(tmp_path / "killed", server)
     fell = [
         killed_in_training(project, "flow", 100),
         killed_in_training(project, "trainer and flow", 300),
@@ -175,9 +204,30 @@ def test_a_retraining_killed_six_times_ends_as_its_twin_that_was_never_killed(
     assert project.champion() == "1"
     assert "models:/gpt-tiny/1" in project.finish(project.start())
     print(f"\n6 kills of whole runs: {'; '.join(fell)}")
-    twin.finish(beside)
-    expected = twin.facts()
-    assert expected["runs"] == ["FINISHED"] and expected["points"]["loss"] == list(range(1, STEPS + 1))
-    assert project.facts() == expected
+    assert project.facts() == twin()
     assert project.run_directory().final.stat().st_ino == trained.st_ino, "what was trained is not trained again"
     assert "nothing changed" in project.finish(project.start())
+
+
+# FAULTS 5
+def test_a_retraining_that_is_cancelled_and_then_terminated_saves_each_time_and_ends_as_its_twin(
+    server: Prefect, twin: Callable[[], dict[str, Any]], tmp_path: Path
+) -> None:
+    project = Project(tmp_path / "stopped", server)
+    with Serving(project.directory, server):
+        served = server.start("tiny")
+        wait_for(lambda: project.updates() >= 100, 120)
+        server.ask(f"flow_runs/{served}/set_state", {"state": {"type": "CANCELLING"}})
+        assert server.ended(served)["type"] == "CANCELLED"
+        wait_for(lambda: lock.holder(project.root.lock("tiny")) is None, 30)
+    assert project.saved() == project.updates() < STEPS and project.mlflow_statuses() == ["KILLED"]
+    process = project.start()
+    wait_for(lambda: project.updates() >= 400 or process.poll() is not None, 120)
+    trainer = project.trainer(process)
+    process.terminate()
+    assert process.wait(30) != 0 and not living([trainer])
+    assert 400 <= project.saved() == project.updates() < STEPS and project.mlflow_statuses() == ["KILLED"]
+    (terminated,) = [run for run in server.runs() if run["name"] == "tiny" and run["state"]["type"] == "CRASHED"]
+    assert terminated["id"] != served
+    project.finish(project.start())
+    assert project.facts() == twin()

@@ -1,6 +1,8 @@
-"""The order of the tests: with several workers the longest files begin first, so that all end at the same time."""
+"""Where the fixtures are, and the order of the tests: with several workers the longest files begin first."""
 
 import pytest
+
+pytest_plugins = ["tests.fixtures"]
 
 LONGEST = ("test_soak.py", "test_three_nights.py", "test_browser.py", "test_up.py", "test_ancestry.py")
 

@@ -34,7 +34,7 @@ from gptcore.data import Tokens
 from gptcore.learning.rundir import RunDirectory
 from gptcore.manifest import sha256_of, sha256_of_file
 from gptcore.tokenizer import get_tokenizer
-from tests.flows.conftest import TinyRegistry
+from tests.fixtures import TinyRegistry
 
 MODEL = "gpt-tiny"
 PASSING = ("/.tmp/", "uploading", "mlflow.db")

@@ -21,7 +21,7 @@ from flows.releases.loading import load
 from flows.state import StateRoot
 from flows.tracking import LOGGED
 from gptcore.learning.rundir import RunDirectory
-from tests.flows.conftest import write_project
+from tests.fixtures import write_project
 from tests.flows.servers import Prefect, Serving, begin, living, prefect_server, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

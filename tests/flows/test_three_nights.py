@@ -8,7 +8,7 @@ from mlflow import MlflowClient
 
 from flows.releases.registry import champion_of, versions
 from flows.state import StateRoot
-from tests.flows.conftest import prose
+from tests.fixtures import prose
 from tests.flows.servers import Up, wait_for, write
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

@@ -18,7 +18,7 @@ from flows.service.triggers import TriggerConfig
 from flows.state import StateRoot
 from flows.watch import look_at_sources, look_at_successes, recall, watched
 from gptcore.errors import ConfigError
-from tests.flows.conftest import prose
+from tests.fixtures import prose
 from tests.flows.servers import Prefect, Receiver, Serving, prefect_server, wait_for, write
 
 

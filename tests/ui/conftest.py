@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from tests.flows.conftest import write_project
+from tests.fixtures import write_project
 from tests.flows.servers import Up
 
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")

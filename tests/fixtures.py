@@ -1,4 +1,4 @@
-"""Fixtures of the flow tests: a state root of their own, a tiny pipeline, and one Prefect server for all of them."""
+"""Fixtures of the tests of flows: a state root, a tiny pipeline, and one Prefect server for all of them."""
 
 import os
 import random

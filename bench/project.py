@@ -22,13 +22,15 @@ from typing import Any
 import psutil
 import yaml
 
+from flows.attempt import current
 from flows.service.servers import recorded
 from flows.state import OPT_OUTS, StateRoot
 
 COMMAND = (sys.executable, "-P", "-c", "from flows.cli import main; main()")
 """As the installed `gptflow`: the working directory is no place to import from."""
 PIPELINE, MODEL, KEEP = "tiny", "gpt-tiny", 3
-CHANGES = {"grown": 4, "edited": 3, "lost a document": 1, "unchanged": 2}
+UNCHANGED = "unchanged"
+CHANGES = {"grown": 4, "edited": 3, "lost a document": 1, UNCHANGED: 2}
 """What a night does to the text, and how often in ten."""
 STEPS = tuple("start ingest compare tokenize train evaluate sample plot register gate report".split())
 """Of a retraining, in order. At the start the flow's process is being made; the report follows the verdict."""
@@ -172,6 +174,13 @@ class Project:
         if "goes on with" in said and steps[-1] == "compare":
             return "train"  # a training that an earlier night began needs neither ingest nor tokenize
         return STEPS[STEPS.index(steps[-1]) + 1]
+
+    def updates(self) -> int:
+        """How many updates the training that the pipeline works on has made."""
+        directory = self.root.path / "runs" / PIPELINE
+        with suppress(FileNotFoundError):
+            return (directory / current(directory)["own"] / "metrics.jsonl").read_bytes().count(b"\n")
+        return 0
 
     def processes(self, kind: str, run: str = "") -> list[psutil.Process]:
         """Who is meant by a kind of kill; nobody where there is no such process at the moment."""

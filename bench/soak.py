@@ -26,7 +26,7 @@ from pathlib import Path
 
 import psutil
 
-from bench.project import CHANGES, ENDS, MODEL, PIPELINE, STEPS, Project, wait_for
+from bench.project import CHANGES, ENDS, MODEL, PIPELINE, STEPS, UNCHANGED, Project, wait_for
 from bench.soak_checks import (
     ChampionWatch,
     bytes_of,
@@ -48,8 +48,11 @@ KINDS = ("trainer", "flow run", "runner", "mlflow", "prefect", "up")
 """What is killed; `up` is the whole of it."""
 MORTAL = ("flow run", "runner", "prefect", "up")
 """Kills that a retraining does not outlive. From the others it recovers by itself."""
-SPANS = {"start": 9.0, "train": 6.0, "plot": 3.0, "register": 1.0, "gate": 1.2, "report": 1.0, "prune": 9.0}
-"""Seconds after the beginning of a step within which a kill falls; in the others it falls at once."""
+SPANS = {"start": 9.0, "plot": 3.0, "register": 1.0, "gate": 1.2, "prune": 0.3}
+"""Seconds after the beginning of a step within which a kill falls, at the latest when that step is over. In training
+updates are counted instead; in the others it falls at once."""
+UPDATES = 200
+"""Within which a kill in training falls: some before the end, which is soon there on a fast machine."""
 PRUNE = "prune"
 NOTHING = "nothing"
 PRUNE_EVERY = 4
@@ -64,8 +67,8 @@ class Kill:
     kind: str
     step: str
     """The step of the flow that it is meant for, or PRUNE; it may come too late, and then falls into a later one."""
-    delay: float
-    """Seconds after the step began."""
+    share: float
+    """How far into the step's span, from 0 to 1."""
 
 
 @dataclass(frozen=True)
@@ -130,15 +133,23 @@ def planned(nights: int, seed: int, kill_share: float) -> Iterator[Night]:
         prunes, kill = number % PRUNE_EVERY == 0, None
         if draw.random() < kill_share:
             deck = deck or draw.sample(KINDS, len(KINDS))
-            kill = _drawn(deck.pop(), prunes, draw)
+            kill = _drawn(_dealt(deck, change), change, prunes, draw)
         yield Night(number, change, kill, prunes)
 
 
-def _drawn(kind: str, prunes: bool, draw: random.Random) -> Kill:
+def _dealt(deck: list[str], change: str) -> str:
+    """Takes the next kind from the deck; the trainer waits there while there is nothing to train."""
+    is_absent = change == UNCHANGED and deck[-1] == "trainer" and len(deck) > 1
+    return deck.pop(-2 if is_absent else -1)
+
+
+def _drawn(kind: str, change: str, prunes: bool, draw: random.Random) -> Kill:
     step = "train" if kind == "trainer" else draw.choice(STEPS)
+    if change == UNCHANGED and kind != "trainer":
+        step = "start"  # the run is over before it comes to the others
     if prunes and kind != "trainer" and draw.random() < 0.25:
         step = PRUNE
-    return Kill(kind, step, draw.uniform(0.0, SPANS.get(step, 0.0)))
+    return Kill(kind, step, draw.random())
 
 
 def soak(directory: Path, nights: int, seed: int, kill_share: float = 0.75, minutes: float = math.inf) -> Soak:
@@ -218,24 +229,47 @@ def _has_ended(project: Project, run: str, done: Soak) -> bool:
 def _strike(project: Project, kill: Kill, run: str, begin: int, done: Soak) -> str:
     """Kills at the moment that was drawn. Returns the step that it fell into."""
     is_prune = kill.step == PRUNE
-    if not is_prune:
-        wait_for(lambda: _has_come(project.step(run, begin), kill.step), _END_SECONDS, every=0.05)
-    time.sleep(kill.delay)
-    if kill.kind in ("trainer", "flow run"):  # it may be still to come
-        wait_for(lambda: project.processes(kill.kind, run) or project.state(run)["type"] in ENDS, 60, every=0.1)
+    victims = _victims_at_the_moment(project, kill, run, begin)
     fell = PRUNE if is_prune else project.step(run, begin)
-    victims = project.processes(kill.kind, run)
     is_over = fell is None or (is_prune and project.state(run)["type"] in ENDS)
-    for process in victims:
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
-    if fell == "train" and victims and kill.kind != "mlflow":
+    struck = [process for process in victims if _killed(process)]
+    if fell == "train" and struck and kill.kind != "mlflow":
         done.killed_in_training.add(current(project.root.path / "runs" / PIPELINE).get("own", ""))
     if kill.kind == "up":
         assert project.process is not None
         project.process.wait()
         project.start()
-    return NOTHING if is_over or not victims else str(fell)
+    return NOTHING if is_over or not struck else str(fell)
+
+
+def _victims_at_the_moment(project: Project, kill: Kill, run: str, begin: int) -> list[psutil.Process]:
+    """Waits for the moment that was drawn, or for the end of its step, and for whom to kill."""
+    if kill.step == PRUNE:
+        wait_for(lambda: project.state(run)["type"] not in ("SCHEDULED", "PENDING"), _END_SECONDS, every=0.1)
+    else:
+        wait_for(lambda: _has_come(project.step(run, begin), kill.step), _END_SECONDS, every=0.05)
+    due = time.monotonic() + kill.share * SPANS.get(kill.step, 0.0)
+    if kill.kind == "trainer":  # it is looked for before the moment: on a fast machine that is soon over
+        wait_for(lambda: project.processes(kill.kind) or project.step(run, begin) != "train", _END_SECONDS, every=0.05)
+    victims = project.processes(kill.kind) if kill.kind == "trainer" else []
+
+    def is_due() -> bool:
+        if kill.step == "train":
+            return project.updates() >= kill.share * UPDATES or project.step(run, begin) != "train"
+        return time.monotonic() >= due or (kill.step != PRUNE and project.step(run, begin) != kill.step)
+
+    wait_for(is_due, _END_SECONDS, every=0.02)
+    if kill.kind != "trainer":  # a flow run may be still to come, and a server that died be about to be back
+        wait_for(lambda: project.processes(kill.kind, run) or project.state(run)["type"] in ENDS, 60, every=0.1)
+        victims = project.processes(kill.kind, run)
+    return victims
+
+
+def _killed(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        process.kill()
+        return True
+    return False
 
 
 def _has_come(step: str | None, wanted: str) -> bool:

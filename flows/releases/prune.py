@@ -21,11 +21,10 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
-from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
-from mlflow.utils.file_utils import local_file_uri_to_path
 
 from flows.attempt import current
 from flows.lock import taken
+from flows.releases import artifacts
 from flows.releases.champion import unmoved
 from flows.releases.moves import chain
 from flows.releases.registry import RegistryError
@@ -208,19 +207,17 @@ class _Pruning:
         return any(other.info.run_id != run.info.run_id for other in found)
 
     def free_artifacts(self, uri: str) -> None:
-        """Removes artifacts: of a local store only inside the state root, for a copied database may name another."""
-        if "://" in uri and not uri.startswith("file:"):
-            self.freed.paths[uri] = 0
-            if not self.dry_run:
-                get_artifact_repository(uri, tracking_uri=self.root.tracking_uri).delete_artifacts()
+        """Removes artifacts, and the directory around them if nothing is left in it."""
+        path = None if artifacts.is_remote(uri) else artifacts.local_path(self.root, uri)
+        if path is None and not artifacts.is_remote(uri):
             return
-        path = Path(local_file_uri_to_path(uri)).resolve()
-        if path.exists() and path.is_relative_to(self.root.artifacts.resolve()):
-            self.freed.paths[str(path)] = _size(path)
-            if not self.dry_run:
-                shutil.rmtree(path)
-                with suppress(OSError):
-                    path.parent.rmdir()
+        self.freed.paths[str(path or uri)] = _size(path) if path else 0
+        if self.dry_run:
+            return
+        artifacts.free(self.root, uri)
+        if path is not None:
+            with suppress(OSError):
+                path.parent.rmdir()
 
     def free_shared(self, kept: Versions) -> None:
         """Frees snapshots and token files that no kept version and no run directory names, unless a pipeline runs."""

@@ -6,7 +6,6 @@ registry.py; whether the version becomes champion is decided in gate.py.
 
 import contextlib
 import json
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version as installed
@@ -20,8 +19,10 @@ from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
 import gptcore
+from flows.releases import artifacts
 from flows.releases.registry import BUNDLE, champion_of, find
 from flows.state import StateRoot
+from gptcore import manifest
 from gptcore.bundle import write_bundle
 from gptcore.data import Tokens
 from gptcore.learning.rundir import RunDirectory
@@ -61,8 +62,9 @@ def register(root: StateRoot, run: RunDirectory, tokens: Tokens, candidate: Cand
     champion = champion_of(root, candidate.model_name)
     lineage = {**candidate.lineage, "parent_version": None if champion is None else str(champion.version)}
     tags = {**_tags(lineage), "run_key": candidate.run_key, "attempt": str(candidate.attempt)}
-    uri = _logged_model(root, candidate) or _log_model(run, tokens, candidate, lineage)
     client = MlflowClient(root.tracking_uri)
+    uri = _logged_model(client, root, candidate) or _log_model(run, tokens, candidate, lineage)
+    client.update_run(candidate.mlflow_run_id, status="RUNNING")  # logging ended it, and the evidence is still to come
     with contextlib.suppress(MlflowException):  # it exists already
         client.create_registered_model(candidate.model_name)
     created = client.create_model_version(
@@ -102,20 +104,24 @@ def _tags(lineage: Mapping[str, Any]) -> dict[str, str]:
     return {**short, **whole}
 
 
-def _logged_model(root: StateRoot, candidate: Candidate) -> str | None:
-    """The URI of the model that a killed attempt at registering has logged already."""
-    outputs = MlflowClient(root.tracking_uri).get_run(candidate.mlflow_run_id).outputs
-    for output in outputs.model_outputs if outputs else ():
-        model = mlflow.get_logged_model(output.model_id)
+def _logged_model(client: MlflowClient, root: StateRoot, candidate: Candidate) -> str | None:
+    """The URI of the model that a killed attempt at registering has logged already; frees what it logged in part."""
+    experiment = client.get_run(candidate.mlflow_run_id).info.experiment_id
+    own = f"source_run_id = '{candidate.mlflow_run_id}'"
+    uri = None
+    for model in client.search_logged_models([experiment], filter_string=own):
         if str(model.status) == "READY":
-            return f"models:/{output.model_id}"
-    return None
+            uri = f"models:/{model.model_id}"
+        else:
+            artifacts.free(root, model.artifact_location)
+            client.delete_logged_model(model.model_id)
+    return uri
 
 
 def _log_model(run: RunDirectory, tokens: Tokens, candidate: Candidate, lineage: Mapping[str, Any]) -> str:
     origin = {**lineage, "mlflow_run_id": candidate.mlflow_run_id}
-    with tempfile.TemporaryDirectory() as temporary:
-        bundle = Path(temporary) / BUNDLE
+    with manifest.staging(run.path) as temporary:
+        bundle = temporary / BUNDLE
         bundle.mkdir()
         write_bundle(bundle, run.config().cfg(), run.weights, tokens.load_tokenizer(), origin)
         with mlflow.start_run(run_id=candidate.mlflow_run_id):

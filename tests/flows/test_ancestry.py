@@ -11,8 +11,8 @@ from flows.releases.prune import prune
 from flows.state import StateRoot
 from gptcore.errors import ConfigError
 from gptcore.learning.rundir import RunDirectory
+from tests.fixtures import prose
 
-from .conftest import prose
 from .test_reason import asking, run
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_server", "root")]

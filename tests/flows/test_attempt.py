@@ -12,8 +12,8 @@ from flows.releases import registry
 from flows.state import StateRoot
 from gptcore.errors import TrainingDiverged
 from gptcore.learning.rundir import RunDirectory
+from tests.fixtures import prose
 
-from .conftest import prose
 from .test_reason import asking, run
 
 pytestmark = pytest.mark.usefixtures("prefect_server", "root")

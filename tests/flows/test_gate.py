@@ -82,61 +82,6 @@ def summary(root: StateRoot, version: str) -> dict[str, Any]:
     return registry.summary(root, registry.resolve(root, f"models:/{NAME}/{version}"))
 
 
-@pytest.mark.parametrize(
-    ("current", "challenger", "kind"),
-    [
-        ("poor", "good", "better"),
-        ("good", "poor", "worse"),
-        ("good", "good", "tie within noise"),
-        ("nearly", "good", "tie within noise"),
-        ("poor", "nan", "not finite"),
-    ],
-)
-def test_only_a_clearly_better_challenger_becomes_champion(
-    root: StateRoot,
-    register: Callable[..., str],
-    judged: Callable[..., Verdict],
-    current: str,
-    challenger: str,
-    kind: str,
-) -> None:
-    judged(register(current))
-    verdict = judged(register(challenger))
-    assert (verdict.kind, verdict.promoted) == (kind, kind == "better")
-    assert champion_version(root) == ("2" if kind == "better" else "1")
-    kept = summary(root, "2")
-    assert kept["verdict"] == ("promoted" if kind == "better" else "rejected")
-    assert (kept["gate_kind"], kept["reason"], kept["gate_champion_version"]) == (kind, verdict.reason, "1")
-    assert kept["gate_champion_bits_per_byte"] == pytest.approx(verdict.champion_bits_per_byte, abs=1e-6)
-    assert (kept["gate_blocks"], kept["gate_bytes"], kept["gate_excluded_bytes"]) == (verdict.blocks, verdict.bytes, 0)
-    json.dumps(kept, allow_nan=False)
-    if kind == "not finite":
-        assert kept["gate_bits_per_byte"] is kept["gate_low"] is kept["gate_high"] is None
-    else:
-        gain = kept["gate_champion_bits_per_byte"] - kept["gate_bits_per_byte"]
-        assert kept["gate_low"] <= gain <= kept["gate_high"]
-        assert f"{kept['gate_bits_per_byte']:.4f} bits per byte against" in verdict.reason
-    assert f"{kind}: " in verdict.reason and "of version 1 on the same" in verdict.reason
-
-
-@pytest.mark.parametrize(
-    ("weights", "kind", "is_promoted"),
-    [("good", "beats unigram", True), ("none", "does not beat unigram", False), ("nan", "not finite", False)],
-)
-def test_a_first_version_must_be_finite_and_beat_the_unigram_model(
-    root: StateRoot,
-    register: Callable[..., str],
-    judged: Callable[..., Verdict],
-    weights: str,
-    kind: str,
-    is_promoted: bool,
-) -> None:
-    verdict = judged(register(weights))
-    assert (verdict.kind, verdict.promoted) == (kind, is_promoted)
-    assert "of the unigram model on the same" in verdict.reason
-    assert champion_version(root) == ("1" if is_promoted else None)
-
-
 @pytest.mark.parametrize("bits", [2.5, math.inf, math.nan])
 def test_as_good_as_the_unigram_model_is_not_enough(bits: float) -> None:
     simple = SimpleNamespace(unigram_bits_per_byte=2.5)
@@ -154,17 +99,14 @@ def test_the_margin_is_the_pipeline_s(
     assert champion_version(root) == "1"
 
 
-@pytest.mark.parametrize("damage", ["missing", "cut", "flipped"])
+@pytest.mark.parametrize("damage", ["cut", "flipped"])
 def test_a_damaged_champion_stays_and_the_challenger_is_decided_about_once_it_is_mended(
     root: StateRoot, register: Callable[..., str], judged: Callable[..., Verdict], damage: str
 ) -> None:
     judged(register("poor"))
     weights = root.path / "models" / "1" / "artifacts" / registry.BUNDLE / WEIGHTS
     whole = weights.read_bytes()
-    if damage == "missing":
-        weights.unlink()
-    else:
-        weights.write_bytes(whole[:-100] if damage == "cut" else whole[:-1] + bytes([whole[-1] ^ 64]))
+    weights.write_bytes(whole[:-100] if damage == "cut" else whole[:-1] + bytes([whole[-1] ^ 64]))
     challenger = register("good")
     with pytest.raises(registry.RegistryError, match=f"models:/{NAME}/1 cannot be loaded, and nothing is promoted"):
         judged(challenger)

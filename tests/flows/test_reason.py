@@ -9,8 +9,7 @@ from flows.pipelines import SECTIONS, Pipeline
 from flows.releases import registry
 from flows.retrain import Outcome, retrain
 from flows.state import StateRoot
-
-from .conftest import prose
+from tests.fixtures import prose
 
 pytestmark = pytest.mark.usefixtures("prefect_server", "root")
 TRAINED = ("Promoted", "Kept champion")

@@ -28,6 +28,7 @@ def other(tmp_path: Path) -> Iterator["subprocess.Popen[str]"]:
     process.communicate()
 
 
+# FAULTS 19
 def test_the_second_is_told_who_holds_the_lock_since_when(other: "subprocess.Popen[str]", tmp_path: Path) -> None:
     said = rf"another run holds the lock \(pid {other.pid}, since 20..-"
     with pytest.raises(lock.Held, match=said) as held, lock.hold(tmp_path / "x.lock"):
@@ -38,6 +39,7 @@ def test_the_second_is_told_who_holds_the_lock_since_when(other: "subprocess.Pop
         pass
 
 
+# FAULTS 19
 def test_who_waits_gets_the_lock_when_it_is_free(other: "subprocess.Popen[str]", tmp_path: Path) -> None:
     killer = subprocess.Popen(["sh", "-c", f"sleep 0.7; kill -9 {other.pid}"])
     began = time.monotonic()
@@ -46,6 +48,7 @@ def test_who_waits_gets_the_lock_when_it_is_free(other: "subprocess.Popen[str]",
     killer.wait()
 
 
+# FAULTS 20
 def test_a_kill_frees_the_lock_and_children_of_the_holder_do_not_keep_it(
     other: "subprocess.Popen[str]", tmp_path: Path
 ) -> None:
@@ -74,6 +77,7 @@ def test_a_look_at_the_lock_is_not_taken_for_a_run(tmp_path: Path) -> None:
             pass
 
 
+# FAULTS 19
 @pytest.mark.usefixtures("prefect_server")
 def test_a_run_while_another_one_holds_the_pipelines_lock_ends_as_skipped(tiny: Pipeline, root: StateRoot) -> None:
     from flows.retrain import retrain

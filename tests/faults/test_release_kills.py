@@ -1,0 +1,74 @@
+"""A release killed between any two of its steps: there is the old champion or the new one, and the next call converges.
+
+Every point at which the real functions commit a transaction or touch a file is recorded once, and then a process is
+killed at each. Where they fell is printed.
+"""
+
+import shutil
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from tests.faults.release_points import Forker
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
+
+@pytest.fixture(scope="module")
+def forker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forker]:
+    forker = Forker(tmp_path_factory.mktemp("release"))
+    forker.root.create()
+    assert forker.do("empty") == 0, forker.log.read_text()
+    shutil.move(forker.root.path / "mlflow.db", forker.database)
+    yield forker
+    forker.stop()
+
+
+def begin(forker: Forker, template: Path) -> None:
+    shutil.rmtree(forker.root.path, ignore_errors=True)
+    shutil.copytree(template, forker.root.path)
+
+
+def chosen(points: list[str]) -> list[int]:
+    """All but some: the last of directories made one after the other, and two of the copied sources, stand for all."""
+    copies = [number for number, point in enumerate(points) if "/code/gptcore/" in point][1:-1]
+    made = [point.startswith("mkdir") for point in points]
+    nested = [number for number, (this, next_) in enumerate(pairwise(made)) if this and next_]
+    return [number for number in range(len(points)) if number not in copies and number not in nested]
+
+
+# FAULTS 3 (register) and 4 (the others)
+@pytest.mark.parametrize(
+    ("state", "action", "champions"),
+    [
+        ("new", "register", (None, "1")),
+        ("registered", "promote", ("1", "2")),
+        ("promoted", "rollback", ("2", "1")),
+        ("moved_outside", "settle", ("2", "2")),
+    ],
+)
+def test_a_kill_between_any_two_steps_leaves_a_whole_champion_and_the_next_call_ends_as_if_none_had_been(
+    forker: Forker, tmp_path: Path, state: str, action: str, champions: tuple[str | None, str]
+) -> None:
+    shutil.rmtree(forker.root.path, ignore_errors=True)
+    forker.root.create()
+    shutil.copy(forker.database, forker.root.path)
+    assert forker.do(state) == 0, forker.log.read_text()
+    shutil.copytree(forker.root.path, tmp_path / "template")
+    assert forker.do(action, "look_at_everything", notes=True) == 0, forker.log.read_text()
+    (undisturbed,), points = forker.looked(), forker.points()
+    fell = []
+    for number in chosen(points):
+        begin(forker, tmp_path / "template")
+        assert forker.do(action, notes=True, kill_at=number) == -9, forker.log.read_text()
+        point = forker.points()[-1]
+        assert forker.do("look", action, "look_at_everything") == 0, f"killed before {point}: {forker.log.read_text()}"
+        seen, in_the_end = forker.looked()
+        assert seen in champions, f"killed before {point}"
+        assert in_the_end == undisturbed, f"killed before {point}"
+        fell.append(point)
+    print(f"\n{len(fell)} kills of {action}, each before: {', '.join(fell)}")
+    assert undisturbed["aliases"]["champion"] == champions[1]
+    assert all(move[-1] for move in undisturbed["moves"])

@@ -151,7 +151,7 @@ class Tokenizer:
             return cls(body["name"], _encoding(body["name"], body["pattern"], body["entries"], body["special_tokens"]))
         except FileNotFoundError:
             raise TokenizerError(f"{path} is missing: there is no saved tokenizer in {directory}.") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise TokenizerError(f"{path} is damaged: {type(error).__name__}: {error}") from None
 
 

@@ -124,7 +124,7 @@ class PipelinesFile:
             return None
         near = difflib.get_close_matches(trigger.model, map(str, known), n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(map(str, known))}"
-        return f"no pipeline of this file makes the model {trigger.model}; {hint}"
+        return f"no pipeline of this file makes the model {trigger.model:.80}; {hint}"
 
     def _check_top(self) -> None:
         for key in self.data:

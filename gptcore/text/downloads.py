@@ -141,8 +141,7 @@ def _answer(session: "requests.Session", url: str, headers: dict[str, str]) -> "
     """What `url`, or the address that it sends us on to, answers."""
     here = url
     for _ in range(_MAX_REDIRECTIONS + 1):
-        timeout = (CONNECT_SECONDS, READ_SECONDS)
-        response = session.get(here, headers=headers, stream=True, timeout=timeout, allow_redirects=False)
+        response = _asked(session, here, headers)
         location = session.get_redirect_target(response)
         if location is None:
             return response
@@ -151,15 +150,24 @@ def _answer(session: "requests.Session", url: str, headers: dict[str, str]) -> "
     raise CorpusError(f"{url} sends us on more than {_MAX_REDIRECTIONS} times; name the address where it ends.")
 
 
+def _asked(session: "requests.Session", url: str, headers: dict[str, str]) -> "requests.Response":
+    """The answer, its body unread. (A session's own `get` reads all of a redirection's, however long that is.)"""
+    import requests
+
+    given = session.prepare_request(requests.Request("GET", url, headers))
+    settings: dict[str, Any] = {**session.merge_environment_settings(url, {}, True, None, None)}
+    return session.get_adapter(url).send(given, timeout=(CONNECT_SECONDS, READ_SECONDS), **settings)
+
+
 def _followed(url: str, here: str, location: str) -> str:
     """Where a redirection of `here` leads. Raises CorpusError where it is not followed."""
     try:
         there = urljoin(here, location)
         source, target = urlsplit(here), urlsplit(there)
-        source_host, target_host = source.hostname or "", target.hostname or ""
+        source_host, target_host, _ = source.hostname or "", target.hostname or "", target.port
     except ValueError as error:
         raise CorpusError(f"{url} sends us on to {location!r:.200}, which is not an address: {error}") from None
-    if target.scheme not in ("http", "https"):
+    if target.scheme not in ("http", "https") or not target_host:
         why = "only http and https are"
     elif (source.scheme, target.scheme) == ("https", "http"):
         why = "on the way from https to http the text could be altered"

@@ -290,11 +290,6 @@ class Handler(BaseHTTPRequestHandler):
         if self.path.startswith("/status/"):
             self.send_error(int(self.path.split("/")[2]))
             return
-        if self.path == "/away":
-            self.send_response(302)
-            self.send_header("Location", "ftp://127.0.0.1/a.txt" if site.leave_the_web else "/a.txt")
-            self.end_headers()
-            return
         tag = site.tag
         if tag and self.headers.get("If-None-Match") == tag:
             self.send_response(304)
@@ -324,7 +319,7 @@ class Handler(BaseHTTPRequestHandler):
 def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.content, server.tag, server.cut_after, server.leave_the_web = TEXT.encode() * 20_000, '"v1"', None, False
+    server.content, server.tag, server.cut_after = TEXT.encode() * 20_000, '"v1"', None
     server.requests = []
     server.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
@@ -414,10 +409,3 @@ def test_a_server_that_does_not_answer_is_named_with_the_cure(tmp_path: Path, si
     site.server_close()
     with pytest.raises(SourceUnavailable, match=rf"{site.url}/a.txt is unavailable: .*#sha256=[0-9a-f]{{64}}"):
         texts([f"{site.url}/a.txt"], tmp_path)
-
-
-def test_a_redirection_is_followed_within_the_web_only(tmp_path: Path, site: Any) -> None:
-    assert texts([f"{site.url}/away"], tmp_path) == [site.content.decode()]
-    site.leave_the_web = True
-    with pytest.raises(CorpusError, match="only http and https"):
-        texts([f"{site.url}/away"], tmp_path)

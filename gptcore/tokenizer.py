@@ -302,7 +302,7 @@ def _read_vocabulary(blobpath: str, expected_hash: str | None = None) -> bytes:
     cached = _cache_directory() / hashlib.sha1(url.encode()).hexdigest()
     if cached.is_file():
         return _verified(cached.read_bytes(), str(cached), url, expected_hash, "Delete it to have it downloaded again.")
-    data = _verified(_download(url, cached), "the download", url, expected_hash, "Try again later.")
+    data = _verified(_download(url, cached, expected_hash), "the download", url, expected_hash, "Try again later.")
     _write_whole(cached, data)
     return data
 
@@ -326,7 +326,7 @@ def _cache_directory() -> Path:
     return Path(given) if given else Path(tempfile.gettempdir()) / "data-gym-cache"
 
 
-def _download(url: str, cached: Path) -> bytes:
+def _download(url: str, cached: Path, expected: str | None) -> bytes:
     import requests
 
     try:
@@ -334,8 +334,9 @@ def _download(url: str, cached: Path) -> bytes:
         response.raise_for_status()
     except OSError as error:
         raise TokenizerError(
-            f"cannot download {url}: {type(error).__name__}. Without a network, set TIKTOKEN_CACHE_DIR to a directory "
-            f"that holds this file under the name {cached.name}, or use gpt2, bpe:N or bytes."
+            f"{cached} is missing, and cannot be downloaded from {url}: {type(error).__name__}. Without a network, set "
+            f"TIKTOKEN_CACHE_DIR to a directory that holds this file (sha256 {expected}) under the name {cached.name}, "
+            "or use gpt2, bpe:N or bytes."
         ) from None
     return response.content
 

@@ -5,9 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-import yaml
-
 from tests.flows.servers import gptflow, refused
 
 
@@ -62,42 +59,3 @@ def test_every_shipped_pipeline_is_valid(project: Path) -> None:
     assert {"quickstart", "verdict", "shakespeare", "shakespeare-bytes"} <= set(file.names())
     for name in file.names():
         file.pipeline(name)
-
-
-@pytest.mark.slow
-def test_run_generate_models_show_and_prepare_from_the_command_line(project: Path) -> None:
-    done = gptflow(project, "run", "tiny")
-    assert done.returncode == 0, done.stderr
-    assert "promoted" in done.stdout and "models:/gpt-tiny/1" in done.stdout and "holdout bits per byte" in done.stdout
-    for step in ("ingest", "compare", "tokenize", "train", "evaluate", "sample", "plot", "register", "gate"):
-        assert f"\n{step}" in f"\n{done.stdout}"
-    for noise in ("Warning", "WARNING", "INFO", "Traceback"):
-        assert noise not in done.stdout + done.stderr
-    again = gptflow(project, "run", "tiny")
-    assert again.returncode == 0 and "nothing changed since version 1" in again.stdout
-    uri = "models:/gpt-tiny@champion"
-    text = gptflow(project, "generate", uri, "--prompt", "The model", "--seed", "1", "--max-new-tokens", "10")
-    assert text.returncode == 0 and text.stdout.startswith("The model") and text.stderr == ""
-    assert (
-        text.stdout
-        == gptflow(project, "generate", uri, "--prompt", "The model", "--seed", "1", "--max-new-tokens", "10").stdout
-    )
-    (listed,) = yaml.safe_load(gptflow(project, "models", "--json").stdout)
-    shown = yaml.safe_load(gptflow(project, "show", uri, "--json").stdout)
-    words = "model version aliases weights_sha256 holdout_bits_per_byte corpus_sha256 tokenizer config seed code_commit"
-    assert set(f"{words} packages mlflow_run_id prefect_flow_run_id parent_version".split()) <= set(shown)
-    assert {key: shown[key] for key in listed if key in shown} == listed
-    assert (
-        "gpt-tiny" in gptflow(project, "models").stdout
-        and shown["weights_sha256"] in gptflow(project, "show", uri).stdout
-    )
-    prepared = gptflow(project, "prepare", "tiny", "by-hand")
-    assert prepared.returncode == 0, prepared.stderr
-    trained = subprocess.run(
-        [sys.executable, "-m", "gptcore.train", "by-hand"], cwd=project, capture_output=True, text=True, timeout=120
-    )
-    assert trained.returncode == 0, trained.stderr
-    import hashlib
-
-    weights = (project / "by-hand" / "final" / "model.safetensors").read_bytes()
-    assert hashlib.sha256(weights).hexdigest() == shown["weights_sha256"]

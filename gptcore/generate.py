@@ -7,6 +7,7 @@ never drawn from. Which prompts are continued and where the texts are kept is de
 
 import codecs
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from operator import index
 from typing import Any, cast
 
 import torch
@@ -89,14 +90,15 @@ def generate(
     The model runs in eval mode and is back in its own mode whenever the caller holds an id. Raises ConfigError, at the
     call, for an empty prompt, an id outside the vocabulary and settings out of range.
     """
-    _check(model, ids, temperature, top_k, top_p, seed)
+    prompt = _whole_numbers(ids)
+    _check(model, prompt, temperature, top_k, top_p, seed)
     generator = torch.Generator()
     generator.seed() if seed is None else generator.manual_seed(seed)
 
     def draw(logits: Tensor) -> int:
         return _draw(logits, temperature, top_k, top_p, generator)
 
-    return _continue(model, list(ids), max_new_tokens, draw, eos_id)
+    return _continue(model, prompt, max_new_tokens, draw, eos_id)
 
 
 def stream_text(tokenizer: Any, ids: Iterable[int]) -> Iterator[str]:
@@ -166,6 +168,18 @@ def _draw(logits: Tensor, temperature: float, top_k: int | None, top_p: float, g
     probabilities = torch.softmax(scaled.cpu(), dim=0)
     probabilities[probabilities.cumsum(0) - probabilities >= max(top_p, _LEAST)] = 0
     return int(candidates[int(torch.multinomial(probabilities, 1, generator=generator))])
+
+
+def _whole_numbers(ids: Sequence[int]) -> list[int]:
+    try:
+        if getattr(ids, "ndim", 1) == 1:
+            return [int(index(token)) for token in ids]
+    except TypeError:
+        pass
+    raise ConfigError(
+        f"the prompt must be one row of whole numbers, found {ids!r:.80}. Give each of several prompts to a call of "
+        "its own: then each ends by itself."
+    )
 
 
 def _check(

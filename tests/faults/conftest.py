@@ -1,5 +1,5 @@
-"""The fixtures of the flow tests serve here too: a project, its state root, a tiny pipeline, one Prefect server."""
+"""The fixtures of the flow tests serve here too: a project, its state root, a pipeline, a registry, a Prefect server."""
 
-from tests.flows.conftest import prefect_server, project, root, tiny
+from tests.flows.conftest import empty_database, prefect_server, project, root, tiny, tiny_registry
 
-__all__ = ["prefect_server", "project", "root", "tiny"]
+__all__ = ["empty_database", "prefect_server", "project", "root", "tiny", "tiny_registry"]

@@ -27,9 +27,7 @@ from gptcore.model import GPTModel
 from gptcore.text import sources
 from gptcore.text.tokens import Tokens, load_tokens, tokenize
 from gptcore.tokenizer import END_OF_TEXT, VOCABULARY, Tokenizer, get_tokenizer
-from tests.flows.conftest import TinyRegistry, empty_database, prose, tiny_registry
-
-__all__ = ["empty_database", "tiny_registry"]
+from tests.flows.conftest import TinyRegistry, prose
 
 CFG = {
     "vocab_size": 257,

@@ -6,7 +6,6 @@ import json
 import os
 import sys
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -175,14 +174,6 @@ def test_a_directory_gives_its_text_files_in_order_and_nothing_else(tmp_path: Pa
     ]
 
 
-def test_a_loop_of_symbolic_links_is_walked_once(tmp_path: Path) -> None:
-    make_tree(tmp_path / "texts")
-    (tmp_path / "texts" / "sub" / "up").symlink_to(tmp_path / "texts")
-    (tmp_path / "texts" / "loop.txt").symlink_to("loop.txt")
-    assert names(["texts"], tmp_path) == ["texts/a.md", "texts/b.txt", "texts/sub/c.txt.gz"]
-    assert names(["texts/**/*.txt"], tmp_path) == ["texts/b.txt"]
-
-
 def test_a_glob_gives_its_matches_in_order_with_any_suffix(tmp_path: Path) -> None:
     base = tmp_path / "odd [name]"
     make_tree(base / "texts")
@@ -235,50 +226,6 @@ def test_whatever_fsspec_opens_is_a_source(tmp_path: Path) -> None:
         texts(["memory://nothing"], tmp_path)
     with pytest.raises(CorpusError, match="nonsense"):
         texts(["nonsense://a"], tmp_path)
-
-
-def test_a_file_that_changes_once_while_it_is_read_is_read_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "a.txt"
-    path.write_text("before")
-    copy, edits = sources.shutil.copyfileobj, iter(["after the edit"])
-
-    def copy_then_edit(*given: Any) -> None:
-        copy(*given)
-        for text in edits:
-            path.write_text(text)
-
-    monkeypatch.setattr(sources.shutil, "copyfileobj", copy_then_edit)
-    assert texts(["a.txt"], tmp_path) == ["after the edit"]
-
-
-def test_a_file_that_never_stops_changing_or_vanishes_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "a.txt"
-    path.write_bytes(b"a" * 30_000_000)
-    done = threading.Event()
-
-    def keep_writing() -> None:
-        while not done.is_set():
-            with path.open("ab") as file:
-                file.write(b"b")
-            time.sleep(0.0005)
-
-    writer = threading.Thread(target=keep_writing)
-    writer.start()
-    try:
-        with pytest.raises(CorpusError, match=r"a\.txt changed while it was read, 2 times"):
-            texts(["a.txt"], tmp_path)
-    finally:
-        done.set()
-        writer.join()
-    (tmp_path / "b.txt").write_text("b")
-    (tmp_path / "c.txt").write_text("c")
-    found = sources.documents(["[bc].txt"], tmp_path, tmp_path / "downloads", "strict")
-    assert b"".join(next(found).chunks) == b"b"
-    (tmp_path / "c.txt").unlink()
-    with pytest.raises(CorpusError, match=r"c\.txt vanished"):
-        next(found)
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -115,7 +115,9 @@ def unfinished(root: StateRoot, pipeline: Pipeline, sources_overridden: bool = F
 def current(directory: Path) -> dict[str, str]:
     """The run directories that a pipeline works on, by name, among its run directories `directory`."""
     with suppress(FileNotFoundError, ValueError):
-        return dict(json.loads((directory / CURRENT).read_text()))
+        found = json.loads((directory / CURRENT).read_text())
+        if isinstance(found, dict):
+            return {kind: name for kind, name in found.items() if isinstance(name, str)}
     return {}
 
 
@@ -170,7 +172,7 @@ def _note(run: Path, sources_overridden: bool) -> None:
 
 def _noted(directory: Path, sources_overridden: bool) -> Path | None:
     name = current(directory).get(_kind(sources_overridden))
-    return directory / name if name and Path(name).name == name else None
+    return directory / name if name and Path(name).name == name != ".." else None
 
 
 def _kind(sources_overridden: bool) -> str:

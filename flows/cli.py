@@ -271,13 +271,14 @@ def _asked(name: str, overrides: tuple[str, ...], file: str | None) -> "tuple[Pi
     """The pipeline and a writable state root, or an error about whatever can be found wrong without heavy imports."""
     from flows.pipelines import PipelinesFile, find_pipelines_file
     from flows.state import state_root
-    from gptcore import tokenizer
+    from gptcore import memory, tokenizer
     from gptcore.text import sources
 
     path = find_pipelines_file(file)
     asked = PipelinesFile(path).pipeline(name, overrides)
     sources.check(asked.corpus.sources, path.parent)
     tokenizer.check(asked.corpus.tokenizer)
+    memory.check(asked.model, asked.train)
     return asked, state_root(path).create()
 
 

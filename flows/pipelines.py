@@ -5,15 +5,15 @@ wrong type or an impossible value is refused with the file, the line, the key, t
 """
 
 import difflib
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import Field
 
+from flows import plain_yaml
 from flows.lock import Overlap
+from flows.plain_yaml import MAX_BYTES, Marks, NotPlain
 from flows.service.notify import NotifyConfig
 from flows.service.schedule import ScheduleConfig
 from flows.service.triggers import TriggerConfig
@@ -37,8 +37,6 @@ _TOP_KEYS = ("defaults", "pipelines", "watch_seconds")
 _WATCH_SECONDS = (10, 86_400)
 _SHAPE_KEYS = ("context_length", "emb_dim", "n_heads", "n_layers")
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
-
-Marks = dict[tuple[str | int, ...], int]
 
 
 class Pipeline(Section):
@@ -92,6 +90,9 @@ class PipelinesFile:
             raise ConfigError(f"{self.path} has no pipeline {name!r}. {hint}")
         layers = [self.data.get("defaults") or {}, self.data["pipelines"][name] or {}, parse_overrides(overrides)]
         merged = {"name": name, "model_name": f"gpt-{name}", **merge(layers)}
+        if merged["name"] != name:
+            where = self._where(name, ("name",), layers)
+            raise ConfigError(f"{where}: there is no such key; the name of a pipeline is the key that it stands under")
         built, problems = check(Pipeline, merged)
         if built is None:
             raise ConfigError("\n".join(f"{self._where(name, path, layers)}: {what}" for path, what in problems))
@@ -123,7 +124,7 @@ class PipelinesFile:
             return None
         near = difflib.get_close_matches(trigger.model, map(str, known), n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(map(str, known))}"
-        return f"no pipeline of this file makes the model {trigger.model}; {hint}"
+        return f"no pipeline of this file makes the model {trigger.model:.80}; {hint}"
 
     def _check_top(self) -> None:
         for key in self.data:
@@ -142,7 +143,9 @@ class PipelinesFile:
         mappings |= {("pipelines", name): value for name, value in self.data["pipelines"].items()}
         for path, value in mappings.items():
             if value is not None and not isinstance(value, dict):
-                raise ConfigError(f"{self._at(path)}{'.'.join(map(str, path))}: must be a mapping of sections to keys")
+                raise ConfigError(f"{self._at(path)}{'.'.join(path)}: must be a mapping of sections to keys")
+            for section in SECTIONS:
+                _check_section(f"{self._at((*path, section))}{'.'.join((*path, section))}", (value or {}).get(section))
 
     def _where(self, name: str, path: tuple[str | int, ...], layers: list[Any]) -> str:
         """Names the layer that a value came from: the topmost one that gives it."""
@@ -177,7 +180,7 @@ def merge(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             if key not in SECTIONS or not isinstance(value, Mapping):
                 merged[key] = value
                 continue
-            below = merged.get(key, {})
+            below = merged.get(key) or {}
             if key == "model" and "size" in value:
                 below = {name: kept for name, kept in below.items() if name not in _SHAPE_KEYS}
             merged[key] = {**below, **value}
@@ -193,13 +196,16 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         if not equals or not section:
             raise ConfigError(f"--set {override}: must have the form section.key=value, as in train.max_steps=50")
         try:
-            value = yaml.load(text, Loader=_Loader)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--set {key}: {text!r} is not YAML: {error}") from None
-        if name:
-            parsed.setdefault(section, {})[name] = value
-        else:
+            value, _ = plain_yaml.read(text)
+        except NotPlain as error:
+            raise ConfigError(f"--set {key}: {error} (given: {text!r:.80})") from None
+        if not name:
+            _check_section(f"--set {key}", value if section in SECTIONS else None)
             parsed[section] = value
+        elif isinstance(below := parsed.setdefault(section, {}), dict):
+            below[name] = value
+        else:
+            raise ConfigError(f"--set {key}: {section} was set to {below!r:.80} before, which has no keys")
     return parsed
 
 
@@ -208,63 +214,23 @@ def overrides_sources(overrides: Sequence[str]) -> bool:
     return _has(parse_overrides(overrides), ("corpus", "sources"))
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML with numbers such as 1e-3, which YAML 1.1 takes for strings, and the word `on`, which it takes for true.
-
-    As in YAML 1.2, only true and false are truth values.
-    """
-
-    yaml_implicit_resolvers = {  # noqa: RUF012
-        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
 def _read(path: Path) -> tuple[dict[str, Any], Marks]:
-    marks: Marks = {}
     try:
-        text = path.read_text(encoding="utf-8")
-        for event in yaml.parse(text, Loader=_Loader):
-            if isinstance(event, yaml.AliasEvent):
-                line = event.start_mark.line + 1 if event.start_mark else 1
-                raise ConfigError(f"{path}:{line}: aliases are not supported; put what is shared into defaults:")
-        node = yaml.compose(text, Loader=_Loader)
-        data = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        at = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{at}: not YAML: {getattr(error, 'problem', None) or error}") from None
-    except (OSError, UnicodeDecodeError, RecursionError) as error:
+        if (size := path.stat().st_size) > MAX_BYTES:
+            raise ConfigError(f"{path} has {size:,} bytes; a pipelines.yaml has at most {MAX_BYTES:,}")
+        data, marks = plain_yaml.read(path.read_text(encoding="utf-8"))
+    except NotPlain as error:
+        raise ConfigError(f"{path}{f':{error.line}' if error.line else ''}: {error}") from None
+    except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: must be a mapping with the keys defaults and pipelines")
-    _mark(node, (), marks, path)
     return data, marks
 
 
-def _mark(node: Any, at: tuple[str | int, ...], marks: Marks, file: Path) -> None:
-    """Notes the line of every key; a key that stands twice is an error."""
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            path = (*at, key.value)
-            line = key.start_mark.line + 1
-            if path in marks:
-                raise ConfigError(f"{file}:{line}: {key.value} stands twice, first on line {marks[path]}")
-            marks[path] = line
-            _mark(value, path, marks, file)
-    elif isinstance(node, yaml.SequenceNode):
-        for index, value in enumerate(node.value):
-            marks[*at, index] = value.start_mark.line + 1
-            _mark(value, (*at, index), marks, file)
+def _check_section(where: str, value: Any) -> None:
+    if value is not None and not isinstance(value, dict):
+        raise ConfigError(f"{where}: must be a mapping of keys to values (given: {value!r:.80})")
 
 
 def _has(layer: Any, path: tuple[str | int, ...]) -> bool:
@@ -281,4 +247,7 @@ def _has(layer: Any, path: tuple[str | int, ...]) -> bool:
 def _absolute(source: str, base: Path) -> str:
     """A relative path is meant from the file's directory; URLs and python-docs stay as they are."""
     is_local = source != "python-docs" and "://" not in source
-    return str(base / Path(source).expanduser()) if is_local else source
+    try:
+        return str(base / Path(source).expanduser()) if is_local else source
+    except (RuntimeError, ValueError):  # ~ of nobody: refused with the other sources that cannot exist
+        return source

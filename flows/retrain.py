@@ -28,7 +28,7 @@ from flows.releases.report import detail_rows, score_rows
 from flows.service import deployed, successes
 from flows.service.notify import NotifyConfig, tell_failure, tell_promotion
 from flows.state import StateRoot, state_root
-from gptcore import manifest
+from gptcore import manifest, memory
 from gptcore.config import CorpusConfig, GateConfig, ModelConfig, RetrainConfig, SampleConfig, TrainConfig
 from gptcore.corpus import Snapshot
 from gptcore.data import Tokens, check_sizes
@@ -239,6 +239,7 @@ class _Retraining:
     def check_sizes(self, tokens: Tokens) -> None:
         train, context = self.pipeline.train, self.pipeline.model.shape()["context_length"]
         check_sizes(tokens, context, train.stride or context, train.batch_size * train.accumulation)
+        memory.check(self.pipeline.model, train, tokens.n_vocab)
 
     def candidate(self, found: Attempt, scores: Scores, result: Result, mlflow_run_id: str) -> release.Candidate:
         made_from = (found.snapshot, found.tokens, found.run)

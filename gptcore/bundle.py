@@ -49,11 +49,40 @@ def load(directory: str | Path, device: str = "cpu") -> Loaded:
     directory = Path(directory)
     try:
         cfg = json.loads((directory / "config.json").read_text())
+        _check_shape(cfg, directory / WEIGHTS)
         model = GPTModel(cfg)
         model.load_state_dict(load_file(directory / WEIGHTS))
     except (OSError, ValueError, RuntimeError, ConfigError, SafetensorError) as error:
         raise CheckpointError(f"the bundle {directory} cannot be loaded: {error}") from None
-    return Loaded(model=model.to(torch.device(device)).eval(), tokenizer=Tokenizer.load(directory / "tokenizer"))
+    tokenizer = Tokenizer.load(directory / "tokenizer")
+    if tokenizer.n_vocab > cfg["vocab_size"]:
+        raise CheckpointError(
+            f"the bundle {directory} cannot be loaded: its tokenizer has {tokenizer.n_vocab} ids, its model "
+            f"{cfg['vocab_size']}."
+        )
+    return Loaded(model=model.to(torch.device(device)).eval(), tokenizer=tokenizer)
+
+
+def _check_shape(cfg: Any, weights: Path) -> None:
+    """Raises ValueError if the file does not hold what `cfg` describes: a model is not made larger than its weights."""
+    if not isinstance(cfg, dict):
+        raise ValueError(f"config.json holds {type(cfg).__name__}, not an object")
+    with safe_open(weights, framework="pt") as file:
+        names = set(file.keys())
+        found = {
+            "vocab_size": _rows(file, names, "tok_emb.weight", 0),
+            "emb_dim": _rows(file, names, "tok_emb.weight", 1),
+            "context_length": _rows(file, names, "pos_emb.weight", 0),
+            "n_layers": sum(name.startswith("trf_blocks.") and name.endswith(".norm1.scale") for name in names),
+        }
+    for key, number in found.items():
+        if key in cfg and cfg[key] != number:
+            raise ValueError(f"{key} is {cfg[key]!r:.40} in config.json and {number} in {WEIGHTS}")
+
+
+def _rows(file: Any, names: set[str], name: str, dimension: int) -> int:
+    shape = file.get_slice(name).get_shape() if name in names else []
+    return int(shape[dimension]) if len(shape) == 2 else 0
 
 
 def num_parameters(weights: Path) -> int:

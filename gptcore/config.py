@@ -7,7 +7,8 @@ a wrong value is answered at once.
 
 import difflib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -255,7 +256,8 @@ class RunConfig(Section):
     training_version: int
     """Raised when the arithmetic of training changes; a trainer of another version refuses the directory."""
     tokens: str
-    """The token directory, absolute or relative to RUN_DIR."""
+    """The token directory, absolute or relative to RUN_DIR. Whoever prepares the directory may have it anywhere, as on
+    a disk that several machines share; only the files of `tokens_sha256` are trained on."""
     tokens_sha256: str
     """Identity of the token directory, compared before training."""
     model: ModelConfig
@@ -282,6 +284,10 @@ class RunConfig(Section):
         return self.model.for_vocabulary(self.vocab_size)
 
 
+_UNION_MEMBER = re.compile(r"constrained-.*|literal\[.*|int|float")
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+_MAX_BITS = 4096
+
 S = TypeVar("S", bound=Section)
 KeyPath = tuple[str | int, ...]
 
@@ -300,16 +306,32 @@ def check(section: type[S], given: Mapping[str, Any]) -> tuple[S | None, list[tu
 
     Validation is strict, as JSON: a list becomes a tuple and an integer a float, but no string becomes a number.
     """
+    if unwritable := list(_unwritable(given, ())):
+        return None, unwritable
     try:
         return section.model_validate_json(json.dumps(given, default=str), strict=True), []
     except ValidationError as error:
         return None, [_problem(detail, section) for detail in error.errors(include_url=False)]
 
 
+def _unwritable(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, str]]:
+    """What no JSON can hold: it would be refused as a whole, without the key that is meant."""
+    if isinstance(value, str) and (found := _LONE_SURROGATE.search(value)):
+        yield path, f"must be Unicode text, but holds the lone surrogate {found[0]!r}"
+    elif isinstance(value, int) and value.bit_length() > _MAX_BITS:
+        yield path, f"is a whole number of {value.bit_length():,} bits; at most {_MAX_BITS:,} are read"
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _unwritable(key, (*path, key))
+            yield from _unwritable(inner, (*path, key))
+    elif isinstance(value, list | tuple):
+        for index, inner in enumerate(value):
+            yield from _unwritable(inner, (*path, index))
+
+
 def _problem(detail: Any, section: type[BaseModel]) -> tuple[KeyPath, str]:
     # In a union, pydantic appends the member that failed to the location: it is no key of ours.
-    members = ("constrained-", "literal[", "int", "float")
-    path = tuple(part for part in detail["loc"] if not str(part).startswith(members))
+    path = tuple(part for part in detail["loc"] if not _UNION_MEMBER.fullmatch(str(part)))
     if detail["type"] == "extra_forbidden":
         known = _fields_at(section, path[:-1])
         near = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.5)

@@ -7,6 +7,7 @@ never drawn from. Which prompts are continued and where the texts are kept is de
 
 import codecs
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from operator import index
 from typing import Any, cast
 
 import torch
@@ -15,6 +16,9 @@ from torch import Tensor, nn
 from gptcore.errors import ConfigError
 from gptcore.model import GPTModel, KVCache, eval_mode, is_ours
 from gptcore.tokenizer import END_OF_TEXT
+
+_LEAST = torch.finfo(torch.float32).tiny
+"""A smaller setting would be 0 in the arithmetic, and divide by it."""
 
 
 def text_to_token_ids(text: str, tokenizer: Any) -> Tensor:
@@ -86,14 +90,15 @@ def generate(
     The model runs in eval mode and is back in its own mode whenever the caller holds an id. Raises ConfigError, at the
     call, for an empty prompt, an id outside the vocabulary and settings out of range.
     """
-    _check(model, ids, temperature, top_k, top_p)
+    prompt = _whole_numbers(ids)
+    _check(model, prompt, temperature, top_k, top_p, seed)
     generator = torch.Generator()
     generator.seed() if seed is None else generator.manual_seed(seed)
 
     def draw(logits: Tensor) -> int:
         return _draw(logits, temperature, top_k, top_p, generator)
 
-    return _continue(model, list(ids), max_new_tokens, draw, eos_id)
+    return _continue(model, prompt, max_new_tokens, draw, eos_id)
 
 
 def stream_text(tokenizer: Any, ids: Iterable[int]) -> Iterator[str]:
@@ -156,16 +161,30 @@ def _draw(logits: Tensor, temperature: float, top_k: int | None, top_p: float, g
     """One id from logits (vocabulary,). Drawn on the CPU, so that a seed means the same on every device."""
     if temperature == 0:
         return int(logits.argmax())
-    scaled = (logits.float() - logits.max()) / temperature
+    scaled = (logits.float() - logits.max()) / max(temperature, _LEAST)
     if top_k is None and top_p == 1:
         return int(torch.multinomial(torch.softmax(scaled.cpu(), dim=0), 1, generator=generator))
     scaled, candidates = scaled.topk(min(top_k or len(scaled), len(scaled)))
     probabilities = torch.softmax(scaled.cpu(), dim=0)
-    probabilities[probabilities.cumsum(0) - probabilities >= top_p] = 0
+    probabilities[probabilities.cumsum(0) - probabilities >= max(top_p, _LEAST)] = 0
     return int(candidates[int(torch.multinomial(probabilities, 1, generator=generator))])
 
 
-def _check(model: GPTModel, ids: Sequence[int], temperature: float, top_k: int | None, top_p: float) -> None:
+def _whole_numbers(ids: Sequence[int]) -> list[int]:
+    try:
+        if getattr(ids, "ndim", 1) == 1:
+            return [int(index(token)) for token in ids]
+    except TypeError:
+        pass
+    raise ConfigError(
+        f"the prompt must be one row of whole numbers, found {ids!r:.80}. Give each of several prompts to a call of "
+        "its own: then each ends by itself."
+    )
+
+
+def _check(
+    model: GPTModel, ids: Sequence[int], temperature: float, top_k: int | None, top_p: float, seed: int | None
+) -> None:
     vocab_size = len(model.tok_emb.weight)
     if not len(ids):
         raise ConfigError("the prompt has no tokens; give at least one (the end-of-text id starts a new document).")
@@ -178,3 +197,5 @@ def _check(model: GPTModel, ids: Sequence[int], temperature: float, top_k: int |
         raise ConfigError(f"top_k is {top_k}; it must be at least 1, or None for the whole vocabulary.")
     if not 0 < top_p <= 1:
         raise ConfigError(f"top_p is {top_p}; it must be above 0 and at most 1.")
+    if seed is not None and not 0 <= seed < 2**64:
+        raise ConfigError(f"seed is {seed}; it must be from 0 to {2**64 - 1}.")

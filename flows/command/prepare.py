@@ -7,6 +7,7 @@ from flows.attempt import configure
 from flows.pipelines import Pipeline
 from flows.releases import ancestry
 from flows.state import StateRoot
+from gptcore import memory
 from gptcore.corpus import ingest
 from gptcore.data import Tokens, check_sizes, tokenize
 from gptcore.learning.rundir import RunDirectory
@@ -25,6 +26,7 @@ def prepare(pipeline: Pipeline, root: StateRoot, directory: Path) -> Tokens:
     tokens = tokenize(snapshot.path, asked.corpus.tokenizer, root.tokens, vocabulary=vocabulary)
     context = asked.model.shape()["context_length"]
     check_sizes(tokens, context, asked.train.stride or context, asked.train.batch_size * asked.train.accumulation)
+    memory.check(asked.model, asked.train, tokens.n_vocab)
     configure(RunDirectory(directory), asked, tokens, "tokens", start)
     if not (directory / "tokens").exists():
         shutil.copytree(tokens.path, directory / "tokens")

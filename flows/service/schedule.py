@@ -38,7 +38,7 @@ class ScheduleConfig(Section):
         # Prefect refuses croniter's own extensions R and H.
         if not is_valid or len(given.split()) != 5 or {"r", "h"} & set(given.casefold().split()):
             raise ValueError(
-                f"{given!r} is no cron expression: give minute (0-59), hour (0-23), day of the month (1-31), "
+                f"{given!r:.80} is no cron expression: give minute (0-59), hour (0-23), day of the month (1-31), "
                 "month (1-12) and day of the week (0-6), as in '30 2 * * *'"
             )
         return given
@@ -49,13 +49,13 @@ class ScheduleConfig(Section):
         try:
             ZoneInfo(given)
         except (OSError, ValueError, KeyError):
-            raise ValueError(f"there is no time zone {given!r}; give an IANA name such as Europe/Berlin") from None
+            raise ValueError(f"there is no time zone {given!r:.80}; give an IANA name such as Europe/Berlin") from None
         return given
 
     @model_validator(mode="after")
     def _one_of_cron_and_interval(self) -> Self:
         if (self.cron is None) == (self.interval is None):
-            given = "neither" if self.cron is None else f"cron {self.cron!r} and interval {self.interval}"
+            given = "neither" if self.cron is None else f"cron {self.cron!r:.80} and interval {self.interval}"
             raise ValueError(f"give one of cron and interval (given: {given})")
         return self
 

@@ -26,7 +26,7 @@ class TriggerConfig(Section):
             raise ValueError("promoted needs a model: which one's? As in {on: promoted, model: gpt-base}")
         if self.on == "corpus_changed" and self.model is not None:
             raise ValueError(
-                f"corpus_changed is about the pipeline's own corpus; it has no model (given: {self.model})"
+                f"corpus_changed is about the pipeline's own corpus; it has no model (given: {self.model!r:.80})"
             )
         return self
 

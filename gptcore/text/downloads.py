@@ -2,15 +2,24 @@
 
 Each address has a directory of its own with `body`, what the server said about it in `body.json`, and while a download
 is under way or was cut, `part` and `part.json`. The rename of `part` to `body` is the commit.
+
+The address that stands in corpus.sources may be any, on this machine too: whoever wrote it meant it. Where a server
+sends us on, it does not decide about this machine's network: a redirection is followed to http and https only, not from
+https to http, and only to an address that can be reached from at least as far away as the one that sent us, in the
+order public, private network, this machine, link-local (where clouds keep their secrets). Names count as what they
+resolve to. What is refused says so, and can be named in corpus.sources itself.
 """
 
 import fcntl
 import hashlib
+import ipaddress
 import json
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urljoin, urlsplit
 
 from gptcore.errors import CorpusError, SourceUnavailable
 from gptcore.manifest import flush, sha256_of_file
@@ -22,6 +31,8 @@ CONNECT_SECONDS = 10.0
 READ_SECONDS = 60.0
 _PIECE_BYTES = 64 * 1024
 _BUSY = (408, 425, 429)
+_MAX_REDIRECTIONS = 10
+_PUBLIC, _PRIVATE, _THIS_MACHINE, _LINK_LOCAL = 3, 2, 1, 0
 
 
 def fetch(url: str, sha256: str | None, downloads: Path) -> Path:
@@ -113,19 +124,80 @@ def _responding(url: str, headers: dict[str, str], body: Path) -> Iterator["requ
 
     given = {"Accept-Encoding": "identity", **headers}  # a compressed transfer could not be resumed
     try:
-        with requests.get(url, headers=given, stream=True, timeout=(CONNECT_SECONDS, READ_SECONDS)) as response:
+        with requests.Session() as session, _answer(session, url, given) as response:
             code, said = response.status_code, f"{response.status_code} {response.reason}"
             if code >= 500 or code in _BUSY:
                 raise _unavailable(url, f"the server answered {said}", body)
             if 400 <= code < 500 and code != 416:
                 raise CorpusError(f"{url} answered {said}; check the address, or name a file that you have.")
             yield response
-    except (failed.InvalidSchema, failed.InvalidURL, failed.MissingSchema, failed.TooManyRedirects) as error:
-        raise CorpusError(
-            f"{url} leads to an address that is not followed (only http and https are): {error}"
-        ) from None
+    except (failed.InvalidSchema, failed.InvalidURL, failed.MissingSchema) as error:
+        raise CorpusError(f"{url} is or leads to an address that is none (only http and https are): {error}") from None
     except failed.RequestException as error:
         raise _unavailable(url, str(error), body) from None
+
+
+def _answer(session: "requests.Session", url: str, headers: dict[str, str]) -> "requests.Response":
+    """What `url`, or the address that it sends us on to, answers."""
+    here = url
+    for _ in range(_MAX_REDIRECTIONS + 1):
+        response = _asked(session, here, headers)
+        location = session.get_redirect_target(response)
+        if location is None:
+            return response
+        response.close()
+        here = _followed(url, here, location)
+    raise CorpusError(f"{url} sends us on more than {_MAX_REDIRECTIONS} times; name the address where it ends.")
+
+
+def _asked(session: "requests.Session", url: str, headers: dict[str, str]) -> "requests.Response":
+    """The answer, its body unread. (A session's own `get` reads all of a redirection's, however long that is.)"""
+    import requests
+
+    given = session.prepare_request(requests.Request("GET", url, headers))
+    settings: dict[str, Any] = {**session.merge_environment_settings(url, {}, True, None, None)}
+    return session.get_adapter(url).send(given, timeout=(CONNECT_SECONDS, READ_SECONDS), **settings)
+
+
+def _followed(url: str, here: str, location: str) -> str:
+    """Where a redirection of `here` leads. Raises CorpusError where it is not followed."""
+    try:
+        there = urljoin(here, location)
+        source, target = urlsplit(here), urlsplit(there)
+        source_host, target_host, _ = source.hostname or "", target.hostname or "", target.port
+    except ValueError as error:
+        raise CorpusError(f"{url} sends us on to {location!r:.200}, which is not an address: {error}") from None
+    if target.scheme not in ("http", "https") or not target_host:
+        why = "only http and https are"
+    elif (source.scheme, target.scheme) == ("https", "http"):
+        why = "on the way from https to http the text could be altered"
+    elif source_host != target_host and min(_reaches(target_host)) < max(_reaches(source_host)):
+        why = "it is an address of a narrower network than the one that names it"
+    else:
+        return there
+    raise CorpusError(
+        f"{url} sends us on to {there!r:.200}, which is not followed: {why}. If it is meant, write that address itself "
+        "in corpus.sources."
+    )
+
+
+def _reaches(host: str) -> list[int]:
+    """From how far away each address of the host can be reached. A name that only a proxy can resolve is public."""
+    try:
+        found = {str(entry[4][0]).partition("%")[0] for entry in socket.getaddrinfo(host, None)}
+    except (OSError, UnicodeError):
+        return [_PUBLIC]
+    return [_reach(ipaddress.ip_address(address)) for address in found]
+
+
+def _reach(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> int:
+    if isinstance(address, ipaddress.IPv6Address):
+        address = address.ipv4_mapped or address.sixtofour or address
+    if address.is_link_local:
+        return _LINK_LOCAL
+    if address.is_loopback or address.is_unspecified:
+        return _THIS_MACHINE
+    return _PUBLIC if address.is_global else _PRIVATE
 
 
 def _unavailable(url: str, reason: str, body: Path) -> SourceUnavailable:

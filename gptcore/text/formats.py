@@ -2,7 +2,8 @@
 
 The rule for text stands here: it is UTF-8, and apart from bytes that are not (an error naming the place, or U+FFFD)
 everything goes through byte for byte: byte order marks, NULs and CRLF too. Text is handed on in pieces, so that a file
-of any size needs little memory. Where files come from is the business of sources.py.
+of any size needs little memory, however much it unfolds to. Only a row of a table is held as a whole, and is limited
+for that. Where files come from is the business of sources.py.
 """
 
 import codecs
@@ -25,6 +26,8 @@ Texts = Iterator[tuple[str, Iterator[bytes]]]
 """Documents as (name, pieces of UTF-8 that end at whole characters)."""
 
 PIECE_BYTES = 256 * 1024
+MAX_ROW_BYTES = 128 * 1024 * 1024
+"""Of one line of JSON, or one row of CSV: it is read at once."""
 TEXT_COLUMN = "text"
 _COMPRESSED = (".gz", ".zst")
 _ZSTD_READ_BYTES = 4096  # a piece of this size cannot unfold to more than about 128 MiB
@@ -91,14 +94,24 @@ def _not_utf8(name: str, offset: int, error: UnicodeDecodeError) -> CorpusError:
 
 
 def _lines(file: BinaryIO, name: str, errors: Errors) -> Iterator[str]:
-    offset = 0
-    for number, line in enumerate(file):
+    offset = number = 0
+    while line := file.readline(MAX_ROW_BYTES + 1):
+        if len(line) > MAX_ROW_BYTES:
+            raise _row_too_long(f"{name}:{number + 1}")
         try:
             # A byte order mark at the head of a table belongs to the format, not to the text.
             yield line.decode("utf-8-sig" if number == 0 else "utf-8", errors)
         except UnicodeDecodeError as error:
             raise _not_utf8(name, offset + len(line) - len(error.object), error) from None
         offset += len(line)
+        number += 1
+
+
+def _row_too_long(where: str) -> CorpusError:
+    return CorpusError(
+        f"{where}: a row is longer than the {MAX_ROW_BYTES:,} bytes that are read at once; put long texts into files "
+        "of their own, as .txt or .txt.gz."
+    )
 
 
 def _jsonl(file: BinaryIO, name: str, errors: Errors) -> Texts:
@@ -135,7 +148,8 @@ def _no_text_column(where: str, found: list[str]) -> CorpusError:
 
 def _csv(file: BinaryIO, name: str, errors: Errors) -> Texts:
     csv.field_size_limit(sys.maxsize)  # the module's default refuses documents of more than 128 KiB
-    rows = csv.reader(_lines(file, name, errors), strict=True)
+    taken = _Taken(_lines(file, name, errors), name)
+    rows = csv.reader(taken, strict=True)
     try:
         header = next((row for row in rows if row), None)
         if header is None:
@@ -144,6 +158,7 @@ def _csv(file: BinaryIO, name: str, errors: Errors) -> Texts:
             raise _no_text_column(f"{name}:{rows.line_num}", header)
         column = header.index(TEXT_COLUMN)
         for row in rows:
+            taken.chars = 0
             where = f"{name}:{rows.line_num}"
             if row and len(row) <= column:
                 raise CorpusError(f"{where}: expected {len(header)} columns, found {len(row)}")
@@ -153,23 +168,47 @@ def _csv(file: BinaryIO, name: str, errors: Errors) -> Texts:
         raise CorpusError(f"{name}:{rows.line_num} is not CSV: {error}") from None
 
 
+class _Taken:
+    """Lines, counted: a quotation that is never closed would make one row of the whole file."""
+
+    def __init__(self, lines: Iterator[str], name: str) -> None:
+        self._lines, self._name, self._number = lines, name, 0
+        self.chars = 0
+        """Since whoever takes the lines last set it to 0."""
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = next(self._lines)
+        self._number += 1
+        self.chars += len(line)
+        if self.chars > MAX_ROW_BYTES:
+            raise _row_too_long(f"{self._name}:{self._number}")
+        return line
+
+
 def _parquet(file: BinaryIO, name: str, errors: Errors) -> Texts:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     number = 0
     try:
-        table = pq.ParquetFile(file)
-        if TEXT_COLUMN not in table.schema_arrow.names:
-            raise _no_text_column(name, table.schema_arrow.names)
+        columns = pq.read_schema(file).names
+        if TEXT_COLUMN not in columns:
+            raise _no_text_column(name, columns)
+        # As a dictionary, so that a long text in a million rows is held once.
+        table = pq.ParquetFile(file, read_dictionary=[TEXT_COLUMN])
         for batch in table.iter_batches(batch_size=64, columns=[TEXT_COLUMN], use_threads=False):
             column = batch.column(0)
-            if pa.types.is_dictionary(column.type):
-                column = column.dictionary_decode()
-            for value in column.cast(pa.large_binary()):
+            if not pa.types.is_dictionary(column.type):
+                column = column.dictionary_encode()
+            texts = column.dictionary.cast(pa.large_binary())
+            for index in column.indices.to_pylist():
                 number += 1
                 row = f"{name}:{number}"
-                yield row, _utf8(io.BytesIO(value.as_py() or b""), row, errors)
+                text = b"" if index is None else texts[index].as_py() or b""
+                yield row, _utf8(io.BytesIO(text), row, errors)
     except (pa.ArrowException, OSError) as error:
         raise CorpusError(f"{name} cannot be read as Parquet with a column of text: {error}") from None
 

@@ -1,8 +1,10 @@
 """Where text comes from: what each entry of corpus.sources means, and the documents it gives, one after another.
 
 An entry is `python-docs`, a file, a directory, a glob, an http(s) address or anything that fsspec opens. Every file is
-first copied aside in one state, so that an edit during the reading cannot give a text that never existed. How a file's
-bytes become documents stands in formats.py, how they come over the web in downloads.py.
+first copied aside in one state, so that an edit during the reading cannot give a text that never existed. A file or
+directory that is named may lie anywhere and be a link; what a directory or a glob finds stays inside of it, so that a
+link planted there makes no other file of the machine a text to learn from. How a file's bytes become documents stands
+in formats.py, how they come over the web in downloads.py.
 """
 
 import importlib.util
@@ -13,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 from urllib.parse import unquote, urlsplit
@@ -39,6 +42,8 @@ _PACKAGES = {
     "sftp": "paramiko",
     "ssh": "paramiko",
 }
+_REFUSED = {"reference": "what it reads may hold templates, which are programs"}
+_NO_HOST = re.compile(r"[\s\x00-\x1f\x7f\ud800-\udfff]")
 _COPY_BYTES = 1024 * 1024
 _IN_MEMORY_BYTES = 8 * 1024 * 1024
 _TRIES = 2
@@ -106,10 +111,11 @@ def parse_address(source: str) -> tuple[str, str | None]:
     """An http(s) source as (address, sha256 or None). Raises CorpusError where it is malformed."""
     address, _, fragment = source.partition("#")
     try:
-        host = urlsplit(address).hostname
+        address.encode()
+        host, _ = urlsplit(address).hostname, urlsplit(address).port
     except ValueError as error:
         raise CorpusError(f"{source!r} is not an address: {error}") from None
-    if not host:
+    if not host or _NO_HOST.search(host):
         raise CorpusError(f"{source!r} is not an address: it names no host, as in https://example.org/text.txt")
     if fragment and not _PINNED.fullmatch(fragment):
         raise CorpusError(f"{source!r}: expected #sha256= and 64 hexadecimal digits after the address")
@@ -143,25 +149,50 @@ def _shown(path: Path, base: Path) -> str:
 
 
 def local_paths(source: str, base: Path) -> list[Path]:
-    """At least one regular file. A name that exists is meant literally, even with a `[` in it."""
+    """At least one regular file. A name that exists is meant literally, even with a `[` in it. Raises CorpusError."""
+    try:
+        return _local_paths(source, base)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CorpusError(f"corpus.sources: {source!r:.200} cannot be looked up: {error}") from None
+
+
+def _local_paths(source: str, base: Path) -> list[Path]:
     path = base / Path(source).expanduser()
     if not source.strip():
         raise CorpusError("corpus.sources: an entry is empty; name a file, a directory, a glob or an address.")
     if path.is_file():
         return [path]
+    place = path
     if path.is_dir():
         found = _texts_in(path)
         missing = "holds no file that ends in .txt .md .jsonl .csv or .parquet (or these with .gz or .zst)"
     elif any(mark in source for mark in "*?["):
         found = _matches(Path(source).expanduser(), base)
+        place = _before_wildcards(path)
         missing = "matches no file"
     else:
         found = []
         missing = "is not a regular file" if path.exists() else "does not exist"
     if not found:
         hint = "" if Path(source).is_absolute() else f" (looked for in {base})"
-        raise CorpusError(f"corpus.sources: {source!r} {missing}{hint}.")
+        raise CorpusError(f"corpus.sources: {source!r:.200} {missing}{hint}.")
+    _check_inside(found, place)
     return found
+
+
+def _before_wildcards(pattern: Path) -> Path:
+    """The directory in which a glob searches."""
+    return Path(*takewhile(lambda part: not any(mark in part for mark in "*?["), pattern.parts))
+
+
+def _check_inside(found: list[Path], place: Path) -> None:
+    real_place = os.path.join(os.path.realpath(place), "")  # noqa: PTH118
+    for path in found:
+        if not (real := os.path.realpath(path)).startswith(real_place):
+            raise CorpusError(
+                f"corpus.sources: {path} is a link that leads out of {place}, to {real}. Remove it, or name {real} "
+                "itself in corpus.sources if it is meant."
+            )
 
 
 def _texts_in(directory: Path) -> list[Path]:
@@ -214,6 +245,7 @@ def stored(source: str) -> tuple["fsspec.AbstractFileSystem", dict[str, dict[str
 
     Returned with the file system, and whether the source names a single object. Raises CorpusError, SourceUnavailable.
     """
+    _check_package(source, scheme_of(source) or "")
     with _storage_errors(source):
         import fsspec
 
@@ -262,6 +294,8 @@ def _storage_errors(source: str) -> Iterator[None]:
 
 
 def _check_package(source: str, scheme: str) -> None:
+    if reason := _REFUSED.get(scheme) or ("one opens another" if "::" in source else None):
+        raise CorpusError(f"corpus.sources: {source!r} is not opened: {reason}. Name the files themselves.")
     package = _PACKAGES.get(scheme)
     if package and not importlib.util.find_spec(package):
         raise CorpusError(f"{source!r} needs the package {package}, which is not installed: pip install {package}")

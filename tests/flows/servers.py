@@ -44,6 +44,15 @@ def gptflow(project: Path, *arguments: str, **environment: str) -> "subprocess.C
     )
 
 
+def refused(done: "subprocess.CompletedProcess[str]", code: int, *parts: str) -> None:
+    """One message with all `parts` on stderr, the exit code, no traceback."""
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    assert "error: " in done.stderr.lower()
+    for part in parts:
+        assert part in done.stderr
+
+
 def begin(project: Path, log: Path, *arguments: str, **environment: str) -> "subprocess.Popen[bytes]":
     """Starts the command line in the project directory; what it says goes to `log`."""
     return _start([*COMMAND, *arguments], log, clean(**environment), project)

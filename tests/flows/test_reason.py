@@ -72,31 +72,9 @@ def test_other_settings_are_a_reason_whatever_the_policy_and_a_rejected_night_is
     assert len(registry.versions(root, "gpt-tiny")) == 2
 
 
-@pytest.mark.slow
-def test_renamed_and_reordered_text_is_no_change_and_always_needs_none(tiny: Pipeline, project: Path) -> None:
-    asked = asking(tiny, train={"max_steps": 5})
-    run(asked)
-    (project / "text" / "one.txt").rename(project / "text" / "other.txt")
-    name, outcome = run(asked)
-    assert name == "Skipped" and "nothing changed since version 1" in outcome.reason
-    name, outcome = run(asking(asked, retrain={"when": "always"}))
-    assert (name, outcome.uri) == ("Kept champion", "models:/gpt-tiny/2")
-
-
 def test_another_number_of_cores_is_no_reason(tiny: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     auto = asking(tiny, train={"threads": "auto", "max_steps": 5})
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0})
     run(auto)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
     assert run(auto)[0] == "Skipped"
-
-
-def test_what_changed_in_the_text_is_said_with_numbers(tiny: Pipeline, project: Path, root: StateRoot) -> None:
-    run(tiny)
-    (project / "text" / "two.txt").write_text(prose(2, 500))
-    _, outcome = run(tiny)
-    changes = dict(outcome.changes)
-    assert changes["documents"] == "1 added, 0 changed, 0 removed, 1 kept"
-    assert changes["new text"].startswith(f"{len(prose(2, 500)):,} of ")
-    assert "bits per byte on" in changes["champion on the new text"]
-    assert changes["token distribution"].startswith("Jensen-Shannon divergence 0.")

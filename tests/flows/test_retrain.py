@@ -13,7 +13,7 @@ from flows.pipelines import SECTIONS, Pipeline
 from flows.releases import registry
 from flows.retrain import Outcome, retrain
 from flows.state import StateRoot
-from gptcore.errors import CorpusError, TrainingDiverged
+from gptcore.errors import TrainingDiverged
 from gptcore.learning.rundir import RunDirectory
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
@@ -164,13 +164,6 @@ def test_a_diverging_training_fails_the_mlflow_run_and_registers_nothing(tiny: P
     assert only.info.status == "FAILED"
     assert int(only.data.tags["diverged_at"]) >= 1
     assert MlflowClient(root.tracking_uri).search_registered_models() == []
-
-
-def test_a_corpus_too_small_for_its_context_is_refused_before_any_mlflow_run(tiny: Pipeline, root: StateRoot) -> None:
-    model = tiny.model.model_copy(update={"context_length": 65_536})
-    with pytest.raises(CorpusError, match="need at least 524289"):
-        run(tiny.model_copy(update={"model": model}))
-    assert not (root.path / "mlflow.db").exists() or mlflow_runs(root) == []
 
 
 def test_a_damaged_champion_stays_and_nothing_is_promoted(tiny: Pipeline, root: StateRoot) -> None:

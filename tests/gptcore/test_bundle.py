@@ -2,8 +2,6 @@
 
 import json
 import os
-import pickle
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,16 +21,6 @@ CFG = {
     "drop_rate": 0.5,
     "qkv_bias": True,
 }
-
-
-class Payload:
-    """Unpickling it creates a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
 
 
 @pytest.fixture
@@ -111,12 +99,3 @@ def test_a_damaged_vocabulary_is_a_tokenizer_error(directory):
         os.truncate(path, 5)
     with pytest.raises(TokenizerError):
         bundle.load(directory)
-
-
-@pytest.mark.parametrize("write", [lambda value, path: path.write_bytes(pickle.dumps(value)), torch.save])
-def test_a_pickle_in_place_of_the_weights_is_refused_and_not_executed(directory, tmp_path, write):
-    executed = tmp_path / "executed"
-    write(Payload(executed), directory / "model.safetensors")
-    with pytest.raises(CheckpointError, match="cannot be loaded"):
-        bundle.load(directory)
-    assert not executed.exists()

@@ -9,8 +9,7 @@ import pytest
 from gptcore import corpus, manifest
 from gptcore.config import CorpusConfig
 from gptcore.corpus import SIDES, Snapshot, block_entries, blocks, ingest, load_snapshot, passages
-from gptcore.errors import CheckpointError, CorpusError
-from gptcore.text import split
+from gptcore.errors import CheckpointError
 
 
 def prose(seed: int, chars: int) -> str:
@@ -188,23 +187,6 @@ def test_settings_of_the_split_are_part_of_what_a_snapshot_is(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("way", ["hash", "contiguous"])
-def test_holdout_text_copied_into_train_is_removed_and_counted(tmp_path: Path, way: str) -> None:
-    before = snapshot_of(tmp_path, MANY, split=way)
-    stolen = max([block.text for block in blocks(before.path, "holdout")][-5:], key=len)
-    carriers = (f"{prose(seed, 700)}<<{stolen}>>{prose(seed, 800)}" for seed in range(900, 1000))
-    carrier = next(one for one in carriers if split.side(hashlib.sha256(one.encode()).hexdigest(), 0.2, 0.2) == "train")
-    after = snapshot_of(tmp_path, {"0.txt": carrier, **MANY}, split=way)
-    train = list(passages(after.path, "train"))
-    assert any(passage.endswith("<<") for passage in train)
-    assert any(passage.startswith(">>") for passage in train)
-    assert not any(stolen in passage for passage in train)
-    assert (after.dropped["guard_runs"], after.dropped["guard_bytes"]) == (1, len(stolen.encode()))
-    entries = list(block_entries(after.path, "train"))
-    assert sum(entry.bytes for entry in entries) == after.bytes["train"] + len(stolen.encode())
-    assert sum(entry.offset is None for entry in entries) == 1
-
-
-@pytest.mark.parametrize("way", ["hash", "contiguous"])
 def test_no_train_passage_shares_200_bytes_with_another_side(tmp_path: Path, way: str) -> None:
     drawn = random.Random(3)
     stock = [prose(number, 260) for number in range(40)]
@@ -251,20 +233,6 @@ def test_contiguous_runs_over_documents_in_the_order_of_the_sources(tmp_path: Pa
     assert other.sha256 != snapshot.sha256
 
 
-@pytest.mark.parametrize("texts", [{"a.txt": ""}, {"a.txt": " \n", "b.txt": "\n\n"}])
-def test_a_corpus_without_text_is_refused(tmp_path: Path, texts: dict[str, str]) -> None:
-    with pytest.raises(CorpusError, match=rf"no text: {len(texts)} documents"):
-        snapshot_of(tmp_path, texts)
-
-
-def test_a_side_without_a_block_is_an_error_with_counts_and_cure(tmp_path: Path) -> None:
-    with pytest.raises(CorpusError, match=r"(?s)at least 1 block.* 5 bytes in 1 blocks.*by chance.*block_bytes"):
-        snapshot_of(tmp_path, {"a.txt": "Short"})
-    with pytest.raises(CorpusError, match=r"nothing is left for train.*removed from train by the guard: 3000 bytes"):
-        snapshot_of(tmp_path, {"a.txt": "a" * 5000}, split="contiguous")
-    assert not list((tmp_path / "state" / "corpora").iterdir())
-
-
 def test_what_a_killed_ingestion_left_is_not_taken_for_a_snapshot(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -280,11 +248,3 @@ def test_what_a_killed_ingestion_left_is_not_taken_for_a_snapshot(
     with pytest.raises(CheckpointError, match="never completed"):
         load_snapshot(corpora)
     assert snapshot_of(tmp_path, MANY).documents == 100
-
-
-def test_special_strings_nuls_and_line_ends_stay_as_they_are(tmp_path: Path) -> None:
-    odd = "\ufeffA NUL \0, <|endoftext|> and\r\nCRLF.\r\n\r\n"
-    texts = {f"{number}.txt": odd + prose(number, 300) for number in range(60)}
-    snapshot = snapshot_of(tmp_path, texts)
-    found = sorted(text for side in SIDES for text in passages(snapshot.path, side))
-    assert found == sorted(texts.values())

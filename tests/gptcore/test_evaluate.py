@@ -163,30 +163,6 @@ def test_evaluate_model_gives_the_mean_loss_of_the_first_batches_without_dropout
     assert train == val == pytest.approx(calc_loss_loader(loader(), model, "cpu", num_batches=2), rel=1e-6)
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_evaluation_leaves_modes_random_states_generators_and_gradients_alone(model, tokenizer, training):
-    model.train(training)
-    model.trf_blocks[0].train(not training)
-    modes = [part.training for part in model.modules()]
-    loaders = loader(seed=1, shuffle=True), loader(shuffle=True), loader(seed=2)
-    state = torch.get_rng_state()
-    order = [batch[0].tolist() for batch in loaders[0]]
-    for each in (loaders[0], loaders[2]):
-        each.generator.manual_seed(3)
-    order = [batch[0].tolist() for batch in loaders[0]]
-    loaders[0].generator.manual_seed(3)
-    torch.set_rng_state(state)
-    evaluate_model(model, loaders[0], loaders[1], "cpu", None)
-    evaluate_model(model, loaders[2], loaders[1], "cpu", 1)
-    list(score_blocks(model, tokenizer, TEXTS, "cpu"))
-    assert [part.training for part in model.modules()] == modes
-    assert torch.equal(torch.get_rng_state(), state)
-    assert [batch[0].tolist() for batch in loaders[0]] == order
-    assert torch.equal(loaders[2].generator.get_state(), torch.Generator().manual_seed(3).get_state())
-    assert all(parameter.grad is None for parameter in model.parameters())
-    assert torch.is_grad_enabled()
-
-
 def test_undisturbed_restores_everything_when_what_runs_inside_fails(model):
     state = torch.get_rng_state()
     with pytest.raises(ZeroDivisionError), undisturbed(model):

@@ -156,15 +156,6 @@ def test_the_sample_is_printed_on_one_line_and_the_mode_stays(tokenizer, capsys,
     assert capsys.readouterr().out == token_ids_to_text(expected, tokenizer).replace("\n", " ") + "\n"
 
 
-def test_temperature_zero_is_greedy():
-    model = seeded_model()
-    greedy = generate_text_simple(model, some_ids(1, 4), 12, 16)[0, 4:].tolist()
-    assert list(generate(model, some_ids(4).tolist(), 12, temperature=0)) == greedy
-    assert list(generate(model, some_ids(4).tolist(), 12, top_k=1, seed=1)) == greedy
-    assert list(generate(model, some_ids(4).tolist(), 12, top_p=1e-9, seed=1)) == greedy
-    assert list(generate(model, some_ids(4).tolist(), 12, temperature=1e-40, seed=1)) == greedy
-
-
 def test_past_the_context_the_newer_half_is_kept():
     model = seeded_model()
     window, expected = some_ids(9).tolist(), []
@@ -183,12 +174,6 @@ def test_past_the_context_the_newer_half_is_kept():
 @pytest.mark.parametrize("context", [1, 2, 3])
 def test_the_smallest_contexts_generate(context):
     assert len(list(generate(seeded_model(context_length=context), [1, 2, 3, 4], 9, seed=0))) == 9
-
-
-def test_of_a_long_prompt_the_last_tokens_count():
-    model = seeded_model()
-    long = some_ids(40).tolist()
-    assert list(generate(model, long, 5, temperature=0)) == list(generate(model, long[-16:], 5, temperature=0))
 
 
 def test_a_seed_repeats_and_the_global_random_state_is_left_alone():
@@ -227,13 +212,6 @@ def test_draws_follow_the_distribution_that_the_settings_describe(settings_given
     assert ((shares > 0) == (torch.tensor(expected) > 0)).all()
 
 
-def test_the_end_of_text_ends_the_text_and_is_not_yielded():
-    model = seeded_model()
-    all_ids = list(generate(model, [3], 20, temperature=0))
-    end = all_ids[7]
-    assert list(generate(model, [3], 20, temperature=0, eos_id=end)) == all_ids[: all_ids.index(end)]
-
-
 def test_while_the_caller_holds_an_id_the_model_is_in_its_own_mode():
     model = seeded_model().train()
     stream = generate(model, [3], 20, seed=0)
@@ -244,24 +222,6 @@ def test_while_the_caller_holds_an_id_the_model_is_in_its_own_mode():
         assert model(some_ids(1, 3)).requires_grad
     stream.close()
     assert model.training
-
-
-@pytest.mark.parametrize(
-    ("ids", "wrong", "message"),
-    [
-        ([], {}, "no tokens"),
-        ([1, 257], {}, "257 .* 257"),
-        ([-1], {}, "-1 .* 257"),
-        ([1], {"temperature": -0.1}, r"temperature is -0\.1"),
-        ([1], {"temperature": float("nan")}, "temperature is nan"),
-        ([1], {"top_k": 0}, "top_k is 0"),
-        ([1], {"top_p": 0.0}, r"top_p is 0\.0"),
-        ([1], {"top_p": 1.5}, r"top_p is 1\.5"),
-    ],
-)
-def test_wrong_input_is_refused_at_the_call(ids, wrong, message):
-    with pytest.raises(ConfigError, match=message):
-        generate(seeded_model(), ids, 5, **wrong)
 
 
 @settings(max_examples=50, deadline=None)

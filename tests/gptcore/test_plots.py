@@ -2,8 +2,6 @@
 
 import io
 import math
-import subprocess
-import sys
 import threading
 import warnings
 
@@ -181,14 +179,6 @@ def test_pictures_can_be_drawn_in_several_threads_at_once():
     for thread in work:
         thread.join()
     assert len(drawn) == 4 and len(set(drawn)) == 1
-
-
-def test_neither_pyplot_nor_a_display_is_needed(tmp_path):
-    code = (
-        "import sys; from gptcore.plots import plot_losses; assert 'matplotlib' not in sys.modules;"
-        "plot_losses([0, 1], [0, 9], [2.0, 1.0], [2.0, 1.5]); assert 'matplotlib.pyplot' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, env={"PYTHONPATH": ":".join(sys.path)})
 
 
 def test_gains_are_sorted_bars_with_the_mean_its_interval_and_the_margin_below():

@@ -291,11 +291,6 @@ def test_the_seeds_experiment_has_eighteen_evaluations_and_prints_them_as_the_bo
     assert sum(line.startswith("Every effort") for line in lines) == 10
 
 
-def test_the_seeds_loop_trains_the_same_weights_however_often_it_evaluates():
-    one, other = (run_simple(eval_freq, num_epochs=2, drop_rate=0.1)[0] for eval_freq in (1, 7))
-    assert weights_of(one) == weights_of(other)
-
-
 def test_the_seeds_loop_stops_before_an_update_whose_loss_is_not_finite():
     model, train_loader, val_loader, optimizer = simple_setup()
     with torch.no_grad():

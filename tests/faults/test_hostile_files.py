@@ -1,0 +1,352 @@
+"""Files that were planted or altered: no program in them is run, no path in them leads elsewhere. (FAULTS 8)"""
+
+import gzip
+import json
+import os
+import pickle
+import threading
+from collections.abc import Callable, Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import zstandard
+from safetensors.torch import save_file
+
+from flows import attempt
+from flows.releases import registry
+from flows.releases.loading import load as load_version
+from gptcore import bundle, manifest
+from gptcore.config import CorpusConfig
+from gptcore.corpus import ingest, load_snapshot
+from gptcore.errors import CheckpointError, CorpusError, GPTCoreError, TokenizerError
+from gptcore.model import GPTModel
+from gptcore.text import sources
+from gptcore.text.tokens import Tokens, load_tokens, tokenize
+from gptcore.tokenizer import END_OF_TEXT, VOCABULARY, Tokenizer, get_tokenizer
+from tests.fixtures import TinyRegistry, prose
+
+CFG = {
+    "vocab_size": 257,
+    "context_length": 16,
+    "emb_dim": 16,
+    "n_heads": 2,
+    "n_layers": 2,
+    "drop_rate": 0.5,
+    "qkv_bias": True,
+}
+
+
+class Payload:
+    """Unpickling it creates a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def as_pickle(path: Path, value: object) -> None:
+    path.write_bytes(pickle.dumps(value))
+
+
+def as_torch_file(path: Path, value: object) -> None:
+    torch.save(value, path)
+
+
+def as_numpy_file(path: Path, value: object) -> None:
+    with path.open("wb") as file:
+        np.save(file, np.array([value], dtype=object), allow_pickle=True)
+
+
+WRITERS = [as_pickle, as_torch_file, as_numpy_file]
+PLANTED = pytest.mark.parametrize("plant", WRITERS)
+
+
+@pytest.fixture
+def executed(tmp_path: Path) -> Iterator[Path]:
+    """What a payload makes where it is run. That it can be run is shown at the end."""
+    path = tmp_path / "executed"
+    yield path
+    assert not path.exists()
+    pickle.loads(pickle.dumps(Payload(path)))
+    assert path.exists()
+
+
+@pytest.fixture
+def bundled(tmp_path: Path) -> Path:
+    """A bundle of an untrained model."""
+    save_file(GPTModel(CFG).state_dict(), tmp_path / "weights.safetensors")
+    path = tmp_path / "bundle"
+    path.mkdir()
+    bundle.write_bundle(path, CFG, tmp_path / "weights.safetensors", get_tokenizer("bytes"), {})
+    return path
+
+
+@pytest.fixture
+def tokens(tmp_path: Path) -> Tokens:
+    """Token files of a snapshot, below tmp_path."""
+    (tmp_path / "one.txt").write_text(prose(1, 3000))
+    cfg = CorpusConfig(sources=("one.txt",), block_bytes=256, val_fraction=0.2, holdout_fraction=0.2)
+    snapshot = ingest(cfg, tmp_path / "corpora", tmp_path)
+    return tokenize(snapshot.path, "bytes", tmp_path / "tokens")
+
+
+@PLANTED
+def test_a_pickle_in_place_of_a_bundle_s_weights_is_refused_and_not_executed(
+    bundled: Path, executed: Path, plant: Callable[..., None]
+) -> None:
+    plant(bundled / bundle.WEIGHTS, Payload(executed))
+    with pytest.raises(CheckpointError, match=f"the bundle {bundled} cannot be loaded"):
+        bundle.load(bundled)
+
+
+@PLANTED
+def test_a_pickle_in_place_of_a_registered_version_s_weights_is_refused_and_not_executed(
+    tiny_registry: TinyRegistry, executed: Path, plant: Callable[..., None]
+) -> None:
+    root = tiny_registry.root
+    version = tiny_registry.register()
+    plant(registry.bundle_path(root, "gpt-tiny", version) / bundle.WEIGHTS, Payload(executed))
+    with pytest.raises(registry.RegistryError, match="it was altered"):
+        load_version(root, registry.resolve(root, f"models:/gpt-tiny/{version}"))
+
+
+@PLANTED
+@pytest.mark.parametrize("file", ["config.json", f"tokenizer/{VOCABULARY}"])
+def test_a_pickle_in_place_of_a_configuration_or_a_vocabulary_is_refused_and_not_executed(
+    bundled: Path, executed: Path, plant: Callable[..., None], file: str
+) -> None:
+    plant(bundled / file, Payload(executed))
+    with pytest.raises((CheckpointError, TokenizerError), match=r"is damaged|cannot be loaded"):
+        bundle.load(bundled)
+
+
+@PLANTED
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("kind", [".txt", ".md", ".jsonl", ".csv", ".parquet"])
+def test_a_pickle_in_place_of_a_corpus_is_refused_by_name_and_not_executed(
+    tmp_path: Path, executed: Path, plant: Callable[..., None], kind: str, suffix: str
+) -> None:
+    path = tmp_path / f"a{kind}{suffix}"
+    plant(path, Payload(executed))
+    pack = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}[suffix]
+    path.write_bytes(pack(path.read_bytes()))
+    with pytest.raises(CorpusError, match=rf"a{kind}"):
+        ingest(CorpusConfig(sources=(path.name,)), tmp_path / "corpora", tmp_path)
+
+
+@PLANTED
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_a_pickle_that_only_claims_to_be_compressed_is_refused(
+    tmp_path: Path, executed: Path, plant: Callable[..., None], suffix: str
+) -> None:
+    plant(tmp_path / f"a.txt{suffix}", Payload(executed))
+    with pytest.raises(CorpusError, match="is not a whole compressed file"):
+        ingest(CorpusConfig(sources=(f"a.txt{suffix}",)), tmp_path / "corpora", tmp_path)
+
+
+def test_a_pickle_that_is_ascii_is_text_like_any_other(tmp_path: Path, executed: Path) -> None:
+    text = pickle.dumps([Payload(executed)] * 200 + [str(number) for number in range(3000)], protocol=0)
+    (tmp_path / "a.txt").write_bytes(text)
+    found = sources.documents(["a.txt"], tmp_path, tmp_path / "downloads", "strict")
+    assert b"".join(next(found).chunks) == text
+
+
+@PLANTED
+@pytest.mark.parametrize("file", ["train.bin", "manifest.json", f"tokenizer/{VOCABULARY}"])
+def test_a_pickle_among_token_files_is_refused_and_not_executed(
+    tmp_path: Path, tokens: Tokens, executed: Path, plant: Callable[..., None], file: str
+) -> None:
+    plant(tokens.path / file, Payload(executed))
+    snapshot = next((tmp_path / "corpora").glob("[0-9a-f]*"))
+    with pytest.raises(CheckpointError, match=r"its manifest says|is damaged"):
+        tokenize(snapshot, "bytes", tokens.path.parent)
+    with pytest.raises(GPTCoreError, match=r"its manifest says|is damaged"):
+        load_tokens(tokens.path).load_tokenizer()
+
+
+@PLANTED
+def test_a_pickle_in_place_of_what_a_server_said_is_not_executed_and_the_file_is_fetched_anew(
+    tmp_path: Path, executed: Path, plant: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    (tmp_path / "served").mkdir()
+    (tmp_path / "served" / "a.txt").write_text("text")
+    with serving(tmp_path / "served") as url:
+        for _ in range(2):
+            found = sources.documents([f"{url}/a.txt"], tmp_path, tmp_path / "downloads", "strict")
+            assert b"".join(next(found).chunks) == b"text"
+            found.close()
+            plant(next((tmp_path / "downloads").glob("*/body.json")), Payload(executed))
+
+
+class serving:
+    """A web server for the files of a directory, while the context lasts."""
+
+    def __init__(self, directory: Path) -> None:
+        class Handler(SimpleHTTPRequestHandler):
+            def __init__(self, *given: Any) -> None:
+                super().__init__(*given, directory=str(directory))
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01})
+
+    def __enter__(self) -> str:
+        self.thread.start()
+        return f"http://127.0.0.1:{self.server.server_port}"
+
+    def __exit__(self, *_: object) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"emb_dim": 10**9},
+        {"n_layers": 10**9},
+        {"context_length": 10**12},
+        {"vocab_size": 10**12},
+        {"n_heads": 10**9},
+        {"n_heads": 0},
+        {"n_layers": 2.0},
+        {"vocab_size": True},
+        {"drop_rate": float("nan")},
+        {"emb_dim": None},
+        {"qkv_bias": False},
+    ],
+)
+def test_a_bundle_that_claims_another_shape_than_its_weights_have_is_refused_before_it_is_made(
+    bundled: Path, changes: dict[str, Any]
+) -> None:
+    (bundled / "config.json").write_text(json.dumps({**CFG, **changes}))
+    with pytest.raises(CheckpointError, match="cannot be loaded"):
+        bundle.load(bundled)
+
+
+def test_a_bundle_whose_tokenizer_has_more_ids_than_its_model_is_refused_with_both_numbers(bundled: Path) -> None:
+    get_tokenizer("gpt2").save(bundled / "tokenizer")
+    with pytest.raises(CheckpointError, match="its tokenizer has 50257 ids, its model 257"):
+        bundle.load(bundled)
+
+
+def crafted(directory: Path, **changes: Any) -> Path:
+    """A vocabulary of bytes with other fields, under a hash of its own that is right."""
+    get_tokenizer("bytes").save(directory)
+    path = directory / VOCABULARY
+    body = {**json.loads(path.read_text()), **changes}
+    kept = {key: body.pop(key) for key in ("format", "sha256")}
+    path.write_text(json.dumps({**kept, "sha256": manifest.sha256_of(body), **body}))
+    return directory
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"pattern": ""},
+        {"pattern": "("},
+        {"pattern": 5},
+        {"entries": []},
+        {"entries": [None] * 300},
+        {"entries": {"a": 1}},
+        {"entries": ["AA=="] * 256},
+        {"entries": ["*"] * 256},
+        {"special_tokens": {}},
+        {"special_tokens": [END_OF_TEXT]},
+        {"special_tokens": {END_OF_TEXT: 0}},
+        {"special_tokens": {END_OF_TEXT: -1}},
+        {"special_tokens": {END_OF_TEXT: 2**31}},
+        {"special_tokens": {END_OF_TEXT: 2**70}},
+        {"special_tokens": {END_OF_TEXT: "x"}},
+    ],
+)
+def test_a_crafted_vocabulary_is_refused_though_its_hash_is_right(tmp_path: Path, changes: dict[str, Any]) -> None:
+    with pytest.raises(TokenizerError, match="is damaged"):
+        Tokenizer.load(crafted(tmp_path / "tokenizer", **changes))
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"null", b"", b"\xff\xfe\0", b'{"format": ' + b"9" * 5000 + b"}"])
+def test_json_that_is_deep_huge_or_none_is_damage(tmp_path: Path, bundled: Path, content: bytes) -> None:
+    (bundled / "config.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match="cannot be loaded"):
+        bundle.load(bundled)
+    (bundled / "tokenizer" / VOCABULARY).write_bytes(content)
+    with pytest.raises(TokenizerError, match="damaged"):
+        Tokenizer.load(bundled / "tokenizer")
+    (tmp_path / "manifest.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_snapshot(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../outside.txt", "a/../../outside.txt", "/etc/hostname"])
+def test_a_manifest_s_path_that_leaves_its_directory_is_refused(tmp_path: Path, name: str) -> None:
+    outside = tmp_path / "outside.txt"
+    outside.write_text("text")
+    inside = tmp_path / "directory"
+    (inside / "a").mkdir(parents=True)
+    target = inside / name
+    entry = {"bytes": target.stat().st_size, "sha256": manifest.sha256_of_file(target)}
+    (inside / "manifest.json").write_text(json.dumps({"format": 1, "files": {name: entry}, "about": {}}))
+    with pytest.raises(CheckpointError, match="which leads out of it: it was altered"):
+        manifest.verify(inside)
+
+
+@pytest.mark.parametrize(
+    "noted", ['{"own": ".."}', '{"own": "../../elsewhere"}', '{"own": "/etc"}', '{"own": 5}', '["own"]', "5", "{", "\0"]
+)
+def test_what_current_json_names_is_a_run_of_its_pipeline_or_nothing(tmp_path: Path, noted: str) -> None:
+    (tmp_path / attempt.CURRENT).write_text(noted)
+    assert attempt._noted(tmp_path, sources_overridden=False) is None
+
+
+@pytest.mark.parametrize("way", ["directory", "glob", "link to a directory"])
+def test_a_link_that_leads_out_of_a_directory_of_text_makes_nothing_else_a_text(tmp_path: Path, way: str) -> None:
+    texts, secret = tmp_path / "texts", tmp_path / "private" / "secret.txt"
+    texts.mkdir()
+    secret.parent.mkdir()
+    secret.write_text("a password")
+    (texts / "a.txt").write_text("text")
+    if way == "link to a directory":
+        (texts / "more").symlink_to(secret.parent)
+    else:
+        (texts / "b.txt").symlink_to(secret)
+    with pytest.raises(CorpusError, match=rf"is a link that leads out of .*texts, to {secret}. Remove it, or name"):
+        sources.check(["texts/*.txt" if way == "glob" else "texts"], tmp_path)
+
+
+def test_a_link_that_is_named_itself_and_links_within_a_directory_are_followed(tmp_path: Path) -> None:
+    (tmp_path / "disk" / "deep").mkdir(parents=True)
+    (tmp_path / "disk" / "deep" / "a.txt").write_text("text")
+    (tmp_path / "texts").symlink_to(tmp_path / "disk")
+    (tmp_path / "disk" / "b.txt").symlink_to("deep/a.txt")
+    (tmp_path / "c.txt").symlink_to(tmp_path / "disk" / "b.txt")
+    for source, count in (("texts", 2), ("texts/*.txt", 1), ("c.txt", 1), ("texts/../texts/deep", 1)):
+        assert len(sources.local_paths(source, tmp_path)) == count
+
+
+@pytest.mark.parametrize("source", ["reference://x", "reference://::file:///x", "zip://a.txt::http://127.0.0.1/x"])
+def test_a_source_that_opens_others_or_holds_programs_is_refused(tmp_path: Path, source: str) -> None:
+    with pytest.raises(CorpusError, match="is not opened"):
+        sources.check([source], tmp_path)
+    with pytest.raises(CorpusError, match="is not opened"):
+        next(sources.documents([source], tmp_path, tmp_path / "downloads", "strict"))
+
+
+@pytest.mark.parametrize("name", [b"\xff.txt", "\u202egnp.txt".encode(), b"a\nb.txt", b"$(touch executed).txt"])
+def test_a_file_with_any_name_is_read_and_listed_under_it(tmp_path: Path, executed: Path, name: bytes) -> None:
+    (tmp_path / "texts").mkdir()
+    with open(os.path.join(os.fsencode(tmp_path / "texts"), name), "w") as file:  # noqa: PTH118, PTH123
+        file.write(prose(1, 3000))
+    cfg = CorpusConfig(sources=("texts",), block_bytes=256, val_fraction=0.2, holdout_fraction=0.2)
+    snapshot = ingest(cfg, tmp_path / "corpora", tmp_path)
+    listed = json.loads((snapshot.path / "documents.jsonl").read_text())
+    assert os.fsencode(listed["name"]) == b"texts/" + name

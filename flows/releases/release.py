@@ -22,6 +22,7 @@ from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 import gptcore
 from flows.releases.registry import BUNDLE, find
 from flows.state import StateRoot
+from gptcore import manifest
 from gptcore.bundle import write_bundle
 from gptcore.data import Tokens
 from gptcore.learning.rundir import RunDirectory
@@ -54,7 +55,10 @@ class Candidate:
 
 
 def register(root: StateRoot, run: RunDirectory, tokens: Tokens, candidate: Candidate) -> str:
-    """Logs the run's best weights as a model, and registers it. Returns the version, which may have existed."""
+    """Logs the run's best weights as a model, and registers it. Returns the version, which may have existed.
+
+    Raises CheckpointError, and registers nothing, if the weights were altered since the training ended.
+    """
     if (found := find(root, candidate.model_name, candidate.run_key, candidate.attempt)) is not None:
         return str(found.version)
     mlflow.set_tracking_uri(root.tracking_uri)
@@ -109,6 +113,7 @@ def _log_model(run: RunDirectory, tokens: Tokens, candidate: Candidate) -> str:
     with tempfile.TemporaryDirectory() as temporary:
         bundle = Path(temporary) / BUNDLE
         bundle.mkdir()
+        manifest.verify(run.final)  # what was judged is what is released
         write_bundle(bundle, run.config().cfg(), run.weights, tokens.load_tokenizer(), origin)
         with mlflow.start_run(run_id=candidate.mlflow_run_id):
             mlflow.log_artifact(str(bundle / "lineage.json"))

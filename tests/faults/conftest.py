@@ -1,4 +1,4 @@
-"""The fixtures of the flow tests serve here too: a project, its state root, a pipeline, a registry, a Prefect server."""
+"""The fixtures of the flow tests serve here too: a project, its state root, a pipeline, a registry, Prefect."""
 
 from tests.flows.conftest import empty_database, prefect_server, project, root, tiny, tiny_registry
 

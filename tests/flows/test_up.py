@@ -5,12 +5,20 @@ import signal
 import socket
 import time
 
+import psutil
 import pytest
 
 from flows.service.servers import answers, recorded
 from tests.flows.servers import Up, living, wait_for
 
 pytestmark = pytest.mark.slow
+
+
+def listening(process: psutil.Process) -> set[tuple[str, int]]:
+    """Where a process can be reached over the network: TCP sockets that listen, and UDP sockets."""
+    found = process.net_connections("inet")
+    open_ones = (one for one in found if one.status == psutil.CONN_LISTEN or one.type == socket.SOCK_DGRAM)
+    return {(one.laddr.ip, one.laddr.port) for one in open_ones}
 
 
 def test_up_answers_runs_what_is_asked_says_when_it_is_up_already_and_leaves_nothing(up: Up) -> None:
@@ -28,6 +36,9 @@ def test_up_answers_runs_what_is_asked_says_when_it_is_up_already_and_leaves_not
     assert [one["state"]["name"] for one in others] == ["Skipped"]
     processes = up.processes()
     assert len(processes) > 5
+    heard = {address for process in processes for address in listening(process)}
+    assert {up.prefect_port, up.mlflow_port} <= {port for _, port in heard}
+    assert {ip for ip, _ in heard} == {"127.0.0.1"}
     began = time.monotonic()
     up.process.terminate()
     up.process.wait(60)

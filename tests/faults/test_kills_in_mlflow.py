@@ -5,9 +5,8 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
+from flows.metrics import LOGGED, MetricsLog
 from flows.state import StateRoot
-from flows.tracking import LOGGED, MetricsLog
-from gptcore.learning.rundir import MetricsReader
 from tests.faults.kills import Twin, killed_at, lives_to_its_end
 from tests.faults.trainings import make_tokens
 
@@ -21,18 +20,18 @@ def test_metrics_of_a_training_killed_again_and_again_arrive_in_mlflow_once_per_
     root = StateRoot(tmp_path / "mlruns").create()
     client = MlflowClient(root.tracking_uri)
     run_id = client.create_run(client.create_experiment("kills")).info.run_id
-    log, reader = MetricsLog(root, run_id), MetricsReader(run.metrics)
+    log = MetricsLog(root, run_id, run.metrics)
     points = ["after update 3 begins", "save of update 4 before rename to checkpoints/step-00000004"]
     points += ["after update 6 begins", "after update 6 begins", "finish before rename to final"]
     for number, point in enumerate(points):
         assert killed_at(run, point)
-        log.send(reader.new_lines())
+        log.send()
         if number % 2:  # what follows the training is killed too
-            log, reader = MetricsLog(root, run_id), MetricsReader(run.metrics)
+            log = MetricsLog(root, run_id, run.metrics)
     for _ in lives_to_its_end(run):
         pass
     twin.compare(run)
-    log.send(reader.new_lines())
+    log.send()
     lines = run.read_metrics()
     for key in LOGGED:
         logged = [(point.step, point.value) for point in client.get_metric_history(run_id, key)]

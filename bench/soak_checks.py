@@ -9,11 +9,11 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from bench.project import KEEP, MODEL, Project, wait_for
+from flows.metrics import LOGGED
 from flows.releases import loading, registry
 from flows.releases.champion import moves
 from flows.releases.moves import chain
 from flows.state import StateRoot
-from flows.tracking import LOGGED
 
 VERSION_BYTES = 5_000_000
 """The most that one version's files take: run directory, artifacts, snapshot and tokens."""

@@ -168,7 +168,8 @@ def find_pipelines_file(given: str | None) -> Path:
     """The file given, else pipelines.yaml of the working directory. Raises ConfigError."""
     path = Path(given or "pipelines.yaml").expanduser().resolve()
     if not path.is_file():
-        raise ConfigError(f"{path} does not exist. Go to a directory with a pipelines.yaml, or name one with --file.")
+        what = "is no file" if path.exists() else "does not exist"
+        raise ConfigError(f"{path} {what}. Go to a directory with a pipelines.yaml, or name one with --file.")
     return path
 
 

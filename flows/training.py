@@ -23,6 +23,7 @@ from flows.command.console import active
 from flows.metrics import Following, MetricsLog
 from flows.state import StateRoot
 from gptcore.errors import GPTCoreError
+from gptcore.learning import checkpoint
 from gptcore.learning.rundir import STOPPED, Metrics, MetricsReader, Paused, Result, RunDirectory
 
 GRACE_SECONDS = 25.0
@@ -51,6 +52,7 @@ def train(run: RunDirectory, on_metrics: Callable[[list[Metrics]], None]) -> Res
     process is interrupted, the child saves first.
     """
     if (result := run.result()) is not None:
+        checkpoint.prune(run.checkpoints, keep=0)  # of a trainer that was killed before it did
         on_metrics(run.read_metrics())
         return result
     reader = MetricsReader(run.metrics)
@@ -81,7 +83,9 @@ def _wait(process: "subprocess.Popen[bytes]", seconds: float) -> None:
 
 
 def _stop(process: "subprocess.Popen[bytes]") -> None:
-    process.terminate()
+    # No signal: whoever stops this process may have sent one to every process, and a second one ends a trainer at once.
+    assert process.stdin is not None
+    process.stdin.close()
     _wait(process, GRACE_SECONDS)
     if process.poll() is None:
         process.kill()

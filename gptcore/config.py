@@ -57,7 +57,8 @@ class CorpusConfig(Section):
     sources: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)] = ("python-docs",)
     """Where text comes from: a file, a directory, a glob, an http(s) URL (append #sha256=HEX to have it checked),
     anything fsspec opens (s3://, gs://, hf://), or python-docs, the reference that ships inside Python. Formats by
-    suffix: .txt .md .jsonl .csv .parquet, each also .gz or .zst; tables need a column named text."""
+    suffix: .txt .md .jsonl .csv .parquet, each also .gz or .zst; tables need a column named text. Links inside a
+    directory must not lead out of it, nor a server's redirections into a narrower network: name such places here."""
     tokenizer: Annotated[str, Field(pattern=r"^(bytes|bpe:[0-9]{3,6}|[A-Za-z][A-Za-z0-9_.\-]*)$")] = "gpt2"
     """gpt2 or another tiktoken name; bpe:N, a vocabulary of N entries trained on the train split; or bytes."""
     split: Literal["hash", "contiguous"] = "hash"

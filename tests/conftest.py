@@ -7,7 +7,10 @@ import pytest
 
 pytest_plugins = ["tests.fixtures"]
 
-LONGEST = ("test_soak.py", "test_three_nights.py", "test_browser.py", "test_up.py", "test_ancestry.py")
+LONGEST = (
+    *("test_soak.py", "test_away.py", "test_release_kills.py", "test_flow_kills.py", "test_three_nights.py"),
+    *("test_browser.py", "test_up.py", "test_ancestry.py", "test_disk.py"),
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

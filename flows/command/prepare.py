@@ -10,6 +10,7 @@ from flows.state import StateRoot
 from gptcore import memory
 from gptcore.corpus import ingest
 from gptcore.data import Tokens, check_sizes, tokenize
+from gptcore.errors import ConfigError
 from gptcore.learning.rundir import RunDirectory
 from gptcore.train import resolve
 
@@ -17,8 +18,11 @@ from gptcore.train import resolve
 def prepare(pipeline: Pipeline, root: StateRoot, directory: Path) -> Tokens:
     """Ingests and tokenizes, then makes `directory` a run directory that holds its tokens and can be moved.
 
-    Raises CheckpointError if the directory belongs to another training.
+    Raises CheckpointError if the directory belongs to another training, ConfigError if it holds something else.
     """
+    is_run_directory = (directory / "config.json").exists()
+    if directory.is_file() or (directory.is_dir() and not is_run_directory and any(directory.iterdir())):
+        raise ConfigError(f"{directory.resolve()} is a file, or holds files and is no run directory; name a new one.")
     asked = pipeline.model_copy(update={"train": resolve(pipeline.train)})
     start = ancestry.start_of(root, asked)
     snapshot = ingest(asked.corpus, root.corpora, Path.cwd())

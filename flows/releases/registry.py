@@ -168,7 +168,9 @@ def summary(root: StateRoot, found: ModelVersion) -> dict[str, Any]:
 def versions(root: StateRoot, model_name: str | None = None) -> list[ModelVersion]:
     """All versions, of one model or of all, by model and number. Raises UnknownVersion for an unknown model."""
     client = MlflowClient(root.tracking_uri)
-    found = client.search_model_versions(f"name = '{model_name}'" if model_name else None)
+    # A quote would end the filter's, and no name of ours can have one.
+    is_possible = "'" not in (model_name or "")
+    found = client.search_model_versions(f"name = '{model_name}'" if model_name else None) if is_possible else []
     if model_name and not found:
         known = ", ".join(sorted(model.name for model in client.search_registered_models())) or "none yet"
         raise UnknownVersion(f"there is no registered model {model_name!r}. Registered models: {known}.")

@@ -55,7 +55,10 @@ class Candidate:
 
 
 def register(root: StateRoot, run: RunDirectory, tokens: Tokens, candidate: Candidate) -> str:
-    """Logs the run's best weights as a model, and registers it. Returns the version, which may have existed."""
+    """Logs the run's best weights as a model, and registers it. Returns the version, which may have existed.
+
+    Raises CheckpointError, and registers nothing, if the weights were altered since the training ended.
+    """
     if (found := find(root, candidate.model_name, candidate.run_key, candidate.attempt)) is not None:
         return str(found.version)
     mlflow.set_tracking_uri(root.tracking_uri)
@@ -123,6 +126,7 @@ def _log_model(run: RunDirectory, tokens: Tokens, candidate: Candidate, lineage:
     with manifest.staging(run.path) as temporary:
         bundle = temporary / BUNDLE
         bundle.mkdir()
+        manifest.verify(run.final)  # what was judged is what is released
         write_bundle(bundle, run.config().cfg(), run.weights, tokens.load_tokenizer(), origin)
         with mlflow.start_run(run_id=candidate.mlflow_run_id):
             mlflow.log_artifact(str(bundle / "lineage.json"))

@@ -162,7 +162,11 @@ def read_samples(directory: Path) -> list[Sample]:
 
 
 def load_model(run: RunDirectory, tokens: Tokens) -> tuple[GPTModel, Tokenizer]:
-    """The run's best weights in eval mode on the training's device, and the tokenizer."""
+    """The run's best weights in eval mode on the training's device, and the tokenizer.
+
+    Raises CheckpointError if they were altered since the training ended.
+    """
+    manifest.verify(run.final)
     config = run.config()
     model = GPTModel(config.cfg())
     model.load_state_dict(load_file(run.weights))

@@ -141,7 +141,7 @@ class RunDirectory:
             given = json.loads(path.read_text())
         except FileNotFoundError:
             raise ConfigError(f"{path} does not exist: `gptflow prepare PIPELINE DIR` makes a run directory.") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{path} is not JSON: {error}") from None
         return parse(RunConfig, given, str(path))
 
@@ -214,10 +214,12 @@ class RunDirectory:
         if not path.exists():
             return None
         body = json.loads(path.read_text())
-        kind = getattr(errors, body["error"], GPTCoreError)
-        if kind is TrainingDiverged:
+        if body["error"] == TrainingDiverged.__name__:
             return TrainingDiverged(body["message"], body["step"])
-        return kind(body["message"])
+        kind = vars(errors).get(body["error"])
+        if isinstance(kind, type) and issubclass(kind, GPTCoreError):
+            return kind(body["message"])
+        return GPTCoreError(body["message"])
 
 
 class MetricsReader:

@@ -7,7 +7,8 @@ The address that stands in corpus.sources may be any, on this machine too: whoev
 sends us on, it does not decide about this machine's network: a redirection is followed to http and https only, not from
 https to http, and only to an address that can be reached from at least as far away as the one that sent us, in the
 order public, private network, this machine, link-local (where clouds keep their secrets). Names count as what they
-resolve to. What is refused says so, and can be named in corpus.sources itself.
+resolve to when they are met; that one resolves otherwise a moment later is not noticed. What is refused says so, and
+can be named in corpus.sources itself.
 """
 
 import fcntl

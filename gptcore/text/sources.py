@@ -153,7 +153,8 @@ def local_paths(source: str, base: Path) -> list[Path]:
     try:
         return _local_paths(source, base)
     except (OSError, ValueError, RuntimeError) as error:
-        raise CorpusError(f"corpus.sources: {source!r:.200} cannot be looked up: {error}") from None
+        why = error.strerror if isinstance(error, OSError) else error
+        raise CorpusError(f"corpus.sources: {source!r:.200} cannot be looked up: {why}") from None
 
 
 def _local_paths(source: str, base: Path) -> list[Path]:

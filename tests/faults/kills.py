@@ -37,9 +37,14 @@ class Tally:
     """Ended, and compared with their twins."""
 
     def __str__(self) -> str:
-        phases = Counter(re.sub(r" (begins|before|half-way).*| of update.*| \d+", "", point) for point in self.fell)
-        where = ", ".join(f"{phase} ({count})" for phase, count in phases.most_common())
+        where = ", ".join(f"{kind} ({count})" for kind, count in sorted(Counter(map(_kind, self.fell)).items()))
         return f"{len(self.fell)} kills in {self.trainings} trainings, each ending as its twin; they fell into {where}"
+
+
+def _kind(point: str) -> str:
+    """A point without the update and the file that it is about."""
+    phase, what = re.sub(r"( of update)? \d+", "", re.sub(r" \(\d+\)$", "", point)).split(" ", 1)
+    return f"{phase} {re.sub(r'(?<=ing|.of|.to) .*', '', what)}"
 
 
 class Twin:

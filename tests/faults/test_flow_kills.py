@@ -19,13 +19,13 @@ from flows import lock
 from flows.releases import registry
 from flows.releases.loading import load
 from flows.state import StateRoot
-from flows.tracking import LOGGED
 from gptcore.learning.rundir import RunDirectory
 from tests.fixtures import write_project
 from tests.flows.servers import Prefect, Serving, begin, living, prefect_server, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 STEPS = 900
+LOGGED = ("loss", "train_loss", "val_loss", "learning_rate", "grad_norm", "epoch", "tokens_seen")
 HOOK = """
 import importlib.abc, importlib.util, os, signal, sys
 

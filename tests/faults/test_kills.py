@@ -8,14 +8,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from mlflow import MlflowClient
 
-from flows.state import StateRoot
-from flows.tracking import LOGGED, MetricsLog
 from gptcore import manifest
 from gptcore.data import Batches, Tokens
 from gptcore.errors import CheckpointError, DiskFull
-from gptcore.learning.rundir import STOPPED, MetricsReader, RunDirectory
+from gptcore.learning.rundir import STOPPED, RunDirectory
 from tests.faults.dying import live
 from tests.faults.kills import (
     Tally,
@@ -97,32 +94,6 @@ def test_trainings_of_every_shape_killed_at_any_point_and_time_end_as_their_twin
     assert len(tally.fell) == 12 * len(SCENARIOS)
 
 
-def test_metrics_of_a_training_killed_again_and_again_arrive_in_mlflow_once_per_update(
-    twin: Twin, run: RunDirectory, tmp_path: Path
-) -> None:
-    root = StateRoot(tmp_path / "state")
-    root.path.mkdir()
-    client = MlflowClient(root.tracking_uri)
-    run_id = client.create_run(client.create_experiment("kills")).info.run_id
-    log, reader = MetricsLog(root, run_id), MetricsReader(run.metrics)
-    points = ["after update 3 begins", "save of update 4 before rename to checkpoints/step-00000004"]
-    points += ["after update 6 begins", "after update 6 begins", "finish before rename to final"]
-    for number, point in enumerate(points):
-        assert killed_at(run, point)
-        log.send(reader.new_lines())
-        if number % 2:  # what follows the training is killed too
-            log, reader = MetricsLog(root, run_id), MetricsReader(run.metrics)
-    finish(twin, run)
-    log.send(reader.new_lines())
-    lines = run.read_metrics()
-    for key in LOGGED:
-        logged = [(point.step, point.value) for point in client.get_metric_history(run_id, key)]
-        expected = [(line["step"], line[key]) for line in lines if key in line]
-        assert [step for step, _ in logged] == [step for step, _ in expected], key
-        if key not in ("tokens_per_second", "memory_mb"):
-            assert logged == expected, key
-
-
 def test_a_torn_last_line_of_the_metrics_is_written_again(twin: Twin, run: RunDirectory) -> None:
     assert killed_at(run, "after update 6 begins")
     os.truncate(run.metrics, run.metrics.stat().st_size - 20)
@@ -143,6 +114,17 @@ def test_a_training_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_befo
     life = live(run)
     assert life.code == 0 and f"checkpoint passed over: {damaged}/model.safetensors has sha256" in life.said
     twin.compare(run)
+
+
+def test_a_trainer_killed_while_it_removes_a_damaged_checkpoint_costs_nothing(tmp_path: Path, tokens: Tokens) -> None:
+    twin = Twin(tmp_path, "two epochs", tokens)
+    run = twin.another()
+    assert killed_at(run, "after update 12 begins")
+    os.truncate(run.checkpoints / "step-00000010" / "random.safetensors", 0)
+    assert killed_at(run, "start before rename to checkpoints/.tmp-removed-step-00000010")
+    assert killed_at(run, "start before remove of manifest.json")
+    assert checkpoints(run) == [".tmp-removed-step-00000010", "step-00000005"]
+    finish(twin, run)
 
 
 def test_a_training_all_of_whose_checkpoints_are_damaged_ends_with_the_reason(run: RunDirectory) -> None:

@@ -7,9 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow import MlflowClient
 
+from flows.releases.release import Candidate, register
+from flows.state import StateRoot
 from gptcore.data import Tokens
 from gptcore.errors import CheckpointError
+from gptcore.judging.dossier import load_model
 from gptcore.learning.rundir import RunDirectory
 from tests.faults.dying import live
 from tests.faults.kills import Twin, killed_at
@@ -67,6 +71,28 @@ def test_a_checkpoint_of_another_corpus_is_refused_with_both_identities(
     edit(run, None, "tokens_sha256", other.sha256)
     life = live(run)
     assert life.code == 1 and f"tokens is '{tokens.sha256}' there and '{other.sha256}' here" in life.said
+
+
+# FAULTS 6
+
+
+def test_weights_damaged_after_the_training_are_neither_judged_nor_registered(
+    run: RunDirectory, tokens: Tokens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    assert live(run).code == 0
+    weights = bytearray(run.weights.read_bytes())
+    weights[5000] ^= 1
+    run.weights.write_bytes(weights)
+    damaged = f"{run.weights} has sha256 .*: it was altered"
+    with pytest.raises(CheckpointError, match=damaged):
+        load_model(run, tokens)
+    root = StateRoot(tmp_path / "mlruns").create()
+    client = MlflowClient(root.tracking_uri)
+    candidate = Candidate("gpt-m", "ab" * 32, 1, client.create_run(client.create_experiment("m")).info.run_id, {})
+    with pytest.raises(CheckpointError, match=damaged):
+        register(root, run, tokens, candidate)
+    assert not client.search_registered_models() and not client.search_logged_models(["1"])
 
 
 # FAULTS 8

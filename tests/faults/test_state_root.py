@@ -10,14 +10,13 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from flows import tracking
 from flows.pipelines import SECTIONS, Pipeline
 from flows.releases import registry
 from flows.releases.loading import load
 from flows.retrain import retrain
 from flows.state import StateRoot
 from gptcore.errors import GPTCoreError
-from gptcore.learning.rundir import Metrics, RunDirectory
+from gptcore.learning.rundir import Metrics, MetricsReader, RunDirectory
 from tests.flows.servers import gptflow
 
 
@@ -69,14 +68,15 @@ def run(pipeline: Pipeline) -> str:
 def test_a_run_whose_directories_are_deleted_in_mid_training_ends_with_the_path_and_the_next_one_makes_them_again(
     tiny: Pipeline, root: StateRoot, monkeypatch: pytest.MonkeyPatch, lost: tuple[str, str]
 ) -> None:
-    def delete(log: tracking.MetricsLog, lines: list[Metrics]) -> None:
-        for name in lost:
-            shutil.rmtree(root.path / name, ignore_errors=True)
-        send(log, lines)
+    def delete(reader: MetricsReader, *most: int) -> list[Metrics]:
+        if lines := new_lines(reader, *most):
+            for name in lost:
+                shutil.rmtree(root.path / name, ignore_errors=True)
+        return lines
 
-    send = tracking.MetricsLog.send
+    new_lines = MetricsReader.new_lines
     with monkeypatch.context() as patched, pytest.raises((OSError, GPTCoreError), match=str(root.path)):
-        patched.setattr(tracking.MetricsLog, "send", delete)
+        patched.setattr(MetricsReader, "new_lines", delete)
         run(tiny)
     assert MlflowClient(root.tracking_uri).search_registered_models() == []
     assert run(tiny) == "Promoted"

@@ -1,5 +1,6 @@
 """Warm starts: what a training begins with, what its version says about it, and whose text counts at the gate."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -59,24 +60,16 @@ def test_text_that_an_ancestor_learned_from_is_not_scored_on(tiny: Pipeline, pro
     assert described["gate_excluded_bytes"] > 0.15 * len(prose(7, 9000))
 
 
-@pytest.mark.parametrize(
-    ("sections", "parts"),
-    [
-        ({"corpus": {"tokenizer": "gpt2"}}, ["tokenizer bytes, corpus.tokenizer is gpt2"]),
-        ({"model": {"emb_dim": 64}}, ["model.emb_dim 32, here it is 64"]),
-        ({"train": {"start_from": "models:/gpt-tiny/9"}}, ["models:/gpt-tiny/9 does not exist"]),
-    ],
-)
-def test_a_start_that_does_not_fit_is_refused_with_both_values(
-    tiny: Pipeline, root: StateRoot, sections: dict[str, dict[str, object]], parts: list[str]
-) -> None:
+def test_a_start_that_does_not_fit_is_refused_with_both_values(tiny: Pipeline, root: StateRoot) -> None:
     run(tiny)
-    warm = asking(tiny, train={"start_from": "champion"})
-    for name, keys in sections.items():
-        warm = asking(warm, **{name: keys})
-    with pytest.raises((ConfigError, registry.UnknownVersion)) as refused:
-        ancestry.start_of(root, warm)
-    assert all(part in str(refused.value) for part in parts)
+    for section, keys, part in (
+        ("corpus", {"tokenizer": "gpt2"}, "tokenizer bytes, corpus.tokenizer is gpt2"),
+        ("model", {"emb_dim": 64}, "model.emb_dim 32, here it is 64"),
+        ("train", {"start_from": "models:/gpt-tiny/9"}, "models:/gpt-tiny/9 does not exist"),
+    ):
+        warm = asking(asking(tiny, train={"start_from": "champion"}), **{section: keys})
+        with pytest.raises((ConfigError, registry.UnknownVersion), match=re.escape(part)):
+            ancestry.start_of(root, warm)
 
 
 def test_a_bpe_vocabulary_stays_with_a_warm_start(tiny: Pipeline, project: Path, root: StateRoot) -> None:

@@ -79,12 +79,19 @@ def test_the_champion_writes_with_its_own_tokenizer(tiny: Pipeline, root: StateR
 
 
 @pytest.mark.slow
-def test_ties_and_uncompared_versions_have_their_card_and_a_damaged_champion_only_loses_its_column(
-    tiny: Pipeline, root: StateRoot
+def test_ties_and_uncompared_versions_have_their_card_with_links_and_a_damaged_champion_only_loses_its_column(
+    tiny: Pipeline, root: StateRoot, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(tiny)
-    run(tiny, force=True)
-    assert "predicts unseen text about as well as version 1" in str(in_prefect().data)
+    assert "](http" not in str(in_prefect().data), "no server is up"
+    with monkeypatch.context() as up:
+        servers = Servers("http://127.0.0.1:1", "http://127.0.0.1:2")
+        up.setattr("flows.state.running_servers", lambda home: servers)
+        run(tiny, force=True)
+    card = str(in_prefect().data)
+    assert "predicts unseen text about as well as version 1" in card
+    assert "(http://127.0.0.1:2/#/models/gpt-tiny/versions/2)" in card
+    assert f"/runs/{registry.resolve(root, 'models:/gpt-tiny/2').run_id})" in card
     weights = registry.bundle_path(root, "gpt-tiny", "1") / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
     sample = SampleConfig(prompts=("A night",), temperatures=(0.0,), max_new_tokens=5)
@@ -93,17 +100,3 @@ def test_ties_and_uncompared_versions_have_their_card_and_a_damaged_champion_onl
     assert card.startswith("# gpt-tiny version 3: rejected") and "it did not compete" in card
     assert "| not compared |" in card and "The champion has no column: the bundle" in card
     assert "| prompt | version 3 |\n" in card
-
-
-@pytest.mark.slow
-def test_links_lead_to_the_servers_that_are_up(
-    tiny: Pipeline, root: StateRoot, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run(tiny, max_steps=5)
-    assert "](http" not in str(in_prefect().data)
-    monkeypatch.setattr("flows.state.running_servers", lambda home: Servers("http://127.0.0.1:1", "http://127.0.0.1:2"))
-    run(tiny, max_steps=6)
-    card = str(in_prefect().data)
-    assert "(http://127.0.0.1:2/#/models/gpt-tiny/versions/2)" in card
-    run_id = registry.resolve(root, "models:/gpt-tiny/2").run_id
-    assert f"/runs/{run_id})" in card

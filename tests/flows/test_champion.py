@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from flows.releases import champion, registry
+from flows.releases import registry
 from flows.releases.champion import GATE, NoPrevious, moves, promote, rollback, withdrawal
 from flows.releases.moves import chain
 from flows.releases.registry import RegistryError, UnknownVersion
@@ -216,22 +216,6 @@ def test_a_registry_from_before_the_log_begins_with_the_champion_it_has(tiny_reg
     tiny_registry.register()
     MlflowClient(root.tracking_uri).set_registered_model_alias(MODEL, "champion", "1")
     assert log(root) == [(None, "1", "moved outside")]
-
-
-def test_a_clock_that_goes_backwards_disturbs_nothing(tiny_registry: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Backwards(champion.datetime):
-        hours = 0
-
-        @classmethod
-        def now(cls, tz=None):
-            cls.hours += 1
-            return cls(2030, 1, 1 + (30 - cls.hours), tzinfo=tz)
-
-    monkeypatch.setattr(champion, "datetime", Backwards)
-    root = promoted(tiny_registry, 3)
-    dates = [move.at for move in moves(root, MODEL)]
-    assert dates == sorted(dates, reverse=True)
-    assert [rollback(root, MODEL, "x", "ann").target for _ in range(2)] == ["2", "1"]
 
 
 def test_a_damaged_entry_of_the_log_is_named(tiny_registry: Any) -> None:

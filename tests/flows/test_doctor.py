@@ -2,10 +2,7 @@
 
 import importlib.metadata
 import json
-import os
 import shutil
-import signal
-import subprocess
 import time
 from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
@@ -24,7 +21,7 @@ from flows.releases.champion import promote
 from flows.service import successes
 from flows.service.servers import Servers, record
 from flows.state import StateRoot
-from tests.flows.servers import Up, gptflow, wait_for
+from tests.flows.servers import gptflow
 
 DAILY = {"schedule": {"cron": "30 2 * * *"}}
 
@@ -205,32 +202,3 @@ def test_a_check_that_hangs_or_breaks_is_reported_and_the_others_are_too(
     assert (slow.ok, slow.message) == (False, "no answer within 1 s")
     assert not broken.ok and "RuntimeError: unheard of" in broken.message
     assert disk.ok
-
-
-@pytest.mark.slow
-def test_while_it_is_up_the_doctor_tells_what_was_started_again_and_afterwards_that_it_was_killed(up: Up) -> None:
-    def told() -> "tuple[subprocess.CompletedProcess[str], list[dict[str, Any]]]":
-        done = up.command("doctor", "--json")
-        return done, json.loads(done.stdout)
-
-    up.start()
-    done, found = told()
-    assert done.returncode == 0, done.stdout
-    assert [check["message"].split(" at ")[0] for check in found if check["check"] == "servers"] == [
-        "Prefect answers",
-        "MLflow answers",
-    ]
-    before = up.servers().processes["mlflow"]
-    os.kill(before[0], signal.SIGKILL)
-    wait_for(lambda: up.servers().processes["mlflow"] != before, 90)
-    done, found = told()
-    assert done.returncode == 0, done.stdout
-    assert any("mlflow ended unasked and was started again once, last at 20" in check["message"] for check in found)
-    for process in reversed(up.processes()):
-        process.kill()
-    up.process.wait(30)
-    done, found = told()
-    assert done.returncode == 1
-    assert [check["message"] for check in found if not check["ok"]] == [
-        "gptflow was up and was killed: nothing is scheduled or started any more"
-    ]

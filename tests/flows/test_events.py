@@ -145,23 +145,22 @@ def test_a_promotion_starts_the_pipelines_that_wait_for_it_until_the_file_says_o
     def runs(pipeline: str) -> list[str]:
         return [run["state"]["type"] for run in server.runs() if run["parameters"].get("pipeline") == pipeline]
 
-    write(project, base={}, follower={"triggers": [{"on": "promoted", "model": "gpt-base"}]})
+    follower, other = ({"triggers": [{"on": "promoted", "model": f"gpt-{name}"}]} for name in ("base", "idle"))
+    write(project, base={}, idle={}, follower=follower, other=other)
+    names = [
+        "follower on gptflow.model.promoted of gptflow.model.gpt-base",
+        "other on gptflow.model.promoted of gptflow.model.gpt-idle",
+    ]
     with Serving(project, server):
-        assert automations() == ["follower on gptflow.model.promoted of gptflow.model.gpt-base"]
+        assert sorted(automations()) == names
         assert server.ended(server.start("base"))["name"] == "Promoted"
         wait_for(lambda: runs("follower") == ["COMPLETED"], 100)
     with Serving(project, server) as lines:
-        assert "unchanged  follower" in lines and len(automations()) == 1
-    write(project, base={}, follower={})
+        assert "unchanged  follower" in lines and sorted(automations()) == names
+    write(project, base={}, idle={}, follower={})
     with Serving(project, server) as lines:
-        assert "changed    follower" in lines and automations() == []
-    write(project, base={}, follower={"triggers": [{"on": "promoted", "model": "gpt-base"}]})
-    with Serving(project, server):
-        assert len(automations()) == 1
-    write(project, base={})
-    with Serving(project, server) as lines:
-        assert "removed    follower" in lines and automations() == []
-    assert runs("follower") == ["COMPLETED"]
+        assert "changed    follower" in lines and "removed    other" in lines and automations() == []
+    assert runs("follower") == ["COMPLETED"] and runs("other") == []
 
 
 @pytest.mark.slow

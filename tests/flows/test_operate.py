@@ -49,6 +49,8 @@ def test_after_a_rollback_two_nights_bring_back_better_weights_but_not_the_withd
     assert champion_number(root) == 1
     second = night(tiny, max_steps=300)
     assert second.verdict == "promoted" and champion_number(root) == 4
+    described = registry.describe(root, registry.resolve(root, f"models:/{MODEL}/4"))
+    assert (described["parent_version"], described["verdict"]) == ("1", "promoted")
     assert [(move.source, move.target, move.by) for move in moves(root, MODEL)] == [
         (None, "1", GATE),
         ("1", "2", GATE),

@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 from flows import lock
 from flows.attempt import CURRENT
 from flows.releases import registry
-from flows.releases.champion import GATE, NoPrevious, moves, promote, rollback
+from flows.releases.champion import NoPrevious, moves, promote, rollback
 from flows.releases.moves import chain
 from flows.releases.prune import prune
 from flows.state import StateRoot
@@ -64,20 +64,6 @@ def test_old_versions_go_with_all_their_files_and_what_only_they_needed(tiny_reg
     assert (again.versions, again.paths) == ([], {})
     run = tiny_registry.client.get_run(every[0].run_id)
     assert run.data.tags["pruned"] == "done"
-
-
-def test_champion_and_everything_a_rollback_may_reach_stay(tiny_registry: Any) -> None:
-    root = tiny_registry.root
-    for number in range(1, 9):
-        tiny_registry.register()
-        if number in (1, 3, 4, 6):
-            promote(root, MODEL, str(number), "better", GATE)
-    rollback(root, MODEL, "bad", "ann")
-    prune(root, {MODEL: 1})
-    assert numbers(root) == set("1348")
-    assert [rollback(root, MODEL, "bad", "ann").target for _ in range(2)] == ["3", "1"]
-    prune(root, {MODEL: 1})
-    assert numbers(root) == set("18")
 
 
 def test_a_version_with_an_alias_a_copy_or_a_warm_started_descendant_stays(tiny_registry: Any) -> None:

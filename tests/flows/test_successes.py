@@ -80,15 +80,6 @@ def test_what_is_paused_unscheduled_impossible_or_never_served_is_not_overdue(ro
     assert successes.overdue(Pipeline(name="night", model_name="gpt-night"), root, much_later) is None
 
 
-def test_a_clock_that_went_backwards_is_no_alarm_and_the_next_success_counts_again(root: StateRoot) -> None:
-    daily = scheduled(cron="30 2 * * *")
-    now = datetime.now(UTC)
-    succeeded(root, now + timedelta(days=3650))
-    assert successes.overdue(daily, root, now) is None
-    successes.record(root, "night", "Promoted")
-    assert successes.overdue(daily, root, now + timedelta(days=3)) is not None
-
-
 def test_whoever_serves_a_pipeline_that_never_ran_begins_to_wait_for_it_once(root: StateRoot) -> None:
     daily, by_hand = scheduled(cron="30 2 * * *"), Pipeline(name="hand", model_name="gpt-hand")
     successes.expect(root, [daily, by_hand])

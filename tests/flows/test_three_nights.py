@@ -1,4 +1,8 @@
-"""Three nights by cron: a change, none, a change. Nobody starts anything by hand."""
+"""Three nights by cron: a change, none, a change. Nobody starts anything by hand.
+
+That the pinned versions of Prefect, FastAPI and SQLAlchemy really schedule is shown here alone; with a wrong pair,
+nothing says so.
+"""
 
 from pathlib import Path
 from typing import Any

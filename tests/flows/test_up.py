@@ -1,16 +1,26 @@
 """`gptflow up` with real servers: healthy, stopped with nothing left, refused, started twice, killed and reconciled."""
 
+import json
 import os
 import signal
 import socket
 import time
+from typing import Any
 
+import psutil
 import pytest
 
 from flows.service.servers import answers, recorded
 from tests.flows.servers import Up, living, wait_for
 
 pytestmark = pytest.mark.slow
+
+
+def listening(process: psutil.Process) -> set[tuple[str, int]]:
+    """Where a process can be reached over the network: TCP sockets that listen, and UDP sockets."""
+    found = process.net_connections("inet")
+    open_ones = (one for one in found if one.status == psutil.CONN_LISTEN or one.type == socket.SOCK_DGRAM)
+    return {(one.laddr.ip, one.laddr.port) for one in open_ones}
 
 
 def test_up_answers_runs_what_is_asked_says_when_it_is_up_already_and_leaves_nothing(up: Up) -> None:
@@ -28,6 +38,9 @@ def test_up_answers_runs_what_is_asked_says_when_it_is_up_already_and_leaves_not
     assert [one["state"]["name"] for one in others] == ["Skipped"]
     processes = up.processes()
     assert len(processes) > 5
+    heard = {address for process in processes for address in listening(process)}
+    assert {up.prefect_port, up.mlflow_port} <= {port for _, port in heard}
+    assert {ip for ip, _ in heard} == {"127.0.0.1"}
     began = time.monotonic()
     up.process.terminate()
     up.process.wait(60)
@@ -40,28 +53,28 @@ def test_up_answers_runs_what_is_asked_says_when_it_is_up_already_and_leaves_not
     assert up.prefect.state(run)["type"] == "CRASHED"
 
 
-def test_after_a_kill_of_everything_the_next_start_ends_what_was_running(up: Up) -> None:
-    up.start()
-    run = up.train_for_long()
-    for process in reversed(up.processes()):
-        process.kill()
-    up.process.wait(30)
-    assert up.mlflow_statuses() == ["RUNNING"]
-    time.sleep(5)
-    up.start()
-    assert up.prefect.state(run)["type"] == "CRASHED"
-    assert up.mlflow_statuses() == ["KILLED"]
-    for what in ("crashed    Prefect run", "killed     MLflow run"):
-        assert what in up.log.read_text()
+def test_what_dies_is_started_again_and_what_a_kill_leaves_is_ended_by_the_next_start_and_the_doctor_tells_it_all(
+    up: Up,
+) -> None:
+    def told() -> tuple[int, list[dict[str, Any]]]:
+        done = up.command("doctor", "--json")
+        return done.returncode, json.loads(done.stdout)
 
-
-def test_what_dies_is_started_again_and_a_killed_supervisors_children_are_stopped(up: Up) -> None:
     up.start()
     before = up.servers().processes
     os.kill(before["mlflow"][0], signal.SIGKILL)
     os.kill(before["prefect"][0], signal.SIGKILL)
     wait_for(lambda: not set(before.values()) & set(up.servers().processes.values()), 90)
     wait_for(lambda: answers(f"{up.servers().prefect_api}/health") and answers(f"{up.servers().mlflow}/health"), 60)
+    code, found = told()
+    assert code == 0, found
+    servers = [check["message"].split(" at ")[0] for check in found if check["check"] == "servers"]
+    assert sorted(servers) == [
+        "MLflow answers",
+        "Prefect answers",
+        "mlflow ended unasked and was started again once, last",
+        "prefect ended unasked and was started again once, last",
+    ]
     children = up.processes()[1:]
     up.process.kill()
     up.process.wait(30)
@@ -69,6 +82,22 @@ def test_what_dies_is_started_again_and_a_killed_supervisors_children_are_stoppe
     up.start()
     assert "left over from" in up.log.read_text()
     assert living(children) == []
+
+    run = up.train_for_long()
+    for process in reversed(up.processes()):
+        process.kill()
+    up.process.wait(30)
+    code, found = told()
+    assert code == 1
+    assert [check["message"] for check in found if not check["ok"]] == [
+        "gptflow was up and was killed: nothing is scheduled or started any more"
+    ]
+    assert up.mlflow_statuses() == ["RUNNING"]
+    up.start()
+    assert up.prefect.state(run)["type"] == "CRASHED"
+    assert up.mlflow_statuses() == ["KILLED"]
+    for what in ("crashed    Prefect run", "killed     MLflow run"):
+        assert what in up.log.read_text()
 
 
 def test_a_port_that_is_taken_is_named_with_its_flag(up: Up) -> None:

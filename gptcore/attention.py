@@ -55,8 +55,8 @@ class KVCache:
 class Rotary(nn.Module):
     """Positions as rotations, so that a query and a key meet at an angle that depends on their distance alone.
 
-    Su et al. 2021, "RoFormer: Enhanced Transformer with Rotary Position Embedding", arXiv:2104.09864, with the halves of
-    a head as the two coordinates of each plane.
+    Su et al. 2021, "RoFormer: Enhanced Transformer with Rotary Position Embedding", arXiv:2104.09864. The halves of a
+    head are the two coordinates of each plane.
     """
 
     cos: Tensor

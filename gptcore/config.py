@@ -109,7 +109,8 @@ class ModelConfig(Section):
     GELU and biases. modern: rotary positions, RMS norms, normed embeddings, queries and keys, squared ReLU, no biases,
     and blocks that begin as the identity; it learns faster, most of all with train.optimizer: muon."""
     positions: Literal["learned", "rotary"] | None = None
-    """How a token's place is told: by a vector learned for each, or by turning queries and keys. Empty: the recipe's."""
+    """How a token's place is told: by a vector learned for each, or by turning queries and keys, whose heads must then
+    have an even width. Empty: the recipe's."""
     norm: Literal["layer", "rms"] | None = None
     """Layer norms with gains and shifts, or RMS norms without any. Empty: the recipe's."""
     activation: Literal["gelu", "relu2"] | None = None
@@ -145,6 +146,11 @@ class ModelConfig(Section):
             raise ValueError(
                 f"emb_dim {width} is not divisible by n_heads {heads}; the nearest widths that are: "
                 f"{max(width // heads, 1) * heads} and {(width // heads + 1) * heads}"
+            )
+        if self.parts()["positions"] == "rotary" and width // heads % 2:
+            raise ValueError(
+                f"emb_dim {width} and n_heads {heads} make heads {width // heads} wide; rotary positions need an even "
+                "width: choose another n_heads, or positions: learned"
             )
         return self
 

@@ -205,9 +205,9 @@ def initialise(model: GPTModel, scheme: str) -> None:
     """Gives the model its first weights: `pytorch` leaves those that PyTorch gave it, as the book does.
 
     `gpt2`: normal with deviation 0.02, biases 0, and what leads back into the residual stream smaller, the deeper the
-    model (Radford et al. 2019, section 2.3). `zero`: what leads back into the residual stream begins at 0, so that every
-    block begins as the identity (Bachlechner et al. 2021, arXiv:2003.04887), and the head at 0, so that every token is
-    as likely; the other matrices are uniform with deviation 1/sqrt(fan-in).
+    model (Radford et al. 2019, section 2.3). `zero`: what leads back into the residual stream begins at 0, so that
+    every block begins as the identity (Bachlechner et al. 2021, arXiv:2003.04887), and the head at 0, so that every
+    token is as likely; the other matrices are uniform with deviation 1/sqrt(fan-in).
     """
     if scheme == "pytorch":
         return

@@ -15,7 +15,7 @@ test: lint
 
 # The real kills, servers and browsers as well.
 test-all: test
-	$(PYTEST) -m slow
+	$(PYTEST) -m slow --durations 12
 
 # Many nights of retraining with kills at random moments: about half a minute a night.
 soak: $(VENV)/installed

@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 NIGHTS ?= 50
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: run test test-all soak lint clean
 
@@ -15,7 +15,7 @@ test: lint
 
 # The real kills, servers and browsers as well.
 test-all: test
-	$(PYTEST) -m slow
+	$(PYTEST) -m slow --durations 12
 
 # Many nights of retraining with kills at random moments: about half a minute a night.
 soak: $(VENV)/installed

@@ -70,7 +70,7 @@ def test_a_second_ctrl_c_ends_a_run_at_once_whose_trainer_cannot_save_and_what_w
     with pytest.raises(subprocess.TimeoutExpired):
         training.wait(3)
     training.send_signal(signal.SIGINT)
-    assert training.wait(15) == 130
+    assert training.wait(5) == 130
     said = (project / "run.log").read_text()
     assert "the same command goes on" in said and "Traceback" not in said, said
     assert run.saved_step() == saved

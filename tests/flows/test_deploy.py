@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
 from flows.state import StateRoot
@@ -42,8 +43,12 @@ def worker(directory: Path, server: Prefect) -> Iterator[None]:
     try:
         yield
     finally:
+        tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
         process.terminate()
-        process.wait(60)
+        _, alive = psutil.wait_procs(tree, timeout=30)
+        for left in alive:  # how a worker stops is Prefect's business
+            left.kill()
+        process.wait()
 
 
 @pytest.mark.parametrize(

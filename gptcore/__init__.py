@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gptcore.attention import MultiHeadAttention
     from gptcore.data import GPTDatasetV1, create_dataloader_v1
     from gptcore.evaluate import evaluate_model
     from gptcore.generate import (
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
         token_ids_to_text,
     )
     from gptcore.loss import calc_loss_batch, calc_loss_loader
-    from gptcore.model import GELU, FeedForward, GPTModel, LayerNorm, MultiHeadAttention, TransformerBlock
+    from gptcore.model import GELU, FeedForward, GPTModel, LayerNorm, TransformerBlock
     from gptcore.plots import plot_losses
     from gptcore.train import train_model_simple
 
@@ -47,7 +48,8 @@ _HOMES = {
     "evaluate": ("evaluate_model",),
     "generate": ("generate_and_print_sample", "generate_text_simple", "text_to_token_ids", "token_ids_to_text"),
     "loss": ("calc_loss_batch", "calc_loss_loader"),
-    "model": ("GELU", "FeedForward", "GPTModel", "LayerNorm", "MultiHeadAttention", "TransformerBlock"),
+    "attention": ("MultiHeadAttention",),
+    "model": ("GELU", "FeedForward", "GPTModel", "LayerNorm", "TransformerBlock"),
     "plots": ("plot_losses",),
     "train": ("train_model_simple",),
 }

@@ -72,9 +72,10 @@ def _check_shape(cfg: Any, weights: Path) -> None:
         found = {
             "vocab_size": _rows(file, names, "tok_emb.weight", 0),
             "emb_dim": _rows(file, names, "tok_emb.weight", 1),
-            "context_length": _rows(file, names, "pos_emb.weight", 0),
-            "n_layers": sum(name.startswith("trf_blocks.") and name.endswith(".norm1.scale") for name in names),
+            "n_layers": sum(name.startswith("trf_blocks.") and name.endswith(".W_query.weight") for name in names),
         }
+        if cfg.get("positions", "learned") == "learned":  # other positions have no weights
+            found["context_length"] = _rows(file, names, "pos_emb.weight", 0)
     for key, number in found.items():
         if key in cfg and cfg[key] != number:
             raise ValueError(f"{key} is {cfg[key]!r:.40} in config.json and {number} in {WEIGHTS}")

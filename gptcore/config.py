@@ -33,6 +33,13 @@ SIZES: dict[str, dict[str, int]] = {
 }
 """The named model sizes."""
 
+_PARTS = ("positions", "norm", "activation", "qk_norm", "emb_norm", "bias", "init")
+RECIPES: dict[str, dict[str, Any]] = {
+    "gpt2": dict(zip(_PARTS, ("learned", "layer", "gelu", False, False, True, "pytorch"))),
+    "modern": dict(zip(_PARTS, ("rotary", "rms", "relu2", True, True, False, "zero"))),
+}
+"""The parts that each recipe chooses. gpt2 is the seed's model."""
+
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=2**48)]
@@ -97,14 +104,40 @@ class ModelConfig(Section):
     """Dropout probability. The seed's configuration uses 0.1; on a CPU dropout in attention costs speed."""
     qkv_bias: bool = False
     """Whether the query, key and value projections have a bias."""
+    recipe: Literal["gpt2", "modern"] = "gpt2"
+    """Which parts the model is made of, where the fields below are left empty. gpt2: learned positions, layer norms,
+    GELU and biases. modern: rotary positions, RMS norms, normed embeddings, queries and keys, squared ReLU, no biases,
+    and blocks that begin as the identity; it learns faster, most of all with train.optimizer: muon."""
+    positions: Literal["learned", "rotary"] | None = None
+    """How a token's place is told: by a vector learned for each, or by turning queries and keys, whose heads must then
+    have an even width. Empty: the recipe's."""
+    norm: Literal["layer", "rms"] | None = None
+    """Layer norms with gains and shifts, or RMS norms without any. Empty: the recipe's."""
+    activation: Literal["gelu", "relu2"] | None = None
+    """GELU or the squared ReLU between the feed-forward layers. Empty: the recipe's."""
+    qk_norm: bool | None = None
+    """Whether the queries and keys of each head are normed. Empty: the recipe's."""
+    emb_norm: bool | None = None
+    """Whether embeddings are normed. Empty: the recipe's."""
+    bias: bool | None = None
+    """Whether the blocks' other linear layers have biases. Empty: the recipe's."""
+    init: Literal["pytorch", "gpt2", "zero"] | None = None
+    """First weights: PyTorch's own, GPT-2's, or blocks that begin as the identity. Empty: the recipe's."""
 
     def shape(self) -> dict[str, int]:
         """context_length, emb_dim, n_heads and n_layers with the size's values filled in."""
         return {key: getattr(self, key) or SIZES[self.size][key] for key in _SHAPE}
 
     def for_vocabulary(self, vocab_size: int) -> dict[str, Any]:
-        """The seed's dict of seven keys, from which GPTModel is built."""
-        return {"vocab_size": vocab_size, **self.shape(), "drop_rate": self.drop_rate, "qkv_bias": self.qkv_bias}
+        """What GPTModel is built from: the seed's dict of seven keys, and whatever parts are not the seed's."""
+        seven = {"vocab_size": vocab_size, **self.shape(), "drop_rate": self.drop_rate, "qkv_bias": self.qkv_bias}
+        seeds = RECIPES["gpt2"]
+        return {**seven, **{key: value for key, value in self.parts().items() if value != seeds[key]}}
+
+    def parts(self) -> dict[str, Any]:
+        """The parts, with the recipe's filled in."""
+        given = {key: getattr(self, key) for key in RECIPES[self.recipe]}
+        return {key: RECIPES[self.recipe][key] if value is None else value for key, value in given.items()}
 
     @model_validator(mode="after")
     def _heads_divide_the_width(self) -> Self:
@@ -113,6 +146,11 @@ class ModelConfig(Section):
             raise ValueError(
                 f"emb_dim {width} is not divisible by n_heads {heads}; the nearest widths that are: "
                 f"{max(width // heads, 1) * heads} and {(width // heads + 1) * heads}"
+            )
+        if self.parts()["positions"] == "rotary" and width // heads % 2:
+            raise ValueError(
+                f"emb_dim {width} and n_heads {heads} make heads {width // heads} wide; rotary positions need an even "
+                "width: choose another n_heads, or positions: learned"
             )
         return self
 
@@ -137,6 +175,8 @@ class TrainConfig(Section):
     """Forward passes per update: gradients of accumulation x batch_size windows are averaged."""
     stride: Annotated[int, Field(ge=1, le=1_048_576)] | None = None
     """Tokens between the starts of two windows. Left empty: the context length, so that windows do not overlap."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """adamw, or muon: Muon for the matrices of the blocks and AdamW for the rest, at one learning rate."""
     learning_rate: Annotated[Finite, Field(gt=0, le=10)] = 1e-3
     """The highest learning rate of the schedule."""
     weight_decay: Annotated[Finite, Field(ge=0, le=10)] = 0.1

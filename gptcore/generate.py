@@ -13,8 +13,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from gptcore.attention import KVCache
 from gptcore.errors import ConfigError
-from gptcore.model import GPTModel, KVCache, eval_mode, is_ours
+from gptcore.model import GPTModel, eval_mode, is_ours
 from gptcore.tokenizer import END_OF_TEXT
 
 _LEAST = torch.finfo(torch.float32).tiny
@@ -62,7 +63,7 @@ def generate_text_simple(model: nn.Module, idx: Tensor, max_new_tokens: int, con
 
 def generate_and_print_sample(model: nn.Module, tokenizer: Any, device: torch.device | str, start_context: str) -> None:
     """Prints 50 tokens that continue `start_context`, on one line. The model stays in the mode that it was in."""
-    context_size = cast(GPTModel, model).pos_emb.weight.shape[0]
+    context_size = cast(GPTModel, model).context_length
     encoded = text_to_token_ids(start_context, tokenizer).to(device)
     with eval_mode(model):
         token_ids = generate_text_simple(model, encoded, max_new_tokens=50, context_size=context_size)

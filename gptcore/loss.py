@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from gptcore.errors import ConfigError
-from gptcore.model import GPTModel, is_untouched
+from gptcore.model import GPTModel
+from gptcore.untouched import is_untouched
 
 IGNORED = -100
 """A target that counts for nothing, as in `torch.nn.functional.cross_entropy`."""

@@ -16,9 +16,12 @@ _LEAST_VOCABULARY = 257
 
 def num_parameters(model: ModelConfig, vocab_size: int) -> int:
     """How many numbers a GPTModel of this shape is made of, biases of queries, keys and values left out."""
-    shape = model.shape()
+    shape, parts = model.shape(), model.parts()
     width, layers = shape["emb_dim"], shape["n_layers"]
-    return (2 * vocab_size + shape["context_length"] + 2) * width + layers * (12 * width + 10) * width
+    positions = shape["context_length"] if parts["positions"] == "learned" else 0
+    norms = 2 if parts["norm"] == "layer" else 0
+    biases = 6 if parts["bias"] else 0
+    return (2 * vocab_size + positions + norms) * width + layers * (12 * width + 2 * norms + biases) * width
 
 
 def check(model: ModelConfig, train: TrainConfig, vocab_size: int = _LEAST_VOCABULARY) -> None:

@@ -10,19 +10,33 @@ import torch
 from torch import nn
 
 from gptcore.config import TrainConfig
+from gptcore.muon import BETAS, Muon
 
 
-def make_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.AdamW:
-    """Fused AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) with betas 0.9 and 0.95 (Brown et al. 2020, appendix B).
+def make_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.Optimizer:
+    """The optimiser that `cfg.optimizer` names.
 
-    Weight decay acts on matrices, embeddings included, and not on biases and gains, which have one dimension.
+    adamw: fused AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) with betas 0.9 and 0.95 (Brown et al. 2020, appendix
+    B). muon: Muon for the matrices of the blocks, AdamW for the rest. Weight decay acts on matrices, embeddings
+    included, and not on biases and gains, which have one dimension.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    inner = {name for name, p in parameters.items() if cfg.optimizer == "muon" and _is_inner(name, p)}
+    rest = [p for name, p in parameters.items() if name not in inner]
     groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": cfg.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": cfg.weight_decay},
+        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(0.9, 0.95), fused=True)
+    groups = [group for group in groups if group["params"]]
+    if cfg.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=BETAS, fused=True)
+    matrices = {"params": [parameters[name] for name in sorted(inner)], "weight_decay": cfg.weight_decay}
+    return Muon([{**matrices, "orthogonal": True}, *groups], cfg.learning_rate)
+
+
+def _is_inner(name: str, parameter: nn.Parameter) -> bool:
+    """Whether it is a matrix that leads from hidden states to hidden states."""
+    return "trf_blocks." in name and parameter.dim() == 2
 
 
 def learning_rate(cfg: TrainConfig, step: int, progress: float) -> float:

@@ -46,8 +46,9 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "warm start": {"start": True, "warmup_steps": 0},
     "in sessions": {"session_seconds": 1e-9, "max_steps": 4, "checkpoint_steps": None},
     "bf16": {"precision": "bf16", "weight_decay": 0.0},
+    "muon": {"optimizer": "muon", "model": {**MODEL, "recipe": "modern"}},
 }
-"""What each differs in from TRAIN."""
+"""What each differs in from TRAIN, and from MODEL."""
 
 MEASURED = {"tokens_per_second", "seconds", "memory_mb", "time_ms"}
 
@@ -62,7 +63,9 @@ def make_tokens(root: Path, paragraphs: int = 110) -> Tokens:
     return tokenize(ingest(CorpusConfig(**asked), root / "corpora", root).path, "bytes", root / "tokens")
 
 
-def prepare(path: Path, tokens: Tokens, start: bool = False, **train: Any) -> RunDirectory:
+def prepare(
+    path: Path, tokens: Tokens, start: bool = False, model: dict[str, Any] = MODEL, **train: Any
+) -> RunDirectory:
     """A run directory whose settings differ from TRAIN by `train`. `start` begins with another model's weights."""
     run = RunDirectory(path)
     weights = None
@@ -70,13 +73,13 @@ def prepare(path: Path, tokens: Tokens, start: bool = False, **train: Any) -> Ru
         torch.manual_seed(5)
         path.parent.mkdir(parents=True, exist_ok=True)
         weights = path.with_name("ancestor.safetensors")
-        cfg = ModelConfig(**MODEL).for_vocabulary(tokens.n_vocab)
+        cfg = ModelConfig(**model).for_vocabulary(tokens.n_vocab)
         save_file(GPTModel(cfg).state_dict(), weights)
     config = RunConfig(
         training_version=TRAINING_VERSION,
         tokens=str(tokens.path),
         tokens_sha256=tokens.sha256,
-        model=ModelConfig(**MODEL),
+        model=ModelConfig(**model),
         vocab_size=tokens.n_vocab,
         train=TrainConfig(**{**TRAIN, **train}),
         start=Start(uri="models:/m/1", weights_sha256=manifest.sha256_of_file(weights)) if weights else None,

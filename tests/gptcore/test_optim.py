@@ -6,6 +6,7 @@ from torch import nn
 
 from gptcore.config import TrainConfig
 from gptcore.model import GPTModel
+from gptcore.muon import Muon, orthogonalised
 from gptcore.optim import learning_rate, make_optimizer, set_learning_rate
 
 CFG = {
@@ -81,3 +82,51 @@ def test_every_group_gets_the_rate():
     optimizer = make_optimizer(GPTModel(CFG), TrainConfig())
     set_learning_rate(optimizer, 0.125)
     assert [group["lr"] for group in optimizer.param_groups] == [0.125, 0.125]
+
+
+def test_muon_makes_every_singular_value_of_its_step_about_one():
+    matrices = torch.randn(3, 40, 16) @ torch.diag(torch.logspace(0, -2, 16))
+    for made in (orthogonalised(matrices), orthogonalised(matrices.mT)):
+        values = torch.linalg.svdvals(made)
+        assert values.min() > 0.5 and values.max() < 1.3
+    left, _, right = torch.linalg.svd(matrices[0], full_matrices=False)
+    cosine = torch.nn.functional.cosine_similarity(
+        orthogonalised(matrices)[0].flatten(), (left @ right).flatten(), dim=0
+    )
+    assert cosine > 0.95
+
+
+def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest():
+    model = GPTModel(CFG)
+    inner, matrices, vectors = make_optimizer(model, TrainConfig(optimizer="muon", weight_decay=0.3)).param_groups
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert all("trf_blocks" in names[id(p)] and p.dim() == 2 for p in inner["params"]) and len(inner["params"]) == 12
+    assert {names[id(p)] for p in matrices["params"]} == {"tok_emb.weight", "pos_emb.weight", "out_head.weight"}
+    assert (inner["weight_decay"], matrices["weight_decay"], vectors["weight_decay"]) == (0.3, 0.3, 0.0)
+    assert sum(len(group["params"]) for group in (inner, matrices, vectors)) == len(names)
+
+
+def test_the_first_update_of_muon_has_the_size_that_adamws_has():
+    module = nn.Module()
+    module.trf_blocks = nn.Linear(64, 32, bias=False)
+    weight = module.trf_blocks.weight
+    optimizer = make_optimizer(module, TrainConfig(optimizer="muon", learning_rate=0.1, weight_decay=0.5))
+    before = weight.detach().clone()
+    weight.grad = torch.randn(32, 64)
+    optimizer.step()
+    moved = weight.detach() - 0.95 * before
+    assert moved.square().mean().sqrt().item() == pytest.approx(0.1 * 0.2, rel=0.2)  # Liu et al. 2025, section 2.2
+    assert (moved * weight.grad).sum() < 0
+
+
+def test_what_muon_leaves_to_adamw_is_updated_as_torchs_adamw_does():
+    torch.manual_seed(1)
+    mine, theirs = (nn.Parameter(torch.ones(5, 3)) for _ in range(2))
+    ours = Muon([{"params": [mine], "weight_decay": 0.3}], lr=0.01)
+    torchs = torch.optim.AdamW([theirs], lr=0.01, betas=(0.9, 0.95), weight_decay=0.3, fused=True)
+    for _ in range(4):
+        mine.grad = torch.randn(5, 3)
+        theirs.grad = mine.grad.clone()
+        ours.step()
+        torchs.step()
+    assert torch.equal(mine, theirs)

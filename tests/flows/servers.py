@@ -155,7 +155,7 @@ class Serving:
 
     def __exit__(self, *_: object) -> None:
         self.process.terminate()
-        self.process.wait(30)
+        self.process.wait(90)
 
 
 class Receiver(HTTPServer):

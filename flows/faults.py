@@ -4,7 +4,6 @@ MLflow, Prefect and the operating system have error classes of their own. A user
 where, and the cure.
 """
 
-import errno
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,9 +15,9 @@ from prefect.exceptions import PrefectException
 
 from flows.state import StateRoot
 from gptcore.errors import DiskFull, GPTCoreError, SourceUnavailable
+from gptcore.manifest import is_out_of_space
 
 _AWAY = ("TEMPORARILY_UNAVAILABLE", "INTERNAL_ERROR", "REQUEST_LIMIT_EXCEEDED")
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _SQLITE_IS_FULL = "database or disk is full"
 _log = logging.getLogger(__name__)
 _KEPT = "Nothing that was complete is lost: the same command goes on."
@@ -43,8 +42,7 @@ def is_transient(error: BaseException) -> bool:
 
 def is_disk_full(error: BaseException) -> bool:
     """Whether there was no room for what was to be written, as the system, SQLite or our own code says it."""
-    by_number = isinstance(error, OSError) and error.errno in _NO_ROOM
-    return by_number or isinstance(error, DiskFull) or _SQLITE_IS_FULL in str(error)
+    return isinstance(error, DiskFull) or is_out_of_space(error) or _SQLITE_IS_FULL in str(error)
 
 
 def is_mlflow_away(error: BaseException) -> bool:

@@ -23,11 +23,10 @@ from gptcore.config import (
     ModelConfig,
     RetrainConfig,
     SampleConfig,
-    Section,
     TrainConfig,
-    check,
 )
 from gptcore.errors import ConfigError
+from gptcore.sections import Section, check
 
 SECTIONS = ("corpus", "model", "train", "sample", "gate", "retrain")
 """Every key of a pipeline that maps to further keys, which are merged one by one: parameters of the flow."""

@@ -5,15 +5,13 @@ becomes the help of `gptflow run --help` and the text beside the field in the fo
 a wrong value is answered at once.
 """
 
-import difflib
-import json
-import re
-from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from gptcore.errors import ConfigError
+from gptcore.recipes import RECIPES
+from gptcore.sections import Section
 
 SizeName = Literal["nano", "mini", "small", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]
 
@@ -33,22 +31,9 @@ SIZES: dict[str, dict[str, int]] = {
 }
 """The named model sizes."""
 
-_PARTS = ("positions", "norm", "activation", "qk_norm", "emb_norm", "bias", "init")
-RECIPES: dict[str, dict[str, Any]] = {
-    "gpt2": dict(zip(_PARTS, ("learned", "layer", "gelu", False, False, True, "pytorch"))),
-    "modern": dict(zip(_PARTS, ("rotary", "rms", "relu2", True, True, False, "zero"))),
-}
-"""The parts that each recipe chooses. gpt2 is the seed's model."""
-
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=2**48)]
-
-
-class Section(BaseModel):
-    """A part of the configuration: immutable, without unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class CorpusConfig(Section):
@@ -136,8 +121,8 @@ class ModelConfig(Section):
 
     def parts(self) -> dict[str, Any]:
         """The parts, with the recipe's filled in."""
-        given = {key: getattr(self, key) for key in RECIPES[self.recipe]}
-        return {key: RECIPES[self.recipe][key] if value is None else value for key, value in given.items()}
+        recipe = RECIPES[self.recipe]
+        return {part: recipe[part] if (given := getattr(self, part)) is None else given for part in recipe}
 
     @model_validator(mode="after")
     def _heads_divide_the_width(self) -> Self:
@@ -323,72 +308,3 @@ class RunConfig(Section):
     def cfg(self) -> dict[str, Any]:
         """The seed's dict of seven keys."""
         return self.model.for_vocabulary(self.vocab_size)
-
-
-_UNION_MEMBER = re.compile(r"constrained-.*|literal\[.*|int|float")
-_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-_MAX_BITS = 4096
-
-S = TypeVar("S", bound=Section)
-KeyPath = tuple[str | int, ...]
-
-
-def parse(section: type[S], given: Mapping[str, Any], where: str) -> S:
-    """Builds a section from plain data. Raises ConfigError with `where`, the key, the value, the range and the cure."""
-    built, problems = check(section, given)
-    if built is None:
-        lines = [[where, ".".join(map(str, path)), message] for path, message in problems]
-        raise ConfigError("\n".join(": ".join(filter(None, line)) for line in lines))
-    return built
-
-
-def check(section: type[S], given: Mapping[str, Any]) -> tuple[S | None, list[tuple[KeyPath, str]]]:
-    """The section, or None with every problem: the path of the key and what is wrong with it.
-
-    Validation is strict, as JSON: a list becomes a tuple and an integer a float, but no string becomes a number.
-    """
-    if unwritable := list(_unwritable(given, ())):
-        return None, unwritable
-    try:
-        return section.model_validate_json(json.dumps(given, default=str), strict=True), []
-    except ValidationError as error:
-        return None, [_problem(detail, section) for detail in error.errors(include_url=False)]
-
-
-def _unwritable(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, str]]:
-    """What no JSON can hold: it would be refused as a whole, without the key that is meant."""
-    if isinstance(value, str) and (found := _LONE_SURROGATE.search(value)):
-        yield path, f"must be Unicode text, but holds the lone surrogate {found[0]!r}"
-    elif isinstance(value, int) and value.bit_length() > _MAX_BITS:
-        yield path, f"is a whole number of {value.bit_length():,} bits; at most {_MAX_BITS:,} are read"
-    elif isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from _unwritable(key, (*path, key))
-            yield from _unwritable(inner, (*path, key))
-    elif isinstance(value, list | tuple):
-        for index, inner in enumerate(value):
-            yield from _unwritable(inner, (*path, index))
-
-
-def _problem(detail: Any, section: type[BaseModel]) -> tuple[KeyPath, str]:
-    # In a union, pydantic appends the member that failed to the location: it is no key of ours.
-    path = tuple(part for part in detail["loc"] if not _UNION_MEMBER.fullmatch(str(part)))
-    if detail["type"] == "extra_forbidden":
-        known = _fields_at(section, path[:-1])
-        near = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(known))}"
-        return path, f"there is no such key; {hint}"
-    message = detail["msg"].removeprefix("Value error, ")
-    given = "" if detail["type"] in ("value_error", "missing") else f" (given: {detail['input']!r:.80})"
-    return path, f"{message[0].lower()}{message[1:]}{given}"
-
-
-def _fields_at(section: type[BaseModel], path: KeyPath) -> list[str]:
-    for part in path:
-        if isinstance(part, int):  # an entry of a list of sections
-            continue
-        given = section.model_fields[str(part)].annotation
-        inner = [kind for kind in (given, *get_args(given)) if isinstance(kind, type) and issubclass(kind, BaseModel)]
-        assert inner, "only sections forbid keys"
-        section = inner[0]
-    return list(section.model_fields)

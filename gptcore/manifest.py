@@ -66,12 +66,13 @@ def full_disk_named(directory: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if _is_out_of_space(error):
+        if is_out_of_space(error):
             raise DiskFull(_out_of_space(directory)) from None
         raise
 
 
-def _is_out_of_space(error: Exception) -> bool:
+def is_out_of_space(error: BaseException) -> bool:
+    """Whether the system had no room for what was to be written."""
     # safetensors reports the operating system's errors in its own class, by number.
     by_number = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     return by_number or f"os error {errno.ENOSPC}" in str(error)

@@ -16,25 +16,16 @@ from torch import Tensor, nn
 
 from gptcore.attention import KVCache, MultiHeadAttention, Rotary, check_length
 from gptcore.errors import ConfigError
+from gptcore.recipes import PARTS
 from gptcore.untouched import is_untouched
 
-PARTS: dict[str, tuple[Any, ...]] = {
-    "positions": ("learned", "rotary"),
-    "norm": ("layer", "rms"),
-    "activation": ("gelu", "relu2"),
-    "qk_norm": (False, True),
-    "emb_norm": (False, True),
-    "bias": (True, False),
-    "init": ("pytorch", "gpt2", "zero"),
-}
-"""The parts that a cfg may choose, the book's first."""
 _COUNTS = ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers")
 
 
 def is_ours(model: nn.Module) -> bool:
     """Whether `model` is a GPTModel of which every part is untouched, so that it may be run in pieces with a cache."""
     return type(model) is GPTModel and all(
-        type(part) in _PARTS and is_untouched(part, type(part)) for part in model.modules()
+        type(part) in _KINDS and is_untouched(part, type(part)) for part in model.modules()
     )
 
 
@@ -242,7 +233,7 @@ def _norm(cfg: Mapping[str, Any]) -> nn.Module:
     return LayerNorm(cfg["emb_dim"]) if chosen(cfg)["norm"] == "layer" else RMSNorm()
 
 
-_PARTS = (
+_KINDS = (
     *(GPTModel, TransformerBlock, MultiHeadAttention, Rotary, FeedForward, LayerNorm, RMSNorm, GELU, SquaredReLU),
     *(nn.Embedding, nn.Linear, nn.Dropout, nn.Sequential),
 )

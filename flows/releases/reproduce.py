@@ -23,13 +23,14 @@ from flows.releases.differences import Difference, Materials, differences, mater
 from flows.state import StateRoot
 from flows.training import train
 from gptcore import manifest
-from gptcore.config import RunConfig, parse
+from gptcore.config import RunConfig
 from gptcore.corpus import Snapshot, blocks
 from gptcore.data import Tokens
 from gptcore.errors import GPTCoreError
 from gptcore.evaluate import evaluate_blocks
 from gptcore.judging.dossier import load_model, reported_side
 from gptcore.learning.rundir import Metrics, Result, RunDirectory
+from gptcore.sections import parse
 from gptcore.train import TRAINING_VERSION
 
 

@@ -11,8 +11,8 @@ from prefect.context import FlowRunContext
 from prefect.exceptions import ObjectNotFound
 
 from flows.pipelines import Pipeline, merge
-from gptcore.config import check
 from gptcore.errors import ConfigError
+from gptcore.sections import check
 
 
 def asked() -> tuple[Pipeline, bool] | None:

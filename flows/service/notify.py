@@ -15,8 +15,8 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from gptcore.config import Section
 from gptcore.errors import GPTCoreError
+from gptcore.sections import Section
 
 if TYPE_CHECKING:
     from prefect import Flow, State

@@ -12,7 +12,7 @@ from zoneinfo import ZoneInfo
 
 from pydantic import Field, field_validator, model_validator
 
-from gptcore.config import Section
+from gptcore.sections import Section
 
 _WITHOUT_PREFECT = "flows._croniter"
 

@@ -8,7 +8,7 @@ from typing import Literal, Self
 from pydantic import model_validator
 
 from flows.service.events import CORPUS_CHANGED, MODEL_PROMOTED, model_resource, pipeline_resource
-from gptcore.config import Section
+from gptcore.sections import Section
 
 
 class TriggerConfig(Section):

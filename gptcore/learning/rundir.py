@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from gptcore import errors, manifest
-from gptcore.config import SAVING_KEYS, RunConfig, Start, parse
+from gptcore.config import SAVING_KEYS, RunConfig, Start
 from gptcore.errors import CheckpointError, ConfigError, GPTCoreError, TrainingDiverged
+from gptcore.sections import parse
 
 Metrics = dict[str, Any]
 

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from flows.pipelines import SECTIONS, Pipeline, PipelinesFile, parse_overrides
 from flows.service.deployed import merged
 from gptcore import memory
-from gptcore.config import ModelConfig, Section, TrainConfig, parse
+from gptcore.config import ModelConfig, TrainConfig
 from gptcore.errors import ConfigError, CorpusError
+from gptcore.sections import Section, parse
 from gptcore.text import sources
 from tests.flows.servers import gptflow, refused
 

@@ -9,8 +9,9 @@ import pytest
 from pydantic import ValidationError
 
 from gptcore import config
-from gptcore.config import CorpusConfig, ModelConfig, RunConfig, SampleConfig, Section, Start, TrainConfig, check, parse
+from gptcore.config import CorpusConfig, ModelConfig, RunConfig, SampleConfig, Start, TrainConfig
 from gptcore.errors import ConfigError
+from gptcore.sections import Section, check, parse
 
 SECTIONS = [section for section in Section.__subclasses__() if section.__module__ == "gptcore.config"]
 RUN = {

@@ -8,12 +8,13 @@ import torch.nn.functional as F
 
 from gptcore import memory
 from gptcore.attention import KVCache, MultiHeadAttention, Rotary
-from gptcore.config import RECIPES, ModelConfig, TrainConfig
+from gptcore.config import ModelConfig, TrainConfig
 from gptcore.errors import ConfigError
 from gptcore.generate import generate_text_simple
 from gptcore.loss import calc_loss_batch
-from gptcore.model import PARTS, GPTModel, RMSNorm, SquaredReLU, chosen, is_ours
+from gptcore.model import GPTModel, RMSNorm, SquaredReLU, chosen, is_ours
 from gptcore.optim import make_optimizer
+from gptcore.recipes import PARTS, RECIPES
 
 SEVEN = {
     "vocab_size": 101,

@@ -56,6 +56,18 @@ def write_project(path: Path) -> Path:
     return path
 
 
+@pytest.fixture(autouse=True)
+def _own_environment() -> Iterator[None]:
+    """What a test, or MLflow in it, leaves in the environment is gone for the next one."""
+    before = dict(os.environ)
+    yield
+    for name in {*before, *os.environ} - {"PYTEST_CURRENT_TEST"}:
+        if name not in before:
+            del os.environ[name]
+        elif os.environ.get(name) != before[name]:
+            os.environ[name] = before[name]
+
+
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     """A directory with a text and a pipelines.yaml whose pipeline `tiny` trains in a second."""

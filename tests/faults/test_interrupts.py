@@ -11,6 +11,7 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
+from flows.state import StateRoot
 from gptcore.learning.rundir import RunDirectory
 from tests.flows.servers import begin, gptflow, wait_for
 
@@ -52,9 +53,7 @@ def assert_the_next_run_goes_on(project: Path, saved: int) -> None:
     done = gptflow(project, "run", "tiny")
     assert done.returncode == 0 and "promoted" in done.stdout, done.stderr
     assert [line["step"] for line in run.read_metrics()] == list(range(1, 3001))
-    client = MlflowClient(
-        f"sqlite:///{project / 'mlruns' / 'mlflow.db'}"
-    )  # other tests leave an address in the environment
+    client = MlflowClient(StateRoot(project / "mlruns").tracking_uri)
     (only,) = client.search_runs([one.experiment_id for one in client.search_experiments()])
     history = client.get_metric_history(only.info.run_id, "loss")
     assert [metric.step for metric in history] == list(range(1, 3001))

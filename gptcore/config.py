@@ -106,6 +106,9 @@ class ModelConfig(Section):
     """Whether embeddings are normed. Empty: the recipe's."""
     bias: bool | None = None
     """Whether the blocks' other linear layers have biases. Empty: the recipe's."""
+    tied: bool | None = None
+    """Whether the output head is the token embedding, as in GPT-2's published weights: one matrix less to store and to
+    learn. Empty: the recipe's."""
     init: Literal["pytorch", "gpt2", "zero"] | None = None
     """First weights: PyTorch's own, GPT-2's, or blocks that begin as the identity. Empty: the recipe's."""
 

@@ -21,7 +21,8 @@ def num_parameters(model: ModelConfig, vocab_size: int) -> int:
     positions = shape["context_length"] if parts["positions"] == "learned" else 0
     norms = 2 if parts["norm"] == "layer" else 0
     biases = 6 if parts["bias"] else 0
-    return (2 * vocab_size + positions + norms) * width + layers * (12 * width + 2 * norms + biases) * width
+    ends = 1 if parts["tied"] else 2
+    return (ends * vocab_size + positions + norms) * width + layers * (12 * width + 2 * norms + biases) * width
 
 
 def check(model: ModelConfig, train: TrainConfig, vocab_size: int = _LEAST_VOCABULARY) -> None:

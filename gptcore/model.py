@@ -149,6 +149,8 @@ class GPTModel(nn.Module):
         self.trf_blocks = nn.Sequential(*(TransformerBlock(cfg) for _ in range(cfg["n_layers"])))
         self.final_norm = _norm(cfg)
         self.out_head = nn.Linear(width, cfg["vocab_size"], bias=False)
+        if parts["tied"]:
+            self.tok_emb.weight = self.out_head.weight  # whose first values are the smaller ones
         initialise(self, parts["init"])
 
     def forward(self, in_idx: Tensor, cache: KVCache | None = None) -> Tensor:
@@ -178,6 +180,23 @@ class GPTModel(nn.Module):
             cache.length = end
         return self.final_norm(x)
 
+    @property
+    def is_tied(self) -> bool:
+        """Whether head and embedding are one matrix (Press & Wolf 2017, arXiv:1608.05859)."""
+        return self.out_head.weight is self.tok_emb.weight
+
+    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
+        """As of any module, but that a tied matrix stands in it once, as `tok_emb.weight`."""
+        state = super().state_dict(*args, prefix=prefix, **kwargs)
+        if self.is_tied:
+            del state[f"{prefix}out_head.weight"]
+        return state
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if self.is_tied and (name := f"{prefix}tok_emb.weight") in state_dict:
+            state_dict.setdefault(f"{prefix}out_head.weight", state_dict[name])
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def _embed(self, in_idx: Tensor) -> Tensor:
         try:
             return self.tok_emb(in_idx)
@@ -197,8 +216,8 @@ def initialise(model: GPTModel, scheme: str) -> None:
 
     `gpt2`: normal with deviation 0.02, biases 0, and what leads back into the residual stream smaller, the deeper the
     model (Radford et al. 2019, section 2.3). `zero`: what leads back into the residual stream begins at 0, so that
-    every block begins as the identity (Bachlechner et al. 2021, arXiv:2003.04887), and the head at 0, so that every
-    token is as likely; the other matrices are uniform with deviation 1/sqrt(fan-in).
+    every block begins as the identity (Bachlechner et al. 2021, arXiv:2003.04887), and so does a head of its own, so
+    that every token is as likely; the other matrices are uniform with deviation 1/sqrt(fan-in).
     """
     if scheme == "pytorch":
         return
@@ -207,6 +226,8 @@ def initialise(model: GPTModel, scheme: str) -> None:
     for part in model.modules():
         if isinstance(part, nn.Linear) and part.bias is not None:
             nn.init.zeros_(part.bias)
+        if part is model.out_head and model.is_tied:
+            continue
         if isinstance(part, nn.Embedding) or (scheme == "gpt2" and isinstance(part, nn.Linear)):
             shrink = (2 * len(model.trf_blocks)) ** -0.5 if id(part) in outputs else 1.0
             nn.init.normal_(part.weight, std=0.02 * shrink)

@@ -9,12 +9,13 @@ PARTS: dict[str, tuple[Any, ...]] = {
     "qk_norm": (False, True),
     "emb_norm": (False, True),
     "bias": (True, False),
+    "tied": (False, True),
     "init": ("pytorch", "gpt2", "zero"),
 }
 """What each may be, the book's first."""
 
 RECIPES: dict[str, dict[str, Any]] = {
     "gpt2": {part: options[0] for part, options in PARTS.items()},
-    "modern": dict(zip(PARTS, ("rotary", "rms", "relu2", True, True, False, "zero"))),
+    "modern": dict(zip(PARTS, ("rotary", "rms", "relu2", True, True, False, False, "zero"))),
 }
 """The parts that each recipe chooses. gpt2 is the book's model."""

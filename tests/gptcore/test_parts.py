@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
 from gptcore import memory
 from gptcore.attention import KVCache, MultiHeadAttention, Rotary
@@ -109,6 +110,28 @@ def test_a_model_of_any_parts_looks_at_nothing_to_come_and_has_the_fused_loss_of
     assert torch.allclose(model(inputs)[:, :7], model(changed)[:, :7], atol=1e-5)
     plain = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
     assert calc_loss_batch(inputs, targets, model, "cpu").item() == pytest.approx(plain.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("init", PARTS["init"])
+def test_a_tied_head_is_the_embedding_stored_and_learned_once(init, tmp_path):
+    model, other = (fresh({"tied": True, "init": init}) for _ in range(2))
+    assert model.is_tied and 0 < model.tok_emb.weight.std() < 0.2
+    assert "out_head.weight" not in dict(model.named_parameters())
+    with torch.no_grad():
+        model.tok_emb.weight.normal_()
+    save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    other.load_state_dict(load_file(tmp_path / "weights.safetensors"))
+    assert torch.equal(other(ids(5)), model(ids(5)))
+    inputs, targets = ids(12), ids(12)
+    calc_loss_batch(inputs, targets, model, "cpu").backward()
+    F.cross_entropy(other(inputs).flatten(0, 1), targets.flatten()).backward()
+    assert torch.allclose(model.tok_emb.weight.grad, other.tok_emb.weight.grad, atol=1e-5)
+
+
+def test_a_head_that_is_replaced_is_no_longer_tied():
+    model = fresh({"tied": True})
+    model.out_head = torch.nn.Linear(24, 101, bias=False)
+    assert not model.is_tied and "out_head.weight" in model.state_dict()
 
 
 @pytest.mark.parametrize("parts", MODELS, ids=str)

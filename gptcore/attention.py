@@ -138,11 +138,13 @@ class MultiHeadAttention(nn.Module):
         single token, laying the weights side by side would cost more than the product.
         """
         projections = (self.W_query, self.W_key, self.W_value)
-        biases: list[Tensor] = [each.bias for each in projections if each.bias is not None]
-        if not (fused and len(biases) in (0, 3) and all(is_untouched(each, nn.Linear) for each in projections)):
+        has_bias = getattr(self.W_query, "bias", None) is not None
+        alike = all(is_untouched(each, nn.Linear) and (each.bias is not None) is has_bias for each in projections)
+        if not (fused and alike):
             return [project(x) for project in projections]
         weight = torch.cat([each.weight for each in projections])
-        return F.linear(x, weight, torch.cat(biases) if biases else None).chunk(3, dim=2)
+        bias = torch.cat([each.bias for each in projections]) if has_bias else None
+        return F.linear(x, weight, bias).chunk(3, dim=2)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2)

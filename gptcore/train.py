@@ -191,7 +191,8 @@ def update(state: TrainState, micro_batches: MicroBatches, rate: float, cfg: Tra
                 loss = calc_loss_batch(inputs, targets, state.model, state.device) / len(micro_batches)
             loss.backward()
             losses.append(loss.detach())
-    gradient_norm = nn.utils.clip_grad_norm_(state.model.parameters(), cfg.grad_clip or math.inf)
+    gradients = [parameter.grad for parameter in state.model.parameters() if parameter.grad is not None]
+    gradient_norm = nn.utils.get_total_norm(gradients)
     # A GPU is waited for here and nowhere else, when all micro-batches are under way.
     total, norm = sum(loss.item() for loss in losses), gradient_norm.item()
     for name, value in (("loss", total), ("gradient norm", norm)):
@@ -201,6 +202,8 @@ def update(state: TrainState, micro_batches: MicroBatches, rate: float, cfg: Tra
                 "are finite. Lower train.learning_rate, raise train.warmup_steps, or set train.grad_clip to 1.",
                 state.step,
             )
+    if cfg.grad_clip and norm > cfg.grad_clip:  # as torch's clip_grad_norm_, which would multiply by 1 too
+        torch._foreach_mul_(gradients, cfg.grad_clip / norm)
     state.optimizer.step()
     return total, norm
 

@@ -61,7 +61,8 @@ def read(source: str, n_heads: int | None = None) -> Checkpoint:
     path = Path(source).expanduser()
     if path.exists():
         return _read(path.absolute(), str(path.absolute()), n_heads)
-    if path.suffix in (*_PICKLED, ".safetensors") or not _HUB_NAME.fullmatch(source):
+    is_local = path.suffix in (*_PICKLED, ".safetensors") or (path.parent.is_dir() and len(path.parts) > 1)
+    if is_local or not _HUB_NAME.fullmatch(source):
         raise ExchangeError(f"{source} does not exist. Name a directory, a file, or a model of the Hugging Face hub.")
     snapshot = _downloaded(source)
     return _read(snapshot, f"{source}@{snapshot.name}", n_heads)

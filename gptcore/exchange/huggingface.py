@@ -45,9 +45,9 @@ def export(cfg: Mapping[str, Any], weights: Weights, tokenizer: Tokenizer, direc
     """
     _check_parts(cfg)
     layout.check(weights, cfg, "the state dict")
-    words = vocabulary.expressed(tokenizer)
     if tokenizer.n_vocab > cfg["vocab_size"]:
         raise ExchangeError(f"the tokenizer has {tokenizer.n_vocab} ids, the model {cfg['vocab_size']}.")
+    words = vocabulary.expressed(tokenizer)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ExchangeError(f"{directory} is not empty: nothing is written over. Name another directory.")
     with manifest.staging(directory.absolute().parent) as staged:

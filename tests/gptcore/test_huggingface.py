@@ -1,16 +1,15 @@
 """Models and vocabularies as `transformers` sees them: the same logits and the same ids, both ways."""
 
+import importlib
 import json
 import os
 import random
 import shutil
+import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-
-os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
 
 from gptcore.errors import ExchangeError
 from gptcore.exchange import checkpoints, huggingface, vocabulary
@@ -30,6 +29,14 @@ BYTES = get_tokenizer("bytes")
 IDS = torch.randint(0, 257, (3, 12), generator=torch.Generator().manual_seed(1))
 
 
+@pytest.fixture(autouse=True)
+def transformers(monkeypatch):
+    """Imported here, so that collecting the tests does not wait for it."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")
+    return importlib.import_module("transformers")
+
+
 def random_model(**changes):
     """With norms and biases that are not PyTorch's first ones."""
     torch.manual_seed(0)
@@ -41,6 +48,8 @@ def random_model(**changes):
 
 
 def random_gpt2(**changes):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
     torch.manual_seed(0)
     config = {"vocab_size": 257, "n_positions": 12, "n_embd": 16, "n_head": 2, "n_layer": 2, **changes}
     model = GPT2LMHeadModel(GPT2Config(**config)).eval()
@@ -63,10 +72,10 @@ def assert_same(logits, theirs, ids=IDS):
 
 
 @pytest.mark.parametrize("changes", [{}, {"qkv_bias": True}, {"tied": True}, {"bias": False, "qkv_bias": True}])
-def test_an_exported_model_has_the_same_logits_and_comes_back(tmp_path, changes):
+def test_an_exported_model_has_the_same_logits_and_comes_back(tmp_path, transformers, changes):
     model = random_model(**changes)
     huggingface.export({**SEED, **changes}, model.state_dict(), BYTES, tmp_path / "out")
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert theirs.dtype == torch.float32 and theirs.config.tie_word_embeddings == ("tied" in changes)
     with torch.no_grad():
         logits = model(IDS)
@@ -91,12 +100,12 @@ def hostile_texts():
 
 
 @pytest.mark.parametrize("name", ["bytes", "gpt2", "bpe:600"])
-def test_an_exported_tokenizer_gives_the_same_ids_for_any_text_and_comes_back(tmp_path, name):
+def test_an_exported_tokenizer_gives_the_same_ids_for_any_text_and_comes_back(tmp_path, transformers, name):
     texts = hostile_texts()
     tokenizer = get_tokenizer(name) if ":" not in name else train_bpe([*texts, *map(ascii, texts)], 600)
     cfg = {**SEED, "vocab_size": tokenizer.n_vocab, "emb_dim": 2}
     huggingface.export(cfg, GPTModel(cfg).state_dict(), tokenizer, tmp_path / "out")
-    theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     for text in texts:
         ids = tokenizer.encode(text)
         assert theirs(text)["input_ids"] == ids, ascii(text)
@@ -162,22 +171,38 @@ def test_a_bare_half_precision_gpt2_with_the_masks_of_old_releases_is_read(tmp_p
     assert_same(logits_of(checkpoints.read(str(directory))), theirs.float())
 
 
-def test_gpt2s_vocabulary_as_transformers_saves_it_is_ours_and_padding_is_left_out(tmp_path):
+def written_by_transformers(transformers, tokenizer, directory):
+    """As its own GPT2Tokenizer saves it."""
+    body = vocabulary.expressed(tokenizer)["model"]
+    theirs = transformers.GPT2Tokenizer(vocab=body["vocab"], merges=[tuple(pair) for pair in body["merges"]])
+    theirs.save_pretrained(directory)
+    return theirs, body
+
+
+def test_gpt2s_vocabulary_as_transformers_saves_it_is_ours_and_padding_is_left_out(tmp_path, transformers):
     theirs = random_gpt2(vocab_size=50304, n_embd=2)
     theirs.save_pretrained(tmp_path)
-    gpt2 = get_tokenizer("gpt2")
-    body = vocabulary.expressed(gpt2)["model"]
-    GPT2Tokenizer(vocab=body["vocab"], merges=[tuple(pair) for pair in body["merges"]]).save_pretrained(tmp_path)
+    written_by_transformers(transformers, get_tokenizer("gpt2"), tmp_path)
     found = checkpoints.read(str(tmp_path))
     assert (found.tokenizer.name, found.dropped_ids, found.cfg["vocab_size"]) == ("gpt2", 47, 50257)
     with torch.no_grad():
         torch.testing.assert_close(logits_of(found), theirs(IDS).logits[..., :50257], rtol=0, atol=1e-5)
+
+
+def test_a_vocabulary_of_ones_own_in_gpt2s_two_old_files_gives_the_same_ids(tmp_path, transformers):
+    texts = hostile_texts()
+    ranks = dict(train_bpe([*texts, *map(ascii, texts)], 600).encoding._mergeable_ranks)
+    assert get_tokenizer("gpt2").encoding._pat_str == vocabulary.GPT2_PATTERN
+    ours = assembled("bpe:600", vocabulary.GPT2_PATTERN, ranks, {"<|endoftext|>": 599})
+    theirs, body = written_by_transformers(transformers, ours, tmp_path)
+    assert vocabulary.read(tmp_path, 600).sha256 == ours.sha256
     (tmp_path / "tokenizer.json").unlink()
     (tmp_path / "vocab.json").write_text(json.dumps(body["vocab"]))
-    lines = ["#version: 0.2", *(" ".join(pair) for pair in body["merges"]), ""]
-    (tmp_path / "merges.txt").write_text("\n".join(lines))
-    assert checkpoints.read(str(tmp_path)).tokenizer.sha256 == gpt2.sha256
-    assert gpt2.encoding._pat_str == vocabulary.GPT2_PATTERN
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, body["merges"]), ""]))
+    found = vocabulary.read(tmp_path, 600)
+    assert (found.name, found.sha256) == ("bpe:600", ours.sha256)
+    for text in texts:
+        assert found.encode(text) == theirs(text, split_special_tokens=True)["input_ids"], ascii(text)
 
 
 def test_the_books_state_dict_is_read_from_a_pth(tmp_path):
@@ -226,6 +251,14 @@ def retold(key, value):
     return alter
 
 
+def indexed(weight_map):
+    def alter(directory):
+        (directory / "model.safetensors").rename(directory / "one.safetensors")
+        (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+    return alter
+
+
 C_ATTN = "transformer.h.1.attn.c_attn.bias"
 WRONG = {
     "another architecture": (altered("model_type", "llama"), "model_type is 'llama'.* 'gpt2'"),
@@ -246,6 +279,8 @@ WRONG = {
     "two heads": (rewritten(lambda t: t.update({"lm_head.weight": torch.ones(257, 16)})), "lm_head.weight is not"),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), "holds no weights"),
     "cut weights": (lambda d: os.truncate(d / "model.safetensors", 900), "damaged, or no safetensors"),
+    "an index that leads elsewhere": (indexed({"x": "../one.safetensors"}), "weight_map must name files beside it"),
+    "an index of too many": (indexed({"x": "one.safetensors", "y": "two.safetensors"}), "two.safetensors is missing"),
     "no config": (lambda d: (d / "config.json").unlink(), "has no config.json"),
     "no JSON": (lambda d: (d / "config.json").write_text("[" * 99999), "config.json is damaged"),
     "no tokenizer": (lambda d: (d / "tokenizer.json").unlink(), "257 ids are not the 50257"),
@@ -297,3 +332,23 @@ def test_files_alone_that_hold_no_gpt2_or_code_are_refused(tmp_path, monkeypatch
         with pytest.raises(ExchangeError, match=message):
             checkpoints.read(name)
     assert not (tmp_path / "planted").exists()
+
+
+def test_a_name_is_looked_up_on_the_hub_and_its_commit_is_kept(tmp_path, a_gpt2, monkeypatch):
+    import huggingface_hub
+
+    asked = {}
+    snapshot = tmp_path / "snapshots" / "c0ffee"
+    shutil.copytree(a_gpt2, snapshot)
+
+    def download(name, allow_patterns):
+        asked[name] = allow_patterns
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert checkpoints.read("somebody/tiny-gpt2").source == "somebody/tiny-gpt2@c0ffee"
+    assert list(asked) == ["somebody/tiny-gpt2"]
+    assert not any(pattern.endswith((".bin", ".pth", ".py")) for pattern in asked["somebody/tiny-gpt2"])
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ExchangeError, match="pip install huggingface_hub"):
+        checkpoints.read("somebody/tiny-gpt2")

@@ -5,7 +5,6 @@ can run code. Whatever disagrees with something else is an error, never a guess:
 does, or the caller.
 """
 
-import pickle
 import re
 import zipfile
 from collections.abc import Mapping
@@ -128,10 +127,12 @@ def _unpickled(file: Path) -> dict[str, Tensor]:
     """The tensors that `torch.save` wrote: a state dict, or the book's dict of one and an optimiser's."""
     try:
         body = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError, UnicodeDecodeError) as error:
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # of a damaged file, almost any
         raise ExchangeError(
             f"{file} is damaged, or holds more than tensors, which is not loaded: it could run code. Save the weights "
-            f"alone, torch.save(model.state_dict(), PATH). PyTorch says: {str(error).splitlines()[0]:.200}"
+            f"alone, torch.save(model.state_dict(), PATH). PyTorch says: {str(error).partition(chr(10))[0]:.200}"
         ) from None
     body = body.get("model_state_dict", body) if isinstance(body, Mapping) else body
     if not isinstance(body, Mapping) or not all(isinstance(each, Tensor) for each in body.values()):

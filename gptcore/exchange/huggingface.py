@@ -85,6 +85,9 @@ def cfg_of(config: Mapping[str, Any], where: Path) -> dict[str, Any]:
                 "models are imported."
             )
     counts = {ours: config.get(theirs, _DEFAULTS[theirs]) for ours, theirs in _COUNTS.items()}
+    for key, number in counts.items():
+        if type(number) is not int or number < 1:
+            raise ExchangeError(f"{where}: {_COUNTS[key]} is {number!r:.80}; it must be a whole number, at least 1.")
     if (inner := config.get("n_inner")) not in (None, 4 * counts["emb_dim"]):
         raise ExchangeError(f"{where}: n_inner is {inner!r:.80}, and a model here has 4 times n_embd.")
     cfg = {**counts, "drop_rate": config.get("resid_pdrop", 0.1), "qkv_bias": True}

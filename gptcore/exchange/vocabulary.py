@@ -45,6 +45,7 @@ def write(body: Mapping[str, Any], directory: Path, context_length: int) -> None
         "bos_token": END_OF_TEXT,
         "eos_token": END_OF_TEXT,
         "model_max_length": context_length,
+        "model_input_names": ["input_ids", "attention_mask"],  # GPT-2 would add token_type_ids to the embeddings
         "split_special_tokens": True,
         "clean_up_tokenization_spaces": False,
     }

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from gptcore.errors import ExchangeError
 from gptcore.exchange import checkpoints, huggingface, vocabulary
+from gptcore.generate import generate
 from gptcore.model import GPTModel
 from gptcore.tokenizer import assembled, get_tokenizer, train_bpe
 
@@ -81,6 +82,10 @@ def test_an_exported_model_has_the_same_logits_and_comes_back(tmp_path, transfor
         logits = model(IDS)
     assert_same(logits, theirs)
     assert theirs.generation_config.eos_token_id == BYTES.eot
+    asked = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")("abc", return_tensors="pt")
+    written = theirs.generate(**asked, max_new_tokens=8, do_sample=False, pad_token_id=BYTES.eot)[0, 3:]
+    ours = list(generate(model, BYTES.encode("abc"), 8, temperature=0, eos_id=BYTES.eot))
+    assert written.tolist()[: len(ours)] == ours
     back = checkpoints.read(str(tmp_path / "out"))
     assert torch.equal(logits_of(back), logits) and back.tokenizer.sha256 == BYTES.sha256
     assert {"model.safetensors", "config.json", "tokenizer.json"} == set(back.files)
@@ -269,7 +274,7 @@ WRONG = {
     "another vocabulary": (altered("vocab_size", 300), "vocab_size is 300, and the weights have 257"),
     "a billion layers": (altered("n_layer", 10**9), "n_layers is 1000000000, and the weights have 2"),
     "heads that do not divide": (altered("n_head", 3), "emb_dim 16.* n_heads 3"),
-    "no such heads": (altered("n_head", "many"), "n_heads 'many'"),
+    "no such heads": (altered("n_head", "many"), "n_head is 'many'"),
     "a head of its own": (altered("tie_word_embeddings", False), "lm_head.weight is missing"),
     "a tensor missing": (rewritten(lambda t: t.pop(C_ATTN)), f"{C_ATTN} is missing"),
     "a tensor too much": (rewritten(lambda t: t.update(score=torch.ones(1))), "transformer.score is unexpected"),

@@ -18,11 +18,12 @@ from flows.state import StateRoot
 from gptcore.errors import ConfigError
 from gptcore.exchange import checkpoints, huggingface
 from gptcore.exchange.checkpoints import Checkpoint
+from gptcore.learning.rundir import RunDirectory
 from gptcore.model import GPTModel
 from gptcore.tokenizer import get_tokenizer
 
 from .servers import gptflow, refused
-from .test_reason import asking
+from .test_reason import asking, run
 
 CFG = {
     "vocab_size": 257,
@@ -121,6 +122,21 @@ def test_an_import_killed_at_any_step_is_completed_by_the_next(
     client = MlflowClient(root.tracking_uri)
     assert [str(version.version) for version in registry.versions(root)] == ["1"]
     assert len(client.search_logged_models(["1"])) == len(client.search_runs(["1"])) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("prefect_server")
+def test_a_retraining_goes_on_from_an_import_and_is_compared_with_it(
+    database: StateRoot, project: Path, tiny: Pipeline
+) -> None:
+    write_gpt2(project / "one", 1)
+    bring(database, project / "one")
+    name, outcome = run(asking(tiny, train={"start_from": "champion"}, model={"qkv_bias": True, "tied": True}))
+    assert name == "Promoted" and "unknown is what some of the training text was: models:/gpt-tiny/1" in outcome.reason
+    imported_version, trained = registry.versions(database, "gpt-tiny")
+    start = RunDirectory(Path(outcome.run_directory)).config().start
+    assert start is not None and start.weights_sha256 == imported_version.tags["weights_sha256"]
+    assert trained.tags["started_from"] == "models:/gpt-tiny/1"
 
 
 @pytest.mark.slow

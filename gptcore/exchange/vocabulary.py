@@ -28,8 +28,8 @@ _GPT2_IDS = range(50257, 50305)
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 """As in tiktoken_ext/openai_public.py; Hugging Face's ByteLevel splits by the same one, spelled otherwise."""
 
-# For Oniguruma, in which {1,3}+ repeats {1,3} and $ ends any line. About letters, numbers, white space and case it agrees
-# with tiktoken's engine on every code point: tiktoken 0.14 and tokenizers 0.23 were compared on all of them.
+# For Oniguruma, in which {1,3}+ repeats {1,3} and $ ends any line. About letters, numbers, white space and case it
+# agrees with tiktoken's engine: tiktoken 0.14 and tokenizers 0.23 were compared on every code point.
 _TRANSLATED = {
     BPE_PATTERN: BPE_PATTERN.replace("{1,3}+", "{1,3}").replace("$", r"\z"),
     BYTES_PATTERN: BYTES_PATTERN,

@@ -6,6 +6,7 @@ printed as one message without a traceback; exit codes are 0 (done), 2 (the inpu
 
 import json as json_module
 import os
+import re
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -23,6 +24,14 @@ def _said(_context: click.Context, _option: click.Parameter, text: str) -> str:
     if not text.strip():
         raise click.BadParameter("say why: it is what people will look for in the log")
     return text.strip()
+
+
+def _name(_context: click.Context, _option: click.Parameter, name: str) -> str:
+    from flows.pipelines import NAME
+
+    if not re.fullmatch(NAME, name):
+        raise click.BadParameter(f"{name!r} is no name of a model: use letters, digits, '.', '_' and '-', at most 64")
+    return name
 
 
 _FILE = click.option("--file", metavar="PATH", help="pipelines.yaml to use. Default: the working directory's.")
@@ -210,6 +219,39 @@ def rollback(model: str, reason: str, file: str | None, json: bool) -> None:
     from flows.command.hand import rollback as move_back
 
     move_back(_entered(file), model, reason, json)
+
+
+@cli.command("import")
+@click.argument("source")
+@click.option("--model", required=True, metavar="NAME", callback=_name, help="Registered model that it belongs to.")
+@click.option("--n-heads", type=click.IntRange(1), help="Attention heads, where no config.json says it.")
+@_FILE
+@_JSON
+def import_(source: str, model: str, n_heads: int | None, file: str | None, json: bool) -> None:
+    """Register a GPT-2 from elsewhere: SOURCE is a Hugging Face directory, a hub name, a .safetensors or a .pth.
+
+    It becomes the champion of a model that has none. Of a .pth only tensors are read, so it cannot run code.
+    """
+    root = _entered(file)
+    from gptcore.exchange.checkpoints import read
+
+    checkpoint = read(source, n_heads)
+    from flows.command.exchange import bring
+
+    bring(root, checkpoint, model, json)
+
+
+@cli.command()
+@click.argument("uri")
+@click.argument("directory", type=click.Path(path_type=Path))
+@_FILE
+@_JSON
+def export(uri: str, directory: Path, file: str | None, json: bool) -> None:
+    """Write the version URI into DIRECTORY as a GPT-2 that Hugging Face's transformers loads, with its tokenizer."""
+    root = _entered(file)
+    from flows.command.exchange import take
+
+    take(root, uri, directory, json)
 
 
 @cli.command()

@@ -35,15 +35,16 @@ RUNNING_KEYS = frozenset({"retrain", "schedule", "triggers", "overlap", "notify"
 _TOP_KEYS = ("defaults", "pipelines", "watch_seconds")
 _WATCH_SECONDS = (10, 86_400)
 _SHAPE_KEYS = ("context_length", "emb_dim", "n_heads", "n_layers")
-_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+"""Of a pipeline, or of a registered model."""
 
 
 class Pipeline(Section):
     """One entry of pipelines.yaml, with every default filled in."""
 
-    name: str = Field(pattern=_NAME)
+    name: str = Field(pattern=NAME)
     """The pipeline's name."""
-    model_name: str = Field(pattern=_NAME)
+    model_name: str = Field(pattern=NAME)
     """The registered model that its champions belong to. Default: gpt-<pipeline>."""
     corpus: CorpusConfig = CorpusConfig()
     model: ModelConfig = ModelConfig()

@@ -3,6 +3,7 @@
     mlflow.db    artifacts/   MLflow's runs, registry and files
     corpora/     tokens/      committed snapshots and token files, shared by all pipelines
     runs/                     run directories, <pipeline>/<run key>-<attempt>
+    imports/                  where models from elsewhere are prepared
     locks/                    one lock per pipeline, held by its run
     watch/                    what the last looks at each pipeline's sources saw
     prefect/     logs/        the homes of Prefect's servers, and what servers and libraries said
@@ -46,6 +47,11 @@ class StateRoot:
     def tokens(self) -> Path:
         """Committed token directories, shared by all pipelines."""
         return self.path / "tokens"
+
+    @property
+    def imports(self) -> Path:
+        """Where models from elsewhere are prepared: half-made directories only."""
+        return self.path / "imports"
 
     @property
     def artifacts(self) -> Path:
@@ -123,6 +129,7 @@ class StateRoot:
             **OPT_OUTS,
             "MLFLOW_TRACKING_URI": self.tracking_uri,
             "PREFECT_HOME": str(self.prefect / "ephemeral"),
+            "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",  # it has one where tqdm is installed, among our own lines
             "PREFECT_RUNNER_POLL_FREQUENCY": "2",
             # Prefect forgets runs, with their logs and cards, after 90 days; by its own default it keeps them for ever.
             "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": "events,flow_runs",

@@ -22,6 +22,7 @@ from flows.pipelines import RUNNING_KEYS, Pipeline
 from flows.state import StateRoot
 from gptcore.corpus import Snapshot
 
+_IMPORTS = "imports"
 _SYSTEM_METRICS_SECONDS = 5
 _CLOSING_PAUSES = (0.0, 0.5, 2.0)
 
@@ -53,6 +54,16 @@ def open_run(root: StateRoot, pipeline: Pipeline, run_key: str, attempt: int, ta
     params = [Param(key, value) for key, value in settings.items() if key not in logged]
     client.log_batch(run_id, params=params, tags=[RunTag(key, value) for key, value in tags.items()])
     return run_id
+
+
+def open_import(root: StateRoot, import_key: str, tags: Mapping[str, str]) -> str:
+    """The id of the MLflow run of a model from elsewhere: the one that a killed import left, or a new one."""
+    client = MlflowClient(root.tracking_uri)
+    experiment = _experiment(client, root, _IMPORTS)
+    if found := client.search_runs([experiment], f"tags.import_key = '{import_key}'", max_results=1):
+        return found[0].info.run_id
+    run = client.create_run(experiment, tags={**tags, "import_key": import_key}, run_name=f"import-{import_key[:8]}")
+    return run.info.run_id
 
 
 def close_left(root: StateRoot, pipeline_name: str) -> None:

@@ -1,8 +1,8 @@
 """A GPT and everything that learns from text.
 
-The names below are the seed's API: `from gptcore import GPTModel, train_model_simple, ...`. Each is loaded from its
-module when it is first asked for, so that `import gptcore.config` loads neither torch nor anything else. Everything
-beyond the seed is imported from its own module.
+The names below are the seed's API, `from gptcore import GPTModel, train_model_simple, ...`, and `load`, which opens a
+bundle's directory. Each is loaded from its module when it is first asked for, so that `import gptcore.config` loads
+neither torch nor anything else. Everything beyond the seed is imported from its own module.
 """
 
 from importlib import import_module
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gptcore.attention import MultiHeadAttention
+    from gptcore.bundle import load
     from gptcore.data import GPTDatasetV1, create_dataloader_v1
     from gptcore.evaluate import evaluate_model
     from gptcore.generate import (
@@ -37,6 +38,7 @@ __all__ = [
     "evaluate_model",
     "generate_and_print_sample",
     "generate_text_simple",
+    "load",
     "plot_losses",
     "text_to_token_ids",
     "token_ids_to_text",
@@ -44,6 +46,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "bundle": ("load",),
     "data": ("GPTDatasetV1", "create_dataloader_v1"),
     "evaluate": ("evaluate_model",),
     "generate": ("generate_and_print_sample", "generate_text_simple", "text_to_token_ids", "token_ids_to_text"),

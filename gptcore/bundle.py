@@ -10,6 +10,7 @@ Only safetensors and JSON are read: no file of a bundle can run code.
 
 import json
 import math
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,13 +33,15 @@ class Loaded:
 
     model: GPTModel
     tokenizer: Tokenizer
+    cfg: dict[str, Any]
+    """What the model is built from: the seed's dict."""
 
 
 def write_bundle(
     directory: Path, cfg: Mapping[str, Any], weights: Path, tokenizer: Tokenizer, lineage: Mapping[str, Any]
 ) -> None:
     """Fills `directory`, which must exist. `weights` is a safetensors file of a GPTModel(cfg)."""
-    (directory / WEIGHTS).write_bytes(weights.read_bytes())
+    shutil.copyfile(weights, directory / WEIGHTS)
     (directory / "config.json").write_text(json.dumps(dict(cfg), indent=1) + "\n")
     (directory / "lineage.json").write_text(json.dumps(dict(lineage), indent=1) + "\n")
     tokenizer.save(directory / "tokenizer")
@@ -60,7 +63,7 @@ def load(directory: str | Path, device: str = "cpu") -> Loaded:
             f"the bundle {directory} cannot be loaded: its tokenizer has {tokenizer.n_vocab} ids, its model "
             f"{cfg['vocab_size']}."
         )
-    return Loaded(model=model.to(torch.device(device)).eval(), tokenizer=tokenizer)
+    return Loaded(model=model.to(torch.device(device)).eval(), tokenizer=tokenizer, cfg=cfg)
 
 
 def _check_shape(cfg: Any, weights: Path) -> None:

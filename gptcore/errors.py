@@ -38,6 +38,12 @@ class CheckpointError(GPTCoreError):
     """A checkpoint or another committed directory is damaged, or belongs to another configuration."""
 
 
+class ExchangeError(GPTCoreError):
+    """A model cannot be expressed in the other library's format, or its files are not what they say."""
+
+    exit_code = 2
+
+
 class NewerFormat(CheckpointError):
     """A newer release made it, in a format that this one does not know. It is not damaged."""
 

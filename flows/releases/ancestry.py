@@ -4,11 +4,9 @@ A warm-started model has learned from the texts of all its ancestors, so all of 
 for, and retention keeps them.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from mlflow.entities.model_registry import ModelVersion
 
@@ -19,6 +17,7 @@ from flows.state import StateRoot
 from gptcore import manifest
 from gptcore.bundle import WEIGHTS, Loaded
 from gptcore.errors import CheckpointError, ConfigError
+from gptcore.recipes import RECIPES
 from gptcore.tokenizer import Tokenizer
 
 SCRATCH = "scratch"
@@ -61,7 +60,7 @@ def start_of(root: StateRoot, pipeline: Pipeline) -> WarmStart | None:
         found = registry.resolve(root, asked)
     if found is None:
         return None
-    _check_fits(pipeline, registry.uri_of(found), load(root, found), _cfg(root, found))
+    _check_fits(pipeline, registry.uri_of(found), load(root, found))
     return start(root, found)
 
 
@@ -96,11 +95,7 @@ def texts_of(root: StateRoot, line: list[Ancestor]) -> Iterator[tuple[Path, str]
             yield path, ""
 
 
-def _cfg(root: StateRoot, found: ModelVersion) -> dict[str, Any]:
-    return dict(json.loads((registry.bundle_path(root, found.name, str(found.version)) / "config.json").read_text()))
-
-
-def _check_fits(pipeline: Pipeline, uri: str, loaded: Loaded, cfg: Mapping[str, Any]) -> None:
+def _check_fits(pipeline: Pipeline, uri: str, loaded: Loaded) -> None:
     cure = "Ask for the same, or set train.start_from to scratch."
     if loaded.tokenizer.name != pipeline.corpus.tokenizer:
         raise ConfigError(
@@ -108,8 +103,7 @@ def _check_fits(pipeline: Pipeline, uri: str, loaded: Loaded, cfg: Mapping[str, 
             f"{pipeline.corpus.tokenizer}; a warm start keeps its tokenizer. {cure}"
         )
     asked = pipeline.model.for_vocabulary(loaded.tokenizer.n_vocab)
-    for key in asked.keys() - {"drop_rate"}:
-        if asked[key] != cfg.get(key):
-            raise ConfigError(
-                f"train.start_from: {uri} has model.{key} {cfg.get(key)}, here it is {asked[key]}. {cure}"
-            )
+    for key in dict.fromkeys((*asked, *loaded.cfg)):
+        here, there = (cfg.get(key, RECIPES["gpt2"].get(key)) for cfg in (asked, loaded.cfg))
+        if here != there and key not in ("drop_rate", "init"):
+            raise ConfigError(f"train.start_from: {uri} has model.{key} {there}, here it is {here}. {cure}")

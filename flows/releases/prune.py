@@ -251,7 +251,7 @@ class _Pruning:
     def sweep(self) -> None:
         """Frees what killed processes left half-made."""
         runs = self.root.path / "runs"
-        for parent in (self.root.tokens, self.root.corpora, *runs.glob("*/"), *runs.glob("*/*/")):
+        for parent in (self.root.imports, self.root.tokens, self.root.corpora, *runs.glob("*/"), *runs.glob("*/*/")):
             for leftover in manifest.stale(parent):
                 self.free(leftover)
 

@@ -6,7 +6,7 @@ registry.py; whether the version becomes champion is decided in gate.py.
 
 import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version as installed
 from pathlib import Path
@@ -61,29 +61,51 @@ def register(root: StateRoot, run: RunDirectory, tokens: Tokens, candidate: Cand
     """
     if (found := find(root, candidate.model_name, candidate.run_key, candidate.attempt)) is not None:
         return str(found.version)
-    mlflow.set_tracking_uri(root.tracking_uri)
     champion = champion_of(root, candidate.model_name)
     lineage = {**candidate.lineage, "parent_version": None if champion is None else str(champion.version)}
-    tags = {**_tags(lineage), "run_key": candidate.run_key, "attempt": str(candidate.attempt)}
+    tags = {**searchable(lineage), "run_key": candidate.run_key, "attempt": str(candidate.attempt)}
+
+    def fill(bundle: Path) -> None:
+        manifest.verify(run.final)  # what was judged is what is released
+        origin = {**lineage, "mlflow_run_id": candidate.mlflow_run_id}
+        write_bundle(bundle, run.config().cfg(), run.weights, tokens.load_tokenizer(), origin)
+
+    return add_version(root, candidate.model_name, candidate.mlflow_run_id, tags, run.path, fill)
+
+
+def add_version(
+    root: StateRoot,
+    model_name: str,
+    mlflow_run_id: str,
+    tags: Mapping[str, str],
+    workplace: Path,
+    fill: Callable[[Path], None],
+) -> str:
+    """Logs the bundle that `fill` writes as a model of the MLflow run, and registers it. Returns the version.
+
+    A model that a killed attempt has logged already is registered as it is.
+    """
+    mlflow.set_tracking_uri(root.tracking_uri)
     client = MlflowClient(root.tracking_uri)
-    uri = _logged_model(client, root, candidate) or _log_model(run, tokens, candidate, lineage)
-    client.update_run(candidate.mlflow_run_id, status="RUNNING")  # logging ended it, and the evidence is still to come
+    uri = _logged_model(client, root, mlflow_run_id) or _log_model(mlflow_run_id, workplace, fill)
+    client.update_run(mlflow_run_id, status="RUNNING")  # logging ended it, and the evidence is still to come
     with contextlib.suppress(MlflowException):  # it exists already
-        client.create_registered_model(candidate.model_name)
+        client.create_registered_model(model_name)
     created = client.create_model_version(
-        candidate.model_name,
+        model_name,
         uri,
-        run_id=candidate.mlflow_run_id,
-        tags=tags,
+        run_id=mlflow_run_id,
+        tags=dict(tags),
         model_id=uri.removeprefix("models:/"),  # a server takes no model without it
     )
     return str(created.version)
 
 
-def _tags(lineage: Mapping[str, Any]) -> dict[str, str]:
+def searchable(lineage: Mapping[str, Any]) -> dict[str, str]:
     """What of the lineage is short enough to be searched for."""
     keys = (
         "pipeline",
+        "imported_from",
         "settings_key",
         "started_from",
         "weights_sha256",
@@ -107,10 +129,10 @@ def _tags(lineage: Mapping[str, Any]) -> dict[str, str]:
     return {**short, **whole}
 
 
-def _logged_model(client: MlflowClient, root: StateRoot, candidate: Candidate) -> str | None:
+def _logged_model(client: MlflowClient, root: StateRoot, mlflow_run_id: str) -> str | None:
     """The URI of the model that a killed attempt at registering has logged already; frees what it logged in part."""
-    experiment = client.get_run(candidate.mlflow_run_id).info.experiment_id
-    own = f"source_run_id = '{candidate.mlflow_run_id}'"
+    experiment = client.get_run(mlflow_run_id).info.experiment_id
+    own = f"source_run_id = '{mlflow_run_id}'"
     uri = None
     for model in client.search_logged_models([experiment], filter_string=own):
         if str(model.status) == "READY":
@@ -121,14 +143,12 @@ def _logged_model(client: MlflowClient, root: StateRoot, candidate: Candidate) -
     return uri
 
 
-def _log_model(run: RunDirectory, tokens: Tokens, candidate: Candidate, lineage: Mapping[str, Any]) -> str:
-    origin = {**lineage, "mlflow_run_id": candidate.mlflow_run_id}
-    with manifest.staging(run.path) as temporary:
+def _log_model(mlflow_run_id: str, workplace: Path, fill: Callable[[Path], None]) -> str:
+    with manifest.staging(workplace) as temporary:
         bundle = temporary / BUNDLE
         bundle.mkdir()
-        manifest.verify(run.final)  # what was judged is what is released
-        write_bundle(bundle, run.config().cfg(), run.weights, tokens.load_tokenizer(), origin)
-        with mlflow.start_run(run_id=candidate.mlflow_run_id):
+        fill(bundle)
+        with mlflow.start_run(run_id=mlflow_run_id):
             mlflow.log_artifact(str(bundle / "lineage.json"))
             return mlflow.pyfunc.log_model(
                 name="gpt",

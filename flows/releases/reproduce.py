@@ -80,6 +80,8 @@ def reproduce(root: StateRoot, uri: str, anyway: bool, json: bool) -> None:
     """
     found = registry.resolve(root, uri)
     then = registry.describe(root, found)
+    if origin := then.get("imported_from"):
+        raise NotAsThen(f"{uri} was not trained here but imported from {origin}: there is no training to repeat.")
     if "run_config" not in then:
         raise NotAsThen(f"{uri} was registered by a release that did not record how to train it again.")
     console = Console()

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import gptcore
 from gptcore import bundle
 from gptcore.errors import CheckpointError, TokenizerError
 from gptcore.model import GPTModel
@@ -54,7 +55,8 @@ def test_a_bundle_can_be_named_by_a_string_and_moved(directory, model):
     moved = directory.rename(directory.with_name("elsewhere"))
     ids = torch.arange(10).unsqueeze(0)
     with torch.no_grad():
-        assert torch.equal(bundle.load(str(moved)).model(ids), model(ids))
+        assert torch.equal(gptcore.load(str(moved)).model(ids), model(ids))
+    assert gptcore.load(moved).cfg == CFG
 
 
 def test_a_bundle_holds_its_lineage_and_no_pickle(directory):

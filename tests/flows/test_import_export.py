@@ -1,0 +1,161 @@
+"""Models from elsewhere in the registry, and versions that leave it: what both remember, and what is refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from mlflow import MlflowClient
+
+import flows
+from flows.command.checks import _champion as checked
+from flows.pipelines import Pipeline
+from flows.releases import ancestry, imported, registry
+from flows.releases.prune import prune
+from flows.releases.reproduce import NotAsThen, reproduce
+from flows.state import StateRoot
+from gptcore.errors import ConfigError
+from gptcore.exchange import checkpoints, huggingface
+from gptcore.exchange.checkpoints import Checkpoint
+from gptcore.learning.rundir import RunDirectory
+from gptcore.model import GPTModel
+from gptcore.tokenizer import get_tokenizer
+
+from .servers import gptflow, refused
+from .test_reason import asking, run
+
+CFG = {
+    "vocab_size": 257,
+    "context_length": 32,
+    "emb_dim": 32,
+    "n_heads": 2,
+    "n_layers": 1,
+    "drop_rate": 0.0,
+    "qkv_bias": True,
+    "tied": True,
+}
+IDS = torch.arange(10)[None]
+
+
+def write_gpt2(directory: Path, seed: int) -> GPTModel:
+    """A model of random weights as a Hugging Face directory."""
+    torch.manual_seed(seed)
+    model = GPTModel(CFG).eval()
+    huggingface.export(CFG, model.state_dict(), get_tokenizer("bytes"), directory)
+    return model
+
+
+@pytest.fixture
+def database(root: StateRoot, empty_database: Path) -> StateRoot:
+    shutil.copy(empty_database, root.path / "mlflow.db")
+    return root
+
+
+def bring(root: StateRoot, source: Path, model: str = "gpt-tiny") -> imported.Imported:
+    return imported.register(root, model, checkpoints.read(str(source)), by="somebody")
+
+
+def test_the_first_import_is_champion_the_next_a_candidate_and_the_same_again_nothing(
+    database: StateRoot, project: Path, tiny: Pipeline
+) -> None:
+    root, one, two = database, project / "one", project / "two"
+    model = write_gpt2(one, 1)
+    write_gpt2(two, 2)
+    first, second, again = bring(root, one), bring(root, two), bring(root, one)
+    told = [(done.uri, done.champion, done.is_new) for done in (first, second, again)]
+    assert told == [
+        ("models:/gpt-tiny/1", "1", True),
+        ("models:/gpt-tiny/2", "1", True),
+        ("models:/gpt-tiny/1", "1", False),
+    ]
+    loaded = flows.load("models:/gpt-tiny@champion")
+    with torch.no_grad():
+        assert torch.equal(loaded.model(IDS), model(IDS))
+    described = registry.describe(root, registry.resolve(root, "models:/gpt-tiny/1"))
+    assert described["imported_from"] == str(one) and described["verdict"] == "imported"
+    assert described["files"] == checkpoints.read(str(one)).files
+    assert json.dumps(described) and described["corpus_sha256"] is described["seed"] is None
+    assert len(MlflowClient(root.tracking_uri).search_runs(["1"], "attributes.status = 'FINISHED'")) == 2
+    assert checked(root, "gpt-tiny").ok and not list(root.imports.iterdir())
+    assert prune(root, {"gpt-tiny": 1}).versions == []
+    with pytest.raises(NotAsThen, match=f"imported from {one}"):
+        reproduce(root, "models:/gpt-tiny/1", anyway=False, json=True)
+    starts_from(root, tiny)
+
+
+def starts_from(root: StateRoot, tiny: Pipeline) -> None:
+    """A pipeline may start from an import if it asks for the same model; whose text nobody knows."""
+    warm = asking(tiny, train={"start_from": "models:/gpt-tiny/1"})
+    for keys, part in (
+        ({}, "model.qkv_bias True, here it is False"),
+        ({"qkv_bias": True}, "model.tied True, here it is False"),
+    ):
+        with pytest.raises(ConfigError, match=part):
+            ancestry.start_of(root, asking(warm, model=keys))
+    start = ancestry.start_of(root, asking(warm, model={"qkv_bias": True, "tied": True}))
+    assert start is not None and start.tokenizer().name == "bytes"
+    assert [why for _, why in ancestry.texts_of(root, list(start.ancestors))] == ["models:/gpt-tiny/1 names no corpus"]
+
+
+def test_an_import_killed_at_any_step_is_completed_by_the_next(
+    database: StateRoot, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def die(*_: object, **__: object) -> None:
+        raise Killed
+
+    root = database
+    write_gpt2(project / "one", 1)
+    for where, name in (
+        (imported, "write_bundle"),
+        (MlflowClient, "create_model_version"),
+        (imported.tracking, "close_run"),
+        (imported, "promote"),
+    ):
+        with monkeypatch.context() as patched, pytest.raises(Killed):
+            patched.setattr(where, name, die)
+            bring(root, project / "one")
+    assert bring(root, project / "one").champion == "1"
+    client = MlflowClient(root.tracking_uri)
+    assert [str(version.version) for version in registry.versions(root)] == ["1"]
+    assert len(client.search_logged_models(["1"])) == len(client.search_runs(["1"])) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("prefect_server")
+def test_a_retraining_goes_on_from_an_import_and_is_compared_with_it(
+    database: StateRoot, project: Path, tiny: Pipeline
+) -> None:
+    write_gpt2(project / "one", 1)
+    bring(database, project / "one")
+    name, outcome = run(asking(tiny, train={"start_from": "champion"}, model={"qkv_bias": True, "tied": True}))
+    assert name == "Promoted" and "unknown is what some of the training text was: models:/gpt-tiny/1" in outcome.reason
+    imported_version, trained = registry.versions(database, "gpt-tiny")
+    start = RunDirectory(Path(outcome.run_directory)).config().start
+    assert start is not None and start.weights_sha256 == imported_version.tags["weights_sha256"]
+    assert trained.tags["started_from"] == "models:/gpt-tiny/1"
+
+
+@pytest.mark.slow
+def test_the_command_lines_words(database: StateRoot, project: Path) -> None:
+    """What people see: a model brought in, taken out again, and what is refused on the way."""
+    write_gpt2(project / "one", 1)
+    done = gptflow(project, "import", "one", "--model", "gpt-new")
+    assert done.returncode == 0, done.stderr
+    for part in (
+        "models:/gpt-new/1: 22,0",
+        "it is the champion of gpt-new",
+        "tokenizer: bytes",
+        "n_layers: 1, qkv_bias: true, tied: true}",
+    ):
+        assert part in done.stdout
+    done = gptflow(project, "export", "models:/gpt-new@champion", "two", "--json")
+    assert done.returncode == 0 and "model.safetensors" in json.loads(done.stdout)["files"]
+    one, two = (checkpoints.read(str(project / name)) for name in ("one", "two"))
+    assert isinstance(one, Checkpoint) and one.files == two.files
+    refused(gptflow(project, "export", "models:/gpt-new@champion", "two"), 2, "two is not empty")
+    refused(gptflow(project, "import", "two/model.pth", "--model", "x"), 2, "two/model.pth does not exist")
+    refused(gptflow(project, "import", "two", "--model", "a/b"), 2, "'a/b' is no name of a model")

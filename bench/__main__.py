@@ -26,8 +26,8 @@ from typing import Any
 import psutil
 
 from bench import peers, report, tokenizing
-from bench.generation import BATCHES, measure_generation
 from bench.generation import SHAPES as GENERATION_SHAPES
+from bench.generation import measure_generation
 from bench.shapes import SHAPES
 from bench.steps import Steps, measure_loader, measure_steps
 
@@ -36,7 +36,7 @@ CONTENDERS = (peers.OURS, peers.PLAIN, peers.HF, f"{peers.HF}+{peers.PADDED}", p
 DROP_RATE, DROPOUT_SHAPE = 0.1, "S"
 _PACKAGES = ("torch", "numpy", "tiktoken", "transformers", "tokenizers", "litgpt")
 _QUICK_ROUNDS, _QUICK_MB, _QUICK_TOKENS = 3, 2, 20
-_MB, _GENERATION_ROUNDS, _DROPOUT_ROUNDS, _LOADER_ROUNDS = 20, 3, 5, 10
+_MB, _GENERATION_ROUNDS, _TOKENIZING_ROUNDS, _DROPOUT_ROUNDS, _LOADER_ROUNDS = 20, 4, 3, 5, 10
 
 
 def main() -> int:
@@ -95,7 +95,7 @@ def _generation(asked: argparse.Namespace, names: Sequence[str]) -> list[dict[st
     for name in GENERATION_SHAPES:
         if name in asked.shapes:
             rounds, new = asked.rounds or _GENERATION_ROUNDS, _QUICK_TOKENS if asked.quick else None
-            made += measure_generation(SHAPES[name], names, BATCHES, rounds, asked.threads, new)
+            made += measure_generation(SHAPES[name], names, rounds, asked.threads, new)
     if made:
         print(report.generation_table(made), "\n", flush=True)
     return [one.to_json() for one in made]
@@ -104,7 +104,7 @@ def _generation(asked: argparse.Namespace, names: Sequence[str]) -> list[dict[st
 def _tokenizing(asked: argparse.Namespace) -> dict[str, Any]:
     names = [name for name in tokenizing.CONTENDERS if _is_installed(tokenizing.PACKAGES.get(name, "tiktoken"))]
     megabytes = _QUICK_MB if asked.quick else _MB
-    rounds = asked.rounds or _GENERATION_ROUNDS
+    rounds = asked.rounds or _TOKENIZING_ROUNDS
     made = tokenizing.measure_tokenizing(names, megabytes * 10**6, rounds, asked.threads, asked.text)
     print(report.tokenizing_table(made), "\n", flush=True)
     return made.to_json()

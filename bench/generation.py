@@ -2,8 +2,8 @@
 
 Each new token of one text needs every weight once, so the bytes of the weights over the speed at which memory is read
 bound the tokens per second; of several texts written together, the arithmetic may be the bound instead. Every contender
-continues the same 16 tokens by 200. The plain one has no cache and takes long: it continues 111 tokens by 10, among
-which the mean length is the same.
+continues the same 16 tokens, one text by 200, of several texts each by 60. The plain one has no cache and takes long:
+it continues one text of 114 tokens by 4, among which the mean length is the same, and several of 44.
 """
 
 import statistics
@@ -19,8 +19,9 @@ from bench.workers import workers
 
 SHAPES, BATCHES = ("M", "L"), (1, 8)
 CONTENDERS = (OURS, PLAIN, HF, LITGPT)
-_LENGTHS = {PLAIN: {"prompt": 111, "new": 10}}
-_WITH_CACHE = {"prompt": 16, "new": 200}
+_PROMPT = 16
+_NEW = {1: 200, 8: 60}
+_PLAIN_NEW = 4
 _WARM_UP = {"batch": 1, "prompt": 4, "new": 4}
 
 
@@ -29,10 +30,14 @@ class Written:
     """One contender's texts."""
 
     name: str
-    tokens_per_second: float
-    """Of all texts together: the median of the rounds."""
+    rates: tuple[float, ...]
+    """Tokens per second in each round, of all texts together."""
     same_tokens: int | None
     """How many of the first text's tokens are ours, from the start; None where that need not be."""
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.rates)
 
 
 @dataclass(frozen=True)
@@ -51,35 +56,54 @@ class Generation:
         return self.read_gb_per_second * 1e9 / self.shape.weight_bytes if self.batch == 1 else None
 
     @property
+    def ours(self) -> Written:
+        return self.contenders[0]
+
+    @property
     def best(self) -> Written:
         """The fastest peer."""
-        return max(self.contenders[1:], key=lambda one: one.tokens_per_second)
+        return max(self.contenders[1:], key=lambda one: one.median)
 
     @property
     def ratio(self) -> float:
-        """How many times as many tokens ours writes as the fastest peer."""
-        return self.contenders[0].tokens_per_second / self.best.tokens_per_second
+        """How many times as many tokens ours writes as the fastest peer, by the medians."""
+        return self.ours.median / self.best.median
+
+    @property
+    def ratio_by_round(self) -> float:
+        """The same as the median of the rounds' own ratios."""
+        return statistics.median(ours / theirs for ours, theirs in zip(self.ours.rates, self.best.rates))
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "limit": self.limit, "best_peer": self.best.name, "ratio": self.ratio}
+        return {
+            "shape": asdict(self.shape),
+            "batch": self.batch,
+            "read_gb_per_second": self.read_gb_per_second,
+            "limit": self.limit,
+            "contenders": {one.name: {**asdict(one), "tokens_per_second": one.median} for one in self.contenders},
+            "best_peer": self.best.name,
+            "ratio": self.ratio,
+            "ratio_by_round": self.ratio_by_round,
+        }
 
 
 def measure_generation(
-    shape: Shape, names: Sequence[str], batches: Sequence[int], rounds: int, threads: int, new: int | None = None
+    shape: Shape, names: Sequence[str], rounds: int, threads: int, new: int | None = None
 ) -> list[Generation]:
-    """Asks those of CONTENDERS that are in `names`, in turn. `new` tokens instead of 200 where it is given."""
+    """Asks those of CONTENDERS that are in `names`, in turn, for each of BATCHES. `new` is what there is instead of the
+    usual number of tokens."""
     taking_part = [name for name in CONTENDERS if name in names]
     specs = {name: spec_of(name, shape, 0.0, threads, None) for name in (*taking_part, MACHINE)}
     with workers(MODULE, specs) as started:
         for name in taking_part:
             started[name].ask("generate", **_WARM_UP)
         made = []
-        for batch in batches:
+        for batch in BATCHES:
             answers: dict[str, list[dict[str, Any]]] = {name: [] for name in taking_part}
             reads = []
             for _ in range(rounds):
                 for name in taking_part:
-                    answers[name].append(started[name].ask("generate", batch=batch, **_lengths(name, new)))
+                    answers[name].append(started[name].ask("generate", batch=batch, **_lengths(name, batch, new)))
                 reads.append(started[MACHINE].ask("read")["gb_per_second"])
             ours = answers[OURS][0]["ids"]
             written = (_written(name, answers[name], ours) for name in taking_part)
@@ -87,16 +111,18 @@ def measure_generation(
     return made
 
 
-def _lengths(name: str, new: int | None) -> dict[str, int]:
-    lengths = _LENGTHS.get(name, _WITH_CACHE)
-    return lengths if new is None else {**lengths, "new": new}
+def _lengths(name: str, batch: int, new: int | None) -> dict[str, int]:
+    new = new or _NEW[batch]
+    if name == PLAIN and new > _PLAIN_NEW:
+        return {"prompt": _PROMPT + (new - _PLAIN_NEW) // 2, "new": _PLAIN_NEW}
+    return {"prompt": _PROMPT, "new": new}
 
 
 def _written(name: str, answers: Sequence[dict[str, Any]], ours: list[list[int]]) -> Written:
     ids = answers[0]["ids"]
     count = len(ids) * len(ids[0])
     same = None if name in (PLAIN, LITGPT) else _common(ids[0], ours[0])
-    return Written(name, statistics.median(count / answer["seconds"] for answer in answers), same)
+    return Written(name, tuple(count / answer["seconds"] for answer in answers), same)
 
 
 def _common(left: Sequence[int], right: Sequence[int]) -> int:

@@ -81,19 +81,20 @@ def losses_differ(measured: Sequence[Steps]) -> list[str]:
 def generation_table(measured: Sequence[Generation]) -> str:
     """A line for each shape and number of texts, tokens per second."""
     names = [one.name for one in measured[0].contenders]
-    head = ("tokens per second", *names, "ratio", "memory limit", "of limit", "same tokens as hf")
+    head = ("tokens per second", *names, "best peer", "ratio", "by round", "memory limit", "of limit", "same as hf")
     rows = []
     for made in measured:
-        speed = {one.name: one.tokens_per_second for one in made.contenders}
         same = next((one.same_tokens for one in made.contenders[1:] if one.same_tokens is not None), None)
         rows.append(
             (
                 f"{made.shape.name}, {made.batch} text{'s' * (made.batch > 1)}",
-                *(f"{speed[name]:.1f}" for name in names),
-                f"{made.ratio:.2f}x {made.best.name}",
+                *(f"{one.median:.1f}" for one in made.contenders),
+                made.best.name,
+                f"{made.ratio:.2f}x",
+                f"{made.ratio_by_round:.2f}x",
                 "-" if made.limit is None else f"{made.limit:.0f}",
-                "-" if made.limit is None else f"{speed[names[0]] / made.limit:.0%}",
-                "-" if same is None else str(same),
+                "-" if made.limit is None else f"{made.ours.median / made.limit:.0%}",
+                "-" if same is None else f"{same} tokens",
             )
         )
     return table(head, rows)

@@ -1,5 +1,11 @@
-"""What each step of a retraining says of its outcome: one line, for the terminal and the log in the Prefect UI."""
+"""What each step of a retraining says of its outcome: one line, for the terminal and the log in the Prefect UI.
 
+A step over a large text also says every few seconds how far it is.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from flows.reason import Reason
@@ -8,6 +14,9 @@ from gptcore.corpus import Snapshot
 from gptcore.data import Tokens
 from gptcore.judging.dossier import read_samples, read_scores
 from gptcore.learning.rundir import Paused, Result
+from gptcore.progress import LOGGER
+
+Logger = logging.Logger | logging.LoggerAdapter
 
 
 def of_snapshot(snapshot: Snapshot) -> str:
@@ -58,3 +67,27 @@ def of_plots(plots: Path) -> str:
 def of_verdict(verdict: Verdict) -> str:
     """The verdict and its reason."""
     return f"{'promoted' if verdict.promoted else 'rejected'}: {verdict.reason}"
+
+
+class _Relay(logging.Handler):
+    """Hands records on to a run's logger, from whatever thread they come."""
+
+    def __init__(self, logger: Logger) -> None:
+        super().__init__(logging.INFO)
+        self.logger = logger
+
+    def emit(self, record: logging.LogRecord) -> None:
+        step = getattr(record, "step", "")
+        self.logger.info("%s: %s", step, record.getMessage(), extra={"step": step})
+
+
+@contextmanager
+def of_progress(logger: Logger) -> Iterator[None]:
+    """While this holds, `logger` says how far each step is."""
+    relay = _Relay(logger)
+    LOGGER.addHandler(relay)
+    LOGGER.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        LOGGER.removeHandler(relay)

@@ -226,7 +226,8 @@ class _Retraining:
     def step(self, name: str, describe: Callable[[T], str], task: Callable[..., T], *given: Any, **named: Any) -> T:
         """Runs a task, and says in one line what came out and how long it took."""
         began = time.perf_counter()
-        result = task(*given, **named)
+        with lines.of_progress(get_run_logger()):
+            result = task(*given, **named)
         self.seconds[name] = round(time.perf_counter() - began, 2)
         get_run_logger().info("%s: %s  (%.1f s)", name, describe(result), self.seconds[name], extra={"step": name})
         return result

@@ -19,6 +19,7 @@ import numpy as np
 from gptcore import manifest
 from gptcore.config import CorpusConfig
 from gptcore.errors import CheckpointError, CorpusError
+from gptcore.progress import Progress
 from gptcore.text import guard, sources, split
 from gptcore.text.split import SIDES
 from gptcore.text.spool import Spool, pieces
@@ -236,7 +237,9 @@ def _write_sides(cfg: CorpusConfig, spool: Spool, staged: Path, dropped: Counter
         name: _Side((staged / text).open("wb"), (staged / index).open("w")) for name, (text, index) in files.items()
     }
     last: tuple[int, str] | None = None
+    progress = Progress("ingest", "split", sum(document.bytes for document in spool.documents))
     for placed in split.placed(cfg, spool):
+        progress.add(len(placed.data))
         here = (placed.document, placed.side)
         if placed.side in written:
             is_joined = placed.side == "train" or cfg.split == "contiguous"

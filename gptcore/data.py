@@ -7,7 +7,9 @@ from stands in tokens.py.
 """
 
 import inspect
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,7 @@ __all__ = [
     "check_sizes",
     "create_dataloader_v1",
     "eval_batches",
+    "feed",
     "load_tokens",
     "num_windows",
     "tokenize",
@@ -136,6 +139,29 @@ class Batches:
             stream = np.random.Philox(key=np.array([self.seed, epoch], dtype=np.uint64)).random_raw(self.num_windows)
             self._order = epoch, np.argsort(stream, kind="stable")
         return self._order[1]
+
+
+def feed(batches: Batches, step: int, device: torch.device) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """The micro-batches of update `step` and of every one after it.
+
+    On a CPU they are made when they are asked for. For another device, a thread makes the next ones while it computes,
+    and copies them there, from pinned memory where it is CUDA, so that nobody waits for the copy.
+    """
+    if device.type == "cpu":
+        yield from map(batches.batch, itertools.count(step))
+
+    def there(step: int) -> list[tuple[Tensor, Tensor]]:
+        return [(_copied(inputs, device), _copied(targets, device)) for inputs, targets in batches.batch(step)]
+
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        coming = thread.submit(there, step)
+        for following in itertools.count(step + 1):
+            ready, coming = coming.result(), thread.submit(there, following)
+            yield ready
+
+
+def _copied(ids: Tensor, device: torch.device) -> Tensor:
+    return (ids.pin_memory() if device.type == "cuda" else ids).to(device, non_blocking=True)
 
 
 def eval_batches(

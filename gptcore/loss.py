@@ -135,7 +135,7 @@ def _losses_and_gradients(
     shares = valid.to(wide) / valid.sum()
     losses = torch.empty(len(hidden), dtype=wide, device=hidden.device)
     hidden_grad = torch.empty_like(hidden) if for_hidden else None
-    weight_grad = torch.zeros_like(weight, dtype=wide) if for_weight else None
+    weight_grad = torch.empty_like(weight, dtype=wide) if for_weight else None
     buffer = _buffer(hidden, weight)
     with torch.autocast(hidden.device.type, enabled=False):
         for start in range(0, len(hidden), _ROWS):
@@ -151,7 +151,7 @@ def _losses_and_gradients(
             if hidden_grad is not None:
                 hidden_grad[rows] = (residual @ weight) * share
             if weight_grad is not None:
-                _add_product(weight_grad, residual.t(), (hidden[rows] * share).to(hidden.dtype))
+                _add_product(weight_grad, residual.t(), (hidden[rows] * share).to(hidden.dtype), is_first=start == 0)
         _repair_far(losses, hidden, weight, columns)
     losses = torch.where(valid, losses, 0)
     return losses, hidden_grad, None if weight_grad is None else weight_grad.to(weight.dtype)
@@ -174,11 +174,15 @@ def _probabilities(hidden: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
     return torch.softmax(wide, dim=1, out=wide if wide.device.type == "cpu" else None)
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    if total.dtype == left.dtype:
-        total.addmm_(left, right)
+def _add_product(total: Tensor, left: Tensor, right: Tensor, is_first: bool) -> None:
+    """The first one is written where nothing was, which spares a pass of zeros over the whole vocabulary."""
+    if total.dtype != left.dtype:
+        product = left @ right
+        total.copy_(product) if is_first else total.add_(product)
+    elif is_first:
+        torch.mm(left, right, out=total)
     else:
-        total += left @ right
+        total.addmm_(left, right)
 
 
 def _repair_far(losses: Tensor, hidden: Tensor, weight: Tensor, columns: Tensor) -> None:

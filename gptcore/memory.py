@@ -1,7 +1,11 @@
 """What a training needs of memory at the very least, so that one that cannot fit is refused and not killed half-way.
 
 The figures are lower bounds: a training that passes may still run out of memory, one that does not could only do so.
+And how a process that trains keeps the memory that it has.
 """
+
+import ctypes
+import platform
 
 import psutil
 
@@ -12,6 +16,8 @@ _FLOAT_BYTES = 4
 _STATES = 4
 """Weights, gradients and AdamW's two moments, each as large as the model."""
 _LEAST_VOCABULARY = 257
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+"""Of mallopt, in glibc's malloc.h."""
 
 
 def num_parameters(model: ModelConfig, vocab_size: int) -> int:
@@ -45,3 +51,15 @@ def check(model: ModelConfig, train: TrainConfig, vocab_size: int = _LEAST_VOCAB
             f"{parameters:,} parameters take at least {states / 2**30:,.1f} GiB and a batch {inputs / 2**30:,.1f} GiB, "
             f"this machine has {there / 2**30:,.1f} GiB. Lower one of them, or choose a named model.size."
         )
+
+
+def keep_freed() -> None:
+    """Lets this process keep the memory that it frees, where its C library is glibc; for a process of training alone.
+
+    glibc gives a large buffer back to the system when it is freed, so the next one has to be made of new pages, each
+    zeroed on first use: 7 to 11 percent of an update (bench/RESULTS.md).
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_MAX, 0)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)

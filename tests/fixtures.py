@@ -171,7 +171,7 @@ class TinyRegistry:
     def run_directory(self, number: int, key: str, tokens_sha256: str, seed: int, is_finished: bool = True) -> Path:
         """A run directory, finished or not; returns its weights."""
         run = RunDirectory(self.root.run_directory("tiny", key, 1))
-        train = TrainConfig(device="cpu", precision="fp32", threads=1)
+        train = TrainConfig(device="cpu", precision="fp32", compile=False, threads=1)
         shape = {key: value for key, value in TINY_CFG.items() if key not in ("vocab_size",)}
         config = RunConfig(
             training_version=1,

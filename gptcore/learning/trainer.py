@@ -22,7 +22,7 @@ import psutil
 import torch
 from safetensors.torch import save_file
 
-from gptcore import manifest
+from gptcore import manifest, memory
 from gptcore.config import SAVING_KEYS, RunConfig
 from gptcore.data import Batches, Tokens, check_sizes, eval_batches, load_tokens
 from gptcore.errors import CheckpointError, GPTCoreError, TrainingDiverged
@@ -292,6 +292,7 @@ def main() -> int:
         "--stop-at-end-of-input", action="store_true", help="save and stop when standard input, a pipe, is closed"
     )
     arguments = parser.parse_args()
+    memory.keep_freed()
     stop = Stop().on_signals()
     if arguments.stop_at_end_of_input:
         stop.on_end_of_input()

@@ -10,6 +10,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from gptcore.progress import Progress
 from gptcore.text.sources import Document
 
 _PIECE_BYTES = 1024 * 1024
@@ -36,6 +37,7 @@ class Spool:
         self.dropped: Counter[str] = Counter()
         """empty_documents, duplicate_documents, duplicate_bytes."""
         self._totals: dict[str, Counter[str]] = {}
+        self._progress = Progress("ingest", "read")
         seen: set[str] = set()
         for document in read:
             spooled, is_blank = self._write(document)
@@ -86,6 +88,7 @@ class Spool:
             chars += len(_character_starts(chunk))
             digest.update(chunk)
             self._file.write(chunk)
+            self._progress.add(len(chunk))
         size = self._file.tell() - offset
         return Spooled(document.name, document.source, digest.hexdigest(), offset, size, chars), is_blank
 

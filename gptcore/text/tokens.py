@@ -29,6 +29,7 @@ import numpy as np
 
 from gptcore import manifest
 from gptcore.errors import CheckpointError, ConfigError
+from gptcore.progress import Progress
 from gptcore.tokenizer import Tokenizer, get_tokenizer, pieces, train_bpe
 
 TOKENS_VERSION = 1
@@ -119,11 +120,13 @@ def tokenize(
         return load_tokens(goal)
     tokenizer = fixed or train_bpe(_train_text(snapshot), int(name.removeprefix("bpe:")))
     num_bytes = sum(source.bytes[side] for side in SIDES)
+    progress = Progress("tokenize", "encoded", num_bytes)
     with manifest.staging(tokens_root) as staged:
         tokenizer.save(staged / "tokenizer")
         with _encoder(tokenizer, staged / "tokenizer", processes or _processes_for(num_bytes)) as encoded:
             counts = {
-                side: _write(staged / f"{side}.bin", encoded(_batches(_passages(snapshot, side)))) for side in SIDES
+                side: _write(staged / f"{side}.bin", encoded(_batches(_passages(snapshot, side, progress))))
+                for side in SIDES
             }
         manifest.commit(staged, goal, _about(source.sha256, identity, tokenizer, counts))
     return load_tokens(goal)
@@ -139,17 +142,17 @@ def encode_side(snapshot: Path, side: str, vocabulary: Path) -> Iterator[np.ndar
         yield from encoded(_batches(_passages(snapshot, side)))
 
 
-def _passages(snapshot: Path, side: str) -> Iterator[Iterator[str]]:
+def _passages(snapshot: Path, side: str, progress: Progress | None = None) -> Iterator[Iterator[str]]:
     """As `corpus.passages`, each in chunks of about a megabyte: one may be as long as the corpus."""
     from gptcore import corpus
 
     text = corpus.side_text(snapshot, side)
     with text.path.open("rb") as file:
         for length in np.diff(text.bounds).tolist():
-            yield _chunks(file, length)
+            yield _chunks(file, length, progress)
 
 
-def _chunks(file: IO[bytes], num_bytes: int) -> Iterator[str]:
+def _chunks(file: IO[bytes], num_bytes: int, progress: Progress | None) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8")()
     while num_bytes > 0:
         data = file.read(min(num_bytes, _CHUNK_BYTES))
@@ -158,6 +161,8 @@ def _chunks(file: IO[bytes], num_bytes: int) -> Iterator[str]:
                 f"{file.name} ends {num_bytes} bytes before its index does: the snapshot was altered."
             )
         num_bytes -= len(data)
+        if progress is not None:
+            progress.add(len(data))
         yield decoder.decode(data, final=num_bytes == 0)
 
 

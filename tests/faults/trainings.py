@@ -32,6 +32,7 @@ TRAIN = {
     "keep_checkpoints": 1,
     "device": "cpu",
     "precision": "fp32",
+    "compile": False,
     "threads": 1,
 }
 """AdamW, dropout, accumulated gradients; saved after 4 and 8 of 10 updates, with an epoch's border after 7."""

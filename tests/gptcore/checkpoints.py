@@ -20,7 +20,7 @@ CFG = {
     "drop_rate": 0.1,
     "qkv_bias": True,
 }
-TRAIN = TrainConfig(max_steps=12, batch_size=2, device="cpu", threads=1, precision="fp32")
+TRAIN = TrainConfig(max_steps=12, batch_size=2, device="cpu", threads=1, precision="fp32", compile=False)
 TOKENS = np.random.default_rng(0).integers(0, 257, 161).astype(np.uint16)
 IDENTITY = {"model.emb_dim": 16, "train.learning_rate": 1e-3}
 

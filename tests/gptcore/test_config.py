@@ -20,7 +20,7 @@ RUN = {
     "tokens_sha256": "ab" * 32,
     "model": {"size": "nano", "n_layers": 2},
     "vocab_size": 257,
-    "train": {"max_epochs": 3, "threads": 2, "patience": 4, "device": "cpu", "precision": "fp32"},
+    "train": {"max_epochs": 3, "threads": 2, "patience": 4, "device": "cpu", "precision": "fp32", "compile": False},
     "run_key": "cd" * 32,
 }
 
@@ -209,7 +209,7 @@ def test_a_run_config_names_the_version_it_starts_from_by_its_number_and_hash():
     assert "start.weights_sha256" in refusal(RunConfig, {**RUN, "start": {**start, "weights_sha256": "ab"}})
 
 
-@pytest.mark.parametrize("key", ["device", "precision", "threads"])
+@pytest.mark.parametrize("key", ["device", "precision", "compile", "threads"])
 def test_a_run_directory_names_what_was_chosen(key):
     message = refusal(RunConfig, {**RUN, "train": {**RUN["train"], key: "auto"}})
     assert f"train.{key} is auto" in message

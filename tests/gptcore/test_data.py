@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptcore.data import Batches, GPTDatasetV1, check_sizes, create_dataloader_v1, eval_batches, num_windows
+from gptcore.data import Batches, GPTDatasetV1, check_sizes, create_dataloader_v1, eval_batches, feed, num_windows
 from gptcore.errors import ConfigError, CorpusError
 from gptcore.text.tokens import Tokens
 from gptcore.tokenizer import get_tokenizer, tiktoken_encoding
@@ -192,6 +192,16 @@ def test_a_batch_depends_on_seed_and_step_alone():
     one = Batches(TOKENS, 8, 8, 4, 1, seed=5)
     expected = {step: starts_of(Batches(TOKENS, 8, 8, 4, 1, seed=5), [step]) for step in steps}
     assert [starts_of(one, [step]) for step in steps] == [expected[step] for step in steps]
+
+
+def test_a_training_is_fed_one_step_after_another_from_wherever_it_begins():
+    batches = Batches(np.arange(500, dtype=np.uint16), 8, 8, 4, 2, seed=3)
+    here, there = feed(batches, 5, torch.device("cpu")), feed(batches, 5, torch.device("meta"))
+    for step in range(5, 20):
+        expected = [ids for pair in batches.batch(step) for ids in pair]
+        assert all(map(torch.equal, [ids for pair in next(here) for ids in pair], expected))
+        copied = [ids for pair in next(there) for ids in pair]
+        assert [(ids.shape, ids.device.type) for ids in copied] == [(ids.shape, "meta") for ids in expected]
 
 
 def test_seeds_and_epochs_have_orders_of_their_own():

@@ -21,7 +21,7 @@ CONFIG = {
     "tokens_sha256": "ab" * 32,
     "model": {},
     "vocab_size": 257,
-    "train": {"device": "cpu", "precision": "fp32", "threads": 1},
+    "train": {"device": "cpu", "precision": "fp32", "compile": False, "threads": 1},
     "run_key": "cd" * 32,
 }
 HOLD = """

@@ -163,7 +163,7 @@ def test_the_ids_are_mapped_from_disk_and_cannot_be_written(snapshot, tmp_path):
 
 def test_a_side_without_text_has_no_tokens(snapshot, tmp_path, monkeypatch):
     real = tokens._passages
-    monkeypatch.setattr(tokens, "_passages", lambda path, side: real(path, side) if side == "train" else iter(()))
+    monkeypatch.setattr(tokens, "_passages", lambda path, side, _: real(path, side) if side == "train" else iter(()))
     made = tokenize(snapshot, "bytes", tmp_path / "tokens")
     assert made.counts["val"] == 0 and made.side("val").shape == (0,)
 

@@ -13,9 +13,18 @@ from gptcore.config import TrainConfig
 from gptcore.data import Batches, eval_batches
 from gptcore.errors import TrainingDiverged
 from gptcore.generate import generate
-from gptcore.model import GPTModel
+from gptcore.model import GPTModel, is_ours
 from gptcore.tokenizer import get_tokenizer
-from gptcore.train import TrainState, is_evaluated, mean_loss, resolve, steps_in_budget, train_model_simple, training
+from gptcore.train import (
+    TrainState,
+    is_evaluated,
+    mean_loss,
+    resolve,
+    steps_in_budget,
+    train_model_simple,
+    training,
+    update,
+)
 
 CONTEXT = 16
 CFG = {
@@ -31,7 +40,9 @@ TOKENS = np.random.default_rng(0).integers(0, 257, 20 * CONTEXT + 1).astype(np.u
 
 
 def train_config(**given):
-    return TrainConfig(**{"batch_size": 4, "device": "cpu", "threads": 1, "precision": "fp32", **given})
+    return TrainConfig(
+        **{"batch_size": 4, "device": "cpu", "threads": 1, "precision": "fp32", "compile": False, **given}
+    )
 
 
 def batches(train):
@@ -90,6 +101,29 @@ def test_accumulating_two_batches_of_four_gives_the_weights_of_one_of_eight():
     one = trained(train_config(max_steps=6, batch_size=8, accumulation=1))
     for name, value in one.model.state_dict().items():
         torch.testing.assert_close(two.model.state_dict()[name], value, rtol=1e-4, atol=2e-6, msg=name)
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_an_update_gives_a_tied_matrix_the_gradient_that_autograd_gives_it(accumulation):
+    train = train_config(accumulation=accumulation, grad_clip=0.0)
+    state, plain = (TrainState.initial({**CFG, "tied": True, "init": "gpt2"}, train) for _ in range(2))
+    micro_batches = batches(train).batch(0)
+    for inputs, targets in micro_batches:
+        loss = torch.nn.functional.cross_entropy(plain.model(inputs).flatten(0, 1), targets.flatten())
+        (loss / accumulation).backward()
+    update(state, micro_batches, 1e-3, train)
+    expected = dict(plain.model.named_parameters())
+    for name, parameter in state.model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name].grad, atol=1e-7, rtol=1e-4, msg=name)
+    assert is_ours(state.model), "the hook is gone"
+
+
+def test_blocks_are_compiled_where_that_is_asked_for():
+    train = train_config(max_steps=2)
+    with torch.compiler.set_stance("force_eager"):  # the C++ compiler is not what is tested
+        compiled = trained(train_config(max_steps=2, compile=True))
+    assert all(block._compiled_call_impl for block in compiled.model.trf_blocks)
+    assert weights_of(compiled.model) == weights_of(trained(train).model)
 
 
 def test_the_gradient_is_clipped_to_the_norm_that_is_asked_for():

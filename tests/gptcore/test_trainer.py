@@ -1,7 +1,10 @@
 """The trainer of a run directory: however often it is stopped, it ends as its twin does. That it is killed: faults/."""
 
 import json
+import platform
 import random
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -32,6 +35,7 @@ TRAIN = {
     "checkpoint_steps": 4,
     "device": "cpu",
     "precision": "fp32",
+    "compile": False,
     "threads": 1,
 }
 MEASURED = {"tokens_per_second", "seconds", "memory_mb", "time_ms"}
@@ -340,3 +344,24 @@ def test_the_reason_of_a_failure_is_gone_after_the_next_attempt(make):
     run.record_failure(GPTCoreError("earlier"))
     finish(run)
     assert run.failure() is None
+
+
+KEEPING = """
+import sys, numpy, psutil
+from gptcore import memory
+if sys.argv[1] == "keep":
+    memory.keep_freed()
+buffer = numpy.ones(32_000_000)
+before = psutil.Process().memory_info().rss
+del buffer
+print(before - psutil.Process().memory_info().rss > 100_000_000)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator is the one that can be told")
+def test_a_process_that_trains_keeps_the_memory_that_it_frees():
+    gave_back = [
+        subprocess.run([sys.executable, "-c", KEEPING, how], capture_output=True, text=True, check=True).stdout.strip()
+        for how in ("keep", "as usual")
+    ]
+    assert gave_back == ["False", "True"]

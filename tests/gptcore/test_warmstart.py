@@ -30,6 +30,7 @@ TRAIN = {
     "checkpoint_steps": 4,
     "device": "cpu",
     "precision": "fp32",
+    "compile": False,
     "threads": 1,
 }
 MEASURED = {"tokens_per_second", "seconds", "memory_mb", "time_ms"}

@@ -1,7 +1,7 @@
 """One contender in a process of its own, or the machine itself: `python -m bench.contender SPEC`, asked over pipes.
 
-SPEC is JSON: the contender's name, the shape, drop_rate, threads, and the path of a nanoGPT checkout where there is
-one. The name `machine` measures what the processor and the memory can do at most.
+SPEC is JSON: the contender's name, the shape, drop_rate, threads, whether it trains, and the path of a nanoGPT checkout
+where there is one. The name `machine` measures what the processor and the memory can do at most.
 """
 
 import json
@@ -19,6 +19,7 @@ import torch
 from bench import peers
 from bench.shapes import SEED, Shape
 from bench.workers import Answers, serve
+from gptcore import memory
 from gptcore.data import Batches
 
 MACHINE = "machine"
@@ -96,6 +97,8 @@ def _prepared() -> Answers:
     torch.set_num_threads(spec["threads"])
     if spec["name"] == MACHINE:
         return machine()
+    if spec["name"] == peers.OURS and spec["trains"]:
+        memory.keep_freed()  # as the trainer begins
     return contender(spec["name"], Shape(**spec["shape"]), spec["drop_rate"], spec["nanogpt"])
 
 

@@ -93,7 +93,7 @@ def measure_generation(
     """Asks those of CONTENDERS that are in `names`, in turn, for each of BATCHES. `new` is what there is instead of the
     usual number of tokens."""
     taking_part = [name for name in CONTENDERS if name in names]
-    specs = {name: spec_of(name, shape, 0.0, threads, None) for name in (*taking_part, MACHINE)}
+    specs = {name: spec_of(name, shape, 0.0, threads, None, trains=False) for name in (*taking_part, MACHINE)}
     with workers(MODULE, specs) as started:
         for name in taking_part:
             started[name].ask("generate", **_WARM_UP)

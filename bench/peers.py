@@ -3,7 +3,8 @@
 Each is built from gptcore's first weights and makes the same step: loss, backward, gradient clipped to norm 1, AdamW,
 the loss as a number. Each gets its best setting, which for all but the plain one includes AdamW's fused kernel:
 
-- ours: `gptcore.train.update` as the trainer calls it, and generation with its cache.
+- ours: `gptcore.train.update` as the trainer calls it, in a process that keeps the memory it frees, as the trainer's
+  does; and generation with its cache.
 - plain: plain.py with AdamW as `torch.optim.AdamW(...)` gives it.
 - hf: GPT2LMHeadModel of Hugging Face's transformers with its own loss, fused attention and PyTorch's GELU kernel.
 - litgpt: its GPT and its own loss. It has no learned positions, so a quarter of each head is rotated (its default,

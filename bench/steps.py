@@ -164,6 +164,9 @@ def measure_loader(shape: Shape, rounds: int, threads: int) -> Loader:
     return Loader(shape, statistics.median(loads[WARM_UP:]), statistics.median(steps[WARM_UP:]))
 
 
-def spec_of(name: str, shape: Shape, drop_rate: float, threads: int, nanogpt: str | None) -> dict[str, Any]:
+def spec_of(
+    name: str, shape: Shape, drop_rate: float, threads: int, nanogpt: str | None, trains: bool = True
+) -> dict[str, Any]:
     """What a contender's process is told."""
-    return {"name": name, "shape": asdict(shape), "drop_rate": drop_rate, "threads": threads, "nanogpt": nanogpt}
+    about = {"name": name, "shape": asdict(shape), "drop_rate": drop_rate}
+    return {**about, "threads": threads, "nanogpt": nanogpt, "trains": trains}

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from bench import plain
 from bench.shapes import GRAD_CLIP, LEARNING_RATE, SEED, WEIGHT_DECAY, Shape, adamw
+from gptcore import memory
 from gptcore.config import TrainConfig
 from gptcore.generate import generate, generate_text_simple
 from gptcore.model import GPTModel
@@ -58,6 +59,7 @@ class Ours:
     """gptcore."""
 
     def __init__(self, shape: Shape, drop_rate: float) -> None:
+        memory.keep_freed()
         self.train = TrainConfig(
             learning_rate=LEARNING_RATE,
             weight_decay=WEIGHT_DECAY,
@@ -66,6 +68,7 @@ class Ours:
             threads=torch.get_num_threads(),
             device="cpu",
             precision="fp32",
+            compile=False,
             seed=SEED,
         )
         self.state = TrainState.initial(shape.cfg(drop_rate), self.train)

@@ -4,7 +4,6 @@ The projections and their names are those of Raschka's "Build a Large Language M
 stands PyTorch's fused kernel, and no mask is stored.
 """
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -122,7 +121,7 @@ class MultiHeadAttention(nn.Module):
         """
         past = 0 if cache is None else cache.length
         check_length(past + x.shape[1], self.context_length)
-        queries, keys, values = map(self._heads, self._project(x, fused=cache is None))
+        queries, keys, values = (self._heads(project(x)) for project in (self.W_query, self.W_key, self.W_value))
         if self.qk_norm:
             queries, keys = (_QK_SCALE * F.rms_norm(each, (self.head_dim,)) for each in (queries, keys))
         if self.rotary is not None:
@@ -130,21 +129,6 @@ class MultiHeadAttention(nn.Module):
         if cache is not None:
             keys, values = cache.extend(layer, keys, values)
         return self.out_proj(self._attend(queries, keys, values).transpose(1, 2).flatten(2))
-
-    def _project(self, x: Tensor, fused: bool) -> Sequence[Tensor]:
-        """Queries, keys and values (batch, tokens, d_out).
-
-        Fused: one wide product and its gradients take less time than three narrow ones, when the tokens are many. For a
-        single token, laying the weights side by side would cost more than the product.
-        """
-        projections = (self.W_query, self.W_key, self.W_value)
-        has_bias = getattr(self.W_query, "bias", None) is not None
-        alike = all(is_untouched(each, nn.Linear) and (each.bias is not None) is has_bias for each in projections)
-        if not (fused and alike):
-            return [project(x) for project in projections]
-        weight = torch.cat([each.weight for each in projections])
-        bias = torch.cat([each.bias for each in projections]) if has_bias else None
-        return F.linear(x, weight, bias).chunk(3, dim=2)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2)

@@ -271,20 +271,6 @@ def test_a_hook_on_the_attention_dropout_sees_the_attention_weights_and_changes_
     assert weights.triu(1).abs().max() == 0
 
 
-@pytest.mark.parametrize("qkv_bias", [False, True])
-def test_a_hook_on_one_projection_sees_its_output_and_changes_no_result_and_no_gradient(qkv_bias):
-    fused, hooked = (seeded_model(qkv_bias=qkv_bias) for _ in range(2))
-    seen = []
-    hooked.trf_blocks[0].att.W_key.register_forward_hook(lambda module, args, output: seen.append(output.shape))
-    ids = some_ids(2, 12)
-    for model in (fused, hooked):
-        model(ids).square().mean().backward()
-    assert seen == [(2, 12, 24)]
-    expected = dict(fused.named_parameters())
-    for name, parameter in hooked.named_parameters():
-        torch.testing.assert_close(parameter.grad, expected[name].grad, msg=name)
-
-
 def test_a_replaced_attention_dropout_is_called():
     class Silence(nn.Module):
         def forward(self, x):

@@ -26,13 +26,15 @@ from typing import Any
 import psutil
 
 from bench import peers, report, tokenizing
+from bench.generation import CONTENDERS as GENERATION_CONTENDERS
 from bench.generation import SHAPES as GENERATION_SHAPES
-from bench.generation import measure_generation
+from bench.generation import Generation, measure_generation
 from bench.shapes import SHAPES
 from bench.steps import Steps, measure_loader, measure_steps
 
 SECTIONS = ("step", "generate", "tokenize", "loader")
 CONTENDERS = (peers.OURS, peers.PLAIN, peers.HF, f"{peers.HF}+{peers.PADDED}", peers.LITGPT)
+GENERATION_PEERS = GENERATION_CONTENDERS[1:]
 DROP_RATE, DROPOUT_SHAPE = 0.1, "S"
 _PACKAGES = ("torch", "numpy", "tiktoken", "transformers", "tokenizers", "litgpt")
 _QUICK_ROUNDS, _QUICK_MB, _QUICK_TOKENS = 3, 2, 20
@@ -43,6 +45,9 @@ def main() -> int:
     """The command line."""
     asked = _arguments()
     names = _available(asked)
+    if len(names) == 1:
+        print("no peer takes part: name one with --contenders, such as plain", file=sys.stderr)
+        return 2
     began = time.perf_counter()
     about = machine(asked.threads)
     print(", ".join(f"{key} {value}" for key, value in about.items()), "\n", flush=True)
@@ -81,7 +86,9 @@ def _steps(asked: argparse.Namespace, names: Sequence[str], measured: list[Steps
     if DROPOUT_SHAPE in asked.shapes:
         wanted.append((SHAPES[DROPOUT_SHAPE], DROP_RATE, _DROPOUT_ROUNDS))
     for shape, drop_rate, rounds in wanted:
-        taking_part = [name for name in names if not (peers.PADDED in name and shape.vocab_size < 1000)]
+        taking_part = [
+            name for name in names if asked.contenders or shape.vocab_size > 1000 or peers.PADDED not in name
+        ]
         measured.append(
             measure_steps(shape, taking_part, drop_rate, asked.rounds or rounds, asked.threads, asked.nanogpt)
         )
@@ -91,7 +98,10 @@ def _steps(asked: argparse.Namespace, names: Sequence[str], measured: list[Steps
 
 
 def _generation(asked: argparse.Namespace, names: Sequence[str]) -> list[dict[str, Any]]:
-    made = []
+    made: list[Generation] = []
+    if not set(names) & set(GENERATION_PEERS):
+        print(f"generation is left out: of its contenders {', '.join(GENERATION_PEERS)} none takes part\n")
+        return []
     for name in GENERATION_SHAPES:
         if name in asked.shapes:
             rounds, new = asked.rounds or _GENERATION_ROUNDS, _QUICK_TOKENS if asked.quick else None
@@ -157,9 +167,20 @@ def _arguments() -> argparse.Namespace:
     add("--quick", action="store_true", help="few rounds, tokens and megabytes: whether it works, not how fast")
     add("--nanogpt", type=Path, help="a checkout of nanoGPT, whose model.py takes part")
     add("--text", type=Path, help="whose words the text to be tokenised is made of; Python's reference")
-    add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of every contender; one per core")
+    add(
+        "--threads",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        help="of every contender; one for each core",
+    )
     add("--json", type=Path, help="where everything is written; the plot goes beside it")
     asked = parser.parse_args()
+    for name in asked.contenders or ():
+        if not peers.is_known(name):
+            parser.error(
+                f"there is no contender {name!r}: known are ours, plain, hf, litgpt and nanogpt, and of hf and "
+                f"nanogpt +padded and +compiled"
+            )
     asked.rounds = asked.rounds or (_QUICK_ROUNDS if asked.quick else None)
     asked.nanogpt = str(asked.nanogpt.resolve()) if asked.nanogpt else None
     return asked

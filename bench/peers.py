@@ -238,6 +238,14 @@ def make(name: str, shape: Shape, drop_rate: float, nanogpt: str | None) -> Cont
     return kinds[base](shape, drop_rate, padding, COMPILED in variants)
 
 
+def is_known(name: str) -> bool:
+    """Whether there is such a contender, whatever is installed."""
+    base, *variants = name.split("+")
+    if base in (HF, NANOGPT):
+        return set(variants) <= set(VARIANTS)
+    return base in (OURS, PLAIN, LITGPT) and not variants
+
+
 def has_our_losses(name: str) -> bool:
     """Whether the contender is the same function of the same weights, so that its losses must be ours."""
     base, *variants = name.split("+")

@@ -33,12 +33,12 @@ from bench.shapes import SHAPES
 from bench.steps import Steps, measure_loader, measure_steps
 
 SECTIONS = ("step", "generate", "tokenize", "loader")
-CONTENDERS = (peers.OURS, peers.PLAIN, peers.HF, f"{peers.HF}+{peers.PADDED}", peers.LITGPT)
+CONTENDERS = (peers.OURS, peers.PLAIN, peers.HF, peers.LITGPT)
 GENERATION_PEERS = GENERATION_CONTENDERS[1:]
 DROP_RATE, DROPOUT_SHAPE = 0.1, "S"
 _PACKAGES = ("torch", "numpy", "tiktoken", "transformers", "tokenizers", "litgpt")
 _QUICK_ROUNDS, _QUICK_MB, _QUICK_TOKENS = 3, 2, 20
-_MB, _GENERATION_ROUNDS, _TOKENIZING_ROUNDS, _DROPOUT_ROUNDS, _LOADER_ROUNDS = 20, 4, 3, 5, 10
+_MB, _GENERATION_ROUNDS, _TOKENIZING_ROUNDS, _DROPOUT_ROUNDS, _LOADER_ROUNDS = 20, 3, 3, 5, 10
 
 
 def main() -> int:
@@ -86,12 +86,7 @@ def _steps(asked: argparse.Namespace, names: Sequence[str], measured: list[Steps
     if DROPOUT_SHAPE in asked.shapes:
         wanted.append((SHAPES[DROPOUT_SHAPE], DROP_RATE, _DROPOUT_ROUNDS))
     for shape, drop_rate, rounds in wanted:
-        taking_part = [
-            name for name in names if asked.contenders or shape.vocab_size > 1000 or peers.PADDED not in name
-        ]
-        measured.append(
-            measure_steps(shape, taking_part, drop_rate, asked.rounds or rounds, asked.threads, asked.nanogpt)
-        )
+        measured.append(measure_steps(shape, names, drop_rate, asked.rounds or rounds, asked.threads, asked.nanogpt))
         print(report.steps_table(measured[-1]), "\n", flush=True)
     print(report.steps_summary(measured), "\n", flush=True)
     return [steps.to_json() for steps in measured]
@@ -130,7 +125,7 @@ def _available(asked: argparse.Namespace) -> list[str]:
     """Of the contenders asked for, those that are there."""
     names = list(asked.contenders or CONTENDERS)
     if asked.nanogpt and not asked.contenders:
-        names += [peers.NANOGPT, f"{peers.NANOGPT}+{peers.PADDED}"]
+        names.append(peers.NANOGPT)
     missing = {name: package for name in names if (package := _missing(name, asked))}
     for name, package in missing.items():
         print(f"{name} is left out: {package}")
@@ -162,7 +157,12 @@ def _arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="what is measured; all of it")
     add("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES), help="of steps and generation; all of them")
-    add("--contenders", nargs="+", metavar="NAME", help="beside ours, also hf+compiled or nanogpt+padded+compiled")
+    add(
+        "--contenders",
+        nargs="+",
+        metavar="NAME",
+        help="beside ours: plain, hf, hf+padded, nanogpt+padded+compiled, ...",
+    )
     add("--rounds", type=int, help="how often each contender is asked; by default as often as there is time")
     add("--quick", action="store_true", help="few rounds, tokens and megabytes: whether it works, not how fast")
     add("--nanogpt", type=Path, help="a checkout of nanoGPT, whose model.py takes part")

@@ -13,9 +13,9 @@ the loss as a number. Each gets its best setting, which for all but the plain on
 - nanogpt: model.py of a checkout, with the tanh form of GELU, for the sake of equal losses. It generates without a
   cache, as plain does, and is left out there.
 
-Of hf and nanogpt there are variants. `hf+padded` has a vocabulary padded with zeros to a multiple of 64, as nanoGPT's
-trainer has it: the head's matmuls are faster and the losses a little higher. `hf+compiled` goes through torch.compile,
-which takes most of a minute before the first step.
+Of hf and nanogpt there are variants, which take part when they are named. `hf+padded` has a vocabulary padded with
+zeros to a multiple of 64, as nanoGPT's trainer has it: the head's matmuls may be faster, the losses are a little higher.
+`hf+compiled` goes through torch.compile, which takes most of a minute before the first step.
 """
 
 import functools

@@ -67,7 +67,7 @@ SHAPES = {
     shape.name: shape
     for shape in (
         Shape("S", 4, 4, 128, 128, 16, 50257, rounds=18),
-        Shape("M", 6, 6, 384, 256, 8, 50257, rounds=5),
+        Shape("M", 6, 6, 384, 256, 8, 50257, rounds=4),
         Shape("L", 12, 12, 768, 256, 2, 50257, rounds=4),
         Shape("C", 6, 6, 384, 256, 12, 65, rounds=6),
         Shape("c", 4, 4, 128, 64, 12, 65, rounds=40),

@@ -14,7 +14,7 @@ the loss as a number. Each gets its best setting, which for all but the plain on
   cache, as plain does, and is left out there.
 
 Of hf and nanogpt there are variants, which take part when they are named. `hf+padded` has a vocabulary padded with
-zeros to a multiple of 64, as nanoGPT's trainer has it: the head's matmuls may be faster, the losses are a little higher.
+zeros to a multiple of 64, as nanoGPT's trainer has it: its losses are a little higher, its head may be faster.
 `hf+compiled` goes through torch.compile, which takes most of a minute before the first step.
 """
 

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 NIGHTS ?= 50
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: run test test-all soak lint clean
+.PHONY: run test test-all soak bench lint clean
 
 run: $(VENV)/installed
 	@$(BIN)/gptflow run quickstart
@@ -20,6 +20,10 @@ test-all: test
 # Many nights of retraining with kills at random moments: about half a minute a night.
 soak: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.soak --nights $(NIGHTS) --seed 1 --json build/soak.json
+
+# Beside its peers, about ten minutes: steps of training, generation, tokenising.
+bench: $(VENV)/installed-bench
+	$(BIN)/python -m bench --json build/bench/bench.json
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
@@ -41,4 +45,10 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/installed-dev: $(VENV)/installed
 	$(BIN)/pip install -qq --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+# litgpt asks for an older huggingface-hub than transformers can use; what takes part of it works without its own.
+$(VENV)/installed-bench: $(VENV)/installed
+	$(BIN)/pip install -qq --disable-pip-version-check --constraint constraints.txt --editable ".[bench]"
+	$(BIN)/pip install -qq --disable-pip-version-check --constraint constraints.txt --no-deps litgpt
 	@touch $@

@@ -1,0 +1,294 @@
+"""The contenders: gptcore's own training step and generation, and how others do the same.
+
+Each is built from gptcore's first weights and makes the same step: loss, backward, gradient clipped to norm 1, AdamW,
+the loss as a number. Each gets its best setting, which for all but the plain one includes AdamW's fused kernel:
+
+- ours: `gptcore.train.update` as the trainer calls it, in a process that keeps the memory it frees, as the trainer's
+  does; and generation with its cache.
+- plain: plain.py with AdamW as `torch.optim.AdamW(...)` gives it.
+- hf: GPT2LMHeadModel of Hugging Face's transformers with its own loss, fused attention and PyTorch's GELU kernel.
+- litgpt: its GPT and its own loss. It has no learned positions, so a quarter of each head is rotated (its default,
+  which costs about as little), and it begins from its own weights: its losses are not comparable. Its vocabulary is
+  padded to a multiple of 64, which it offers. It has no dropout.
+- nanogpt: model.py of a checkout, with the tanh form of GELU, for the sake of equal losses. It generates without a
+  cache, as plain does, and is left out there.
+
+Of hf and nanogpt there are variants, which take part when they are named. `hf+padded` has a vocabulary padded with
+zeros to a multiple of 64, as nanoGPT's trainer has it: its losses are a little higher, its head may be faster.
+`hf+compiled` goes through torch.compile, which takes most of a minute before the first step.
+"""
+
+import functools
+import importlib.util
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bench import plain
+from bench.shapes import GRAD_CLIP, LEARNING_RATE, SEED, WEIGHT_DECAY, Shape, adamw
+from gptcore import memory
+from gptcore.config import TrainConfig
+from gptcore.generate import generate, generate_text_simple
+from gptcore.model import GPTModel
+from gptcore.train import TrainState, update
+
+OURS, PLAIN, HF, LITGPT, NANOGPT = "ours", "plain", "hf", "litgpt", "nanogpt"
+PACKAGES = {HF: "transformers", LITGPT: "litgpt"}
+"""What has to be installed for a peer."""
+PADDED, COMPILED = "padded", "compiled"
+VARIANTS = (PADDED, COMPILED)
+"""Of hf and nanogpt, written after a plus sign."""
+_MULTIPLE = 64
+
+
+class Contender(Protocol):
+    """One model in training."""
+
+    def step(self, inputs: Tensor, targets: Tensor) -> float:
+        """Makes one update of the weights and returns the loss before it. Ids (batch, tokens)."""
+
+    def generate(self, idx: Tensor, max_new_tokens: int) -> Tensor:
+        """Continues ids (batch, tokens) greedily: ids (batch, tokens + max_new_tokens)."""
+
+
+class Ours:
+    """gptcore."""
+
+    def __init__(self, shape: Shape, drop_rate: float) -> None:
+        memory.keep_freed()
+        self.train = TrainConfig(
+            learning_rate=LEARNING_RATE,
+            weight_decay=WEIGHT_DECAY,
+            grad_clip=GRAD_CLIP,
+            batch_size=shape.batch_size,
+            threads=torch.get_num_threads(),
+            device="cpu",
+            precision="fp32",
+            compile=False,
+            seed=SEED,
+        )
+        self.state = TrainState.initial(shape.cfg(drop_rate), self.train)
+
+    def step(self, inputs: Tensor, targets: Tensor) -> float:
+        return update(self.state, [(inputs, targets)], LEARNING_RATE, self.train)[0]
+
+    def generate(self, idx: Tensor, max_new_tokens: int) -> Tensor:
+        """One text by `generate`, which takes no more; several by `generate_text_simple`, which has the same cache."""
+        model = self.state.model.eval()
+        if len(idx) > 1:
+            return generate_text_simple(model, idx, max_new_tokens, model.context_length)
+        prompt = idx[0].tolist()
+        return torch.tensor([[*prompt, *generate(model, prompt, max_new_tokens, temperature=0)]])
+
+
+class Peer:
+    """Somebody else's model, in the training loop that all of them have in common."""
+
+    def __init__(self, model: nn.Module, fused: bool = True, compiled: bool = False) -> None:
+        self.optimizer = adamw(model.parameters(), fused)
+        self.model: Any = torch.compile(model.train()) if compiled else model.train()
+
+    def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def step(self, inputs: Tensor, targets: Tensor) -> float:
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.loss(inputs, targets)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), GRAD_CLIP)
+        self.optimizer.step()
+        return loss.item()
+
+    def generate(self, idx: Tensor, max_new_tokens: int) -> Tensor:
+        raise NotImplementedError
+
+
+class Plain(Peer):
+    def __init__(self, shape: Shape, drop_rate: float) -> None:
+        model = plain.GPTModel(shape.cfg(drop_rate))
+        weights = first_weights(shape)
+        model.load_state_dict({**weights, "out_head.weight": weights["tok_emb.weight"]})
+        super().__init__(model, fused=False)
+
+    def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        return plain.loss(self.model, inputs, targets)
+
+    def generate(self, idx: Tensor, max_new_tokens: int) -> Tensor:
+        return plain.generate(self.model.eval(), idx, max_new_tokens)
+
+
+class HuggingFace(Peer):
+    def __init__(self, shape: Shape, drop_rate: float, padding: int = 0, compiled: bool = False) -> None:
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        config = GPT2Config(
+            vocab_size=shape.vocab_size + padding,
+            n_positions=shape.context_length,
+            n_embd=shape.emb_dim,
+            n_layer=shape.n_layers,
+            n_head=shape.n_heads,
+            activation_function="gelu_pytorch_tanh",
+            resid_pdrop=drop_rate,
+            embd_pdrop=drop_rate,
+            attn_pdrop=drop_rate,
+            attn_implementation="sdpa",
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+        model = GPT2LMHeadModel(config)
+        load(model, as_gpt2(first_weights(shape), shape.n_layers, padding, transposed=True))
+        super().__init__(model, compiled=compiled)
+
+    def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        return self.model(inputs, labels=targets, shift_labels=targets, use_cache=False).loss
+
+    def generate(self, idx: Tensor, max_new_tokens: int) -> Tensor:
+        mask = torch.ones_like(idx)
+        return self.model.eval().generate(
+            idx, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=0
+        )
+
+
+class LitGPT(Peer):
+    def __init__(self, shape: Shape, drop_rate: float) -> None:
+        from litgpt.config import Config
+        from litgpt.model import GPT
+
+        assert drop_rate == 0, "litgpt has no dropout"
+        config = Config(
+            block_size=shape.context_length,
+            vocab_size=shape.vocab_size,
+            padding_multiple=_MULTIPLE if shape.vocab_size > 1000 else 1,
+            n_layer=shape.n_layers,
+            n_head=shape.n_heads,
+            n_embd=shape.emb_dim,
+            parallel_residual=False,
+            attn_bias=True,
+            gelu_approximate="tanh",
+        )
+        torch.manual_seed(SEED)
+        model = GPT(config)
+        model.apply(model._init_weights)
+        model.transformer.wte.weight = model.lm_head.weight
+        super().__init__(model)
+
+    def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        from litgpt.utils import chunked_cross_entropy
+
+        return chunked_cross_entropy(self.model(inputs), targets)
+
+    def generate(self, idx: Tensor, max_new_tokens: int) -> Tensor:
+        from litgpt.generate.base import batched_generate_fn
+        from litgpt.generate.base import generate as generate_one
+
+        model, (batch, tokens) = self.model.eval(), idx.shape
+        model.clear_kv_cache()
+        model.max_seq_length = tokens + max_new_tokens
+        model.set_kv_cache(batch_size=batch)
+        with torch.inference_mode():
+            if batch == 1:
+                return generate_one(model, idx[0], tokens + max_new_tokens, temperature=0.0)[None]
+            sampling = {"temperature": 0.0}
+            columns = batched_generate_fn(
+                model, idx, tokens + max_new_tokens, sample_args=sampling, include_prompt=True, include_eos=True
+            )
+            return torch.stack([torch.cat([one.view(1) for one in column]) for column in columns], dim=1)
+
+
+class NanoGPT(Peer):
+    def __init__(
+        self, checkout: Path, shape: Shape, drop_rate: float, padding: int = 0, compiled: bool = False
+    ) -> None:
+        spec = importlib.util.spec_from_file_location("nanogpt_model", checkout / "model.py")
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        config = module.GPTConfig(
+            block_size=shape.context_length,
+            vocab_size=shape.vocab_size + padding,
+            n_layer=shape.n_layers,
+            n_head=shape.n_heads,
+            n_embd=shape.emb_dim,
+            dropout=drop_rate,
+            bias=True,
+        )
+        model = module.GPT(config)
+        for block in model.transformer.h:
+            block.mlp.gelu = nn.GELU(approximate="tanh")
+        load(model, as_gpt2(first_weights(shape), shape.n_layers, padding, transposed=False))
+        super().__init__(model, compiled=compiled)
+
+    def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        return self.model(inputs, targets)[1]
+
+
+def make(name: str, shape: Shape, drop_rate: float, nanogpt: str | None) -> Contender:
+    """The contender of that name. `nanogpt` is the path of a checkout."""
+    base, *variants = name.split("+")
+    kinds: dict[str, Callable[..., Contender]] = {OURS: Ours, PLAIN: Plain, HF: HuggingFace, LITGPT: LitGPT}
+    if nanogpt is not None:
+        kinds[NANOGPT] = functools.partial(NanoGPT, Path(nanogpt))
+    if not variants:
+        return kinds[base](shape, drop_rate)
+    padding = -shape.vocab_size % _MULTIPLE if PADDED in variants else 0
+    return kinds[base](shape, drop_rate, padding, COMPILED in variants)
+
+
+def is_known(name: str) -> bool:
+    """Whether there is such a contender, whatever is installed."""
+    base, *variants = name.split("+")
+    if base in (HF, NANOGPT):
+        return set(variants) <= set(VARIANTS)
+    return base in (OURS, PLAIN, LITGPT) and not variants
+
+
+def has_our_losses(name: str) -> bool:
+    """Whether the contender is the same function of the same weights, so that its losses must be ours."""
+    base, *variants = name.split("+")
+    return base != LITGPT and PADDED not in variants
+
+
+def first_weights(shape: Shape) -> dict[str, Tensor]:
+    """Those that ours begins with."""
+    torch.manual_seed(SEED)
+    return GPTModel(shape.cfg(0.0)).state_dict()
+
+
+def as_gpt2(weights: Mapping[str, Tensor], n_layers: int, padding: int, transposed: bool) -> dict[str, Tensor]:
+    """gptcore's weights under the names of GPT-2's published ones, whose matrices of the blocks are `transposed`.
+
+    `padding` rows of zeros follow the embedding's.
+    """
+
+    def turn(matrix: Tensor) -> Tensor:
+        return matrix.t().contiguous() if transposed else matrix
+
+    embedding = F.pad(weights["tok_emb.weight"], (0, 0, 0, padding))
+    named = {"wte.weight": embedding, "wpe.weight": weights["pos_emb.weight"]}
+    named |= {"ln_f.weight": weights["final_norm.scale"], "ln_f.bias": weights["final_norm.shift"]}
+    for layer in range(n_layers):
+        ours, theirs = f"trf_blocks.{layer}", f"h.{layer}"
+        for number in (1, 2):
+            named[f"{theirs}.ln_{number}.weight"] = weights[f"{ours}.norm{number}.scale"]
+            named[f"{theirs}.ln_{number}.bias"] = weights[f"{ours}.norm{number}.shift"]
+        matrices = {
+            "attn.c_attn": [f"att.W_{part}" for part in ("query", "key", "value")],
+            "attn.c_proj": ["att.out_proj"],
+            "mlp.c_fc": ["ff.layers.0"],
+            "mlp.c_proj": ["ff.layers.2"],
+        }
+        for name, parts in matrices.items():
+            named[f"{theirs}.{name}.weight"] = turn(torch.cat([weights[f"{ours}.{part}.weight"] for part in parts]))
+            named[f"{theirs}.{name}.bias"] = torch.cat([weights[f"{ours}.{part}.bias"] for part in parts])
+    return {f"transformer.{name}": value for name, value in named.items()}
+
+
+def load(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Loads all that a GPT-2 learns. Its head is its embedding and has no entry of its own."""
+    found = model.load_state_dict(weights, strict=False)
+    missing = set(found.missing_keys) - {"lm_head.weight"}
+    assert not missing and not found.unexpected_keys, (missing, found.unexpected_keys)

@@ -1,0 +1,81 @@
+"""The benchmark beside its peers, at a size that takes seconds: what is counted, compared and written down."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench import __main__ as program
+from bench import plain, report
+from bench.contender import contender
+from bench.encoders import OURS, TIKTOKEN
+from bench.peers import first_weights
+from bench.shapes import SHAPES, Shape
+from bench.steps import Steps, Timed
+from bench.tokenizing import measure_tokenizing
+
+TINY = Shape("M", 2, 2, 32, 256, 2, 300, rounds=2)
+
+
+def test_flops_by_formula_are_what_pytorch_counts_but_for_the_masked_half_of_attention() -> None:
+    model = plain.GPTModel(TINY.cfg(0.0))
+    with FlopCounterMode(display=False) as counter:
+        plain.loss(model, *TINY.batch(0)).backward()
+    masked = 6 * TINY.batch_size * TINY.context_length * TINY.n_layers * TINY.emb_dim * TINY.context_length
+    assert counter.get_total_flops() == TINY.step_flops + masked
+
+
+def test_every_contender_makes_the_same_losses_and_the_figures_are_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "made" / "bench.json"
+    command = "bench --shapes M --only step --contenders plain --quick --rounds 2 --threads 1 --json".split()
+    monkeypatch.setattr(sys, "argv", [*command, str(file)])
+    monkeypatch.setitem(SHAPES, "M", TINY)
+    assert program.main() == 0
+    printed = capsys.readouterr().out
+    found = json.loads(file.read_text())
+    (step,) = found["step"]
+    ours, theirs = step["contenders"]["ours"], step["contenders"]["plain"]
+    assert step["ratio"] == pytest.approx(theirs["median_seconds"] / ours["median_seconds"])
+    assert f"{step['ratio']:.2f}x" in printed
+    assert len(ours["losses"]) == 4 and len(ours["seconds"]) == 2
+    assert 0 < theirs["loss_difference"] <= 1e-4 or theirs["losses"] == ours["losses"]
+    assert ours["losses"][-1] < ours["losses"][0]
+    assert ours["peak_mb"] > 50 and 0 < ours["share_of_matmul"] < 1
+    assert file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_contenders_write_the_same_tokens(batch: int) -> None:
+    asked = {"batch": batch, "prompt": 5, "new": 6}
+    ours, theirs = (contender(name, TINY, 0.0, None)["generate"](**asked) for name in ("ours", "plain"))
+    assert ours["ids"] == theirs["ids"] and [len(ids) for ids in ours["ids"]] == [6] * batch
+
+
+def test_losses_that_differ_are_told() -> None:
+    ours = Timed("ours", (1.0, 1.0), (4.0, 3.0), 100.0)
+    steps = Steps(TINY, 0.0, (100.0, 100.0), (ours, replace(ours, name="plain", losses=(4.0, 3.001))))
+    (line,) = report.losses_differ([steps])
+    assert "M: the losses of plain differ from ours by 3.3e-04" in line
+    assert "DIFFER" in report.steps_summary([steps])
+    assert report.losses_differ([replace(steps, drop_rate=0.1)]) == []
+
+
+def test_a_peer_of_another_function_is_not_asked_for_our_losses() -> None:
+    assert set(first_weights(TINY)) == set(plain.GPTModel(TINY.cfg(0.0)).state_dict()) - {"out_head.weight"}
+    ours = Timed("ours", (1.0,), (4.0,), 100.0)
+    steps = Steps(
+        TINY, 0.0, (100.0,), (ours, *(replace(ours, name=name, losses=(5.0,)) for name in ("litgpt", "hf+padded")))
+    )
+    assert report.losses_differ([steps]) == []
+
+
+def test_tokenisers_encode_the_same_text_to_the_same_ids() -> None:
+    made = measure_tokenizing((OURS, TIKTOKEN), 300_000, rounds=1, threads=2, text=None)
+    assert 290_000 < made.num_bytes <= 300_000
+    assert [one.same_ids for one in made.contenders] == [True, True]
+    assert made.contenders[0].peak_mb > made.contenders[1].peak_mb, "two children count as well"

@@ -144,8 +144,8 @@ def plot(measured: Sequence[Steps], path: Path) -> None:
 def _bars(axis: Any, names: Sequence[str], heights: Sequence[float], labels: Sequence[str]) -> None:
     colours = [OURS_COLOUR, *[PEER_COLOUR] * (len(names) - 1)]
     bars = axis.bar(range(len(names)), heights, color=colours)
-    axis.bar_label(bars, labels=labels, fontsize=7)
-    axis.axhline(1.0, color="black", linewidth=0.8, linestyle=":")
+    axis.axhline(1.0, color="black", linewidth=0.8, linestyle=":", zorder=0)
+    axis.bar_label(bars, labels=labels, fontsize=7, padding=2, bbox={"facecolor": "white", "linewidth": 0, "pad": 0.5})
     axis.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=8)
     axis.spines[["top", "right"]].set_visible(False)
 

@@ -91,7 +91,8 @@ class Tokenizer:
 
     def encode_to_numpy(self, text: str) -> np.ndarray:
         """As `encode`: (tokens,) uint32."""
-        parts = [np.array(self.encoding.encode_ordinary(piece), dtype=np.uint32) for piece in pieces(text)]
+        # tiktoken's own array spares it a list of Python's numbers, but knows no surrogates.
+        parts = [self.encoding.encode_to_numpy(_valid(piece), disallowed_special=()) for piece in pieces(text)]
         return np.concatenate(parts) if parts else np.empty(0, dtype=np.uint32)
 
     def decode(self, ids: Sequence[int]) -> str:

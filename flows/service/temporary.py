@@ -66,14 +66,17 @@ def wait_until_ready(server: Child) -> None:
 def serve(port: int) -> None:
     """Serves Prefect's API until the process that started this one is gone, or SIGTERM."""
     threading.Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
-    gc.disable()  # imports make no garbage, and looking for it takes a fifth of their time
+    gc.disable()  # imports and migrations make no garbage, and looking for it takes a fifth of their time
     import uvicorn
     from prefect.server.api.server import create_app
 
-    app = create_app()
-    gc.freeze()
-    gc.enable()
-    uvicorn.run(app, host=HOST, port=port, log_level="error", lifespan="on")
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            gc.freeze()
+            gc.enable()
+
+    Server(uvicorn.Config(create_app(), host=HOST, port=port, log_level="error", lifespan="on")).run()
 
 
 def _stop(server: Child) -> None:

@@ -334,6 +334,8 @@ def _exit_code() -> int:
         _command()
     except click.exceptions.Exit as done:
         return done.exit_code
+    except SystemExit as done:  # a command that says itself how it ended
+        return int(done.code or 0)
     except click.ClickException as error:
         error.show()
         return 2

@@ -4,10 +4,12 @@ Each command imports what it needs when it runs, so that help and wrong input ar
 printed as one message without a traceback; exit codes are 0 (done), 2 (the input is wrong) and 1 (anything else).
 """
 
+import atexit
 import json as json_module
 import os
 import re
 import sys
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from threading import Thread
@@ -350,28 +352,49 @@ def _entered(file: str | None) -> "StateRoot":
 
 def main() -> None:
     """Entry point: runs a command, and turns our errors into a message and an exit code."""
+    ending = {"code": 1}  # of an error that nobody expected
+    atexit.register(_end, ending)
+    ending["code"] = _exit_code()
+    sys.exit(ending["code"])
+
+
+def _end(ending: dict[str, int]) -> None:
+    """Ends the process. Registered first, it comes last: Prefect has sent, and all threads have ended.
+
+    What Python would still do is to take apart all that was imported, which takes a second or two.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(ending["code"])
+
+
+def _exit_code() -> int:
     from gptcore.errors import GPTCoreError
 
     try:
         _command()
     except click.exceptions.Exit as done:
-        sys.exit(done.exit_code)
+        return done.exit_code
+    except SystemExit as done:  # a command that says itself how it ended
+        return int(done.code or 0)
     except click.ClickException as error:
         error.show()
-        sys.exit(2)
+        return 2
     except GPTCoreError as error:
         click.secho("error: ", fg="red", bold=True, nl=False, err=True)
         click.echo(str(error), err=True)
         if error.ends_at_once:
             sys.stdout.flush()
             os._exit(error.exit_code)
-        sys.exit(error.exit_code)
+        return error.exit_code
     except OSError as error:
         click.echo(f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}", err=True)
-        sys.exit(1)
+        return 1
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
-        sys.exit(130)
+        return 130
+    return 0
 
 
 def _command() -> None:

@@ -5,12 +5,19 @@ stored in a checkpoint.
 """
 
 import math
+from inspect import unwrap
 
 import torch
 from torch import nn
 
 from gptcore.config import TrainConfig
-from gptcore.muon import BETAS, Muon
+from gptcore.muon import BETAS, Eager, Muon
+
+
+class AdamW(Eager, torch.optim.AdamW):
+    """torch's own."""
+
+    step = torch.no_grad()(unwrap(torch.optim.AdamW.step))
 
 
 def make_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.Optimizer:
@@ -29,7 +36,7 @@ def make_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.Optimizer:
     ]
     groups = [group for group in groups if group["params"]]
     if cfg.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=BETAS, fused=True)
+        return AdamW(groups, lr=cfg.learning_rate, betas=BETAS, fused=True)
     matrices = {"params": [parameters[name] for name in sorted(inner)], "weight_decay": cfg.weight_decay}
     return Muon([{**matrices, "orthogonal": True}, *groups], cfg.learning_rate)
 

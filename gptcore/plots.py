@@ -36,6 +36,11 @@ def new_figure(width: float = 8, height: float = 5) -> "Figure":
     return figure
 
 
+def save_png(figure: "Figure", path: Path) -> None:
+    """Writes a `new_figure`, drawing it once. `savefig` would draw it twice, the first time for the layout alone."""
+    figure.canvas.print_png(path)  # type: ignore[attr-defined]
+
+
 def plot_losses(
     epochs_seen: Sequence[float],
     tokens_seen: Sequence[int],

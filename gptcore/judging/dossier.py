@@ -113,7 +113,7 @@ def plot_run(run: RunDirectory, evaluation: Path) -> Path:
             "surprise": plot_surprise(surprise["tokens"], surprise["nats"], title),
         }
         for name, figure in figures.items():
-            figure.savefig(directory / f"{name}.png")
+            plots.save_png(figure, directory / f"{name}.png")
 
     return _published(run, "plots", inputs, fill)
 
@@ -140,7 +140,7 @@ def plot_rival(run: RunDirectory, gains: Sequence[float], comparison: Comparison
     inputs = {"weights": _weights_sha256(run), "numbers": numbers}
 
     def fill(directory: Path) -> None:
-        plots.plot_gains(gains, comparison, margin).savefig(directory / "gains.png")
+        plots.save_png(plots.plot_gains(gains, comparison, margin), directory / "gains.png")
 
     return _published(run, "comparison", inputs, fill)
 

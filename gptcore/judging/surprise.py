@@ -109,13 +109,13 @@ def _paint(page: "Axes", cells: Sequence[_Cell], bits: np.ndarray, families: lis
     faces = colours.to_rgba(np.ma.masked_invalid(bits))
     corners = [_corners(cell) for cell in cells]
     page.add_collection(PolyCollection(corners, facecolors=[faces[cell.token] for cell in cells], linewidths=0))
-    for run in _runs(cells):
-        dark = faces[run.token][:3] @ (0.299, 0.587, 0.114) < 0.5
+    is_dark = faces[:, :3] @ (0.299, 0.587, 0.114) < 0.5
+    for run in _runs(cells, is_dark):
         page.text(
             run.column,
             run.row + 0.5,
             run.text,
-            color="white" if dark else "black",
+            color="white" if is_dark[run.token] else "black",
             fontsize=_POINTS,
             fontfamily=families,
             va="center_baseline",
@@ -130,16 +130,24 @@ def _corners(cell: _Cell) -> list[tuple[float, float]]:
     return [(left, top), (right, top), (right, bottom), (left, bottom)]
 
 
-def _runs(cells: Sequence[_Cell]) -> list[_Cell]:
-    """Neighbouring ASCII characters of one token joined, since drawing text is slow; others keep to their own cell."""
+def _runs(cells: Sequence[_Cell], is_dark: np.ndarray) -> list[_Cell]:
+    """Neighbouring ASCII characters of one colour joined, since drawing text is slow; others keep to their own cell.
+
+    Each run begins with its first token; `is_dark` says of each token whether its background is.
+    """
     runs: list[_Cell] = []
     for cell in cells:
         last = runs[-1] if runs else None
-        if last and last[:2] == cell[:2] and last.text.isascii() and cell.text.isascii():
+        if last and _continues(last, cell) and is_dark[last.token] == is_dark[cell.token]:
             runs[-1] = last._replace(text=last.text + cell.text)
         else:
             runs.append(cell)
     return runs
+
+
+def _continues(run: _Cell, cell: _Cell) -> bool:
+    is_next = run.row == cell.row and run.column + len(run.text) == cell.column
+    return is_next and run.text.isascii() and cell.text.isascii()
 
 
 def _fonts(characters: str) -> tuple[list[str], dict[int, str]]:

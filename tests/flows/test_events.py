@@ -117,8 +117,7 @@ def test_without_a_server_there_is_nobody_to_tell(registry: Any, monkeypatch: py
 def test_a_command_tells_of_its_move_without_importing_prefect(
     registry: Any, receiver: Receiver, project: Path
 ) -> None:
-    program = "import sys, atexit; from flows.cli import main\n"
-    program += "atexit.register(lambda: print('prefect' in sys.modules)); main()"
+    program = "import sys; from flows.cli import main\ntry: main()\nfinally: print('prefect' in sys.modules)"
     arguments = ["promote", MODEL, "2", "--reason", "nicer"]
     environment = clean(PREFECT_API_URL=f"{receiver.url}/api")
     done = subprocess.run(

@@ -1,0 +1,228 @@
+"""What the pipeline itself costs: `gptflow run` of a tiny pipeline, phase by phase from process start to exit.
+
+    python -m bench.pipeline --rounds 5 --json pipeline.json
+    python -m bench.pipeline --tracked quickstart --rounds 5
+
+Each round runs the pipeline three times in a state root of its own: fresh, with changed text, and unchanged, which is
+skipped. The phases are read from outside, and nothing in the product is there for it: when children appear, listen and
+end; the states of the flow run in Prefect's database; what `--json` says of each step; and the times of the run
+directory's files. A phase is the median over the rounds.
+
+With `--tracked` it compares instead how fast a pipeline's training is under the flow with what the same run directory
+does with `python -m gptcore.train` alone, in turn.
+"""
+
+import argparse
+import json
+import os
+import random
+import socket
+import sqlite3
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from bench.project import COMMAND, PIPELINE, Project
+from flows.state import OPT_OUTS
+
+KINDS = ("fresh", "changed", "skipped")
+_LOOK_SECONDS = 0.02
+Phases = dict[str, float]
+"""Seconds by phase, in order; together the whole run."""
+
+
+@dataclass
+class Seen:
+    """What was seen of one run from outside: seconds since the epoch by event."""
+
+    began: float
+    server_started: float = 0.0
+    server_listens: float = 0.0
+    trainer_started: float = 0.0
+    trainer_ended: float = 0.0
+    ended: float = 0.0
+    outcome: dict[str, Any] = field(default_factory=dict)
+
+
+def watched(project: Project, *arguments: str) -> Seen:
+    """Runs the pipeline to its end, and looks at its children every few hundredths of a second."""
+    output = project.directory / "outcome.json"
+    command = [*COMMAND, "run", PIPELINE, "--json", *arguments]
+    with output.open("w") as file:
+        seen = Seen(time.time())
+        process = subprocess.Popen(
+            command, cwd=project.directory, env=environment(), stdin=subprocess.DEVNULL, stdout=file
+        )
+    while process.poll() is None:
+        _look(psutil.Process(process.pid), seen)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_LOOK_SECONDS)
+    seen.ended = time.time()
+    if process.returncode:
+        raise RuntimeError(f"gptflow run ended with exit code {process.returncode}")
+    seen.outcome = json.loads(output.read_text())
+    return seen
+
+
+def _look(process: psutil.Process, seen: Seen) -> None:
+    now = time.time()
+    commands: list[list[str]] = []
+    with suppress(psutil.Error):
+        commands = [child.cmdline() for child in process.children()]
+    server = next((command for command in commands if "flows.service.temporary" in command), None)
+    trains = any("gptcore.train" in command for command in commands)
+    if server and not seen.server_started:
+        seen.server_started = now
+    if server and not seen.server_listens and _listens(server[-1]):
+        seen.server_listens = now
+    if trains and not seen.trainer_started:
+        seen.trainer_started = now
+    if seen.trainer_started and not trains and not seen.trainer_ended:
+        seen.trainer_ended = now
+
+
+def _listens(port: str) -> bool:
+    with suppress(OSError), closing(socket.create_connection(("127.0.0.1", int(port)), timeout=1)):
+        return True
+    return False
+
+
+def environment() -> dict[str, str]:
+    """This process's, without what would lead a run elsewhere, and with byte code written as everywhere else."""
+    prefixes = ("PREFECT_", "MLFLOW_", "GPTFLOW_", "PYTHONDONTWRITEBYTECODE")
+    return {**{key: value for key, value in os.environ.items() if not key.startswith(prefixes)}, **OPT_OUTS}
+
+
+def phases(project: Project, seen: Seen) -> Phases:
+    """The run from process start to exit. What stands between two events belongs to the later one."""
+    states = _states(project)
+    steps = {name: took for name, took in seen.outcome["seconds"].items() if name not in ("start", "total")}
+    flow = states["ended"] - states["running"]
+    found = {
+        "checks of the input, until Prefect's server is started": seen.server_started - seen.began,
+        "until the server listens": seen.server_listens - seen.server_started,
+        "until the flow run exists": states["created"] - seen.server_listens,
+        "until it runs": states["running"] - states["created"],
+    }
+    for name, took in steps.items():
+        found |= _training(project, seen, took) if name == "train" else {name: took}
+    found["between the steps"] = flow - sum(steps.values())
+    found["from the flow run's end to exit"] = seen.ended - states["ended"]
+    return {**found, "total": seen.ended - seen.began}
+
+
+def _training(project: Project, seen: Seen, took: float) -> Phases:
+    """The step `train`: the trainer's start, its updates, what else it does, its end; and the rest of the step."""
+    run = Path(seen.outcome["run_directory"])
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    imported, committed = (run / "lock").stat().st_mtime, (run / "final").stat().st_mtime
+    updates = lines[-1]["seconds"]
+    return {
+        "train: the trainer's imports": imported - seen.trainer_started,
+        "train: updates": updates,
+        "train: model, evaluations, results": committed - imported - updates,
+        "train: the trainer's end": seen.trainer_ended - committed,
+        "train: the rest": took - (seen.trainer_ended - seen.trainer_started),
+    }
+
+
+def _states(project: Project) -> dict[str, float]:
+    """When the newest flow run was created, began to run and ended."""
+    database = project.root.prefect / "ephemeral" / "prefect.db"
+    query = """SELECT type, timestamp FROM flow_run_state WHERE flow_run_id =
+               (SELECT flow_run_id FROM flow_run_state ORDER BY timestamp DESC LIMIT 1)"""
+    with closing(sqlite3.connect(database)) as connection:
+        times = {kind: datetime.fromisoformat(at).replace(tzinfo=UTC) for kind, at in connection.execute(query)}
+    names = {"PENDING": "created", "RUNNING": "running", "COMPLETED": "ended"}
+    return {names[kind]: at.timestamp() for kind, at in times.items() if kind in names}
+
+
+def rounds_of(count: int) -> dict[str, list[Phases]]:
+    """The phases of each kind of run, round by round."""
+    found: dict[str, list[Phases]] = {kind: [] for kind in KINDS}
+    for number in range(count):
+        with tempfile.TemporaryDirectory() as directory:
+            project = Project(Path(directory), random.Random(number))
+            for kind in KINDS:
+                if kind == "changed":
+                    project.text.grow()
+                found[kind].append(phases(project, watched(project)))
+    return found
+
+
+def tracked(pipeline: str, steps: int, count: int) -> dict[str, list[float]]:
+    """Seconds per update of a pipeline's training, alone and under the flow, in turn."""
+    found: dict[str, list[float]] = {"alone": [], "under the flow": []}
+    sets = ("--set", f"train.max_steps={steps}")
+    for _ in range(count):
+        with tempfile.TemporaryDirectory() as directory:
+            environ = {**environment(), "GPTFLOW_HOME": f"{directory}/mlruns"}
+            alone = Path(directory) / "alone"
+            _run([*COMMAND, "prepare", pipeline, str(alone), *sets], environ)
+            _run([sys.executable, "-m", "gptcore.train", str(alone)], environ)
+            _run([*COMMAND, "run", pipeline, *sets], environ)
+            (flow,) = Path(directory).glob(f"mlruns/runs/{pipeline}/*/")
+            for name, run in (("alone", alone), ("under the flow", flow)):
+                found[name].append(_seconds_an_update(run))
+    return found
+
+
+def _seconds_an_update(run: Path) -> float:
+    """Mean over the updates but the first, which warms up."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    took = [after["seconds"] - before["seconds"] for before, after in pairwise(lines)]
+    return statistics.mean(took)
+
+
+def _run(command: Sequence[str], environ: Mapping[str, str]) -> None:
+    subprocess.run(command, env=environ, stdin=subprocess.DEVNULL, capture_output=True, check=True)
+
+
+def median(found: Sequence[Phases]) -> Phases:
+    """The median of each phase over the rounds."""
+    return {name: statistics.median(one[name] for one in found) for name in found[0]}
+
+
+def table(found: Mapping[str, Sequence[Phases]]) -> str:
+    """Medians as markdown, one column per kind of run."""
+    columns = {kind: median(rounds) for kind, rounds in found.items()}
+    names = list(dict.fromkeys(name for column in columns.values() for name in column if name != "total"))
+    lines = [f"| seconds | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
+    for name in [*names, "total"]:
+        cells = (f"{column[name]:.2f}" if name in column else "" for column in columns.values())
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.pipeline", description="What the pipeline itself costs.")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tracked", metavar="PIPELINE", help="compare its training alone and under the flow")
+    parser.add_argument("--steps", type=int, default=100, help="updates of a tracked training")
+    parser.add_argument("--json", type=Path, help="where to write every round's numbers")
+    given = parser.parse_args()
+    found: Mapping[str, Any]
+    if given.tracked:
+        found = tracked(given.tracked, given.steps, given.rounds)
+        alone, flow = (statistics.median(found[name]) for name in found)
+        print(f"alone {1000 * alone:.2f} ms an update, under the flow {1000 * flow:.2f} ms: {flow / alone - 1:+.1%}")
+    else:
+        found = rounds_of(given.rounds)
+        print(table(found))
+    if given.json:
+        given.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

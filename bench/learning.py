@@ -34,8 +34,7 @@ GPT2 = {"init": "gpt2", "tied": True}
 MODERN = {"recipe": "modern"}
 ADAMW = {"learning_rate": 1e-3, "schedule": "cosine", "warmup_steps": 100, "weight_decay": 0.1}
 FEWER_STEPS = {"learning_rate": 3e-3, "warmup_steps": 15}
-ADAMW_MODERN = {"optimizer": "adamw", "learning_rate": 4e-3}
-MUON = {"optimizer": "muon", "learning_rate": 0.02, "schedule": "linear", "weight_decay": 0.0}
+MUON = {"optimizer": "muon", "learning_rate": 0.02, "schedule": "linear", "weight_decay": 0.3, "grad_clip": 0.0}
 
 
 @dataclass(frozen=True)
@@ -62,9 +61,8 @@ CONTESTS = {
         *("bytes", 64, 12),
         (
             Recipe("gpt2, AdamW, 2,000 steps", GPT2, {**ADAMW, "max_steps": 2000}),
-            Recipe("modern, Muon, 170 steps", MODERN, {**MUON, "max_steps": 170}),
-            Recipe("modern, Muon, 350 steps", MODERN, {**MUON, "max_steps": 350}),
-            Recipe("modern, AdamW, 350 steps", MODERN, {**MUON, **ADAMW_MODERN, "max_steps": 350}),
+            Recipe("modern, Muon, 260 steps", MODERN, {**MUON, "max_steps": 260}),
+            Recipe("modern, Muon, 450 steps", MODERN, {**MUON, "max_steps": 450}),
         ),
     ),
     "bpe": Contest(

@@ -4,18 +4,18 @@ Each command imports what it needs when it runs, so that help and wrong input ar
 printed as one message without a traceback; exit codes are 0 (done), 2 (the input is wrong) and 1 (anything else).
 """
 
-import atexit
 import json as json_module
 import os
 import re
 import sys
-from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from flows.command import ending
 
 if TYPE_CHECKING:
     from flows.pipelines import Pipeline, PipelinesFile
@@ -352,63 +352,4 @@ def _entered(file: str | None) -> "StateRoot":
 
 def main() -> None:
     """Entry point: runs a command, and turns our errors into a message and an exit code."""
-    ending = {"code": 1}  # of an error that nobody expected
-    atexit.register(_end, ending)
-    ending["code"] = _exit_code()
-    sys.exit(ending["code"])
-
-
-def _end(ending: dict[str, int]) -> None:
-    """Ends the process. Registered first, it comes last: Prefect has sent, and all threads have ended.
-
-    What Python would still do is to take apart all that was imported, which takes a second or two.
-    """
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):
-            stream.flush()
-    os._exit(ending["code"])
-
-
-def _exit_code() -> int:
-    from gptcore.errors import GPTCoreError
-
-    try:
-        _command()
-    except click.exceptions.Exit as done:
-        return done.exit_code
-    except SystemExit as done:  # a command that says itself how it ended
-        return int(done.code or 0)
-    except click.ClickException as error:
-        error.show()
-        return 2
-    except GPTCoreError as error:
-        click.secho("error: ", fg="red", bold=True, nl=False, err=True)
-        click.echo(str(error), err=True)
-        if error.ends_at_once:
-            sys.stdout.flush()
-            os._exit(error.exit_code)
-        return error.exit_code
-    except OSError as error:
-        click.echo(f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}", err=True)
-        return 1
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted", err=True)
-        return 130
-    return 0
-
-
-def _command() -> None:
-    try:
-        cli(standalone_mode=False)
-    except (click.ClickException, click.exceptions.Exit, click.Abort):
-        raise
-    except Exception as error:
-        # Only where MLflow has been imported can its errors, or Prefect's, have come up.
-        if "mlflow" not in sys.modules:
-            raise
-        from flows.faults import explained
-        from flows.state import state_root
-
-        if (ours := explained(error, state_root())) is None:
-            raise
-        raise ours from error
+    ending.run_to_the_end(lambda: cli(standalone_mode=False))

@@ -5,7 +5,7 @@
 
 A small model (4 layers, 4 heads, width 128) learns the first 90 percent of a text; its loss is over all of the rest, in
 nats per token. Of bytes: context 64, batches of 12, and the yardstick is GPT-2's architecture with AdamW for 2,000
-steps. Of GPT-2's vocabulary: context 128, batches of 16, and the yardstick has AdamW for 150 steps at the rate that was
+steps. Of GPT-2's vocabulary: context 128, batches of 16, and the yardstick has AdamW for 100 steps at the rate that was
 best for it. Beside it stands the modern recipe, with Muon, for far fewer. Recipes take turns, seed by seed. Seconds are
 those of the updates alone, which is what `seconds` of a training counts.
 """
@@ -33,7 +33,7 @@ SHAPE = {"emb_dim": 128, "n_heads": 4, "n_layers": 4}
 GPT2 = {"init": "gpt2", "tied": True}
 MODERN = {"recipe": "modern"}
 ADAMW = {"learning_rate": 1e-3, "schedule": "cosine", "warmup_steps": 100, "weight_decay": 0.1}
-FEWER_STEPS = {"learning_rate": 3e-3, "warmup_steps": 15}
+FEWER_STEPS = {"learning_rate": 3e-3, "warmup_steps": 10}
 MUON = {"optimizer": "muon", "learning_rate": 0.02, "schedule": "linear", "weight_decay": 0.3, "grad_clip": 0.0}
 
 
@@ -69,9 +69,9 @@ CONTESTS = {
         *("gpt2", 128, 16),
         (
             Recipe(
-                "gpt2, AdamW, 150 steps", GPT2, {**ADAMW, "learning_rate": 3e-3, "warmup_steps": 15, "max_steps": 150}
+                "gpt2, AdamW, 100 steps", GPT2, {**ADAMW, "learning_rate": 3e-3, "warmup_steps": 15, "max_steps": 100}
             ),
-            Recipe("modern, Muon, 60 steps", MODERN, {**MUON, "max_steps": 60}),
+            Recipe("modern, Muon, 45 steps", MODERN, {**MUON, "max_steps": 45}),
         ),
     ),
 }

@@ -32,6 +32,7 @@ from bench import plain
 from bench.shapes import GRAD_CLIP, LEARNING_RATE, SEED, WEIGHT_DECAY, Shape, adamw
 from gptcore import memory
 from gptcore.config import TrainConfig
+from gptcore.exchange.layout import to_huggingface
 from gptcore.generate import generate, generate_text_simple
 from gptcore.model import GPTModel
 from gptcore.train import TrainState, update
@@ -43,6 +44,7 @@ PADDED, COMPILED = "padded", "compiled"
 VARIANTS = (PADDED, COMPILED)
 """Of hf and nanogpt, written after a plus sign."""
 _MULTIPLE = 64
+_EMBEDDING = "transformer.wte.weight"
 
 
 class Contender(Protocol):
@@ -140,7 +142,7 @@ class HuggingFace(Peer):
             eos_token_id=None,
         )
         model = GPT2LMHeadModel(config)
-        load(model, as_gpt2(first_weights(shape), shape.n_layers, padding, transposed=True))
+        load(model, as_gpt2(first_weights(shape), padding, transposed=True))
         super().__init__(model, compiled=compiled)
 
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -219,7 +221,7 @@ class NanoGPT(Peer):
         model = module.GPT(config)
         for block in model.transformer.h:
             block.mlp.gelu = nn.GELU(approximate="tanh")
-        load(model, as_gpt2(first_weights(shape), shape.n_layers, padding, transposed=False))
+        load(model, as_gpt2(first_weights(shape), padding, transposed=False))
         super().__init__(model, compiled=compiled)
 
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -258,33 +260,17 @@ def first_weights(shape: Shape) -> dict[str, Tensor]:
     return GPTModel(shape.cfg(0.0)).state_dict()
 
 
-def as_gpt2(weights: Mapping[str, Tensor], n_layers: int, padding: int, transposed: bool) -> dict[str, Tensor]:
+def as_gpt2(weights: Mapping[str, Tensor], padding: int, transposed: bool) -> dict[str, Tensor]:
     """gptcore's weights under the names of GPT-2's published ones, whose matrices of the blocks are `transposed`.
 
     `padding` rows of zeros follow the embedding's.
     """
-
-    def turn(matrix: Tensor) -> Tensor:
-        return matrix.t().contiguous() if transposed else matrix
-
-    embedding = F.pad(weights["tok_emb.weight"], (0, 0, 0, padding))
-    named = {"wte.weight": embedding, "wpe.weight": weights["pos_emb.weight"]}
-    named |= {"ln_f.weight": weights["final_norm.scale"], "ln_f.bias": weights["final_norm.shift"]}
-    for layer in range(n_layers):
-        ours, theirs = f"trf_blocks.{layer}", f"h.{layer}"
-        for number in (1, 2):
-            named[f"{theirs}.ln_{number}.weight"] = weights[f"{ours}.norm{number}.scale"]
-            named[f"{theirs}.ln_{number}.bias"] = weights[f"{ours}.norm{number}.shift"]
-        matrices = {
-            "attn.c_attn": [f"att.W_{part}" for part in ("query", "key", "value")],
-            "attn.c_proj": ["att.out_proj"],
-            "mlp.c_fc": ["ff.layers.0"],
-            "mlp.c_proj": ["ff.layers.2"],
-        }
-        for name, parts in matrices.items():
-            named[f"{theirs}.{name}.weight"] = turn(torch.cat([weights[f"{ours}.{part}.weight"] for part in parts]))
-            named[f"{theirs}.{name}.bias"] = torch.cat([weights[f"{ours}.{part}.bias"] for part in parts])
-    return {f"transformer.{name}": value for name, value in named.items()}
+    named = to_huggingface(dict(weights))
+    named[_EMBEDDING] = F.pad(named[_EMBEDDING], (0, 0, 0, padding))
+    if transposed:
+        return named
+    matrices = [name for name in named if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))]
+    return {**named, **{name: named[name].t().contiguous() for name in matrices}}
 
 
 def load(model: nn.Module, weights: Mapping[str, Tensor]) -> None:

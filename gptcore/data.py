@@ -148,7 +148,7 @@ def feed(batches: Batches, step: int, device: torch.device) -> Iterator[list[tup
     and copies them there, from pinned memory where it is CUDA, so that nobody waits for the copy.
     """
     if device.type == "cpu":
-        yield from map(batches.batch, itertools.count(step))
+        yield from map(batches.batch, itertools.count(step))  # without end
 
     def there(step: int) -> list[tuple[Tensor, Tensor]]:
         return [(_copied(inputs, device), _copied(targets, device)) for inputs, targets in batches.batch(step)]

@@ -137,7 +137,8 @@ def _losses_and_gradients(
     shares = valid.to(wide) / valid.sum()
     losses = torch.empty(len(hidden), dtype=wide, device=hidden.device)
     hidden_grad = torch.empty_like(hidden) if for_hidden else None
-    weight_grad = torch.empty_like(weight, dtype=wide) if for_weight else None
+    unwritten = torch.empty_like if len(hidden) else torch.zeros_like  # without rows nobody writes it
+    weight_grad = unwritten(weight, dtype=wide) if for_weight else None
     buffer = _buffer(hidden, weight)
     with torch.autocast(hidden.device.type, enabled=False):
         for start in range(0, len(hidden), _ROWS):

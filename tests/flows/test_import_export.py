@@ -22,19 +22,11 @@ from gptcore.learning.rundir import RunDirectory
 from gptcore.model import GPTModel
 from gptcore.tokenizer import get_tokenizer
 
+from . import judging
 from .servers import gptflow, refused
 from .test_reason import asking, run
 
-CFG = {
-    "vocab_size": 257,
-    "context_length": 32,
-    "emb_dim": 32,
-    "n_heads": 2,
-    "n_layers": 1,
-    "drop_rate": 0.0,
-    "qkv_bias": True,
-    "tied": True,
-}
+CFG = {**judging.CFG, "qkv_bias": True, "tied": True}
 IDS = torch.arange(10)[None]
 
 

@@ -131,6 +131,13 @@ def test_what_is_frozen_gets_no_gradient_and_the_rest_the_right_one(frozen):
             assert tensor.grad is None
 
 
+def test_a_batch_without_tokens_gives_no_gradient():
+    hidden, weight = torch.zeros(0, 4, requires_grad=True), torch.ones(300_000, 4, requires_grad=True)
+    torch.full((300_000, 4), 7.0)  # what the next buffer of this size may be made of
+    fused_cross_entropy(hidden, weight, torch.zeros(0, dtype=torch.int64)).backward()
+    assert not (weight.grad.nan_to_num() != 0).any()
+
+
 def test_ignored_targets_count_for_nothing():
     hidden, weight, targets = inputs(20, 4, 11)
     targets[3:9] = -100

@@ -21,10 +21,9 @@ from gptcore.exchange.checkpoints import Checkpoint
 from gptcore.learning.rundir import RunDirectory
 from gptcore.model import GPTModel
 from gptcore.tokenizer import get_tokenizer
-
-from . import judging
-from .servers import gptflow, refused
-from .test_reason import asking, run
+from tests.flows import judging
+from tests.flows.servers import gptflow, refused
+from tests.flows.test_reason import asking, run
 
 CFG = {**judging.CFG, "qkv_bias": True, "tied": True}
 IDS = torch.arange(10)[None]

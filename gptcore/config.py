@@ -198,7 +198,7 @@ class TrainConfig(Section):
     """auto (cuda, else mps, else cpu), cpu, cuda, cuda:N or mps."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the forward and backward pass. Weights and optimiser stay fp32. auto: bf16 on cuda, else fp32."""
-    compile: bool | Literal["auto"] = "auto"
+    compile: Literal["auto", True, False] = "auto"
     """Whether torch.compile fuses the blocks. auto: on cuda only; on a CPU it costs half a minute and gains nothing."""
     threads: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"] = "auto"
     """CPU threads. auto: the cores this process may use."""

@@ -1,10 +1,10 @@
-"""Causal self-attention: the only part of a GPT in which a token learns of others. With the cache that remembers them.
+"""Causal self-attention: the only part of a GPT in which a token learns of others.
 
 The projections and their names are those of Raschka's "Build a Large Language Model (From Scratch)", chapter 3. Inside
 stands PyTorch's fused kernel, and no mask is stored.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,43 +13,9 @@ from torch import Tensor, nn
 from gptcore.errors import ConfigError
 from gptcore.untouched import is_untouched
 
-if TYPE_CHECKING:
-    from gptcore.model import GPTModel
-
 _ROTARY_BASE = 10_000.0
 _QK_SCALE = 1.2
 """Of normed queries and keys: without it, no token could get much more than its equal share of attention."""
-
-
-class KVCache:
-    """Keys and values of the tokens seen so far, one allocation for all layers. To be used without gradients."""
-
-    def __init__(self, model: "GPTModel", batch_size: int, max_tokens: int | None = None) -> None:
-        """Room for `max_tokens` tokens (at most and by default the model's context) of `batch_size` texts."""
-        attention: MultiHeadAttention = model.trf_blocks[0].att  # type: ignore[assignment]
-        tokens = min(max_tokens or model.context_length, model.context_length)
-        shape = (len(model.trf_blocks), 2, batch_size, attention.num_heads, tokens, attention.head_dim)
-        weight = model.tok_emb.weight
-        self.tensor = torch.empty(shape, dtype=weight.dtype, device=weight.device)
-        """(layers, 2, batch, heads, tokens, head_dim): keys at [:, 0], values at [:, 1]."""
-        self.length = 0
-        """Tokens seen. Set it to 0 to start again."""
-
-    @property
-    def max_tokens(self) -> int:
-        """Tokens there is room for."""
-        return self.tensor.shape[4]
-
-    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores the new keys and values (batch, heads, tokens, head_dim) of a layer; returns those of all tokens.
-
-        `length` stays as it is until every layer has stored its own.
-        """
-        end = self.length + keys.shape[2]
-        store = self.tensor[layer]
-        store[0, :, :, self.length : end] = keys
-        store[1, :, :, self.length : end] = values
-        return store[0, :, :, :end], store[1, :, :, :end]
 
 
 class Rotary(nn.Module):
@@ -72,11 +38,22 @@ class Rotary(nn.Module):
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
 
-    def forward(self, x: Tensor, past: int) -> Tensor:
-        """(batch, heads, tokens, head_dim), the first of them at position `past`, turned."""
-        cos, sin = (table[past : past + x.shape[2]].to(x.dtype) for table in (self.cos, self.sin))
-        left, right = x.chunk(2, dim=3)
-        return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=3)
+    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        """(batch, heads, tokens, head_dim), turned. `positions` (batch, tokens) are 0, 1, 2, ... where not given."""
+        if positions is None:
+            return turn(x, self.cos[: x.shape[2]], self.sin[: x.shape[2]])
+        return turn(x, *self.at(positions))
+
+    def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines (batch, 1, tokens, head_dim / 2) of positions (batch, tokens)."""
+        return self.cos[positions][:, None], self.sin[positions][:, None]
+
+
+def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """(batch, heads, tokens, head_dim), every plane turned by its angle."""
+    left, right = x.chunk(2, dim=3)
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=3)
 
 
 class MultiHeadAttention(nn.Module):
@@ -114,52 +91,45 @@ class MultiHeadAttention(nn.Module):
         self.rotary = Rotary(self.head_dim, context_length) if rotary else None
         self.qk_norm = qk_norm
 
-    def forward(self, x: Tensor, cache: KVCache | None = None, layer: int = 0) -> Tensor:
-        """(batch, tokens, d_in) -> (batch, tokens, d_out). With a cache, `x` follows the tokens already in it.
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, tokens, d_in) -> (batch, tokens, d_out).
 
         Raises ConfigError where the tokens are more than `context_length`.
         """
-        past = 0 if cache is None else cache.length
-        check_length(past + x.shape[1], self.context_length)
+        check_length(x.shape[1], self.context_length)
         queries, keys, values = (self._heads(project(x)) for project in (self.W_query, self.W_key, self.W_value))
         if self.qk_norm:
-            queries, keys = (_QK_SCALE * F.rms_norm(each, (self.head_dim,)) for each in (queries, keys))
+            queries, keys = norm_heads(queries), norm_heads(keys)
         if self.rotary is not None:
-            queries, keys = self.rotary(queries, past), self.rotary(keys, past)
-        if cache is not None:
-            keys, values = cache.extend(layer, keys, values)
+            queries, keys = self.rotary(queries), self.rotary(keys)
         return self.out_proj(self._attend(queries, keys, values).transpose(1, 2).flatten(2))
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2)
 
     def _attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        new, total = queries.shape[2], keys.shape[2]
-        if not is_untouched(self.dropout, nn.Dropout):
-            # The fused kernel never calls the dropout module, so one that is hooked or replaced gets the weights here.
-            scores = queries @ keys.transpose(2, 3) * self.head_dim**-0.5
-            scores = scores.masked_fill(~_visible(new, total, scores.device), -torch.inf)
-            return self.dropout(torch.softmax(scores, dim=-1)) @ values
-        mask = None if new in (1, total) else _visible(new, total, queries.device)
-        dropout = self.dropout.p if self.dropout.training else 0.0
-        return F.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=mask, dropout_p=dropout, is_causal=new == total
-        )
+        if is_untouched(self.dropout, nn.Dropout):
+            dropout = self.dropout.p if self.dropout.training else 0.0
+            return F.scaled_dot_product_attention(queries, keys, values, dropout_p=dropout, is_causal=True)
+        # The fused kernel never calls the dropout module, so one that is hooked or replaced gets the weights here.
+        scores = queries @ keys.transpose(2, 3) * self.head_dim**-0.5
+        visible = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).tril()
+        return self.dropout(torch.softmax(scores.masked_fill(~visible, -torch.inf), dim=-1)) @ values
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         state_dict.pop(f"{prefix}mask", None)  # the book stores its causal mask as a buffer
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _visible(new: int, total: int, device: torch.device) -> Tensor:
-    """(new, total): True where the i-th of the last `new` tokens may look."""
-    return torch.ones(new, total, dtype=torch.bool, device=device).tril(total - new)
+def norm_heads(x: Tensor) -> Tensor:
+    """(..., head_dim), each head to a fixed length (Henry et al. 2020, "Query-Key Normalization", arXiv:2010.04245)."""
+    return _QK_SCALE * F.rms_norm(x, x.shape[-1:])
 
 
 def check_length(tokens: int, longest: int) -> None:
     """Raises ConfigError if there are more tokens than there is room for."""
     if tokens > longest:
         raise ConfigError(
-            f"a sequence of {tokens} tokens is longer than the {longest} that there is room for (the model's context "
-            "or its cache); give it the last ones only, or build it with a larger context_length."
+            f"a sequence of {tokens} tokens is longer than the model's context of {longest}; give it the last ones "
+            "only, or build it with a larger context_length."
         )

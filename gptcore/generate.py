@@ -1,25 +1,25 @@
 """Text from a model: the seed's greedy functions, and `generate` with sampling and streaming.
 
-Both keep keys and values of the tokens already seen wherever the model is one of ours with every part untouched
-(`model.is_ours`), and call the model on the whole window otherwise, with the same result. The global random state is
-never drawn from. Which prompts are continued and where the texts are kept is decided elsewhere.
+Keys and values of the tokens already seen are kept wherever the model is one of ours with every part untouched
+(`model.is_ours`); any other is called on the whole window for every token, with the same result. The global random
+state is never drawn from. How the next token is drawn stands in sampling.py, how several texts are written side by side
+in batch.py. Which prompts are continued and where the texts are kept is decided elsewhere.
 """
 
 import codecs
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from operator import index
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from gptcore.attention import KVCache
+from gptcore.batch import Batch, Text
+from gptcore.decoder import Decoder
 from gptcore.errors import ConfigError
 from gptcore.model import GPTModel, eval_mode, is_ours
+from gptcore.quantize import Int8Linear
+from gptcore.sampling import Sampling
 from gptcore.tokenizer import END_OF_TEXT
-
-_LEAST = torch.finfo(torch.float32).tiny
-"""A smaller setting would be 0 in the arithmetic, and divide by it."""
 
 
 def text_to_token_ids(text: str, tokenizer: Any) -> Tensor:
@@ -52,11 +52,15 @@ def generate_text_simple(model: nn.Module, idx: Tensor, max_new_tokens: int, con
     if context_size < 1:
         raise ConfigError(f"context_size is {context_size}; it must be at least 1.")
     size = min(context_size, model.context_length) if type(model) is GPTModel else context_size
-    room = min(size, idx.shape[1] + max_new_tokens)
-    predict = _predictor(model, idx.shape[0], room)
+    decoder = _decoder(model, len(idx), min(size, idx.shape[1] + max_new_tokens))
+    seen = 0
     with torch.no_grad():
         for _ in range(max_new_tokens):
-            logits = predict(idx[:, -size:], idx.shape[1] > size)
+            if decoder is None or idx.shape[1] > size:
+                logits = model(idx[:, -size:])[:, -1]  # nothing to keep: every window starts elsewhere
+            else:
+                logits = decoder.extend(idx[:, -1].tolist()) if seen else decoder.begin(idx.tolist())
+            seen = idx.shape[1]
             idx = torch.cat((idx, logits.argmax(dim=-1, keepdim=True)), dim=1)
     return idx
 
@@ -78,125 +82,117 @@ def generate(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
     seed: int | None = None,
-    eos_id: int | None = None,
+    eos_id: int | Collection[int] | None = None,
 ) -> Iterator[int]:
     """Continues one prompt; yields each new id as soon as it is drawn, and ends before `eos_id`, which is not yielded.
 
-    temperature 0 takes the likeliest token; else logits are divided by it, cut to the `top_k` likeliest, then to the
-    fewest likeliest that together reach probability `top_p`. The same seed draws the same ids; without one, every call
-    differs. Of a prompt longer than the context the last tokens count. When the context is full, its older half is
-    forgotten and the rest is read again from position 0 (positions are learned, so keys cannot be moved along).
+    The settings are those of `Sampling`. The same seed draws the same ids; without one, every call differs. Of a prompt
+    longer than the context the last tokens count. When the context is full, its older half is forgotten and the rest is
+    read again from position 0.
 
     The model runs in eval mode and is back in its own mode whenever the caller holds an id. Raises ConfigError, at the
     call, for an empty prompt, an id outside the vocabulary and settings out of range.
     """
-    prompt = _whole_numbers(ids)
-    _check(model, prompt, temperature, top_k, top_p, seed)
-    generator = torch.Generator()
-    generator.seed() if seed is None else generator.manual_seed(seed)
-
-    def draw(logits: Tensor) -> int:
-        return _draw(logits, temperature, top_k, top_p, generator)
-
-    return _continue(model, prompt, max_new_tokens, draw, eos_id)
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    batch = Batch(model, 1, len(ids) + max_new_tokens)
+    return _written(batch, batch.add(ids, max_new_tokens, sampling, seed=seed, eos_id=eos_id))
 
 
-def stream_text(tokenizer: Any, ids: Iterable[int]) -> Iterator[str]:
-    """The text of ids as they come, in pieces that never end inside a character; bytes that are no UTF-8 become U+FFFD.
+def generate_batch(
+    model: GPTModel,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+    *,
+    seed: int | None = None,
+    eos_id: int | Collection[int] | None = None,
+    rows: int = 16,
+) -> list[list[int]]:
+    """Continues several prompts of any lengths, up to `rows` of them at once -> the new ids of each.
 
-    The pieces together are what `decode` gives for all ids. `tokenizer` is a tiktoken encoding or a gptcore Tokenizer.
+    Each text ends by itself. The text of prompt i is that of `generate` with seed `seed` + i, up to rounding. Raises
+    ConfigError as `generate` does.
     """
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    longest = max((len(prompt) for prompt in prompts), default=1)
+    batch = Batch(model, min(rows, max(1, len(prompts))), longest + max_new_tokens)
+    texts: list[Text] = []
+    for i, prompt in enumerate(prompts):
+        while not batch.free:
+            batch.step()
+        own_seed = None if seed is None else seed + i
+        texts.append(batch.add(prompt, max_new_tokens, sampling, seed=own_seed, eos_id=eos_id))
+    while any(text.finish_reason is None for text in texts):
+        batch.step()
+    return [text.ids for text in texts]
+
+
+class TextStream:
+    """The text of ids as they come, in pieces that may be shown at once.
+
+    A piece never ends inside a character (bytes that are no UTF-8 become U+FFFD) and never holds a part of what may
+    turn out to be one of the strings `stop`, before the first of which to be complete the text ends.
+    """
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
+        """`tokenizer` is a tiktoken encoding or a gptcore Tokenizer. Raises ConfigError for an empty stop string."""
+        if "" in stop:
+            raise ConfigError("a stop string is empty: every text would end at once; give it at least one character.")
+        self.stopped = False
+        """Whether a stop string was met. Nothing comes after that."""
+        self._tokenizer, self._stop = tokenizer, tuple(stop)
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._held = ""
+
+    def push(self, token: int) -> str:
+        """What may be shown now that this id has come."""
+        return self._released(self._decoder.decode(self._tokenizer.decode_bytes([token])))
+
+    def finish(self) -> str:
+        """What was held back, once no more ids come."""
+        released = self._released(self._decoder.decode(b"", final=True))
+        rest, self._held = self._held, ""
+        return released + rest
+
+    def _released(self, piece: str) -> str:
+        if self.stopped:
+            return ""
+        text = self._held + piece
+        found = [(place + len(stop), place) for stop in self._stop if (place := text.find(stop)) >= 0]
+        self.stopped = bool(found)
+        shown = min(found)[1] if found else len(text) - self._possible(text)
+        self._held = "" if found else text[shown:]
+        return text[:shown]
+
+    def _possible(self, text: str) -> int:
+        """Characters at the end of `text` that a stop string may begin with."""
+        longest = min(len(text), max(map(len, self._stop), default=1) - 1)
+        ends = (length for length in range(longest, 0, -1) if any(s.startswith(text[-length:]) for s in self._stop))
+        return next(ends, 0)
+
+
+def stream_text(tokenizer: Any, ids: Iterable[int], stop: Sequence[str] = ()) -> Iterator[str]:
+    """The pieces of a TextStream; together they are what `decode` gives for all ids, up to the first stop string."""
+    stream = TextStream(tokenizer, stop)
     for token in ids:
-        if piece := decoder.decode(tokenizer.decode_bytes([token])):
+        if piece := stream.push(token):
             yield piece
-    if rest := decoder.decode(b"", final=True):
+        if stream.stopped:
+            return
+    if rest := stream.finish():
         yield rest
 
 
-Predict = Callable[[Tensor, bool], Tensor]
-"""Ids (batch, tokens) of a window, and whether its start has moved since the last call -> logits (batch, vocabulary)
-of the token that follows."""
-
-
-def _predictor(model: nn.Module, batch_size: int, room: int) -> Predict:
+def _decoder(model: nn.Module, rows: int, max_tokens: int) -> Decoder | None:
+    """None where the model must be called as a whole."""
     dropping = any(isinstance(part, nn.Dropout) and part.training and part.p > 0 for part in model.modules())
-    if not is_ours(model):
-        return lambda window, moved: model(window)[:, -1]
-    ours = cast(GPTModel, model)
-    cache = KVCache(ours, batch_size, room)
-
-    def predict(window: Tensor, moved: bool) -> Tensor:
-        if dropping or (moved and window.shape[1] == room):
-            return ours.out_head(ours.hidden(window)[:, -1])  # nothing to keep: the next window starts elsewhere
-        if moved:
-            cache.length = 0
-        return ours.out_head(ours.hidden(window[:, cache.length :], cache)[:, -1])
-
-    return predict
+    return Decoder(cast(GPTModel, model), rows, max_tokens) if is_ours(model, Int8Linear) and not dropping else None
 
 
-def _continue(
-    model: GPTModel, ids: list[int], max_new_tokens: int, draw: Callable[[Tensor], int], eos_id: int | None
-) -> Iterator[int]:
-    context = model.context_length
-    window = ids[-context:]
-    moved = False
-    with eval_mode(model):
-        predict = _predictor(model, 1, min(context, len(window) + max_new_tokens))
-    device = model.tok_emb.weight.device
-    for _ in range(max_new_tokens):
-        # Entered for one token at a time: what the caller does with it is not to run in eval or inference mode.
-        with eval_mode(model), torch.inference_mode():
-            token = draw(predict(torch.tensor([window], device=device), moved)[0])
-        if token == eos_id:
-            return
-        yield token
-        window.append(token)
-        if moved := len(window) > context:
-            window = window[-max(context // 2, 1) :]
-
-
-def _draw(logits: Tensor, temperature: float, top_k: int | None, top_p: float, generator: torch.Generator) -> int:
-    """One id from logits (vocabulary,). Drawn on the CPU, so that a seed means the same on every device."""
-    if temperature == 0:
-        return int(logits.argmax())
-    scaled = (logits.float() - logits.max()) / max(temperature, _LEAST)
-    if top_k is None and top_p == 1:
-        return int(torch.multinomial(torch.softmax(scaled.cpu(), dim=0), 1, generator=generator))
-    scaled, candidates = scaled.topk(min(top_k or len(scaled), len(scaled)))
-    probabilities = torch.softmax(scaled.cpu(), dim=0)
-    probabilities[probabilities.cumsum(0) - probabilities >= max(top_p, _LEAST)] = 0
-    return int(candidates[int(torch.multinomial(probabilities, 1, generator=generator))])
-
-
-def _whole_numbers(ids: Sequence[int]) -> list[int]:
-    try:
-        if getattr(ids, "ndim", 1) == 1:
-            return [int(index(token)) for token in ids]
-    except TypeError:
-        pass
-    raise ConfigError(
-        f"the prompt must be one row of whole numbers, found {ids!r:.80}. Give each of several prompts to a call of "
-        "its own: then each ends by itself."
-    )
-
-
-def _check(
-    model: GPTModel, ids: Sequence[int], temperature: float, top_k: int | None, top_p: float, seed: int | None
-) -> None:
-    vocab_size = len(model.tok_emb.weight)
-    if not len(ids):
-        raise ConfigError("the prompt has no tokens; give at least one (the end-of-text id starts a new document).")
-    wrong = next((token for token in ids if not 0 <= token < vocab_size), None)
-    if wrong is not None:
-        raise ConfigError(f"token id {wrong} of the prompt is outside the model's vocabulary of {vocab_size} ids.")
-    if not 0 <= temperature < float("inf"):
-        raise ConfigError(f"temperature is {temperature}; it must be 0 (the likeliest token) or a positive number.")
-    if top_k is not None and top_k < 1:
-        raise ConfigError(f"top_k is {top_k}; it must be at least 1, or None for the whole vocabulary.")
-    if not 0 < top_p <= 1:
-        raise ConfigError(f"top_p is {top_p}; it must be above 0 and at most 1.")
-    if seed is not None and not 0 <= seed < 2**64:
-        raise ConfigError(f"seed is {seed}; it must be from 0 to {2**64 - 1}.")
+def _written(batch: Batch, text: Text) -> Iterator[int]:
+    while text.finish_reason is None:
+        before = len(text.ids)
+        batch.step()
+        yield from text.ids[before:]

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gptcore.attention import KVCache, MultiHeadAttention, Rotary, check_length
+from gptcore.attention import MultiHeadAttention, Rotary, check_length
 from gptcore.errors import ConfigError
 from gptcore.recipes import PARTS
 from gptcore.untouched import is_untouched
@@ -22,10 +22,14 @@ from gptcore.untouched import is_untouched
 _COUNTS = ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers")
 
 
-def is_ours(model: nn.Module) -> bool:
-    """Whether `model` is a GPTModel of which every part is untouched, so that it may be run in pieces with a cache."""
+def is_ours(model: nn.Module, *others: type[nn.Module]) -> bool:
+    """Whether `model` is a GPTModel of which every part is untouched, so that it may be run in pieces.
+
+    Parts may also be of the kinds `others`.
+    """
+    kinds = (*_KINDS, *others)
     return type(model) is GPTModel and all(
-        type(part) in _KINDS and is_untouched(part, type(part)) for part in model.modules()
+        type(part) in kinds and is_untouched(part, type(part)) for part in model.modules()
     )
 
 
@@ -121,11 +125,9 @@ class TransformerBlock(nn.Module):
         self.norm2 = _norm(cfg)
         self.drop_shortcut = nn.Dropout(cfg["drop_rate"])
 
-    def forward(self, x: Tensor, cache: KVCache | None = None, layer: int = 0) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """(batch, tokens, emb_dim) -> (batch, tokens, emb_dim)."""
-        normed = self.norm1(x)
-        attended = self.att(normed) if cache is None else self.att(normed, cache, layer)
-        x = x + self.drop_shortcut(attended)
+        x = x + self.drop_shortcut(self.att(self.norm1(x)))
         return x + self.drop_shortcut(self.ff(self.norm2(x)))
 
 
@@ -153,32 +155,23 @@ class GPTModel(nn.Module):
             self.tok_emb.weight = self.out_head.weight  # whose first values are the smaller ones
         initialise(self, parts["init"])
 
-    def forward(self, in_idx: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Ids (batch, tokens) -> logits (batch, tokens, vocab_size). With a cache, the ids follow those already seen.
+    def forward(self, in_idx: Tensor) -> Tensor:
+        """Ids (batch, tokens) -> logits (batch, tokens, vocab_size).
 
-        Raises ConfigError where the tokens, seen ones included, are more than the context, and on the CPU where an id
-        is outside the vocabulary. (On a GPU that would cost a synchronisation per call: CUDA's own assertion says it.)
+        Raises ConfigError where the tokens are more than the context, and on the CPU where an id is outside the
+        vocabulary. (On a GPU that would cost a synchronisation per call: CUDA's own assertion says it.)
         """
-        return self.out_head(self.hidden(in_idx, cache))
+        return self.out_head(self.hidden(in_idx))
 
-    def hidden(self, in_idx: Tensor, cache: KVCache | None = None) -> Tensor:
+    def hidden(self, in_idx: Tensor) -> Tensor:
         """All of `forward` but the head: ids (batch, tokens) -> (batch, tokens, emb_dim). Raises as `forward` does."""
-        past = 0 if cache is None else cache.length
-        end = past + in_idx.shape[1]
-        check_length(end, self.context_length if cache is None else cache.max_tokens)
-        x = self._embed(in_idx)
+        check_length(in_idx.shape[1], self.context_length)
+        x = self.embed(in_idx)
         if self.pos_emb is not None:
-            x = x + self.pos_emb(torch.arange(past, end, device=in_idx.device))
+            x = x + self.pos_emb(torch.arange(in_idx.shape[1], device=in_idx.device))
         if self.emb_norm is not None:
             x = self.emb_norm(x)
-        x = self.drop_emb(x)
-        if cache is None:
-            x = self.trf_blocks(x)
-        else:
-            for layer, block in enumerate(self.trf_blocks):
-                x = block(x, cache, layer)
-            cache.length = end
-        return self.final_norm(x)
+        return self.final_norm(self.trf_blocks(self.drop_emb(x)))
 
     @property
     def is_tied(self) -> bool:
@@ -197,7 +190,8 @@ class GPTModel(nn.Module):
             state_dict.setdefault(f"{prefix}out_head.weight", state_dict[name])
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _embed(self, in_idx: Tensor) -> Tensor:
+    def embed(self, in_idx: Tensor) -> Tensor:
+        """Ids (batch, tokens) -> (batch, tokens, emb_dim), without positions. Raises as `forward` does."""
         try:
             return self.tok_emb(in_idx)
         except IndexError:

@@ -49,7 +49,7 @@ def test_an_empty_prompt_is_refused_by_the_seeds_function_too():
         ([1], {"seed": -1}, "seed is -1"),
         ([1], {"seed": 2**64}, "seed is 18446744073709551616"),
         ([[1], [2]], {"eos_id": 3}, r"one row of whole numbers, found \[\[1\], \[2\]\]"),
-        (torch.ones(2, 1, dtype=torch.long), {"eos_id": 3}, "each of several prompts to a call of its own"),
+        (torch.ones(2, 1, dtype=torch.long), {"eos_id": 3}, "several prompts to generate_batch"),
         ([1.5], {}, "whole numbers"),
         (["a"], {}, "whole numbers"),
     ],

@@ -9,6 +9,7 @@ from torch import nn
 
 from gptcore.errors import ConfigError
 from gptcore.generate import (
+    TextStream,
     generate,
     generate_and_print_sample,
     generate_text_simple,
@@ -80,10 +81,8 @@ def test_a_context_size_beyond_the_models_context_is_cropped_to_it():
 def test_the_cache_spares_the_model_the_tokens_already_seen(monkeypatch):
     model = seeded_model()
     widths = []
-    hidden = GPTModel.hidden
-    monkeypatch.setattr(
-        GPTModel, "hidden", lambda self, ids, *cache: widths.append(ids.shape[1]) or hidden(self, ids, *cache)
-    )
+    embed = GPTModel.embed
+    monkeypatch.setattr(GPTModel, "embed", lambda self, ids: widths.append(ids.shape[1]) or embed(self, ids))
     generate_text_simple(model, some_ids(1, 4), 6, 16)
     assert widths == [4, 1, 1, 1, 1, 1]
 
@@ -242,3 +241,27 @@ def test_streamed_pieces_together_are_what_decoding_at_once_gives(ids):
 def test_text_streams_from_a_raw_encoding_as_it_comes(tokenizer):
     stream = stream_text(tokenizer, iter([104, 0xC3, 0xA9, 0xE2]))
     assert [next(stream), next(stream), next(stream)] == ["h", "é", "\ufffd"]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text("abc€", max_size=20), st.lists(st.text("abc€", min_size=1, max_size=4), max_size=3))
+def test_a_text_ends_before_the_stop_string_that_is_complete_first_and_shows_no_part_of_it(text, stop):
+    tokenizer = get_tokenizer("bytes")
+    ends = [(text.find(s) + len(s), text.find(s)) for s in stop if s in text]
+    expected = text[: min(ends)[1]] if ends else text
+    shown = ""
+    for piece in stream_text(tokenizer, tokenizer.encode(text), stop):
+        shown += piece
+        assert expected.startswith(shown)
+    assert shown == expected
+
+
+def test_text_is_held_back_only_while_it_may_be_a_stop_string():
+    stream = TextStream(get_tokenizer("bytes"), ["ab!", "x"])
+    assert [stream.push(byte) for byte in b"caba"] == ["c", "", "", "ab"]
+    assert (stream.finish(), stream.stopped) == ("a", False)
+    stream = TextStream(get_tokenizer("bytes"), ["ab!", "x"])
+    assert [stream.push(byte) for byte in b"yab!z"] == ["y", "", "", "", ""]
+    assert (stream.finish(), stream.stopped) == ("", True)
+    with pytest.raises(ConfigError, match="stop string is empty"):
+        TextStream(get_tokenizer("bytes"), [""])

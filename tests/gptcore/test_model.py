@@ -13,7 +13,6 @@ from gptcore.model import (
     GELU,
     FeedForward,
     GPTModel,
-    KVCache,
     LayerNorm,
     MultiHeadAttention,
     TransformerBlock,
@@ -169,29 +168,10 @@ def test_an_attention_alone_loads_with_its_mask_and_refuses_other_unknown_keys()
         attention.load_state_dict({**state, "mask2": torch.ones(1)})
 
 
-@pytest.mark.parametrize("pieces", [[1] * 12, [5, 7], [3, 1, 4, 1, 3], [12]])
-def test_forward_in_pieces_with_a_cache_equals_forward_at_once(pieces):
-    model = seeded_model().eval()
-    ids = some_ids(3, 12)
-    cache = KVCache(model, batch_size=3)
-    with torch.no_grad():
-        parts = [model(piece, cache) for piece in ids.split(pieces, dim=1)]
-        assert torch.allclose(torch.cat(parts, dim=1), model(ids), atol=1e-5)
-        assert cache.length == 12
-        cache.length = 0
-        again = model(ids[:, :5].flip(1), cache)
-        assert torch.allclose(again, model(ids[:, :5].flip(1)), atol=1e-5)
-
-
-def test_a_sequence_longer_than_the_context_or_the_cache_is_refused_with_both_numbers():
+def test_a_sequence_longer_than_the_context_is_refused_with_both_numbers():
     model = seeded_model()
     with pytest.raises(ConfigError, match=r"13 tokens .* 12"):
         model(some_ids(1, 13))
-    cache = KVCache(model, batch_size=1, max_tokens=8)
-    with torch.no_grad():
-        model(some_ids(1, 6), cache)
-        with pytest.raises(ConfigError, match=r"9 tokens .* 8"):
-            model(some_ids(1, 3), cache)
     with pytest.raises(ConfigError, match=r"5 tokens .* 4"):
         MultiHeadAttention(8, 8, 4, 0.0, 2)(torch.zeros(1, 5, 8))
 

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from gptcore import memory
-from gptcore.attention import KVCache, MultiHeadAttention, Rotary
+from gptcore.attention import MultiHeadAttention, Rotary
 from gptcore.config import ModelConfig, TrainConfig
+from gptcore.decoder import Decoder
 from gptcore.errors import ConfigError
 from gptcore.generate import generate_text_simple
 from gptcore.loss import calc_loss_batch
@@ -56,7 +57,7 @@ def fresh(parts: dict) -> GPTModel:
 
 def test_rotary_turns_each_plane_of_a_head_by_position_times_its_rate():
     x = torch.randn(1, 1, 5, 6)
-    turned = Rotary(6, context_length=9)(x, past=2)
+    turned = Rotary(6, context_length=9)(x, torch.arange(2, 7)[None])
     for token, plane in itertools.product(range(5), range(3)):
         angle = torch.tensor((token + 2) * 10_000.0 ** (-2 * plane / 6))
         number = torch.complex(x[0, 0, token, plane], x[0, 0, token, plane + 3]) * torch.polar(torch.tensor(1.0), angle)
@@ -92,9 +93,10 @@ def test_rms_norm_and_squared_relu_are_their_formulas():
 def test_a_model_of_any_parts_generates_the_same_with_its_cache_and_without(parts):
     model = model_of(parts)
     assert is_ours(model)
-    prompt, cache = ids(11), KVCache(model, batch_size=2)
-    pieces = [model(piece, cache) for piece in prompt.split([4, 1, 6], dim=1)]
-    assert torch.allclose(torch.cat(pieces, dim=1), model(prompt), atol=1e-4)
+    prompt, decoder = ids(11), Decoder(model, rows=2)
+    with torch.no_grad():
+        pieces = [decoder.begin(prompt[:, :4].tolist()), *(decoder.extend(column.tolist()) for column in prompt.T[4:])]
+    assert torch.allclose(torch.stack(pieces, dim=1), model(prompt)[:, 3:], atol=1e-4)
     plain = prompt[:, :4]
     for _ in range(14):  # beyond the context
         plain = torch.cat((plain, model(plain[:, -12:])[:, -1].argmax(dim=1, keepdim=True)), dim=1)

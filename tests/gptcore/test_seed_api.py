@@ -245,8 +245,8 @@ def test_a_replaced_head_is_used(model, batch, head):
 
 def test_a_subclass_that_overrides_forward_is_asked(batch):
     class Sharper(GPTModel):
-        def forward(self, in_idx, cache=None):
-            return 3 * super().forward(in_idx, cache)
+        def forward(self, in_idx):
+            return 3 * super().forward(in_idx)
 
     torch.manual_seed(0)
     model = Sharper(CFG)

@@ -6,7 +6,6 @@ printed as one message without a traceback; exit codes are 0 (done), 2 (the inpu
 
 import json as json_module
 import os
-import re
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -16,33 +15,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from flows.command import ending
+from flows.command.options import FILE, JSON, LIMIT, REASON, SET, RunCommand, named
 
 if TYPE_CHECKING:
     from flows.pipelines import Pipeline, PipelinesFile
     from flows.state import StateRoot
-
-
-def _said(_context: click.Context, _option: click.Parameter, text: str) -> str:
-    if not text.strip():
-        raise click.BadParameter("say why: it is what people will look for in the log")
-    return text.strip()
-
-
-def _name(_context: click.Context, _option: click.Parameter, name: str) -> str:
-    from flows.pipelines import NAME
-
-    if not re.fullmatch(NAME, name):
-        raise click.BadParameter(f"{name!r} is no name of a model: use letters, digits, '.', '_' and '-', at most 64")
-    return name
-
-
-_FILE = click.option("--file", metavar="PATH", help="pipelines.yaml to use. Default: the working directory's.")
-_REASON = click.option("--reason", required=True, type=click.STRING, callback=_said, help="Why. It stays in the log.")
-_LIMIT = click.option(
-    "--limit", default=2, show_default=True, type=click.IntRange(1), help="How many runs share this machine at once."
-)
-_JSON = click.option("--json", is_flag=True, help="Print the result as JSON.")
-_SET = click.option("--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Override a key: train.max_steps=50")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -51,26 +28,12 @@ def cli() -> None:
     """Train GPTs that keep themselves up to date, and look up which one is the champion."""
 
 
-class _RunCommand(click.Command):
-    """`gptflow run`, whose help lists every key of the configuration."""
-
-    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        from flows.pipelines import SECTIONS, Pipeline
-
-        for section in SECTIONS:
-            fields = Pipeline.model_fields[section].annotation.model_fields  # type: ignore[union-attr]
-            with formatter.section(f"Keys of {section}"):
-                formatter.write_dl(
-                    [(f"{section}.{key}", f"{field.description} [{field.default}]") for key, field in fields.items()]
-                )
-
-
-@cli.command(cls=_RunCommand)
+@cli.command(cls=RunCommand)
 @click.argument("pipeline", default="quickstart")
-@_SET
+@SET
 @click.option("--force", is_flag=True, help="Train again even if nothing has changed.")
-@_FILE
-@_JSON
+@FILE
+@JSON
 def run(pipeline: str, overrides: tuple[str, ...], force: bool, file: str | None, json: bool) -> None:
     """Retrain PIPELINE here and now: corpus in; a trained, evaluated, registered model out."""
     from flows.command.launch import launch
@@ -81,8 +44,8 @@ def run(pipeline: str, overrides: tuple[str, ...], force: bool, file: str | None
 
 
 @cli.command()
-@_LIMIT
-@_FILE
+@LIMIT
+@FILE
 @click.option("--reconcile", is_flag=True, hidden=True, help="End runs of this state root that a crash left.")
 def serve(limit: int, file: str | None, reconcile: bool) -> None:
     """Register the deployments of all pipelines at PREFECT_API_URL, and run what is due, until stopped."""
@@ -98,7 +61,7 @@ def serve(limit: int, file: str | None, reconcile: bool) -> None:
 @cli.command()
 @click.option("--work-pool", required=True, metavar="POOL", help="Work pool whose workers run the deployments.")
 @click.option("--image", help="Container image that the pool's workers start, with gptflow installed.")
-@_FILE
+@FILE
 def deploy(work_pool: str, image: str | None, file: str | None) -> None:
     """Register the deployments of all pipelines at PREFECT_API_URL, to be run by the workers of a work pool."""
     pipelines, root = _all_pipelines(file)
@@ -113,8 +76,8 @@ def deploy(work_pool: str, image: str | None, file: str | None) -> None:
 @cli.command()
 @click.option("--prefect-port", default=4200, show_default=True, type=click.IntRange(1, 65535))
 @click.option("--mlflow-port", default=5000, show_default=True, type=click.IntRange(1, 65535))
-@_LIMIT
-@_FILE
+@LIMIT
+@FILE
 def up(prefect_port: int, mlflow_port: int, limit: int, file: str | None) -> None:
     """Start Prefect, MLflow and all deployments with their schedules, and keep them up until Ctrl-C."""
     pipelines, root = _all_pipelines(file)
@@ -127,8 +90,8 @@ def up(prefect_port: int, mlflow_port: int, limit: int, file: str | None) -> Non
 @cli.command()
 @click.argument("pipeline")
 @click.argument("directory", type=click.Path(path_type=Path))
-@_SET
-@_FILE
+@SET
+@FILE
 def prepare(pipeline: str, directory: Path, overrides: tuple[str, ...], file: str | None) -> None:
     """Make DIRECTORY a run directory of PIPELINE, to be trained by hand with `python -m gptcore.train DIRECTORY`."""
     asked, root = _asked(pipeline, overrides, file)
@@ -142,8 +105,8 @@ def prepare(pipeline: str, directory: Path, overrides: tuple[str, ...], file: st
 
 @cli.command()
 @click.argument("model", required=False)
-@_FILE
-@_JSON
+@FILE
+@JSON
 def models(model: str | None, file: str | None, json: bool) -> None:
     """List the versions of MODEL, or of every registered model, with their scores and the gate's verdicts."""
     root = _entered(file)
@@ -162,8 +125,8 @@ def models(model: str | None, file: str | None, json: bool) -> None:
 
 @cli.command()
 @click.argument("uri")
-@_FILE
-@_JSON
+@FILE
+@JSON
 def show(uri: str, file: str | None, json: bool) -> None:
     """Show the whole lineage of the version URI, such as models:/gpt-quickstart@champion."""
     root = _entered(file)
@@ -183,8 +146,8 @@ def show(uri: str, file: str | None, json: bool) -> None:
 @cli.command()
 @click.argument("uri")
 @click.option("--anyway", is_flag=True, help="Go on where something is different; then other weights are no failure.")
-@_FILE
-@_JSON
+@FILE
+@JSON
 def reproduce(uri: str, anyway: bool, file: str | None, json: bool) -> None:
     """Train the version URI again from its own lineage, and compare the weights bit for bit.
 
@@ -201,9 +164,9 @@ def reproduce(uri: str, anyway: bool, file: str | None, json: bool) -> None:
 @cli.command()
 @click.argument("model")
 @click.argument("version", type=click.IntRange(1))
-@_REASON
-@_FILE
-@_JSON
+@REASON
+@FILE
+@JSON
 def promote(model: str, version: int, reason: str, file: str | None, json: bool) -> None:
     """Make VERSION the champion of MODEL, whatever the gate said."""
     from flows.command.hand import promote as move_to
@@ -213,9 +176,9 @@ def promote(model: str, version: int, reason: str, file: str | None, json: bool)
 
 @cli.command()
 @click.argument("model")
-@_REASON
-@_FILE
-@_JSON
+@REASON
+@FILE
+@JSON
 def rollback(model: str, reason: str, file: str | None, json: bool) -> None:
     """Go back to the previous champion of MODEL, and withdraw the current one."""
     from flows.command.hand import rollback as move_back
@@ -225,10 +188,10 @@ def rollback(model: str, reason: str, file: str | None, json: bool) -> None:
 
 @cli.command("import")
 @click.argument("source")
-@click.option("--model", required=True, metavar="NAME", callback=_name, help="Registered model that it belongs to.")
+@click.option("--model", required=True, metavar="NAME", callback=named, help="Registered model that it belongs to.")
 @click.option("--n-heads", type=click.IntRange(1), help="Attention heads, where no config.json says it.")
-@_FILE
-@_JSON
+@FILE
+@JSON
 def import_(source: str, model: str, n_heads: int | None, file: str | None, json: bool) -> None:
     """Register a GPT-2 from elsewhere: SOURCE is a Hugging Face directory, a hub name, a .safetensors or a .pth.
 
@@ -246,8 +209,8 @@ def import_(source: str, model: str, n_heads: int | None, file: str | None, json
 @cli.command()
 @click.argument("uri")
 @click.argument("directory", type=click.Path(path_type=Path))
-@_FILE
-@_JSON
+@FILE
+@JSON
 def export(uri: str, directory: Path, file: str | None, json: bool) -> None:
     """Write the version URI into DIRECTORY as a GPT-2 that Hugging Face's transformers loads, with its tokenizer."""
     root = _entered(file)
@@ -258,8 +221,8 @@ def export(uri: str, directory: Path, file: str | None, json: bool) -> None:
 
 @cli.command()
 @click.option("--dry-run", is_flag=True, help="Only list what would be freed, with its bytes.")
-@_FILE
-@_JSON
+@FILE
+@JSON
 def prune(dry_run: bool, file: str | None, json: bool) -> None:
     """Free the files of old versions that no rollback can reach, and what only they needed (retrain.keep)."""
     pipelines, _ = _all_pipelines(file)
@@ -270,8 +233,8 @@ def prune(dry_run: bool, file: str | None, json: bool) -> None:
 
 
 @cli.command()
-@_FILE
-@_JSON
+@FILE
+@JSON
 def doctor(file: str | None, json: bool) -> None:
     """Check versions, servers, disk, registry and stale champions, and say what cures each failure."""
     from flows.command.doctor import doctor as examine
@@ -288,7 +251,7 @@ def doctor(file: str | None, json: bool) -> None:
 @click.option("--top-p", default=1.0, show_default=True, type=click.FloatRange(0, 1, min_open=True))
 @click.option("--seed", type=click.IntRange(0), help="Repeat a text. Default: a new one each time.")
 @click.option("--num-samples", default=1, show_default=True, type=click.IntRange(1))
-@_FILE
+@FILE
 def generate(uri: str, prompt: str, file: str | None, num_samples: int, seed: int | None, **options: Any) -> None:
     """Continue a prompt with the version URI, token by token as they come."""
     root = _entered(file)
@@ -309,6 +272,25 @@ def generate(uri: str, prompt: str, file: str | None, num_samples: int, seed: in
         for piece in stream_text(tokenizer, drawn):
             click.echo(piece, nl=False)
         click.echo()
+
+
+@cli.command("serve-model")
+@click.argument("uri", metavar="MODEL@ALIAS|MODEL/VERSION")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Beyond this machine, whoever reaches it may ask.")
+@click.option("--port", default=8000, show_default=True, type=click.IntRange(1, 65535))
+@click.option("--max-concurrent", default=16, show_default=True, type=click.IntRange(1), help="Texts written at once.")
+@click.option("--max-queue", default=64, show_default=True, type=click.IntRange(0), help="Texts that may wait.")
+@click.option("--max-tokens", default=4096, show_default=True, type=click.IntRange(1), help="The longest text.")
+@click.option("--quantize", type=click.Choice(["int8"]), help="Round the weights: less memory, faster on a CPU.")
+@FILE
+def serve_model(uri: str, file: str | None, **options: Any) -> None:
+    """Answer OpenAI's completions API with a registered model, until Ctrl-C; an alias is followed as it moves."""
+    root = _entered(file)
+    Thread(target=import_module, args=("gptcore.batch",)).start()  # torch, while MLflow is imported
+    from flows.serving.server import Options
+    from flows.serving.server import serve as serve_version
+
+    serve_version(root, uri, Options(**options))
 
 
 def _asked(name: str, overrides: tuple[str, ...], file: str | None) -> "tuple[Pipeline, StateRoot]":

@@ -1,0 +1,1 @@
+"""A registered version behind an OpenAI-compatible endpoint: `gptflow serve-model`."""

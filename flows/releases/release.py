@@ -36,6 +36,9 @@ SIGNATURE = ModelSignature(
             ParamSpec("temperature", "double", 0.8),
             ParamSpec("top_k", "long", 50),
             ParamSpec("top_p", "double", 1.0),
+            ParamSpec("min_p", "double", 0.0),
+            ParamSpec("repetition_penalty", "double", 1.0),
+            ParamSpec("stop", "string", [], shape=(-1,)),
             ParamSpec("seed", "long", 0),
         ]
     ),

@@ -1,16 +1,36 @@
 """The code of a registered model, which MLflow copies beside its bundle and runs on `mlflow.pyfunc.load_model`.
 
-It imports only gptcore, a copy of which travels along, so a version answers as it did when it was registered.
+It imports only gptcore, a copy of which travels along, so a version answers as it did when it was registered. What it
+refuses is an MlflowException with the code INVALID_PARAMETER_VALUE, which MLflow's scoring server answers with 400 and
+the message; any other exception would show its traceback to the client. What comes before that is MLflow's: parameters
+and columns that the signature does not name are dropped, with a warning in its log, and in `inputs` a number becomes
+its digits.
 """
 
 from pathlib import Path
+from typing import Any
 
+from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
+MOST_PROMPTS = 1000
+MOST_NEW_TOKENS = 4096
+DEFAULTS = {
+    "max_new_tokens": 50,
+    "temperature": 0.8,
+    "top_k": 50,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "stop": [],
+    "seed": 0,
+}
+"""The parameters, which the signature in release.py has too. top_k 0 draws among all tokens."""
+
 
 class GPTTextModel(PythonModel):
-    """Continues prompts. A row is a prompt; the answer is its continuation."""
+    """Continues prompts. A row is a prompt; the answer is its continuation, up to the first of the strings `stop`."""
 
     def load_context(self, context: PythonModelContext) -> None:
         """Loads the bundle: safetensors and JSON."""
@@ -20,35 +40,54 @@ class GPTTextModel(PythonModel):
 
     # Hints here would make MLflow infer another signature than the one it is given, one without parameters.
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
-        """`model_input` is a list of prompts, or a DataFrame of one column. Row i is drawn with `seed` + i."""
-        prompts = model_input.iloc[:, 0] if hasattr(model_input, "columns") else model_input
-        return [self._continue(str(prompt), i, **(params or {})) for i, prompt in enumerate(prompts)]
+        """`model_input` is a list of prompts, or a DataFrame of one column. Row i is drawn with `seed` + i.
+
+        Raises MlflowException with the code INVALID_PARAMETER_VALUE for what is no prompt, and settings out of range.
+        """
+        from gptcore.errors import ConfigError
+
+        prompts = list(model_input.iloc[:, 0] if hasattr(model_input, "columns") else model_input)
+        _check_prompts(prompts)
+        asked = DEFAULTS | {name: value for name, value in (params or {}).items() if value is not None}
+        try:
+            return self._continue(prompts, **asked)
+        except ConfigError as error:
+            raise MlflowException.invalid_parameter_value(str(error)) from None
 
     def _continue(
-        self,
-        prompt: str,
-        row: int,
-        max_new_tokens: int = 50,
-        temperature: float = 0.8,
-        top_k: int = 50,
-        top_p: float = 1.0,
-        seed: int = 0,
-    ) -> str:
-        from gptcore.generate import generate
+        self, prompts: list[str], max_new_tokens: int, top_k: int, stop: list[str], seed: int, **settings: Any
+    ) -> list[str]:
+        from gptcore.errors import ConfigError
+        from gptcore.generate import generate_batch, stream_text
+        from gptcore.sampling import Sampling
 
-        model, tokenizer = self.bundle.model, self.bundle.tokenizer
-        ids = tokenizer.encode(prompt) or [tokenizer.eot]
-        drawn = generate(
-            model,
-            ids,
+        if not 1 <= max_new_tokens <= MOST_NEW_TOKENS:
+            raise ConfigError(f"max_new_tokens is {max_new_tokens}; it must be from 1 to {MOST_NEW_TOKENS}.")
+        if top_k < 0:
+            raise ConfigError(f"top_k is {top_k}; it must be at least 1, or 0 for the whole vocabulary.")
+        tokenizer = self.bundle.tokenizer
+        texts = generate_batch(
+            self.bundle.model,
+            [tokenizer.encode(prompt) or [tokenizer.eot] for prompt in prompts],
             max_new_tokens,
-            temperature=temperature,
-            top_k=top_k or None,
-            top_p=top_p,
-            seed=seed + row,
+            Sampling(top_k=top_k or None, **settings),
+            seed=seed,
             eos_id=tokenizer.eot,
         )
-        return tokenizer.decode(list(drawn))
+        return ["".join(stream_text(tokenizer, ids, stop)) for ids in texts]
+
+
+def _check_prompts(prompts: list[Any]) -> None:
+    if not prompts or len(prompts) > MOST_PROMPTS:
+        raise MlflowException.invalid_parameter_value(
+            f"there are {len(prompts)} prompts; a request must have from 1 to {MOST_PROMPTS}."
+        )
+    wrong = next((number for number, prompt in enumerate(prompts) if not isinstance(prompt, str)), None)
+    if wrong is not None:
+        raise MlflowException.invalid_parameter_value(
+            f"prompt {wrong} is {prompts[wrong]!r:.80}, of type {type(prompts[wrong]).__name__}; every prompt must be "
+            'a string: {"inputs": ["Once upon a time"]}.'
+        )
 
 
 set_model(GPTTextModel())

@@ -15,6 +15,7 @@ from gptcore.bundle import Loaded
 from gptcore.model import GPTModel
 from gptcore.tokenizer import get_tokenizer
 from tests.flows.servers import free_ports, wait_for
+from tests.flows.versions import endless
 
 CFG = {
     "vocab_size": 257,
@@ -30,11 +31,7 @@ CFG = {
 def tiny_version(number: int) -> Served:
     """Version `number` of gpt-tiny, with weights of its own and a byte tokenizer. It never ends a text by itself."""
     torch.manual_seed(number)
-    model, tokenizer = GPTModel(CFG).eval(), get_tokenizer("bytes")
-    with torch.no_grad():
-        model.final_norm.shift.fill_(1)
-        model.out_head.weight[tokenizer.eot] = -10
-    loaded = Loaded(model, tokenizer, CFG)
+    loaded = Loaded(endless(GPTModel(CFG)).eval(), get_tokenizer("bytes"), CFG)
     return Served("gpt-tiny", str(number), loaded, f"weights-{number}", 1_700_000_000)
 
 

@@ -8,9 +8,7 @@ import json as json_module
 import os
 import re
 import sys
-from importlib import import_module
 from pathlib import Path
-from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -286,29 +284,21 @@ def doctor(file: str | None, json: bool) -> None:
 @click.option("--temperature", default=0.8, show_default=True, type=click.FloatRange(0), help="0 is greedy.")
 @click.option("--top-k", type=click.IntRange(1), help="Draw among this many likeliest tokens.")
 @click.option("--top-p", default=1.0, show_default=True, type=click.FloatRange(0, 1, min_open=True))
+@click.option(
+    "--min-p", default=0.0, show_default=True, type=click.FloatRange(0, 1), help="Share of the likeliest one's."
+)
+@click.option("--repetition-penalty", default=1.0, show_default=True, type=click.FloatRange(0, min_open=True))
+@click.option("--stop", multiple=True, metavar="TEXT", help="End before this text. May be given several times.")
 @click.option("--seed", type=click.IntRange(0), help="Repeat a text. Default: a new one each time.")
 @click.option("--num-samples", default=1, show_default=True, type=click.IntRange(1))
+@click.option("--quantize", type=click.Choice(["int8"]), help="Round the weights: at least twice as fast on a CPU.")
 @_FILE
-def generate(uri: str, prompt: str, file: str | None, num_samples: int, seed: int | None, **options: Any) -> None:
+def generate(uri: str, file: str | None, **options: Any) -> None:
     """Continue a prompt with the version URI, token by token as they come."""
     root = _entered(file)
-    Thread(target=import_module, args=("gptcore.bundle",)).start()  # torch, while MLflow is imported and asked
-    from flows.releases import registry
-    from gptcore.bundle import load
-    from gptcore.generate import generate as continue_ids
-    from gptcore.generate import stream_text
+    from flows.command.writing import write
 
-    found = registry.resolve(root, uri)
-    loaded = load(registry.bundle_path(root, found.name, str(found.version)))
-    tokenizer = loaded.tokenizer
-    ids = tokenizer.encode(prompt) or [tokenizer.eot]
-    for number in range(num_samples):
-        click.echo(prompt, nl=False)
-        own_seed = None if seed is None else seed + number
-        drawn = continue_ids(loaded.model, ids, seed=own_seed, eos_id=tokenizer.eot, **options)
-        for piece in stream_text(tokenizer, drawn):
-            click.echo(piece, nl=False)
-        click.echo()
+    write(root, uri, **options)
 
 
 def _asked(name: str, overrides: tuple[str, ...], file: str | None) -> "tuple[Pipeline, StateRoot]":

@@ -7,15 +7,13 @@ printed as one message without a traceback; exit codes are 0 (done), 2 (the inpu
 import json as json_module
 import os
 import sys
-from importlib import import_module
 from pathlib import Path
-from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from flows.command import ending
-from flows.command.options import FILE, JSON, LIMIT, REASON, SET, RunCommand, named
+from flows.command.options import FILE, JSON, LIMIT, QUANTIZE, REASON, SET, RunCommand, named
 
 if TYPE_CHECKING:
     from flows.pipelines import Pipeline, PipelinesFile
@@ -249,29 +247,21 @@ def doctor(file: str | None, json: bool) -> None:
 @click.option("--temperature", default=0.8, show_default=True, type=click.FloatRange(0), help="0 is greedy.")
 @click.option("--top-k", type=click.IntRange(1), help="Draw among this many likeliest tokens.")
 @click.option("--top-p", default=1.0, show_default=True, type=click.FloatRange(0, 1, min_open=True))
+@click.option(
+    "--min-p", default=0.0, show_default=True, type=click.FloatRange(0, 1), help="Share of the likeliest one's."
+)
+@click.option("--repetition-penalty", default=1.0, show_default=True, type=click.FloatRange(0, min_open=True))
+@click.option("--stop", multiple=True, metavar="TEXT", help="End before this text. May be given several times.")
 @click.option("--seed", type=click.IntRange(0), help="Repeat a text. Default: a new one each time.")
 @click.option("--num-samples", default=1, show_default=True, type=click.IntRange(1))
+@QUANTIZE
 @FILE
-def generate(uri: str, prompt: str, file: str | None, num_samples: int, seed: int | None, **options: Any) -> None:
+def generate(uri: str, file: str | None, **options: Any) -> None:
     """Continue a prompt with the version URI, token by token as they come."""
     root = _entered(file)
-    Thread(target=import_module, args=("gptcore.bundle",)).start()  # torch, while MLflow is imported and asked
-    from flows.releases import registry
-    from gptcore.bundle import load
-    from gptcore.generate import generate as continue_ids
-    from gptcore.generate import stream_text
+    from flows.command.writing import write
 
-    found = registry.resolve(root, uri)
-    loaded = load(registry.bundle_path(root, found.name, str(found.version)))
-    tokenizer = loaded.tokenizer
-    ids = tokenizer.encode(prompt) or [tokenizer.eot]
-    for number in range(num_samples):
-        click.echo(prompt, nl=False)
-        own_seed = None if seed is None else seed + number
-        drawn = continue_ids(loaded.model, ids, seed=own_seed, eos_id=tokenizer.eot, **options)
-        for piece in stream_text(tokenizer, drawn):
-            click.echo(piece, nl=False)
-        click.echo()
+    write(root, uri, **options)
 
 
 @cli.command("serve-model")
@@ -281,12 +271,11 @@ def generate(uri: str, prompt: str, file: str | None, num_samples: int, seed: in
 @click.option("--max-concurrent", default=16, show_default=True, type=click.IntRange(1), help="Texts written at once.")
 @click.option("--max-queue", default=64, show_default=True, type=click.IntRange(0), help="Texts that may wait.")
 @click.option("--max-tokens", default=4096, show_default=True, type=click.IntRange(1), help="The longest text.")
-@click.option("--quantize", type=click.Choice(["int8"]), help="Round the weights: less memory, faster on a CPU.")
+@QUANTIZE
 @FILE
 def serve_model(uri: str, file: str | None, **options: Any) -> None:
     """Answer OpenAI's completions API with a registered model, until Ctrl-C; an alias is followed as it moves."""
     root = _entered(file)
-    Thread(target=import_module, args=("gptcore.batch",)).start()  # torch, while MLflow is imported
     from flows.serving.server import Options
     from flows.serving.server import serve as serve_version
 

@@ -36,8 +36,9 @@ class Decoder:
         attention, weight = blocks[0].att, model.tok_emb.weight
         tokens = min(max_tokens or model.context_length, model.context_length)
         shape = (len(blocks), 2, rows, attention.num_heads, tokens, attention.head_dim)
-        self._store = torch.empty(shape, dtype=weight.dtype, device=weight.device)
-        """Keys at [:, 0], values at [:, 1]. A row's tokens stand at its beginning."""
+        self._store = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+        """Keys at [:, 0], values at [:, 1]. A row's tokens stand at its beginning. What stands behind them is never
+        looked at, but 0 times what is no number would be none."""
         self._lengths: list[int] = []
         self._model = model
         self._blocks = [_Block(block) for block in blocks]

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptcore.corpus import Block
@@ -174,8 +175,19 @@ def _batches(every: list[_Window]) -> Iterator[list[_Window]]:
 def _predict(model: GPTModel, ids: Tensor, targets: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Nats and ranks of the targets, of shape (batch, tokens), that are not -1, row by row."""
     wanted = targets >= 0
-    nats, ranks = losses_and_ranks(model.hidden(ids)[wanted], model.out_head.weight, targets[wanted])
+    hidden, chosen = model.hidden(ids)[wanted], targets[wanted]
+    if isinstance(model.out_head, nn.Linear):
+        nats, ranks = losses_and_ranks(hidden, model.out_head.weight, chosen)
+    else:  # of rounded weights, which no product but the layer's own takes
+        pieces = [_of_logits(model.out_head(rows), ids) for rows, ids in zip(hidden.split(512), chosen.split(512))]
+        nats, ranks = (torch.cat(each) for each in zip(*pieces))
     return nats.double().cpu().numpy(), ranks.cpu().numpy()
+
+
+def _of_logits(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """What `losses_and_ranks` gives, of logits (rows, vocabulary)."""
+    likely = logits >= logits.gather(1, targets[:, None])
+    return F.cross_entropy(logits, targets, reduction="none"), likely.sum(dim=1) - 1
 
 
 @dataclass(frozen=True)

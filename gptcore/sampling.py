@@ -4,6 +4,7 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,8 +12,6 @@ from gptcore.errors import CheckpointError, ConfigError
 
 _LEAST = torch.finfo(torch.float32).tiny
 """A smaller setting would be 0 in the arithmetic, and divide by it."""
-_FIRST = 1024
-"""Tokens that are sorted first for `top_p`: sorting all of GPT-2's 50,257 takes as long as half a token of shape M."""
 
 
 @dataclass(frozen=True)
@@ -53,20 +52,19 @@ class Sampling:
         logits = self._penalised(logits, seen)
         if self.temperature == 0:
             return int(logits.argmax())
-        probabilities, ids = self._filtered(logits)
-        if not math.isfinite(float(probabilities.sum())):
+        # The inverse of the cumulative distribution: a fifth of what torch.multinomial takes for GPT-2's ids.
+        reached = self._filtered(logits).double().cumsum(0)
+        if not math.isfinite(total := float(reached[-1])):
             raise CheckpointError("the model's logits are not numbers: its weights are damaged; load another version.")
-        drawn = int(torch.multinomial(probabilities, 1, generator=generator))
-        return drawn if ids is None else int(ids[drawn])
+        return int(torch.searchsorted(reached, (1 - torch.rand((), generator=generator, dtype=torch.float64)) * total))
 
     def probabilities(self, logits: Tensor, seen: Collection[int] = ()) -> Tensor:
         """(vocabulary,) with which each id is drawn from logits (vocabulary,)."""
         logits = self._penalised(logits, seen)
         if self.temperature == 0:
             return torch.zeros(len(logits)).index_fill(0, logits.argmax().cpu(), 1.0)
-        kept, ids = self._filtered(logits)
-        spread = kept if ids is None else torch.zeros(len(logits)).index_put((ids.cpu(),), kept)
-        return spread / spread.sum()
+        weights = self._filtered(logits)
+        return weights / weights.sum()
 
     def _penalised(self, logits: Tensor, seen: Collection[int]) -> Tensor:
         if self.repetition_penalty == 1 or not seen:
@@ -76,28 +74,19 @@ class Sampling:
         changed = torch.where(found < 0, found * self.repetition_penalty, found / self.repetition_penalty)
         return logits.index_put((ids,), changed)
 
-    def _filtered(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What may be drawn: weights that need not sum to 1, and their ids, or None for all ids in order."""
+    def _filtered(self, logits: Tensor) -> Tensor:
+        """(vocabulary,) weights that need not sum to 1; 0 where an id may not be drawn."""
         scaled = (logits.float() - logits.max()) / max(self.temperature, _LEAST)
-        if self.top_k is None and self.top_p == 1:
-            weights = torch.softmax(scaled.cpu(), dim=0)
-            return self._cut_rare(weights), None
-        if self.top_k is not None:
-            scaled, ids = scaled.topk(min(self.top_k, len(scaled)))
-            weights = torch.softmax(scaled.cpu(), dim=0)
-        else:
-            weights, ids = self._likeliest(torch.softmax(scaled, dim=0))
+        if self.top_k is not None and self.top_k < len(scaled):
+            scaled = scaled.masked_fill(scaled < scaled.topk(self.top_k).values[-1], -math.inf)
+        weights = torch.softmax(scaled, dim=0).cpu()
+        least = self.min_p * float(weights.max())
         if self.top_p < 1:
-            weights = weights.masked_fill(weights.double().cumsum(0) - weights >= max(self.top_p, _LEAST), 0.0)
-        return self._cut_rare(weights), ids
+            least = max(least, self._least_of_nucleus(weights))
+        return weights.masked_fill(weights < least, 0.0) if least else weights
 
-    def _likeliest(self, probabilities: Tensor) -> tuple[Tensor, Tensor]:
-        """As many of the likeliest as are needed to reach `top_p`, or more."""
-        for count in (_FIRST, len(probabilities)):
-            weights, ids = probabilities.topk(min(count, len(probabilities)))
-            if weights.sum() >= self.top_p:
-                break
-        return weights.cpu(), ids
-
-    def _cut_rare(self, weights: Tensor) -> Tensor:
-        return weights.masked_fill(weights < self.min_p * weights.max(), 0.0) if self.min_p else weights
+    def _least_of_nucleus(self, probabilities: Tensor) -> float:
+        """The smallest probability that is needed to reach `top_p`. NumPy sorts 25 times as fast as torch."""
+        rising = np.sort(probabilities.numpy())
+        needless = np.cumsum(rising, dtype=np.float64) <= 1 - self.top_p
+        return float(rising[min(int(needless.sum()), len(rising) - 1)])

@@ -1,4 +1,7 @@
-"""`gptflow serve-model`: the endpoint as a process, from the port that it takes to the second Ctrl-C."""
+"""`gptflow serve-model`: the endpoint as a process, from the port that it takes to the second Ctrl-C.
+
+What takes seconds to import is imported once the port is taken.
+"""
 
 import asyncio
 import logging
@@ -9,15 +12,17 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from importlib import import_module
+from threading import Thread
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
-from flows.serving.app import create_app
-from flows.serving.following import Following
-from flows.serving.writer import Writer
 from flows.state import StateRoot
 from gptcore.errors import GPTCoreError
+
+if TYPE_CHECKING:
+    from flows.serving.writer import Writer
 
 GRACE_SECONDS = 20.0
 """How long texts under way may take to end when the server stops."""
@@ -43,6 +48,11 @@ def serve(root: StateRoot, uri: str, options: Options) -> None:
     """
     _say_short_lines()
     listener = _listener(options.host, options.port)
+    Thread(target=import_module, args=("gptcore.batch",)).start()  # torch, while MLflow is imported
+    from flows.serving.app import create_app
+    from flows.serving.following import Following
+    from flows.serving.writer import Writer
+
     following = Following(root, uri if uri.startswith("models:/") else f"models:/{uri}", options.quantize)
     writer = Writer(options.max_concurrent, options.max_queue)
     app = create_app(following, writer, options.max_tokens, options.host)
@@ -54,7 +64,7 @@ def serve(root: StateRoot, uri: str, options: Options) -> None:
 class _Server(uvicorn.Server):
     """Uvicorn's, with our signals: the first one stops in order, the second at once; the exit code is ours."""
 
-    def __init__(self, config: uvicorn.Config, writer: Writer, greeting: str) -> None:
+    def __init__(self, config: uvicorn.Config, writer: "Writer", greeting: str) -> None:
         super().__init__(config)
         self.writer, self.greeting = writer, greeting
 

@@ -41,6 +41,16 @@ def test_every_row_ends_by_itself_where_its_end_of_text_comes():
         assert text == whole[:first]
 
 
+def test_what_a_row_has_not_read_yet_counts_for_nothing():
+    model = seeded_model()
+    decoder = Decoder(model, rows=2)
+    decoder._store.fill_(1e4)
+    decoder.begin([PROMPTS[0], PROMPTS[1]])
+    with torch.no_grad():
+        logits = decoder.extend([3, 4])
+        assert torch.allclose(logits[1], model(torch.tensor([[*PROMPTS[1], 4]]))[0, -1], atol=1e-4)
+
+
 def test_texts_join_and_leave_while_others_are_written():
     model = seeded_model()
     alone = [list(generate(model, p, 25, temperature=0)) for p in PROMPTS]

@@ -268,7 +268,13 @@ def generate(uri: str, file: str | None, **options: Any) -> None:
 @click.argument("uri", metavar="MODEL@ALIAS|MODEL/VERSION")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Beyond this machine, whoever reaches it may ask.")
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(1, 65535))
-@click.option("--max-concurrent", default=16, show_default=True, type=click.IntRange(1), help="Texts written at once.")
+@click.option(
+    "--max-concurrent",
+    default=16,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Texts written at once; each takes memory for a context.",
+)
 @click.option("--max-queue", default=64, show_default=True, type=click.IntRange(0), help="Texts that may wait.")
 @click.option("--max-tokens", default=4096, show_default=True, type=click.IntRange(1), help="The longest text.")
 @QUANTIZE

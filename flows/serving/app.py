@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -107,15 +107,16 @@ async def _body(request: Request) -> bytes:
 
 async def _refusal(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, Refused)
-    _log.info("%s %s: %d, %s", request.method, request.url.path, error.status, error)
+    line = f"{request.method} {request.url.path}: {error.status}, {error}"
+    _log.info("%s", line.encode("unicode_escape").decode())  # a line stays one, whatever was asked for
     return JSONResponse(error.body, error.status, error.headers)
 
 
 async def _http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     message = f"{request.method} {request.url.path}: {error.detail}. There are /v1/completions, /v1/models and /health"
-    headers: Mapping[str, str] | None = error.headers
-    return JSONResponse(error_body(message, "invalid_request_error", code="not_found"), error.status_code, headers)
+    code, headers = error.detail.lower().replace(" ", "_"), error.headers
+    return JSONResponse(error_body(message, "invalid_request_error", code=code), error.status_code, headers)
 
 
 async def _own_error(_: Request, error: Exception) -> JSONResponse:

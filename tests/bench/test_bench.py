@@ -9,7 +9,7 @@ import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import __main__ as program
-from bench import plain, report
+from bench import plain, report, serving
 from bench.contender import contender
 from bench.encoders import OURS, TIKTOKEN
 from bench.peers import first_weights
@@ -79,3 +79,19 @@ def test_tokenisers_encode_the_same_text_to_the_same_ids() -> None:
     assert 290_000 < made.num_bytes <= 300_000
     assert [one.same_ids for one in made.contenders] == [True, True]
     assert made.contenders[0].peak_mb > made.contenders[1].peak_mb, "two children count as well"
+
+
+@pytest.mark.slow
+def test_a_served_model_under_load_answers_everybody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "serving.json"
+    monkeypatch.setattr(sys, "argv", f"bench.serving --seconds 1 --clients 5 --max-concurrent 4 --json {file}".split())
+    monkeypatch.setitem(SHAPES, "M", replace(TINY, vocab_size=50257))
+    monkeypatch.setattr(serving, "_LOOP_SECONDS", 0.2)
+    serving.main()
+    assert "| serve-model, 5 clients | one request after the other |" in capsys.readouterr().out
+    under_load = json.loads(file.read_text())["serve-model, 5 clients"]
+    assert under_load["requests"] == len(under_load["answered"]) >= 5
+    for one in under_load["answered"]:
+        assert one["num_tokens"] <= serving.NEW_TOKENS and 0 < one["first_seconds"] <= one["seconds"]

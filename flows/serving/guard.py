@@ -17,7 +17,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 def hosts_of(host: str) -> list[str]:
     """The names under which a server that listens at `host` may be asked: of this machine, or any."""
-    return [*LOOPBACK, "[::1]"] if host in LOOPBACK else ["*"]
+    return [*LOOPBACK, "[::1]", host] if host in LOOPBACK or host.startswith("127.") else ["*"]
 
 
 class SameOrigin:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from bench.contender import MACHINE
-from bench.peers import HF, LITGPT, OURS, PLAIN
+from bench.peers import HF, LITGPT, OURS, OURS_INT8, PLAIN
 from bench.shapes import Shape
 from bench.steps import MODULE, spec_of
 from bench.workers import workers
@@ -49,6 +49,8 @@ class Generation:
     read_gb_per_second: float
     contenders: tuple[Written, ...]
     """Ours first."""
+    int8: Written
+    """Ours with rounded weights, which writes other texts."""
 
     @property
     def limit(self) -> float | None:
@@ -74,6 +76,11 @@ class Generation:
         """The same as the median of the rounds' own ratios."""
         return statistics.median(ours / theirs for ours, theirs in zip(self.ours.rates, self.best.rates))
 
+    @property
+    def int8_ratio(self) -> float:
+        """How many times as many tokens rounded weights write, as the median of the rounds' own ratios."""
+        return statistics.median(rounded / ours for rounded, ours in zip(self.int8.rates, self.ours.rates))
+
     def to_json(self) -> dict[str, Any]:
         return {
             "shape": asdict(self.shape),
@@ -81,6 +88,7 @@ class Generation:
             "read_gb_per_second": self.read_gb_per_second,
             "limit": self.limit,
             "contenders": {one.name: {**asdict(one), "tokens_per_second": one.median} for one in self.contenders},
+            "int8": {**asdict(self.int8), "tokens_per_second": self.int8.median, "of_ours": self.int8_ratio},
             "best_peer": self.best.name,
             "ratio": self.ratio,
             "ratio_by_round": self.ratio_by_round,
@@ -93,21 +101,22 @@ def measure_generation(
     """Asks those of CONTENDERS that are in `names`, in turn, for each of BATCHES. `new` is what there is instead of the
     usual number of tokens."""
     taking_part = [name for name in CONTENDERS if name in names]
-    specs = {name: spec_of(name, shape, 0.0, threads, None, trains=False) for name in (*taking_part, MACHINE)}
+    asked = (*taking_part, OURS_INT8)
+    specs = {name: spec_of(name, shape, 0.0, threads, None, trains=False) for name in (*asked, MACHINE)}
     with workers(MODULE, specs) as started:
-        for name in taking_part:
+        for name in asked:
             started[name].ask("generate", **_WARM_UP)
         made = []
         for batch in BATCHES:
-            answers: dict[str, list[dict[str, Any]]] = {name: [] for name in taking_part}
+            answers: dict[str, list[dict[str, Any]]] = {name: [] for name in asked}
             reads = []
             for _ in range(rounds):
-                for name in taking_part:
+                for name in asked:
                     answers[name].append(started[name].ask("generate", batch=batch, **_lengths(name, batch, new)))
                 reads.append(started[MACHINE].ask("read")["gb_per_second"])
             ours = answers[OURS][0]["ids"]
-            written = (_written(name, answers[name], ours) for name in taking_part)
-            made.append(Generation(shape, batch, statistics.median(reads), tuple(written)))
+            *written, rounded = (_written(name, answers[name], ours) for name in asked)
+            made.append(Generation(shape, batch, statistics.median(reads), tuple(written), rounded))
     return made
 
 

@@ -4,7 +4,7 @@ Each is built from gptcore's first weights and makes the same step: loss, backwa
 the loss as a number. Each gets its best setting, which for all but the plain one includes AdamW's fused kernel:
 
 - ours: `gptcore.train.update` as the trainer calls it, in a process that keeps the memory it frees, as the trainer's
-  does; and generation with its cache.
+  does; and generation with its cache. `ours+int8` is the same with weights of 8 bits, and only generates.
 - plain: plain.py with AdamW as `torch.optim.AdamW(...)` gives it.
 - hf: GPT2LMHeadModel of Hugging Face's transformers with its own loss, fused attention and PyTorch's GELU kernel.
 - litgpt: its GPT and its own loss. It has no learned positions, so a quarter of each head is rotated (its default,
@@ -33,11 +33,14 @@ from bench.shapes import GRAD_CLIP, LEARNING_RATE, SEED, WEIGHT_DECAY, Shape, ad
 from gptcore import memory
 from gptcore.config import TrainConfig
 from gptcore.exchange.layout import to_huggingface
-from gptcore.generate import generate, generate_text_simple
+from gptcore.generate import generate_batch
 from gptcore.model import GPTModel
+from gptcore.quantize import quantize
+from gptcore.sampling import Sampling
 from gptcore.train import TrainState, update
 
 OURS, PLAIN, HF, LITGPT, NANOGPT = "ours", "plain", "hf", "litgpt", "nanogpt"
+OURS_INT8 = "ours+int8"
 PACKAGES = {HF: "transformers", LITGPT: "litgpt"}
 """What has to be installed for a peer."""
 PADDED, COMPILED = "padded", "compiled"
@@ -79,12 +82,16 @@ class Ours:
         return update(self.state, [(inputs, targets)], LEARNING_RATE, self.train)[0]
 
     def generate(self, idx: Tensor, max_new_tokens: int) -> Tensor:
-        """One text by `generate`, which takes no more; several by `generate_text_simple`, which has the same cache."""
-        model = self.state.model.eval()
-        if len(idx) > 1:
-            return generate_text_simple(model, idx, max_new_tokens, model.context_length)
-        prompt = idx[0].tolist()
-        return torch.tensor([[*prompt, *generate(model, prompt, max_new_tokens, temperature=0)]])
+        new = generate_batch(self.state.model, idx.tolist(), max_new_tokens, Sampling(temperature=0))
+        return torch.cat((idx, torch.tensor(new)), dim=1)
+
+
+class OursInt8(Ours):
+    """gptcore with rounded weights."""
+
+    def __init__(self, shape: Shape, drop_rate: float) -> None:
+        super().__init__(shape, drop_rate)
+        quantize(self.state.model)
 
 
 class Peer:
@@ -231,7 +238,10 @@ class NanoGPT(Peer):
 def make(name: str, shape: Shape, drop_rate: float, nanogpt: str | None) -> Contender:
     """The contender of that name. `nanogpt` is the path of a checkout."""
     base, *variants = name.split("+")
-    kinds: dict[str, Callable[..., Contender]] = {OURS: Ours, PLAIN: Plain, HF: HuggingFace, LITGPT: LitGPT}
+    kinds: dict[str, Callable[..., Contender]] = {OURS: Ours, OURS_INT8: OursInt8, PLAIN: Plain, LITGPT: LitGPT}
+    if name in kinds:
+        return kinds[name](shape, drop_rate)
+    kinds[HF] = HuggingFace
     if nanogpt is not None:
         kinds[NANOGPT] = functools.partial(NanoGPT, Path(nanogpt))
     if not variants:

@@ -81,7 +81,18 @@ def losses_differ(measured: Sequence[Steps]) -> list[str]:
 def generation_table(measured: Sequence[Generation]) -> str:
     """A line for each shape and number of texts, tokens per second."""
     names = [one.name for one in measured[0].contenders]
-    head = ("tokens per second", *names, "best peer", "ratio", "by round", "memory limit", "of limit", "same as hf")
+    head = (
+        "tokens per second",
+        *names,
+        "best peer",
+        "ratio",
+        "by round",
+        "memory limit",
+        "of limit",
+        "same as hf",
+        "int8",
+        "of ours",
+    )
     rows = []
     for made in measured:
         same = next((one.same_tokens for one in made.contenders[1:] if one.same_tokens is not None), None)
@@ -95,6 +106,8 @@ def generation_table(measured: Sequence[Generation]) -> str:
                 "-" if made.limit is None else f"{made.limit:.0f}",
                 "-" if made.limit is None else f"{made.ours.median / made.limit:.0%}",
                 "-" if same is None else f"{same} tokens",
+                f"{made.int8.median:.1f}",
+                f"{made.int8_ratio:.2f}x",
             )
         )
     return table(head, rows)

@@ -14,7 +14,7 @@ from torch import Tensor
 from gptcore.decoder import Decoder, WholeWindows
 from gptcore.errors import ConfigError
 from gptcore.model import GPTModel, is_ours
-from gptcore.quantize import Int8Linear
+from gptcore.quantize import INT8_KINDS
 from gptcore.sampling import Sampling
 
 _READ_TOKENS = 4096
@@ -37,11 +37,6 @@ class Text:
         self._seen = set(prompt)
         self.window = list(prompt)
         """The ids that the next one is predicted from."""
-
-    @property
-    def is_greedy(self) -> bool:
-        """Whether the likeliest token of the logits as they are is taken."""
-        return self._sampling.temperature == 0 and self._sampling.repetition_penalty == 1
 
     def draw(self, logits: Tensor) -> int:
         """The next id from logits (vocabulary,)."""
@@ -69,7 +64,7 @@ class Batch:
     def __init__(self, model: GPTModel, rows: int, max_tokens: int | None = None) -> None:
         """Takes the memory for `rows` texts of `max_tokens` tokens, prompt included; by default the whole context."""
         self._decoder: Decoder | WholeWindows = (
-            Decoder(model, rows, max_tokens) if is_ours(model, Int8Linear) else WholeWindows(model)
+            Decoder(model, rows, max_tokens) if is_ours(model, *INT8_KINDS) else WholeWindows(model)
         )
         self._rows, self._context, self._vocab_size = rows, model.context_length, len(model.tok_emb.weight)
         self._texts: list[Text] = []
@@ -108,10 +103,9 @@ class Batch:
         """One more token for every text. Returns them all; those that ended are no longer in the batch."""
         with torch.inference_mode():
             self._forget()
-            logits = torch.cat([*self._extended(), *self._begun()])
-            likeliest = logits.argmax(dim=-1).tolist() if any(text.is_greedy for text in self._texts) else []
-            for row, text in enumerate(self._texts):
-                text.take(likeliest[row] if text.is_greedy else text.draw(logits[row]))
+            rows = [row for part in (*self._extended(), *self._begun()) for row in part.cpu()]
+            for text, logits in zip(self._texts, rows, strict=True):
+                text.take(text.draw(logits))
         stepped = list(self._texts)
         for text in stepped:
             if text.finish_reason is not None:

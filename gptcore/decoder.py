@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from gptcore.attention import MultiHeadAttention, norm_heads, turn
 from gptcore.model import FeedForward, GPTModel, TransformerBlock, eval_mode
+from gptcore.quantize import Int8Share
 
-_SKINNY = 4
-"""From so many rows on oneDNN multiplies a narrow matrix with the weights faster than MKL: 1.5 to 2.5 times at 8 rows
-of shape L, 1.1 at M. For fewer, MKL does."""
+_SKINNY, _LARGE = 4, 2**20
+"""From so many rows on, and for weights of so many numbers (more than a core's cache holds), oneDNN multiplies faster
+than MKL: 1.3 to 2 times for GPT-2's matrices at 8 rows, as fast at 32. Elsewhere MKL does, up to twice as fast."""
 
 Remember = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 """Of a layer, stores new keys and values (rows, heads, tokens, head_dim); returns those to attend to."""
@@ -71,17 +72,22 @@ class Decoder:
         count, end = len(lengths), max(lengths) + 1
         ends_alike = min(lengths) + 1 == end
         past = torch.tensor([end - 1] if ends_alike else lengths, device=device)[:, None]
-        rows = torch.arange(count, device=device)
+        # Views of all layers are made at once: keys at even places, values at odd ones.
+        seen = self._store[:, :, :count, :, :end].flatten(0, 1).unbind()
+        if ends_alike:
+            mask, places = None, self._store[:, :, :count, :, end - 1].flatten(0, 1).unbind()
+        else:
+            mask, places = (torch.arange(end, device=device) <= past)[:, None, None], seen
+            rows, ends = torch.arange(count, device=device), past[:, 0]
 
         def remember(layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-            stored = self._store[layer, :, :count]
-            if ends_alike:
-                stored[0, :, :, end - 1], stored[1, :, :, end - 1] = keys[:, :, 0], values[:, :, 0]
-            else:
-                stored[0][rows, :, past[:, 0]], stored[1][rows, :, past[:, 0]] = keys[:, :, 0], values[:, :, 0]
-            return stored[0, :, :, :end], stored[1, :, :, :end]
+            for place, new in ((2 * layer, keys[:, :, 0]), (2 * layer + 1, values[:, :, 0])):
+                if ends_alike:
+                    places[place].copy_(new)
+                else:
+                    places[place][rows, :, ends] = new
+            return seen[2 * layer], seen[2 * layer + 1]
 
-        mask = None if ends_alike else (torch.arange(end, device=device) <= past)[:, None, None]
         hidden = self._read(torch.tensor(tokens, device=device)[:, None], past, remember, mask)
         self._lengths = [length + 1 for length in lengths]
         return self._head(self._final_norm(hidden[:, 0]))
@@ -121,18 +127,14 @@ class _Block:
         feed_forward: FeedForward = block.ff
         up, activation, down = feed_forward.layers
         self.norm1, self.norm2, self.activation = block.norm1.forward, block.norm2.forward, activation.forward
-        self.query, self.key, self.value, self.out, self.up, self.down = (
-            _linear(part)
-            for part in (*(attention.W_query, attention.W_key, attention.W_value), attention.out_proj, up, down)
-        )
+        self.out, self.up, self.down = (_linear(part) for part in (attention.out_proj, up, down))
+        self._project = _projection(attention)
         self._qk_norm, self._shape = attention.qk_norm, (attention.num_heads, attention.head_dim)
 
     def heads(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
         """(rows, tokens, emb_dim) -> queries, keys and values, each (rows, heads, tokens, head_dim)."""
         normed, shape = self.norm1(x), (*x.shape[:2], *self._shape)
-        queries, keys, values = (
-            project(normed).view(shape).transpose(1, 2) for project in (self.query, self.key, self.value)
-        )
+        queries, keys, values = (each.view(shape).transpose(1, 2) for each in self._project(normed))
         if self._qk_norm:
             queries, keys = norm_heads(queries), norm_heads(keys)
         if rotation is not None:
@@ -140,13 +142,22 @@ class _Block:
         return queries, keys, values
 
 
+def _projection(attention: MultiHeadAttention) -> Callable[[Tensor], Sequence[Tensor]]:
+    """What makes queries, keys and values."""
+    if isinstance(attention.W_query, Int8Share):
+        whole = attention.W_query.whole.forward
+        return lambda x: whole(x).chunk(3, dim=-1)
+    query, key, value = (_linear(part) for part in (attention.W_query, attention.W_key, attention.W_value))
+    return lambda x: (query(x), key(x), value(x))
+
+
 def _linear(part: nn.Module) -> Callable[[Tensor], Tensor]:
     """What `part` computes, by whichever library is fast for so few rows."""
     if type(part) is not nn.Linear:
         return part.forward
     weight, bias = part.weight, part.bias
-    has_onednn = weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
-    if not has_onednn:
+    on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    if not on_cpu or weight.numel() < _LARGE:
         return lambda x: F.linear(x, weight, bias)
     onednn: Any = torch.ops.mkldnn._linear_pointwise
 

@@ -17,7 +17,7 @@ from gptcore.batch import Batch, Text
 from gptcore.decoder import Decoder
 from gptcore.errors import ConfigError
 from gptcore.model import GPTModel, eval_mode, is_ours
-from gptcore.quantize import Int8Linear
+from gptcore.quantize import INT8_KINDS
 from gptcore.sampling import Sampling
 from gptcore.tokenizer import END_OF_TEXT
 
@@ -188,7 +188,7 @@ def stream_text(tokenizer: Any, ids: Iterable[int], stop: Sequence[str] = ()) ->
 def _decoder(model: nn.Module, rows: int, max_tokens: int) -> Decoder | None:
     """None where the model must be called as a whole."""
     dropping = any(isinstance(part, nn.Dropout) and part.training and part.p > 0 for part in model.modules())
-    return Decoder(cast(GPTModel, model), rows, max_tokens) if is_ours(model, Int8Linear) and not dropping else None
+    return Decoder(cast(GPTModel, model), rows, max_tokens) if is_ours(model, *INT8_KINDS) and not dropping else None
 
 
 def _written(batch: Batch, text: Text) -> Iterator[int]:

@@ -35,9 +35,9 @@ from gptcore.config import TrainConfig
 from gptcore.exchange.layout import to_huggingface
 from gptcore.generate import generate_batch
 from gptcore.model import GPTModel
-from gptcore.quantize import quantize
-from gptcore.sampling import Sampling
 from gptcore.train import TrainState, update
+from gptcore.writing.quantize import quantize
+from gptcore.writing.sampling import Sampling
 
 OURS, PLAIN, HF, LITGPT, NANOGPT = "ours", "plain", "hf", "litgpt", "nanogpt"
 OURS_INT8 = "ours+int8"

@@ -20,7 +20,7 @@ from gptcore.bundle import Loaded
 from gptcore.corpus import blocks
 from gptcore.evaluate import evaluate_blocks
 from gptcore.generate import generate
-from gptcore.quantize import quantize
+from gptcore.writing.quantize import quantize
 
 _NEW, _ROUNDS = 100, 5
 

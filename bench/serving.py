@@ -36,8 +36,8 @@ from gptcore.bundle import Loaded
 from gptcore.exchange.checkpoints import Checkpoint
 from gptcore.generate import generate
 from gptcore.model import GPTModel
-from gptcore.quantize import quantize
 from gptcore.tokenizer import get_tokenizer
+from gptcore.writing.quantize import quantize
 
 NEW_TOKENS = 64
 PROMPT_TOKENS = (8, 48)

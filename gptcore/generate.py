@@ -2,8 +2,8 @@
 
 Keys and values of the tokens already seen are kept wherever the model is one of ours with every part untouched
 (`model.is_ours`); any other is called on the whole window for every token, with the same result. The global random
-state is never drawn from. How the next token is drawn stands in sampling.py, how several texts are written side by side
-in batch.py. Which prompts are continued and where the texts are kept is decided elsewhere.
+state is never drawn from. How the next token is drawn and how several texts are written side by side stands in
+writing/. Which prompts are continued and where the texts are kept is decided elsewhere.
 """
 
 import codecs
@@ -13,13 +13,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from gptcore.batch import Batch, Text
-from gptcore.decoder import Decoder
 from gptcore.errors import ConfigError
 from gptcore.model import GPTModel, eval_mode, is_ours
-from gptcore.quantize import INT8_KINDS
-from gptcore.sampling import Sampling
 from gptcore.tokenizer import END_OF_TEXT
+from gptcore.writing.batch import Batch, Text
+from gptcore.writing.decoder import Decoder
+from gptcore.writing.quantize import INT8_KINDS
+from gptcore.writing.sampling import Sampling
 
 
 def text_to_token_ids(text: str, tokenizer: Any) -> Tensor:

@@ -11,8 +11,8 @@ import click
 from flows.state import StateRoot
 
 if TYPE_CHECKING:
-    from gptcore.batch import Batch, Text
     from gptcore.generate import TextStream
+    from gptcore.writing.batch import Batch, Text
 
 _SIDE_BY_SIDE = 16
 """So many samples are written at once."""
@@ -35,11 +35,11 @@ def write(
     """
     Thread(target=import_module, args=("gptcore.bundle",)).start()  # torch, while MLflow is imported and asked
     from flows.releases import registry
-    from gptcore.batch import Batch
     from gptcore.bundle import load
     from gptcore.generate import TextStream
-    from gptcore.quantize import quantize as round_weights
-    from gptcore.sampling import Sampling
+    from gptcore.writing.batch import Batch
+    from gptcore.writing.quantize import quantize as round_weights
+    from gptcore.writing.sampling import Sampling
 
     sampling = Sampling(**settings)
     found = registry.resolve(root, uri)

@@ -59,7 +59,7 @@ class GPTTextModel(PythonModel):
     ) -> list[str]:
         from gptcore.errors import ConfigError
         from gptcore.generate import generate_batch, stream_text
-        from gptcore.sampling import Sampling
+        from gptcore.writing.sampling import Sampling
 
         if not 1 <= max_new_tokens <= MOST_NEW_TOKENS:
             raise ConfigError(f"max_new_tokens is {max_new_tokens}; it must be from 1 to {MOST_NEW_TOKENS}.")

@@ -15,7 +15,7 @@ from flows.serving.following import Served
 from flows.serving.protocol import Answer, CompletionRequest, Prompt, Refused, choice, event, usage
 from flows.serving.writer import Full, Order, Piece, Stopping, Writer
 from gptcore.errors import ConfigError
-from gptcore.sampling import Sampling
+from gptcore.writing.sampling import Sampling
 
 RETRY_SECONDS = 1
 """When a client that found no room may ask again."""

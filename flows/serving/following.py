@@ -15,7 +15,7 @@ from mlflow.entities.model_registry import ModelVersion
 from flows.releases import loading, registry
 from flows.state import StateRoot
 from gptcore.bundle import Loaded
-from gptcore.quantize import quantize
+from gptcore.writing.quantize import quantize
 
 LOOK_SECONDS = 2.0
 AGAIN_SECONDS = 30.0

@@ -48,7 +48,7 @@ def serve(root: StateRoot, uri: str, options: Options) -> None:
     """
     _say_short_lines()
     listener = _listener(options.host, options.port)
-    Thread(target=import_module, args=("gptcore.batch",)).start()  # torch, while MLflow is imported
+    Thread(target=import_module, args=("gptcore.writing.batch",)).start()  # torch, while MLflow is imported
     from flows.serving.app import create_app
     from flows.serving.following import Following
     from flows.serving.writer import Writer

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from threading import Condition, Thread
 
 from flows.serving.following import Served
-from gptcore.batch import Batch, Text
 from gptcore.errors import TokenizerError
 from gptcore.generate import TextStream
-from gptcore.sampling import Sampling
+from gptcore.writing.batch import Batch, Text
+from gptcore.writing.sampling import Sampling
 
 _log = logging.getLogger(__name__)
 

@@ -5,13 +5,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gptcore.batch import Batch
-from gptcore.decoder import Decoder, WholeWindows
 from gptcore.errors import CheckpointError, ConfigError
 from gptcore.generate import generate, generate_batch
-from gptcore.quantize import Int8Linear, quantize
 from gptcore.recipes import RECIPES
-from gptcore.sampling import Sampling
+from gptcore.writing.batch import Batch
+from gptcore.writing.decoder import Decoder, WholeWindows
+from gptcore.writing.quantize import Int8Linear, quantize
+from gptcore.writing.sampling import Sampling
 from tests.gptcore.test_generate import plain_loop, seeded_model, some_ids
 
 PROMPTS = [some_ids(7).tolist(), [5], some_ids(30)[9:].tolist(), [1, 2, 3], some_ids(16).tolist(), [200] * 4]

@@ -10,13 +10,13 @@ from safetensors.torch import load_file, save_file
 from gptcore import memory
 from gptcore.attention import MultiHeadAttention, Rotary
 from gptcore.config import ModelConfig, TrainConfig
-from gptcore.decoder import Decoder
 from gptcore.errors import ConfigError
 from gptcore.generate import generate_text_simple
 from gptcore.loss import calc_loss_batch
 from gptcore.model import GPTModel, RMSNorm, SquaredReLU, chosen, is_ours
 from gptcore.optim import make_optimizer
 from gptcore.recipes import PARTS, RECIPES
+from gptcore.writing.decoder import Decoder
 
 SEVEN = {
     "vocab_size": 101,

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers.generation import logits_process as theirs
 
 from gptcore.errors import ConfigError
-from gptcore.sampling import Sampling
+from gptcore.writing.sampling import Sampling
 
 SEEN = [3, 3, 8, 0, 150]
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gptcore.attention import MultiHeadAttention, norm_heads, turn
 from gptcore.model import FeedForward, GPTModel, TransformerBlock, eval_mode
-from gptcore.quantize import Int8Share
+from gptcore.writing.quantize import Int8Share
 
 _SKINNY, _LARGE = 4, 2**20
 """From so many rows on, and for weights of so many numbers (more than a core's cache holds), oneDNN multiplies faster

@@ -11,11 +11,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from gptcore.decoder import Decoder, WholeWindows
 from gptcore.errors import ConfigError
 from gptcore.model import GPTModel, is_ours
-from gptcore.quantize import INT8_KINDS
-from gptcore.sampling import Sampling
+from gptcore.writing.decoder import Decoder, WholeWindows
+from gptcore.writing.quantize import INT8_KINDS
+from gptcore.writing.sampling import Sampling
 
 _READ_TOKENS = 4096
 """At most so many tokens of several prompts are read at once: their features are in memory together."""

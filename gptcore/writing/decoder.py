@@ -2,7 +2,7 @@
 
 `Decoder` is for our own models, of which every part is untouched. It takes the model apart into the functions of its
 parts and calls those, which spares the cost of calling modules: 1.24 times as many tokens per second at shape M of
-bench/ (1.15 at L). `WholeWindows` is for any other model, which reads its whole window again for every token. Both
+bench/ (1.13 at L). `WholeWindows` is for any other model, which reads its whole window again for every token. Both
 give the logits that the model itself gives for the same window, up to rounding.
 """
 

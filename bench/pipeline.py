@@ -1,29 +1,29 @@
 """What the pipeline itself costs: `gptflow run` of a tiny pipeline, phase by phase from process start to exit.
 
     python -m bench.pipeline --rounds 5 --json pipeline.json
-    python -m bench.pipeline --tracked quickstart --rounds 5
+    python -m bench.pipeline --tracked quickstart --seconds 180
 
 Each round runs the pipeline three times in a state root of its own: fresh, with changed text, and unchanged, which is
 skipped. The phases are read from outside, and nothing in the product is there for it: when children appear, listen and
 end; the states of the flow run in Prefect's database; what `--json` says of each step; and the times of the run
 directory's files. A phase is the median over the rounds.
 
-With `--tracked` it compares instead how fast a pipeline's training is under the flow with what the same run directory
-does with `python -m gptcore.train` alone, in turn.
+With `--tracked` it says instead what a training loses to those who follow it: the flow and its server are stopped and
+continued in turn while one training goes on.
 """
 
 import argparse
 import json
 import os
 import random
+import signal
 import socket
 import sqlite3
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -38,6 +38,7 @@ from flows.state import OPT_OUTS
 
 KINDS = ("fresh", "changed", "skipped")
 _LOOK_SECONDS = 0.02
+_SETTLING_SECONDS, _WINDOW_SECONDS = 1.0, 6.0
 Phases = dict[str, float]
 """Seconds by phase, in order; together the whole run."""
 
@@ -161,32 +162,81 @@ def rounds_of(count: int) -> dict[str, list[Phases]]:
     return found
 
 
-def tracked(pipeline: str, steps: int, count: int) -> dict[str, list[float]]:
-    """Seconds per update of a pipeline's training, alone and under the flow, in turn."""
-    found: dict[str, list[float]] = {"alone": [], "under the flow": []}
-    sets = ("--set", f"train.max_steps={steps}")
-    for _ in range(count):
-        with tempfile.TemporaryDirectory() as directory:
-            environ = {**environment(), "GPTFLOW_HOME": f"{directory}/mlruns"}
-            alone = Path(directory) / "alone"
-            _run([*COMMAND, "prepare", pipeline, str(alone), *sets], environ)
-            _run([sys.executable, "-m", "gptcore.train", str(alone)], environ)
-            _run([*COMMAND, "run", pipeline, *sets], environ)
-            (flow,) = Path(directory).glob(f"mlruns/runs/{pipeline}/*/")
-            for name, run in (("alone", alone), ("under the flow", flow)):
-                found[name].append(_seconds_an_update(run))
+def tracked(pipeline: str, seconds: float) -> dict[str, list[float]]:
+    """Seconds per update of one training, window by window: while nobody else of the pipeline moves, and while all do.
+
+    Two trainings one after the other would say less: what a machine that is shared gives drifts by more than is looked
+    for. Whoever follows the training, which is the flow and its server, is stopped and continued in turn; the first
+    second of a window, in which is done what has waited, does not count. Beside it the processor time that they take,
+    as a share of one core.
+    """
+    found: dict[str, list[float]] = {"alone": [], "under the flow": [], "share of a core": []}
+    with tempfile.TemporaryDirectory() as directory:
+        environ = {**environment(), "GPTFLOW_HOME": f"{directory}/mlruns"}
+        command = [*COMMAND, "run", pipeline, "--set", "train.max_steps=1000000"]
+        process = subprocess.Popen(
+            command, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        try:
+            metrics = _first_metrics(Path(directory), process)
+            followers = _followers(psutil.Process(process.pid))
+            windows = list(_windows(followers, seconds))
+            lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.wait()
+    for name, begin, end, share in windows:
+        inside = [line["seconds"] for line in lines if begin <= line["time_ms"] / 1000 <= end]
+        found[name].append(statistics.mean(after - before for before, after in pairwise(inside)))
+        if name == "under the flow":
+            found["share of a core"].append(share)
     return found
 
 
-def _seconds_an_update(run: Path) -> float:
-    """Mean over the updates but the first, which warms up."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    took = [after["seconds"] - before["seconds"] for before, after in pairwise(lines)]
-    return statistics.mean(took)
+def _windows(followers: Sequence[psutil.Process], seconds: float) -> Iterator[tuple[str, float, float, float]]:
+    """What it is called, begin and end of each window, and the share of a core that the followers took."""
+    until = time.time() + seconds
+    while time.time() < until:
+        for name in ("alone", "under the flow"):
+            for each in followers:
+                each.suspend() if name == "alone" else each.resume()
+            time.sleep(_SETTLING_SECONDS)
+            begin, before = time.time(), _cpu_seconds(followers)
+            time.sleep(_WINDOW_SECONDS)
+            end = time.time()
+            yield name, begin, end, (_cpu_seconds(followers) - before) / (end - begin)
 
 
-def _run(command: Sequence[str], environ: Mapping[str, str]) -> None:
-    subprocess.run(command, env=environ, stdin=subprocess.DEVNULL, capture_output=True, check=True)
+def _first_metrics(directory: Path, process: "subprocess.Popen[bytes]") -> Path:
+    """The training's metrics, once there are some seconds of them."""
+    while process.poll() is None:
+        for path in directory.glob("mlruns/runs/*/*/metrics.jsonl"):
+            if path.stat().st_size:
+                time.sleep(_WINDOW_SECONDS)
+                return path
+        time.sleep(_LOOK_SECONDS)
+    raise RuntimeError(f"gptflow run ended with exit code {process.returncode}")
+
+
+def _followers(flow: psutil.Process) -> list[psutil.Process]:
+    children = flow.children(recursive=True)
+    return [flow, *(child for child in children if "gptcore.train" not in child.cmdline())]
+
+
+def _cpu_seconds(processes: Sequence[psutil.Process]) -> float:
+    return sum(times.user + times.system for times in (process.cpu_times() for process in processes))
+
+
+def tracked_sentence(found: Mapping[str, Sequence[float]]) -> str:
+    """The medians, and the median of the pairs' ratios with its standard error."""
+    alone, flow = (statistics.median(found[name]) for name in ("alone", "under the flow"))
+    ratios = [with_flow / without - 1 for without, with_flow in zip(found["alone"], found["under the flow"])]
+    error = 1.25 * statistics.stdev(ratios) / len(ratios) ** 0.5  # of a median, for normal deviations
+    return (
+        f"alone {1000 * alone:.2f} ms an update, under the flow {1000 * flow:.2f} ms; by pairs of windows "
+        f"{statistics.median(ratios):+.1%} +- {error:.1%} ({len(ratios)} pairs); the flow and its server take "
+        f"{statistics.mean(found['share of a core']):.2%} of a core"
+    )
 
 
 def median(found: Sequence[Phases]) -> Phases:
@@ -208,15 +258,14 @@ def table(found: Mapping[str, Sequence[Phases]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.pipeline", description="What the pipeline itself costs.")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--tracked", metavar="PIPELINE", help="compare its training alone and under the flow")
-    parser.add_argument("--steps", type=int, default=100, help="updates of a tracked training")
+    parser.add_argument("--tracked", metavar="PIPELINE", help="what its training loses to those who follow it")
+    parser.add_argument("--seconds", type=float, default=180, help="how long a tracked training is looked at")
     parser.add_argument("--json", type=Path, help="where to write every round's numbers")
     given = parser.parse_args()
     found: Mapping[str, Any]
     if given.tracked:
-        found = tracked(given.tracked, given.steps, given.rounds)
-        alone, flow = (statistics.median(found[name]) for name in found)
-        print(f"alone {1000 * alone:.2f} ms an update, under the flow {1000 * flow:.2f} ms: {flow / alone - 1:+.1%}")
+        found = tracked(given.tracked, given.seconds)
+        print(tracked_sentence(found))
     else:
         found = rounds_of(given.rounds)
         print(table(found))

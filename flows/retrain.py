@@ -24,6 +24,7 @@ from flows.reason import Reason, divergence
 from flows.releases import ancestry, card, registry, release
 from flows.releases.gate import Verdict
 from flows.releases.lineage import lineage, settings_key
+from flows.releases.model_card import Evidence
 from flows.releases.report import detail_rows, score_rows
 from flows.service import deployed, successes
 from flows.service.notify import NotifyConfig, tell_failure, tell_promotion
@@ -33,8 +34,8 @@ from gptcore.config import CorpusConfig, GateConfig, ModelConfig, RetrainConfig,
 from gptcore.corpus import Snapshot
 from gptcore.data import Tokens, check_sizes
 from gptcore.errors import TrainingDiverged
-from gptcore.judging.dossier import Scores, read_scores
-from gptcore.learning.rundir import Paused, Result
+from gptcore.judging.dossier import Scores, read_samples, read_scores
+from gptcore.learning.rundir import Paused
 from gptcore.train import resolve
 
 T = TypeVar("T")
@@ -204,7 +205,8 @@ class _Retraining:
         samples = self.step("sample", lines.of_samples, tasks.sample, *text, self.pipeline.sample)
         plots = self.step("plot", lines.of_plots, tasks.plot, found.run, evaluation)
         scores = read_scores(evaluation)
-        candidate = self.candidate(found, scores, result, mlflow_run_id)
+        evidence = Evidence(result, scores, read_samples(samples))
+        candidate = self.candidate(found, evidence, mlflow_run_id)
         registered = (self.root, found.run, found.tokens, candidate)
         version = self.step("register", self.version_line, tasks.register, *registered)
         verdict = self.gated(version, found, scores)
@@ -242,14 +244,14 @@ class _Retraining:
         check_sizes(tokens, context, train.stride or context, train.batch_size * train.accumulation)
         memory.check(self.pipeline.model, train, tokens.n_vocab)
 
-    def candidate(self, found: Attempt, scores: Scores, result: Result, mlflow_run_id: str) -> release.Candidate:
+    def candidate(self, found: Attempt, evidence: Evidence, mlflow_run_id: str) -> release.Candidate:
         made_from = (found.snapshot, found.tokens, found.run)
         origin = {
-            **lineage(self.pipeline, *made_from, result, scores, found.ancestors),
+            **lineage(self.pipeline, *made_from, evidence.result, evidence.scores, found.ancestors),
             "settings_key": self.settings,
             "prefect_flow_run_id": str(flow_run.id),
         }
-        return release.Candidate(self.pipeline.model_name, found.run_key, found.number, mlflow_run_id, origin)
+        return release.Candidate(self.pipeline.model_name, found.run_key, found.number, mlflow_run_id, origin, evidence)
 
     def version_line(self, version: str) -> str:
         return f"models:/{self.pipeline.model_name}/{version}"

@@ -23,7 +23,7 @@ from flows.state import StateRoot
 from gptcore.corpus import Snapshot
 
 _IMPORTS = "imports"
-_SYSTEM_METRICS_SECONDS = 5
+_SYSTEM_METRICS_SECONDS = 10
 _CLOSING_PAUSES = (0.0, 0.5, 2.0)
 
 

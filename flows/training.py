@@ -28,12 +28,13 @@ from gptcore.learning.rundir import STOPPED, Metrics, MetricsReader, Paused, Res
 
 GRACE_SECONDS = 25.0
 """How long a stopped trainer may take to save. Prefect kills a cancelled flow run after 30 seconds."""
-_POLL_SECONDS = 0.25
+_POLL_SECONDS = 1.0
+"""Between two looks at the metrics. Whatever the flow does while the model trains, it takes from the training."""
 _ERROR = "error: "
 """How the trainer begins what it says of an error that it knows."""
 _MOST_DEATHS = 3
 _RESTART_SECONDS = 1.0
-_PROGRESS_SECONDS = 1.0
+_PROGRESS_SECONDS = 5.0
 _AWAY_SECONDS = 60.0
 
 
@@ -68,21 +69,22 @@ def train(run: RunDirectory, on_metrics: Callable[[list[Metrics]], None]) -> Res
     return _outcome(run, process.returncode)
 
 
-def _start(path: Path) -> "subprocess.Popen[bytes]":
+def _start(path: Path) -> psutil.Popen:
     command = [sys.executable, "-m", "gptcore.train", str(path), "--stop-at-end-of-input"]
     with (path / "trainer.log").open("ab") as log:
         # A session of its own: Ctrl-C in the terminal reaches this process alone, which then stops the child in order.
-        return subprocess.Popen(
+        # psutil's, which sleeps until the child ends; subprocess would look twenty times a second whether it has.
+        return psutil.Popen(
             command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True, env=os.environ
         )
 
 
-def _wait(process: "subprocess.Popen[bytes]", seconds: float) -> None:
-    with suppress(subprocess.TimeoutExpired):
+def _wait(process: psutil.Popen, seconds: float) -> None:
+    with suppress(psutil.TimeoutExpired):
         process.wait(seconds)
 
 
-def _stop(process: "subprocess.Popen[bytes]") -> None:
+def _stop(process: psutil.Popen) -> None:
     # No signal: whoever stops this process may have sent one to every process, and a second one ends a trainer at once.
     assert process.stdin is not None
     process.stdin.close()
@@ -161,7 +163,7 @@ def train_tracked(root: StateRoot, run: RunDirectory, mlflow_run_id: str) -> Res
 
 
 class ProgressArtifact:
-    """A progress bar in the Prefect UI, moved at most once a second, and left alone for a while if Prefect is away."""
+    """A progress bar in the Prefect UI, moved every few seconds, and left alone for a while if Prefect is away."""
 
     def __init__(self, key: str) -> None:
         self.key = key

@@ -4,6 +4,7 @@
     config.json         the seed's dict of seven keys
     tokenizer/          the vocabulary (gptcore.tokenizer)
     lineage.json        where the model comes from, if it was released by a pipeline
+    README.md           the model card, for people, where there is one
 
 Only safetensors and JSON are read: no file of a bundle can run code.
 """
@@ -24,7 +25,7 @@ from gptcore.errors import CheckpointError, ConfigError
 from gptcore.model import GPTModel
 from gptcore.tokenizer import Tokenizer
 
-WEIGHTS = "model.safetensors"
+WEIGHTS, CARD = "model.safetensors", "README.md"
 
 
 @dataclass(frozen=True)
@@ -38,13 +39,20 @@ class Loaded:
 
 
 def write_bundle(
-    directory: Path, cfg: Mapping[str, Any], weights: Path, tokenizer: Tokenizer, lineage: Mapping[str, Any]
+    directory: Path,
+    cfg: Mapping[str, Any],
+    weights: Path,
+    tokenizer: Tokenizer,
+    lineage: Mapping[str, Any],
+    card: str | None = None,
 ) -> None:
-    """Fills `directory`, which must exist. `weights` is a safetensors file of a GPTModel(cfg)."""
+    """Fills `directory`, which must exist. `weights` is a safetensors file of a GPTModel(cfg), `card` markdown."""
     shutil.copyfile(weights, directory / WEIGHTS)
     (directory / "config.json").write_text(json.dumps(dict(cfg), indent=1) + "\n")
     (directory / "lineage.json").write_text(json.dumps(dict(lineage), indent=1) + "\n")
     tokenizer.save(directory / "tokenizer")
+    if card is not None:
+        (directory / CARD).write_text(card, encoding="utf-8")
 
 
 def load(directory: str | Path, device: str = "cpu") -> Loaded:

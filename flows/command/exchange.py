@@ -1,15 +1,19 @@
 """Models from elsewhere, and models that go there: `gptflow import` and `gptflow export`."""
 
 import json as json_module
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import click
+from mlflow.entities.model_registry import ModelVersion
 
 from flows.command.hand import who
-from flows.releases import imported, registry
+from flows.releases import imported, model_card, registry
 from flows.releases.imported import Imported
 from flows.releases.loading import load
 from flows.state import StateRoot
+from gptcore.bundle import CARD
 from gptcore.config import SIZES
 from gptcore.exchange import huggingface
 from gptcore.exchange.checkpoints import Checkpoint
@@ -41,13 +45,22 @@ def take(root: StateRoot, uri: str, directory: Path, json: bool) -> None:
     """Writes a version as a Hugging Face directory. Raises what `registry.resolve` and `huggingface.export` raise."""
     found = registry.resolve(root, uri)
     loaded = load(root, found)
-    huggingface.export(loaded.cfg, loaded.model.state_dict(), loaded.tokenizer, directory)
+    card = model_card.for_transformers(_card(root, found, loaded.cfg))
+    huggingface.export(loaded.cfg, loaded.model.state_dict(), loaded.tokenizer, directory, card)
     sizes = {path.name: path.stat().st_size for path in sorted(directory.iterdir())}
     if json:
         body = {"uri": registry.uri_of(found), "directory": str(directory.absolute()), "files": sizes}
         click.echo(json_module.dumps(body, indent=1))
     else:
         click.echo(f"{registry.uri_of(found)} -> {directory}: {', '.join(sizes)}; {sum(sizes.values()):,} bytes")
+
+
+def _card(root: StateRoot, found: ModelVersion, cfg: Mapping[str, Any]) -> str:
+    """The version's card; of one from before there were cards, what its lineage can say."""
+    path = registry.bundle_path(root, found.name, str(found.version)) / CARD
+    if path.exists():
+        return path.read_text(encoding="utf-8")
+    return model_card.page(found.name, cfg, registry.lineage_of(root, found.name, str(found.version)))
 
 
 def _pipeline(done: Imported, checkpoint: Checkpoint) -> str:

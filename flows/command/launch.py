@@ -10,7 +10,7 @@ import logging
 import os
 import signal
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
 from importlib import import_module
 from threading import Thread
@@ -20,7 +20,7 @@ from rich.table import Table
 
 from flows.command.console import Console
 from flows.pipelines import SECTIONS, Pipeline
-from flows.service.temporary import start_temporary_server, wait_until_ready
+from flows.service.temporary import no_heartbeats, start_temporary_server, wait_until_ready
 from flows.state import StateRoot
 from gptcore.errors import GPTCoreError
 
@@ -44,13 +44,13 @@ def launch(pipeline: Pipeline, root: StateRoot, force: bool, json: bool, sources
         console.terminal.quiet = True
     gc.disable()  # imports make no garbage, and looking for it takes a fifth of their time
     with console.terminal.status("starting Prefect and MLflow"):
-        _start(root)
+        has_own_server = _start(root)
     gc.freeze()
     gc.enable()
     seconds = {"start": round(time.perf_counter() - began, 2)}
     signal.signal(signal.SIGINT, _interrupt)
     try:
-        with console.watching():
+        with console.watching(), no_heartbeats() if has_own_server else nullcontext():
             outcome = _run(pipeline, root, force, sources_overridden)
     except KeyboardInterrupt:
         raise Interrupted("interrupted. What was saved stays: the same command goes on from there.") from None
@@ -85,8 +85,11 @@ def quieten(root: StateRoot) -> None:
     logging.captureWarnings(True)
 
 
-def _start(root: StateRoot) -> None:
-    """Imports the flow while Prefect's server starts. Raises GPTCoreError if the server does not answer."""
+def _start(root: StateRoot) -> bool:
+    """Imports the flow while Prefect's server starts, and says whether it is a temporary one.
+
+    Raises GPTCoreError if the server does not answer.
+    """
     server = None if "PREFECT_API_URL" in os.environ else start_temporary_server(root)
     beside = Thread(target=_import_and_open, args=(root,))
     beside.start()
@@ -105,6 +108,7 @@ def _start(root: StateRoot) -> None:
     if error is not None:
         where = os.environ["PREFECT_API_URL"]
         raise GPTCoreError(f"Prefect at {where} does not answer: {error}. Start it, or unset PREFECT_API_URL.")
+    return server is not None
 
 
 def _import_and_open(root: StateRoot) -> None:

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from flows import tracking
 from flows.lock import hold
+from flows.releases import model_card
 from flows.releases.champion import promote
 from flows.releases.lineage import code, packages
 from flows.releases.registry import champion_of
@@ -82,7 +83,8 @@ def _added(root: StateRoot, model_name: str, checkpoint: Checkpoint, weights: Pa
 
     def fill(bundle: Path) -> None:
         origin = {**lineage, "mlflow_run_id": run_id}
-        write_bundle(bundle, checkpoint.cfg, weights, checkpoint.tokenizer, origin)
+        card = model_card.page(model_name, checkpoint.cfg, origin)
+        write_bundle(bundle, checkpoint.cfg, weights, checkpoint.tokenizer, origin, card)
 
     told = {"verdict": VERDICT, "reason": f"imported from {checkpoint.source}"}
     version = add_version(root, model_name, run_id, {**tags, **told}, root.imports, fill)

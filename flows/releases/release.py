@@ -19,7 +19,8 @@ from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
 import gptcore
-from flows.releases import artifacts
+from flows.releases import artifacts, model_card
+from flows.releases.model_card import Champion, Evidence
 from flows.releases.registry import BUNDLE, champion_of, find
 from flows.state import StateRoot
 from gptcore import manifest
@@ -55,6 +56,8 @@ class Candidate:
     attempt: int
     mlflow_run_id: str
     lineage: dict[str, Any]
+    evidence: Evidence | None = None
+    """For the model card."""
 
 
 def register(root: StateRoot, run: RunDirectory, tokens: Tokens, candidate: Candidate) -> str:
@@ -66,12 +69,18 @@ def register(root: StateRoot, run: RunDirectory, tokens: Tokens, candidate: Cand
         return str(found.version)
     champion = champion_of(root, candidate.model_name)
     lineage = {**candidate.lineage, "parent_version": None if champion is None else str(champion.version)}
+    rival = None
+    if champion is not None:
+        score = champion.tags.get("holdout_bits_per_byte")
+        rival = Champion(str(champion.version), f"{float(score):.4f}" if score else None)
     tags = {**searchable(lineage), "run_key": candidate.run_key, "attempt": str(candidate.attempt)}
 
     def fill(bundle: Path) -> None:
         manifest.verify(run.final)  # what was judged is what is released
         origin = {**lineage, "mlflow_run_id": candidate.mlflow_run_id}
-        write_bundle(bundle, run.config().cfg(), run.weights, tokens.load_tokenizer(), origin)
+        cfg = run.config().cfg()
+        card = model_card.page(candidate.model_name, cfg, origin, candidate.evidence, rival)
+        write_bundle(bundle, cfg, run.weights, tokens.load_tokenizer(), origin, card)
 
     return add_version(root, candidate.model_name, candidate.mlflow_run_id, tags, run.path, fill)
 

@@ -1,6 +1,6 @@
 """A model as a directory that Hugging Face's `transformers` loads.
 
-    config.json  model.safetensors  generation_config.json  tokenizer.json  tokenizer_config.json
+    config.json  model.safetensors  generation_config.json  tokenizer.json  tokenizer_config.json  README.md
 
 `AutoModelForCausalLM` gives the logits that the model gives here and `AutoTokenizer` the ids, up to a lone surrogate,
 which no tokenizer there takes. `transformers` itself is not needed. The way back stands in checkpoints.py.
@@ -14,6 +14,7 @@ from typing import Any
 from safetensors.torch import save_file
 
 from gptcore import manifest
+from gptcore.bundle import CARD
 from gptcore.errors import ConfigError, ExchangeError
 from gptcore.exchange import layout, vocabulary
 from gptcore.exchange.layout import Weights
@@ -37,8 +38,12 @@ _DEFAULTS = {"vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_head": 
 _FREE_PARTS = {"init", "tied", "bias"}
 
 
-def export(cfg: Mapping[str, Any], weights: Weights, tokenizer: Tokenizer, directory: Path) -> None:
+def export(
+    cfg: Mapping[str, Any], weights: Weights, tokenizer: Tokenizer, directory: Path, card: str | None = None
+) -> None:
     """Writes a GPTModel(cfg) with these weights, and its tokenizer, into `directory`, which must be new or empty.
+
+    `card` is the model card, markdown that becomes README.md.
 
     It is whole or not there. Raises ExchangeError, and writes nothing, for a part that GPT-2 does not have, for weights
     of another shape and for a tokenizer that would not give the same ids; DiskFull.
@@ -57,6 +62,8 @@ def export(cfg: Mapping[str, Any], weights: Weights, tokenizer: Tokenizer, direc
         for name, body in ((CONFIG, {**_config(cfg), **ends}), ("generation_config.json", ends)):
             (staged / name).write_text(json.dumps(body, indent=1) + "\n")
         vocabulary.write(words, staged, cfg["context_length"])
+        if card is not None:
+            (staged / CARD).write_text(card, encoding="utf-8")
         for path in (*staged.iterdir(), staged):
             manifest.flush(path)
         staged.chmod(0o755)

@@ -66,6 +66,9 @@ def test_the_first_import_is_champion_the_next_a_candidate_and_the_same_again_no
     described = registry.describe(root, registry.resolve(root, "models:/gpt-tiny/1"))
     assert described["imported_from"] == str(one) and described["verdict"] == "imported"
     assert described["files"] == checkpoints.read(str(one)).files
+    card = (registry.bundle_path(root, "gpt-tiny", "1") / "README.md").read_text()
+    assert f"imported from `{one}`" in card and "Nothing is known of the text that it learned from." in card
+    assert all(digest in card for digest in described["files"].values())
     assert json.dumps(described) and described["corpus_sha256"] is described["seed"] is None
     assert len(MlflowClient(root.tracking_uri).search_runs(["1"], "attributes.status = 'FINISHED'")) == 2
     assert checked(root, "gpt-tiny").ok and not list(root.imports.iterdir())
@@ -147,6 +150,7 @@ def test_the_command_lines_words(database: StateRoot, project: Path) -> None:
     assert done.returncode == 0 and "model.safetensors" in json.loads(done.stdout)["files"]
     one, two = (checkpoints.read(str(project / name)) for name in ("one", "two"))
     assert isinstance(one, Checkpoint) and one.files == two.files
+    assert "AutoModelForCausalLM" in (project / "two" / "README.md").read_text()
     refused(gptflow(project, "export", "models:/gpt-new@champion", "two"), 2, "two is not empty")
     refused(gptflow(project, "import", "two/model.pth", "--model", "x"), 2, "two/model.pth does not exist")
     refused(gptflow(project, "import", "two", "--model", "a/b"), 2, "'a/b' is no name of a model")

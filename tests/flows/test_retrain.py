@@ -59,6 +59,9 @@ def test_a_forced_run_trains_equal_weights_and_a_tie_does_not_replace_the_champi
     assert first["weights_sha256"] == second["weights_sha256"]
     assert first["aliases"] == ["champion"]
     assert second["gate_bits_per_byte"] == second["gate_champion_bits_per_byte"]
+    cards = [(registry.bundle_path(root, "gpt-tiny", number) / "README.md").read_text() for number in "12"]
+    assert ["version 1, the champion then" in card for card in cards] == [False, True]
+    assert all(f"| {first['holdout_bits_per_byte']:.4f} |" in card and "## What it writes" in card for card in cards)
 
 
 @pytest.mark.slow

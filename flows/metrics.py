@@ -34,7 +34,7 @@ _LINES = 1000 // len(LOGGED)
 """Lines in a request: MLflow takes 1,000 metrics. Whole lines, so that an update is there with all it has, or not."""
 _PIECE_BYTES = 1024 * 1024
 _POLL_SECONDS = 5.0
-"""Between two requests: one costs as much as fifty points in it, and the training pays for it."""
+"""Between two requests: each costs something of itself, however few points are in it, and the training pays."""
 _LONGEST_PAUSE_SECONDS = 30.0
 _END_SECONDS = 10.0
 _HURRIED_END_SECONDS = 3.0

@@ -52,7 +52,10 @@ def page(
     evidence: Evidence | None = None,
     champion: Champion | None = None,
 ) -> str:
-    """The card. `cfg` is what the model is built from; without `evidence` it was made elsewhere."""
+    """The card. `cfg` is what the model is built from.
+
+    Without `evidence` it was made elsewhere, or registered when there were no cards.
+    """
     parts = [
         _front_matter("gptflow", lineage),
         f"# {text(model_name)}",
@@ -63,7 +66,7 @@ def page(
         "## How it was trained",
         _training(cfg, lineage, evidence),
         "## How good it is",
-        _evaluation(evidence, champion, model_name),
+        _evaluation(model_name, lineage, evidence, champion),
         *(["## What it writes", _samples(evidence.samples)] if evidence and evidence.samples else []),
         "## Limits",
         _limits(cfg, evidence),
@@ -162,7 +165,8 @@ def _training(cfg: Mapping[str, Any], lineage: Mapping[str, Any], evidence: Evid
     shape = ", ".join(f"{key} {value}" for key, value in cfg.items())
     rows = [("architecture", shape), ("started from", lineage.get("started_from") or "random weights")]
     if evidence is None:
-        rows[1:] = [("training", "unknown: it was made elsewhere")]
+        is_ours = "pipeline" in lineage  # registered when there were no cards
+        rows[1:] = [("training", "in its lineage, lineage.json" if is_ours else "unknown: it was made elsewhere")]
     else:
         result, train = evidence.result, _of(lineage, "run_config", "train") or {}
         keys = ("optimizer", "learning_rate", "schedule", "weight_decay", "batch_size", "accumulation", "precision")
@@ -187,7 +191,11 @@ def _training(cfg: Mapping[str, Any], lineage: Mapping[str, Any], evidence: Evid
     return table(("", ""), [(name, text(value)) for name, value in rows])
 
 
-def _evaluation(evidence: Evidence | None, champion: Champion | None, model_name: str) -> str:
+def _evaluation(
+    model_name: str, lineage: Mapping[str, Any], evidence: Evidence | None, champion: Champion | None
+) -> str:
+    if evidence is None and (score := lineage.get("holdout_bits_per_byte")) is not None:
+        return f"{score:.4f} bits per byte, lower is better, on text that was held out from it."
     if evidence is None:
         return "It was not scored when it was registered; the next retraining is compared with it on held-out text."
     scores = evidence.scores

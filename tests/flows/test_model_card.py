@@ -72,3 +72,9 @@ def test_a_model_that_a_compressor_beats_says_so(xz: float, is_said: bool) -> No
     beaten = replace(scores, baselines=replace(scores.baselines, xz_primed_bits_per_byte=xz))
     made = page("gpt-tiny", CFG, LINEAGE, Evidence(card().result, beaten, []))
     assert ("remembering strings" in made) == is_said
+
+
+def test_a_version_from_before_there_were_cards_gets_one_from_its_lineage() -> None:
+    made = page("gpt-tiny", CFG, {**LINEAGE, "holdout_bits_per_byte": 1.8})
+    assert headings(parsed(made)[1]) == [section for section in SECTIONS if section != "What it writes"]
+    assert "1.8000 bits per byte" in made and "elsewhere" not in made

@@ -159,7 +159,7 @@ def _linear(part: nn.Module) -> Callable[[Tensor], Tensor]:
     on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
     if not on_cpu or weight.numel() < _LARGE:
         return lambda x: F.linear(x, weight, bias)
-    onednn: Any = torch.ops.mkldnn._linear_pointwise
+    onednn: Any = torch.ops.mkldnn._linear_pointwise.default
 
     def multiply(x: Tensor) -> Tensor:
         if x.numel() < _SKINNY * x.shape[-1]:

@@ -32,10 +32,11 @@ class Int8Linear(nn.Module):
             rounded = torch.quantize_per_channel(weight, scales, zeros, axis=0, dtype=torch.qint8)
         bias = None if linears[0].bias is None else torch.cat([linear.bias.detach() for linear in linears])
         self._packed: Any = torch.ops.quantized.linear_prepack(rounded, bias)
+        self._multiply = torch.ops.quantized.linear_dynamic.default  # its overload, named: a third of a small call less
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out). Sums of 16 bits cannot overflow: `reduce_range` leaves them a bit."""
-        return torch.ops.quantized.linear_dynamic(x, self._packed, True)
+        return self._multiply(x, self._packed, True)
 
 
 class Int8Share(nn.Module):

@@ -3,8 +3,8 @@
 Text is encoded once and mapped into memory ever after, so that training starts at once and holds no corpus. Passages
 follow one another with an end-of-text id between them. The holdout is not here: it is scored block by block, as text.
 
-Large corpora are encoded by several processes (tiktoken gains nothing from threads). They are plain children of this
-one, fed through pipes, and not a multiprocessing pool, whose workers would import the caller's main module again
+Large corpora are encoded by several processes (tiktoken gains nothing from threads): this one and plain children of it,
+fed through pipes, and not a multiprocessing pool, whose workers would import the caller's main module again
 (with torch, or without end if it has no `__name__` guard) and outlive a parent that is killed. These know only the
 tokenizer, and end when their input does.
 """
@@ -235,23 +235,23 @@ def _cpus() -> int:
 
 
 class _Encode:
-    """Encodes batches in order: in this process, or by workers that are each busy with one batch."""
+    """Encodes batches in order: in this process, and by workers beside it, each busy with one batch."""
 
     def __init__(self, tokenizer: Tokenizer, workers: list[subprocess.Popen], threads: ThreadPoolExecutor) -> None:
         self._tokenizer, self._workers, self._threads = tokenizer, workers, threads
         self._idle: queue.SimpleQueue = queue.SimpleQueue()
-        for worker in workers:
+        for worker in (None, *workers):  # None is a thread of this process, which is there at once
             self._idle.put(worker)
 
     def __call__(self, batches: Iterable[Batch]) -> Iterator[np.ndarray]:
-        """(tokens,) arrays, one per batch. At most two batches per worker are in memory."""
+        """(tokens,) arrays, one per batch. At most two batches per process are in memory."""
         if not self._workers:
             yield from (_encode(self._tokenizer, batch) for batch in batches)
             return
         pending: deque[Future] = deque()
         for batch in batches:
             pending.append(self._threads.submit(self._ask, batch))
-            if len(pending) >= 2 * len(self._workers):
+            if len(pending) >= 2 * (1 + len(self._workers)):
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
@@ -259,6 +259,8 @@ class _Encode:
     def _ask(self, batch: Batch) -> np.ndarray:
         worker = self._idle.get()
         try:
+            if worker is None:
+                return _encode(self._tokenizer, batch)
             pickle.dump(batch, worker.stdin)
             worker.stdin.flush()
             return pickle.load(worker.stdout)
@@ -276,7 +278,7 @@ def _encoder(tokenizer: Tokenizer, saved: Path, processes: int) -> Iterator[_Enc
     workers: list[subprocess.Popen] = []
     threads = ThreadPoolExecutor(max_workers=processes)
     try:
-        workers += [subprocess.Popen(command, **pipes) for _ in range(processes if processes > 1 else 0)]
+        workers += [subprocess.Popen(command, **pipes) for _ in range(processes - 1)]
         yield _Encode(tokenizer, workers, threads)
     finally:
         for worker in workers:

@@ -230,7 +230,7 @@ def test_tokenizing_processes_end_when_their_parent_is_killed(tmp_path):
     get_tokenizer("bytes").save(tmp_path / "saved")
     program = (
         "import time\nfrom pathlib import Path\nfrom gptcore.text import tokens\n"
-        "with tokens._encoder(None, Path('saved'), 2) as encoder:\n"
+        "with tokens._encoder(None, Path('saved'), 3) as encoder:\n"
         "    print(*(worker.pid for worker in encoder._workers), flush=True)\n    time.sleep(100)\n"
     )
     with script(tmp_path, program) as running:

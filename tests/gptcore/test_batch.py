@@ -8,6 +8,7 @@ from torch import nn
 from gptcore.errors import CheckpointError, ConfigError
 from gptcore.generate import generate, generate_batch
 from gptcore.recipes import RECIPES
+from gptcore.writing import quantize as quantize_room
 from gptcore.writing.batch import Batch
 from gptcore.writing.decoder import Decoder, WholeWindows
 from gptcore.writing.quantize import Int8Linear, quantize
@@ -49,6 +50,15 @@ def test_what_a_row_has_not_read_yet_counts_for_nothing():
     with torch.no_grad():
         logits = decoder.extend([3, 4])
         assert torch.allclose(logits[1], model(torch.tensor([[*PROMPTS[1], 4]]))[0, -1], atol=1e-4)
+
+
+def test_memory_that_nobody_wrote_to_counts_for_nothing():
+    expected = generate_batch(seeded_model(), PROMPTS, 12, Sampling(0))
+    torch.use_deterministic_algorithms(True)  # fills what is left uninitialised with what is no number
+    try:
+        assert generate_batch(seeded_model(), PROMPTS, 12, Sampling(0)) == expected
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_texts_join_and_leave_while_others_are_written():
@@ -149,8 +159,11 @@ def test_an_int8_model_generates_the_same_with_its_cache_and_without(int8_model)
     assert plain_loop(int8_model, some_ids(1, 4), 2, 16).shape == (1, 6)
 
 
-def test_what_cannot_be_rounded_is_refused():
+def test_what_cannot_be_rounded_is_refused(monkeypatch):
     with pytest.raises(ConfigError, match=r"'int3'.* int8"):
         quantize(seeded_model(), "int3")
     with pytest.raises(ConfigError, match="on meta"):
         quantize(seeded_model().to("meta"))
+    monkeypatch.setattr(quantize_room, "_ENGINE", "an engine of another processor")
+    with pytest.raises(ConfigError, match=r"FBGEMM.* leave --quantize out"):
+        quantize(seeded_model())

@@ -186,8 +186,9 @@ def _predict(model: GPTModel, ids: Tensor, targets: Tensor) -> tuple[np.ndarray,
 
 def _of_logits(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """What `losses_and_ranks` gives, of logits (rows, vocabulary)."""
-    likely = logits >= logits.gather(1, targets[:, None])
-    return F.cross_entropy(logits, targets, reduction="none"), likely.sum(dim=1) - 1
+    losses = F.cross_entropy(logits, targets, reduction="none")
+    ranks = (logits >= logits.gather(1, targets[:, None])).sum(dim=1) - 1
+    return losses, torch.where(losses.isnan(), logits.shape[1], ranks)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gptcore.attention import MultiHeadAttention
-from gptcore.errors import ConfigError
+from gptcore.errors import CheckpointError, ConfigError
 
 MODES = ("int8",)
 _ENGINE = "fbgemm"
@@ -26,6 +26,8 @@ class Int8Linear(nn.Module):
         super().__init__()
         weight = torch.cat([linear.weight.detach() for linear in linears])
         scales = weight.abs().amax(dim=1).clamp(min=torch.finfo(torch.float32).tiny) / 127
+        if not torch.isfinite(scales).all():
+            raise CheckpointError("a weight is no number, so it cannot be rounded: load another version.")
         zeros = torch.zeros(len(scales), dtype=torch.long)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.quantize_per_tensor", UserWarning)  # to be removed after 2.13
@@ -58,7 +60,8 @@ INT8_KINDS = (Int8Linear, Int8Share)
 def quantize(model: nn.Module, mode: str = "int8") -> None:
     """Rounds the weights of every nn.Linear in `model`, in place. It can no longer be trained or saved.
 
-    Raises ConfigError for another mode, where the model is not on the CPU, and where this build of torch cannot.
+    Raises ConfigError for another mode, where the model is not on the CPU, and where this build of torch cannot, and
+    CheckpointError for weights that are no numbers.
     """
     if mode not in MODES:
         raise ConfigError(f"quantize is {mode!r}; it must be one of {', '.join(MODES)}.")

@@ -122,6 +122,8 @@ def test_weights_that_are_no_numbers_are_named_when_the_first_token_is_drawn():
         model.out_head.weight.fill_(float("nan"))
     with pytest.raises(CheckpointError, match="damaged"):
         next(generate(model, [1], 3, seed=0))
+    with pytest.raises(CheckpointError, match="no number"):
+        quantize(model)
 
 
 @pytest.fixture

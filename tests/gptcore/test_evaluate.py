@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from gptcore import evaluate as module
@@ -15,6 +16,7 @@ from gptcore.evaluate import Evaluation, evaluate_blocks, evaluate_model, score_
 from gptcore.loss import calc_loss_loader
 from gptcore.model import GPTModel
 from gptcore.tokenizer import get_tokenizer
+from gptcore.writing.quantize import quantize
 
 TEXTS = [
     "The quick brown fox jumps over the lazy dog.",
@@ -67,6 +69,23 @@ def test_every_token_has_the_probability_of_a_forward_pass_of_its_own(model, tok
         assert score.ranks.tolist() == list(ranks)
         assert score.positions.tolist() == list(positions)
         assert score.num_bytes == len(text.encode())
+
+
+def test_a_head_of_another_kind_is_scored_by_its_logits(model, tokenizer):
+    expected = evaluate_blocks(model, tokenizer, blocks(TEXTS), "cpu")
+    model.out_head = nn.Sequential(model.out_head)
+    found = evaluate_blocks(model, tokenizer, blocks(TEXTS), "cpu")
+    assert found.bits_per_byte == pytest.approx(expected.bits_per_byte, rel=1e-6)
+    assert (found.top1, found.top5) == (expected.top1, expected.top5)
+    with torch.no_grad():
+        model.out_head[0].weight.fill_(math.nan)
+    assert evaluate_blocks(model, tokenizer, blocks(TEXTS), "cpu").top5 == 0
+
+
+def test_rounded_weights_get_a_score_of_their_own(model, tokenizer):
+    plain = evaluate_blocks(model, tokenizer, blocks(TEXTS), "cpu").bits_per_byte
+    quantize(model)
+    assert 0 < abs(evaluate_blocks(model, tokenizer, blocks(TEXTS), "cpu").bits_per_byte - plain) < 0.05
 
 
 def test_bits_per_byte_is_the_sum_of_nats_over_ln_2_over_the_utf8_bytes(model, tokenizer):

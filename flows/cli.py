@@ -74,10 +74,20 @@ def deploy(work_pool: str, image: str | None, file: str | None) -> None:
 @cli.command()
 @click.option("--prefect-port", default=4200, show_default=True, type=click.IntRange(1, 65535))
 @click.option("--mlflow-port", default=5000, show_default=True, type=click.IntRange(1, 65535))
+@click.option("--database", metavar="URL", help="postgresql://USER@HOST/NAME, for both; the password as PGPASSWORD.")
+@click.option("--artifacts", metavar="URL", help="s3://BUCKET/PREFIX for all files of versions and runs.")
 @LIMIT
 @FILE
-def up(prefect_port: int, mlflow_port: int, limit: int, file: str | None) -> None:
-    """Start Prefect, MLflow and all deployments with their schedules, and keep them up until Ctrl-C."""
+def up(
+    prefect_port: int, mlflow_port: int, database: str | None, artifacts: str | None, limit: int, file: str | None
+) -> None:
+    """Start Prefect, MLflow and all deployments with their schedules, and keep them up until Ctrl-C.
+
+    The state root remembers --database and --artifacts (or GPTFLOW_DATABASE and GPTFLOW_ARTIFACTS); `local` undoes it.
+    """
+    from flows import backends
+
+    backends.ask(database, artifacts)
     pipelines, root = _all_pipelines(file)
     from flows.service.up import Options
     from flows.service.up import up as supervise

@@ -81,7 +81,7 @@ def explained(error: Exception, root: StateRoot) -> GPTCoreError | None:
         return DiskFull(f"the disk is full: {where} could not be written, {free:,} bytes are free. Free space. {_KEPT}")
     if is_mlflow_away(error):
         cure = "Start its server, or wait until nothing locks its database"
-        return MLflowAway(f"MLflow at {root.tracking_uri} does not answer: {said}. {cure}. {_KEPT}")
+        return MLflowAway(f"MLflow at {root.tracking_address} does not answer: {said}. {cure}. {_KEPT}")
     if isinstance(error, httpx.HTTPError):
         return PrefectAway(f"Prefect does not answer: {said}. Start its server. {_KEPT}")
     return None

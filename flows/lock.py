@@ -1,7 +1,8 @@
 """One lock per pipeline: the only thing that keeps two of its runs apart, however they were started.
 
 A flow process holds `locks/<pipeline>.lock` in the state root for its whole run. It is an flock: the kernel frees it
-when its holder dies, however that happens, so there is no stale lock to clean up. The file says who holds it.
+when its holder dies, however that happens, so there is no stale lock to clean up. The file says who holds it. Where
+several machines share the state's database, the holder has a lock of the same name there as well (advisory.py).
 """
 
 import fcntl
@@ -9,11 +10,13 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+from flows.database import Database
 
 Overlap = Literal["skip", "wait"]
 _PATIENCE_SECONDS = 1.0
@@ -26,9 +29,11 @@ class Holder:
     pid: int
     since: str
     flow_run: str
+    host: str = ""
+    """Where, if the lock is one between machines."""
 
     def __str__(self) -> str:
-        return f"pid {self.pid}, since {self.since}"
+        return f"pid {self.pid}{f' on {self.host}' if self.host else ''}, since {self.since}"
 
 
 class Held(Exception):
@@ -40,8 +45,9 @@ class Held(Exception):
 
 
 @contextmanager
-def hold(path: Path, flow_run: str = "", overlap: Overlap = "skip") -> Iterator[None]:
-    """Holds the lock while this context lasts. Raises Held if it is taken, or waits for it, as `overlap` says.
+def hold(path: Path, flow_run: str = "", overlap: Overlap = "skip", database: Database | None = None) -> Iterator[None]:
+    """Holds the lock while this context lasts, in `database` too. Raises Held if it is taken, or waits, as `overlap`
+    says.
 
     A lock that is only looked at for a moment (`taken`) is not mistaken for a run: skipping takes a second.
     """
@@ -55,14 +61,17 @@ def hold(path: Path, flow_run: str = "", overlap: Overlap = "skip") -> Iterator[
         since = datetime.now().astimezone().isoformat(timespec="seconds")
         file.write(json.dumps(asdict(Holder(os.getpid(), since, flow_run))) + "\n")
         file.flush()
-        yield
+        with nullcontext() if database is None else _advisory().hold(database, path.name, flow_run, overlap):
+            yield
 
 
 @contextmanager
-def taken(path: Path) -> Iterator[bool]:
+def taken(path: Path, database: Database | None = None) -> Iterator[bool]:
     """Takes the lock at once if it is free, without signing it, and says whether it could."""
+    between_machines = nullcontext(True) if database is None else _advisory().taken(database, path.name)
     if not path.exists():
-        yield True
+        with between_machines as free:
+            yield free
         return
     with path.open("a+") as file:
         try:
@@ -70,13 +79,25 @@ def taken(path: Path) -> Iterator[bool]:
         except BlockingIOError:
             yield False
         else:
-            yield True
+            with between_machines as free:
+                yield free
 
 
-def holder(path: Path) -> Holder | None:
+def holder(path: Path, database: Database | None = None) -> Holder | None:
     """Who holds the lock now; None if nobody does."""
     with taken(path) as free:
-        return None if free else _signature(path)
+        if not free:
+            return _signature(path)
+    if database is None:
+        return None
+    with taken(path, database) as free:
+        return None if free else _advisory().holder(database, path.name)
+
+
+def _advisory() -> Any:
+    from flows import advisory  # which builds on this room
+
+    return advisory
 
 
 def _take(descriptor: int, path: Path) -> None:

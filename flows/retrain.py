@@ -16,7 +16,7 @@ from prefect import State, flow, get_run_logger
 from prefect.runtime import flow_run
 from prefect.states import Completed
 
-from flows import attempt, faults, lines, lock, tasks, tracking
+from flows import advisory, attempt, faults, lines, lock, tasks, tracking
 from flows.attempt import Attempt
 from flows.metrics import MetricsLog
 from flows.pipelines import Pipeline
@@ -119,7 +119,7 @@ def retrain(
     )
     root = state_root().create()
     try:
-        with faults.in_our_words(root), lock.hold(root.lock(asked.name), str(flow_run.id), asked.overlap):
+        with faults.in_our_words(root), root.hold(root.lock(asked.name), str(flow_run.id), asked.overlap):
             state = _Retraining(asked, root, force, sources_overridden or has_other_sources).run()
             successes.record(root, asked.name, state.name or "", str(flow_run.id))
             return state
@@ -228,6 +228,7 @@ class _Retraining:
     def step(self, name: str, describe: Callable[[T], str], task: Callable[..., T], *given: Any, **named: Any) -> T:
         """Runs a task, and says in one line what came out and how long it took."""
         began = time.perf_counter()
+        advisory.ensure_not_lost()
         with lines.of_progress(get_run_logger()):
             result = task(*given, **named)
         self.seconds[name] = round(time.perf_counter() - began, 2)

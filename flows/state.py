@@ -9,17 +9,25 @@
     prefect/     logs/        the homes of Prefect's servers, and what servers and libraries said
     successes/                when each pipeline last succeeded
     up.lock      up.json      held by `gptflow up`, and where its servers are
+    backends.json             which database and object store hold the state instead of files here, if any
     state.json                which format this is, and where it lies: it may be moved (relocate.py)
 
-It is `GPTFLOW_HOME`, else `mlruns/` beside pipelines.yaml. Nothing here imports Prefect or MLflow.
+It is `GPTFLOW_HOME`, else `mlruns/` beside pipelines.yaml. With a database and an object store (backends.py) the runs,
+the registry and their files lie there, for several machines; what is made on the way still lies here. Nothing here
+imports Prefect or MLflow.
 """
 
 import os
 import tempfile
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
-from flows import relocate
+from flows import backends, lock, relocate
+from flows.backends import Backends
+from flows.database import Database
+from flows.lock import Overlap
 from flows.service.servers import running_servers
 from gptcore.errors import GPTCoreError
 
@@ -69,9 +77,37 @@ class StateRoot:
         return self.path / "prefect"
 
     @property
+    def backends(self) -> Backends:
+        """The servers that the state lies on, if any. Raises ConfigError."""
+        return backends.backends_of(self.path)
+
+    @property
+    def database(self) -> Database | None:
+        """The PostgreSQL database of the state, if it has one."""
+        return self.backends.database
+
+    @property
     def tracking_uri(self) -> str:
-        """A user's MLFLOW_TRACKING_URI, else the SQLite database in the state root."""
-        return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{self.path / 'mlflow.db'}"
+        """A user's MLFLOW_TRACKING_URI, else the state's database, else the SQLite database in the state root."""
+        there = self.database  # also takes the password out of the variable
+        if given := os.environ.get("MLFLOW_TRACKING_URI"):
+            return given
+        return there.tracking_uri if there else f"sqlite:///{self.path / 'mlflow.db'}"
+
+    @property
+    def tracking_address(self) -> str:
+        """The tracking URI as people may read it: without a password, and without what a driver is told."""
+        parts = urlsplit(self.tracking_uri)
+        if parts.password is None:
+            return self.tracking_uri.partition("?")[0]
+        _, _, place = parts.netloc.rpartition("@")
+        return parts._replace(netloc=f"{parts.username}:***@{place}", query="").geturl()
+
+    def artifact_location(self, experiment: str) -> str | None:
+        """Where a new experiment's files go; None where a user's tracking server decides."""
+        if (store := self.backends.artifacts) is not None:
+            return f"{store}/artifacts/{experiment}"
+        return None if self.tracking_uri.startswith("http") else str(self.artifacts / experiment)
 
     def mlflow_ui(self) -> str | None:
         """URL of MLflow's UI, if there is one: a user's tracking server, else that of `gptflow up` while it is up."""
@@ -87,6 +123,14 @@ class StateRoot:
     def lock(self, pipeline: str) -> Path:
         """What a run of the pipeline holds from begin to end."""
         return self.path / "locks" / f"{pipeline}.lock"
+
+    def hold(self, path: Path, flow_run: str = "", overlap: Overlap = "skip") -> AbstractContextManager[None]:
+        """Holds a lock of the state, on every machine that shares it. As `lock.hold`."""
+        return lock.hold(path, flow_run, overlap, self.database)
+
+    def taken(self, path: Path) -> AbstractContextManager[bool]:
+        """As `lock.taken`, on every machine that shares the state."""
+        return lock.taken(path, self.database)
 
     def create(self) -> "StateRoot":
         """Makes sure that the state root can be written, and knows where it lies.
@@ -122,9 +166,14 @@ class StateRoot:
     def enter(self) -> None:
         """Sets the environment that Prefect, MLflow and every child process read. A user's own values win.
 
-        Prefect is the one of `gptflow up` while it answers, else a temporary server.
+        Prefect is the one of `gptflow up` while it answers, else a temporary server. Raises DatabaseAway or
+        DatabaseRefuses if the state's database is not there.
         """
         os.environ["GPTFLOW_HOME"] = str(self.path)
+        elsewhere = self.backends
+        if elsewhere.database is not None:
+            elsewhere.database.prepare()
+        backends.remember(self.path, elsewhere)
         own = {
             **OPT_OUTS,
             "MLFLOW_TRACKING_URI": self.tracking_uri,

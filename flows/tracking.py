@@ -4,7 +4,6 @@ With metrics.py and registry.py the only place that talks to MLflow. A retry, or
 its key and goes on with it, so nothing is doubled.
 """
 
-import fcntl
 import json
 import logging
 import time
@@ -32,8 +31,7 @@ def open_database(root: StateRoot) -> None:
 
     One process at a time: two that make the same tables break each other's migration.
     """
-    with (root.path / "mlflow.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with root.hold(root.path / "mlflow.lock", overlap="wait"):
         MlflowClient(root.tracking_uri).search_experiments(max_results=1)
 
 
@@ -168,5 +166,4 @@ def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 def _experiment(client: MlflowClient, root: StateRoot, name: str) -> str:
     if (experiment := client.get_experiment_by_name(name)) is not None:
         return experiment.experiment_id
-    local = root.tracking_uri.startswith("sqlite:")
-    return client.create_experiment(name, artifact_location=str(root.artifacts / name) if local else None)
+    return client.create_experiment(name, artifact_location=root.artifact_location(name))

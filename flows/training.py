@@ -18,7 +18,7 @@ import psutil
 from prefect import get_run_logger
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
-from flows import faults, tracking
+from flows import advisory, faults, tracking
 from flows.command.console import active
 from flows.metrics import Following, MetricsLog
 from flows.state import StateRoot
@@ -154,6 +154,7 @@ def train_tracked(root: StateRoot, run: RunDirectory, mlflow_run_id: str) -> Res
         artifact = ProgressArtifact(f"{run.path.name}-progress")
 
         def on_metrics(lines: list[Metrics]) -> None:
+            advisory.ensure_not_lost()
             if lines:
                 artifact.show(lines[-1])
                 if bar:

@@ -72,7 +72,7 @@ def watched(pipelines: Iterable[Pipeline]) -> list[dict[str, Any]]:
 
 def look_at_sources(root: StateRoot, pipeline: Pipeline) -> list[str]:
     """Emits the event if a source looks different from last time. Returns what was said. Raises EventNotSent."""
-    if not _awaits_changes(pipeline) or lock.holder(root.lock(pipeline.name)) is not None:
+    if not _awaits_changes(pipeline) or lock.holder(root.lock(pipeline.name), root.database) is not None:
         return []
     before = recall(root, pipeline.name)
     now = {source: before.sources[source] for source in pipeline.corpus.sources if source in before.sources}

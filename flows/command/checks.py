@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import psutil
 from packaging.requirements import Requirement
@@ -197,10 +196,10 @@ def registry(patient: Patient) -> Iterator[Check]:
     try:
         names = sorted({version.name for version in every_version(root)})
     except MlflowException as error:
-        message = f"the registry at {_public(root.tracking_uri)} does not answer: {str(error).splitlines()[0]}"
+        message = f"the registry at {root.tracking_address} does not answer: {str(error).splitlines()[0]}"
         yield Check("registry", False, message, "start the tracking server, or restore the database from a backup")
         return
-    yield Check("registry", True, f"the registry at {_public(root.tracking_uri)} answers; models: {len(names)}")
+    yield Check("registry", True, f"the registry at {root.tracking_address} answers; models: {len(names)}")
     for name in names:
         yield _champion(root, name)
 
@@ -308,9 +307,3 @@ def _size(directory: Path) -> int:
 
 def _mib(size: int) -> str:
     return f"{size / 2**20:,.0f} MiB"
-
-
-def _public(uri: str) -> str:
-    """Without a password."""
-    parts = urlsplit(uri)
-    return uri if parts.password is None else uri.replace(f":{parts.password}@", ":***@")

@@ -17,7 +17,7 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from flows.lock import hold
+from flows import advisory
 from flows.releases.moves import Kind, Move, previous, read, withdrawn
 from flows.releases.registry import CHAMPION, RegistryError, UnknownVersion, versions
 from flows.service import events
@@ -104,11 +104,11 @@ def _settled(root: StateRoot, model: str) -> Iterator[tuple["_Log", Move | None]
     # Not .lock: that ending belongs to pipelines, and a pipeline's run waits here while it holds its own.
     carried_out: list[Move] = []
     try:
-        with hold(root.path / "locks" / f"{quote(model, safe='')}.champion", overlap="wait"):
+        with root.hold(root.path / "locks" / f"{quote(model, safe='')}.champion", overlap="wait"):
             log = _Log(root, model, carried_out)
             yield log, log.settle()
     except MlflowException as error:
-        raise RegistryError(f"the registry at {root.tracking_uri} does not answer: {error}") from None
+        raise RegistryError(f"the registry at {root.tracking_address} does not answer: {error}") from None
     finally:
         for move in carried_out:
             events.model_promoted(model, move.as_dict(), _pipeline_of(root, model, move))
@@ -194,6 +194,7 @@ class _Log:
     def _carry_out(self, move: Move) -> Move:
         assert move.target is not None, "only people in MLflow take the alias away"
         if self.current != move.target:
+            advisory.ensure_held()
             self.client.set_registered_model_alias(self.model, CHAMPION, move.target)
             self.aliases[CHAMPION] = move.target
         done = self._complete(move)

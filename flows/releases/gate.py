@@ -14,6 +14,7 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 
+from flows import advisory
 from flows.releases.ancestry import line_of, texts_of
 from flows.releases.champion import GATE, promote, withdrawal
 from flows.releases.loading import load
@@ -123,6 +124,7 @@ def judge(
         _set_tags(client, model_name, version, verdict.tags())
         if verdict.promoted:
             promote(root, model_name, version, verdict.reason, GATE, over=verdict.champion_version)
+    advisory.ensure_held()
     _set_tags(client, model_name, version, {"verdict": "promoted" if verdict.promoted else "rejected"})
     return verdict
 

@@ -15,7 +15,6 @@ from mlflow import MlflowClient
 from safetensors.torch import save_file
 
 from flows import tracking
-from flows.lock import hold
 from flows.releases import model_card
 from flows.releases.champion import promote
 from flows.releases.lineage import code, packages
@@ -55,7 +54,7 @@ def register(root: StateRoot, model_name: str, checkpoint: Checkpoint, by: str) 
     tracking.open_database(root)
     manifest.sweep(root.imports)
     with (
-        hold(root.path / "locks" / f"{quote(model_name, safe='')}.import", overlap="wait"),
+        root.hold(root.path / "locks" / f"{quote(model_name, safe='')}.import", overlap="wait"),
         manifest.staging(root.imports) as staged,
     ):
         weights = staged / "weights.safetensors"

@@ -81,7 +81,7 @@ def prune(root: StateRoot, keep: Mapping[str, int], dry_run: bool = False) -> Fr
     try:
         return _Pruning(root, keep, dry_run).run()
     except MlflowException as error:
-        raise RegistryError(f"the registry at {root.tracking_uri} does not answer: {error}") from None
+        raise RegistryError(f"the registry at {root.tracking_address} does not answer: {error}") from None
 
 
 class _Pruning:
@@ -189,7 +189,7 @@ class _Pruning:
             key, _, attempt = directory.name.rpartition("-")
             if (key, attempt) in registered or not (directory / "config.json").exists():
                 continue
-            with taken(self.root.lock(directory.parent.name)) as is_free:
+            with self.root.taken(self.root.lock(directory.parent.name)) as is_free:
                 if is_free and directory.name not in current(directory.parent).values():
                     self.free(directory)
 
@@ -223,7 +223,7 @@ class _Pruning:
         """Frees snapshots and token files that no kept version and no run directory names, unless a pipeline runs."""
         with ExitStack() as standing_still:
             for path in sorted((self.root.path / "locks").glob("*.lock")):
-                if not standing_still.enter_context(taken(path)):
+                if not standing_still.enter_context(self.root.taken(path)):
                     self.freed.busy.append(path.stem)
             if self.freed.busy:
                 return

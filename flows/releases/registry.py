@@ -68,7 +68,8 @@ def resolve(root: StateRoot, uri: str) -> ModelVersion:
     except MlflowException:
         known = ", ".join(sorted(model.name for model in client.search_registered_models())) or "none yet"
         raise UnknownVersion(
-            f"{uri} does not exist in {root.tracking_uri}. Registered models: {known}; `gptflow models` lists versions."
+            f"{uri} does not exist in {root.tracking_address}. Registered models: {known}; `gptflow models` lists "
+            "versions."
         ) from None
 
 

@@ -19,6 +19,7 @@ from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
 import gptcore
+from flows import advisory
 from flows.releases import artifacts, model_card
 from flows.releases.model_card import Champion, Evidence
 from flows.releases.registry import BUNDLE, champion_of, find
@@ -95,12 +96,14 @@ def add_version(
 ) -> str:
     """Logs the bundle that `fill` writes as a model of the MLflow run, and registers it. Returns the version.
 
-    A model that a killed attempt has logged already is registered as it is.
+    A model that a killed attempt has logged already is registered as it is. Raises LockLost where a lock between
+    machines was lost meanwhile.
     """
     mlflow.set_tracking_uri(root.tracking_uri)
     client = MlflowClient(root.tracking_uri)
     uri = _logged_model(client, root, mlflow_run_id) or _log_model(mlflow_run_id, workplace, fill)
     client.update_run(mlflow_run_id, status="RUNNING")  # logging ended it, and the evidence is still to come
+    advisory.ensure_held()
     with contextlib.suppress(MlflowException):  # it exists already
         client.create_registered_model(model_name)
     created = client.create_model_version(

@@ -24,7 +24,6 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.states import Crashed
 
-from flows.lock import taken
 from flows.service.notify import tell_end
 from flows.state import StateRoot
 
@@ -52,7 +51,7 @@ def _prefect_runs(client: SyncPrefectClient, root: StateRoot) -> Iterator[str]:
     for run in _unfinished(client, FlowFilter(name=FlowFilterName(any_=[RETRAIN]))):
         pipeline = str(run.parameters.get("pipeline"))
         _let_start(run)
-        with taken(root.lock(pipeline)) as free:
+        with root.taken(root.lock(pipeline)) as free:
             if free and (crashed := _end(client, run.id)) is not None:
                 tell_end(run, crashed)
                 yield f"crashed    Prefect run {run.id} of {pipeline}"
@@ -100,7 +99,7 @@ def _mlflow_runs(root: StateRoot) -> Iterator[str]:
         pipeline = run.data.tags.get("pipeline")
         if pipeline is None:
             continue
-        with taken(root.lock(pipeline)) as free:
+        with root.taken(root.lock(pipeline)) as free:
             if free and client.get_run(run.info.run_id).info.status == "RUNNING":
                 client.set_terminated(run.info.run_id, "KILLED")
                 yield f"killed     MLflow run {run.info.run_id} of {pipeline}"

@@ -19,6 +19,7 @@ import click
 import psutil
 
 from flows import lock
+from flows.backends import Backends
 from flows.service.children import Child
 from flows.service.servers import Servers, answers, record, recorded, running_servers, up_lock
 from flows.state import StateRoot
@@ -28,6 +29,8 @@ HOST = "127.0.0.1"
 RUN_GRACE_SECONDS = 25.0
 """How long flow runs may take to save when everything stops. A trainer is given as long by its flow run."""
 _CHILD_GRACE_SECONDS = 3.0
+_DATABASES_OF_PREFECT = ("PREFECT_SERVER_DATABASE_CONNECTION_URL", "PREFECT_API_DATABASE_CONNECTION_URL")
+"""A user's own database for Prefect's server."""
 _START_SECONDS = 180.0
 _TICK_SECONDS = 0.5
 READY = "serving"
@@ -96,6 +99,8 @@ class _Supervisor:
         environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
         if environment["PREFECT_HOME"] == str(root.prefect / "ephemeral"):
             environment["PREFECT_HOME"] = str(root.prefect)
+        if root.database is not None and not any(name in environment for name in _DATABASES_OF_PREFECT):
+            environment |= {**root.database.for_prefect, **environment}
 
         def child(name: str, is_healthy: Callable[[Child], bool], *command: str) -> Child:
             return Child(name, (sys.executable, *command), root.logs / f"{name}.log", environment, is_healthy)
@@ -123,7 +128,9 @@ class _Supervisor:
 
     @property
     def mlflow_command(self) -> list[str]:
-        store = ["--backend-store-uri", self.root.tracking_uri, "--artifacts-destination", str(self.root.artifacts)]
+        files = self.root.backends.artifacts
+        destination = f"{files}/artifacts" if files else str(self.root.artifacts)
+        store = ["--backend-store-uri", self.root.tracking_uri, "--artifacts-destination", destination]
         where = ["--host", HOST, "--port", str(self.options.mlflow_port), "--workers", "1"]
         return ["-m", "mlflow", "server", *store, *where]
 
@@ -132,6 +139,8 @@ class _Supervisor:
 
     def start(self) -> None:
         click.echo("starting Prefect and MLflow")
+        if (elsewhere := self.root.backends) != Backends():
+            click.echo(f"the state lies on {elsewhere}")
         for child in self.servers():
             child.start()
         for child in self.servers():

@@ -1,0 +1,165 @@
+"""The lock between machines: a session advisory lock of PostgreSQL, beside the flock that keeps processes apart.
+
+It belongs to a connection that its holder keeps open. Whoever dies, or whose machine or network does, loses the
+connection, and the server frees the lock: at once where the connection is closed, within `FREED_SECONDS` where nobody
+answers any more, because the server is told to ask that often. So there is no stale lock to clean up here either.
+
+A holder that was cut off lives on. It notices before the server gives the lock to somebody else: a thread asks over the
+same connection every other second, and whatever publishes asks once more right before (`ensure_held`). Between that
+question and the publication lie milliseconds in which a lock can still be lost; then the registry's own checks are
+left: a version is looked for before it is made, and the champion is compared with the one that the gate saw.
+"""
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from datetime import datetime
+from typing import Any
+
+from flows.database import Database
+from flows.lock import Held, Holder, Overlap
+from gptcore.errors import GPTCoreError
+
+_IDLE_SECONDS, _INTERVAL_SECONDS, _PROBES = 5, 3, 3
+FREED_SECONDS = _IDLE_SECONDS + _INTERVAL_SECONDS * _PROBES
+"""How long after its last sign of life the server takes to free the lock of a machine that is gone."""
+_NOTICED_MILLISECONDS = 6000
+_WATCH_SECONDS = 2.0
+_WAIT_SECONDS = 1.0
+_PATIENCE_SECONDS = 1.0
+_CLIENT = {
+    "keepalives_idle": _IDLE_SECONDS,
+    "keepalives_interval": _INTERVAL_SECONDS,
+    "keepalives_count": _PROBES,
+    "tcp_user_timeout": _NOTICED_MILLISECONDS,
+    "application_name": "gptflow lock",
+}
+_SERVER = f"""
+    set tcp_keepalives_idle = {_IDLE_SECONDS};
+    set tcp_keepalives_interval = {_INTERVAL_SECONDS};
+    set tcp_keepalives_count = {_PROBES};
+    set tcp_user_timeout = {1000 * FREED_SECONDS};
+"""
+_KEY = "hashtextextended('gptflow lock ' || %s, 0)"
+_SIGN = """
+    insert into gptflow.holders values (%s, %s, %s, %s, %s) on conflict (name) do update
+    set host = excluded.host, pid = excluded.pid, since = excluded.since, flow_run = excluded.flow_run
+"""
+_held: list["_Session"] = []
+
+
+class LockLost(GPTCoreError):
+    """The lock between machines was lost, so nothing is published any more."""
+
+
+@contextmanager
+def hold(database: Database, name: str, flow_run: str, overlap: Overlap) -> Iterator[None]:
+    """Holds the lock `name` while this context lasts. Raises Held if it is taken, or waits for it, as `overlap` says.
+
+    Raises also DatabaseAway.
+    """
+    database.prepare()
+    session = _Session(database, name)
+    try:
+        session.take(overlap)
+        session.sign(flow_run)
+        _held.append(session)
+        session.watch()
+        try:
+            yield
+        finally:
+            _held.remove(session)
+    finally:
+        session.end()
+
+
+@contextmanager
+def taken(database: Database, name: str) -> Iterator[bool]:
+    """Takes the lock at once if it is free, without signing it, and says whether it could."""
+    database.prepare()
+    session = _Session(database, name)
+    try:
+        yield session.is_taken()
+    finally:
+        session.end()
+
+
+def holder(database: Database, name: str) -> Holder | None:
+    """Who signed the lock last, whether it is still held or not."""
+    with database.asked() as cursor:
+        cursor.execute("select pid, since, flow_run, host from gptflow.holders where name = %s", (name,))
+        found = cursor.fetchone()
+    return Holder(*found) if found else None
+
+
+def ensure_held() -> None:
+    """Asks the server whether every lock that this process holds is still its own. Raises LockLost."""
+    for session in _held:
+        session.ask()
+    ensure_not_lost()
+
+
+def ensure_not_lost() -> None:
+    """As `ensure_held`, by what the watching thread has found: costs nothing. Raises LockLost."""
+    for session in _held:
+        if session.lost:
+            raise LockLost(
+                f"the lock {session.name} was lost, because the connection to {session.database.url} broke: "
+                f"{session.lost}. Another machine may work on the pipeline by now, so this run publishes nothing. What "
+                "was saved stays: the next run goes on from there."
+            )
+
+
+class _Session:
+    """A connection that takes one lock."""
+
+    def __init__(self, database: Database, name: str) -> None:
+        self.database, self.name, self.lost = database, name, ""
+        self.ending = threading.Event()
+        self.connection = database.connect(**_CLIENT)
+        with self.connection.cursor() as cursor:
+            cursor.execute(_SERVER)
+
+    def is_taken(self) -> bool:
+        """Takes the lock if it is free."""
+        return bool(self._asked(f"select pg_try_advisory_lock({_KEY})", self.name))
+
+    def take(self, overlap: Overlap) -> None:
+        # Asked for again and again, and not waited for in the server: a signal is heard between two questions.
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        while not self.is_taken():
+            if overlap == "skip" and time.monotonic() > deadline:
+                raise Held(holder(self.database, self.name))
+            time.sleep(_WAIT_SECONDS if overlap == "wait" else _PATIENCE_SECONDS / 4)
+
+    def sign(self, flow_run: str) -> None:
+        since = datetime.now().astimezone().isoformat(timespec="seconds")
+        with self.connection.cursor() as cursor:
+            cursor.execute(_SIGN, (self.name, socket.gethostname(), os.getpid(), since, flow_run))
+
+    def watch(self) -> None:
+        threading.Thread(target=self._watch, name=f"lock {self.name}", daemon=True).start()
+
+    def _watch(self) -> None:
+        while not self.lost and not self.ending.wait(_WATCH_SECONDS):
+            self.ask()
+
+    def ask(self) -> None:
+        """Whether the connection lives, and with it the lock."""
+        try:
+            self._asked("select 1")
+        except Exception as error:  # of whatever kind: who cannot ask cannot know
+            self.lost = self.lost or str(error).strip().partition("\n")[0] or "it is closed"
+
+    def _asked(self, question: str, *given: str) -> Any:
+        with self.connection.cursor() as cursor:
+            cursor.execute(question, given)
+            return cursor.fetchone()[0]
+
+    def end(self) -> None:
+        self.ending.set()
+        with suppress(Exception), closing(self.connection):
+            pass

@@ -72,7 +72,7 @@ def prepare(
     key = _key(pipeline, tokens, start)
     run = RunDirectory(root.run_directory(pipeline.name, key, number))
     configure(run, pipeline, tokens, f"../../../tokens/{tokens.path.name}", start)
-    _note(run.path, sources_overridden)
+    note(run.path, sources_overridden)
     return Attempt(run, key, number, snapshot, tokens, start.ancestors if start else ())
 
 
@@ -97,7 +97,7 @@ def unfinished(root: StateRoot, pipeline: Pipeline, sources_overridden: bool = F
         run = RunDirectory(path)
         config = run.config()
         tokens = load_tokens(run.tokens_path())
-        snapshot = load_snapshot(root.corpora / manifest.about(tokens.path)["corpus_sha256"][:16])
+        snapshot = load_snapshot(root.corpus(manifest.about(tokens.path)["corpus_sha256"]))
         ancestors = _ancestors(root, config.start)
     except (ConfigError, CheckpointError, registry.UnknownVersion, registry.RegistryError):
         return None
@@ -159,8 +159,15 @@ def _ancestors(root: StateRoot, began_with: Start | None) -> tuple[Ancestor, ...
     return tuple(ancestry.line_of(root, registry.resolve(root, began_with.uri))) if began_with else ()
 
 
-def _note(run: Path, sources_overridden: bool) -> None:
-    body: dict[str, Any] = {**current(run.parent), _kind(sources_overridden): run.name}
+def is_judged(root: StateRoot, pipeline: Pipeline, key: str, run: str, sources_overridden: bool) -> bool:
+    """Whether the run directory named `run`, of this key, has become a version with its verdict and its evidence."""
+    found = registry.find(root, pipeline.model_name, key, int(run.rpartition("-")[2]))
+    return found is not None and _is_done(root, found, sources_overridden)
+
+
+def note(run: Path, sources_overridden: bool) -> None:
+    """Writes down that the pipeline works on this run directory."""
+    body: dict[str, Any] = {**current(run.parent), kind(sources_overridden): run.name}
     temporary = run.parent / f".tmp-{CURRENT}"
     with temporary.open("w") as file:
         file.write(json.dumps(body) + "\n")
@@ -171,9 +178,10 @@ def _note(run: Path, sources_overridden: bool) -> None:
 
 
 def _noted(directory: Path, sources_overridden: bool) -> Path | None:
-    name = current(directory).get(_kind(sources_overridden))
+    name = current(directory).get(kind(sources_overridden))
     return directory / name if name and Path(name).name == name != ".." else None
 
 
-def _kind(sources_overridden: bool) -> str:
+def kind(sources_overridden: bool) -> str:
+    """Under which key of current.json it is written."""
     return "overridden" if sources_overridden else "own"

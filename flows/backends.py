@@ -67,6 +67,11 @@ def ask(told_database: str | None, told_artifacts: str | None) -> None:
         os.environ[ARTIFACTS] = told_artifacts
 
 
+def artifacts_of(home: Path) -> str | None:
+    """The object store that the state root remembers."""
+    return _remembered(home, "artifacts")
+
+
 def remember(home: Path, backends: Backends) -> None:
     """Writes down where the state of `home` lies, at once or not at all."""
     path = home / _FILE

@@ -13,6 +13,7 @@ import httpx
 from mlflow.exceptions import MlflowException
 from prefect.exceptions import PrefectException
 
+from flows import store
 from flows.state import StateRoot
 from gptcore.errors import DiskFull, GPTCoreError, SourceUnavailable
 from gptcore.manifest import is_out_of_space
@@ -37,7 +38,8 @@ def is_transient(error: BaseException) -> bool:
     """Whether the error may be gone in a moment. Wrong input, divergence and a full disk are not."""
     if is_disk_full(error):
         return False
-    return isinstance(error, OSError | SourceUnavailable) or is_mlflow_away(error)
+    is_away = isinstance(store.explained(error, ""), store.StoreAway)
+    return isinstance(error, OSError | SourceUnavailable) or is_mlflow_away(error) or is_away
 
 
 def is_disk_full(error: BaseException) -> bool:
@@ -82,6 +84,8 @@ def explained(error: Exception, root: StateRoot) -> GPTCoreError | None:
     if is_mlflow_away(error):
         cure = "Start its server, or wait until nothing locks its database"
         return MLflowAway(f"MLflow at {root.tracking_address} does not answer: {said}. {cure}. {_KEPT}")
+    if (url := root.backends.artifacts) is not None and (ours := store.explained(error, url)) is not None:
+        return ours
     if isinstance(error, httpx.HTTPError):
         return PrefectAway(f"Prefect does not answer: {said}. Start its server. {_KEPT}")
     return None

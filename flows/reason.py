@@ -66,7 +66,7 @@ def divergence(root: StateRoot, pipeline: Pipeline, since: str, tokens: Tokens, 
     if tags.get("corpus_sha256") == snapshot.sha256:
         return ()
     try:
-        before = load_tokens(root.tokens / tags.get("tokens_sha256", "")[:16])
+        before = load_tokens(root.token_files(tags.get("tokens_sha256", "")))
         moved = train_divergence(before, tokens, snapshot.path)
     except CheckpointError:
         return ()
@@ -78,7 +78,7 @@ def _of_text(root: StateRoot, pipeline: Pipeline, snapshot: Snapshot, newest: Mo
     if sha256 == snapshot.sha256:
         unchanged = (("text", f"the same as version {number} learned from"),)
         return Reason(False, f"nothing changed since version {number} of {newest.name}", changes=unchanged)
-    before = root.corpora / sha256[:16]
+    before = root.corpus(sha256)
     try:
         manifest.verify(before)
         delta = compare_snapshots(before, snapshot.path)
@@ -113,7 +113,7 @@ def _drift(root: StateRoot, pipeline: Pipeline, snapshot: Snapshot, newest: Mode
     champion = registry.champion_of(root, pipeline.model_name)
     if champion is None:
         return None, (label, "there is no champion")
-    seen = root.corpora / champion.tags.get("corpus_sha256", "")[:16]
+    seen = root.corpus(champion.tags.get("corpus_sha256", ""))
     try:
         chosen = new_blocks(seen, snapshot.path, DRIFT_BYTES)
         loaded = load(root, champion)

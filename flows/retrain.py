@@ -16,7 +16,7 @@ from prefect import State, flow, get_run_logger
 from prefect.runtime import flow_run
 from prefect.states import Completed
 
-from flows import advisory, attempt, faults, lines, lock, tasks, tracking
+from flows import advisory, attempt, faults, lines, lock, mirror, tasks, tracking
 from flows.attempt import Attempt
 from flows.metrics import MetricsLog
 from flows.pipelines import Pipeline
@@ -149,6 +149,8 @@ class _Retraining:
     def unfinished(self) -> Attempt | None:
         if self.pipeline.retrain.unfinished == "restart":
             return None
+        if (brought := mirror.bring(self.root, self.pipeline, self.sources_overridden)) is not None:
+            get_run_logger().info("another machine began %s", brought, extra={"step": "unfinished"})
         found = attempt.unfinished(self.root, self.pipeline, self.sources_overridden)
         if found is not None:
             get_run_logger().info("goes on with %s", found.run.path.name, extra={"step": "unfinished"})
@@ -197,7 +199,9 @@ class _Retraining:
     def trained(self, found: Attempt, mlflow_run_id: str) -> Outcome:
         """From the training on: everything that belongs to one run directory."""
         tracking.log_dataset(self.root, mlflow_run_id, self.pipeline, found.snapshot)
-        result = self.step("train", lines.of_training, tasks.train, self.root, found.run, mlflow_run_id)
+        with mirror.Following(self.root, found, self.sources_overridden) as mirrored:
+            result = self.step("train", lines.of_training, tasks.train, self.root, found.run, mlflow_run_id)
+            mirrored.settle()
         if isinstance(result, Paused):
             return self.paused(found, result, mlflow_run_id)
         text = (found.run, found.snapshot, found.tokens)
@@ -223,7 +227,9 @@ class _Retraining:
             samples=samples,
             plots=plots,
         )
-        return self.reported(done, evaluation)
+        outcome = self.reported(done, evaluation)
+        mirror.forget(self.root, found)
+        return outcome
 
     def step(self, name: str, describe: Callable[[T], str], task: Callable[..., T], *given: Any, **named: Any) -> T:
         """Runs a task, and says in one line what came out and how long it took."""

@@ -19,9 +19,10 @@ imports Prefect or MLflow.
 
 import os
 import tempfile
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from flows import backends, lock, relocate
@@ -29,7 +30,10 @@ from flows.backends import Backends
 from flows.database import Database
 from flows.lock import Overlap
 from flows.service.servers import running_servers
-from gptcore.errors import GPTCoreError
+from gptcore.errors import CheckpointError, GPTCoreError
+
+if TYPE_CHECKING:
+    from flows.store import Store
 
 OPT_OUTS = {
     # The word "true": MLflow ignores "1".
@@ -116,6 +120,29 @@ class StateRoot:
         servers = running_servers(self.path)
         return servers.mlflow if servers else None
 
+    @property
+    def store(self) -> "Store | None":
+        """The object store that mirrors what is complete here, if there is one."""
+        if (url := self.backends.artifacts) is None:
+            return None
+        from flows.store import Store
+
+        return Store(url)
+
+    def corpus(self, sha256: str) -> Path:
+        """Where the snapshot of this hash lies, or would lie; brought from the object store if only that has it."""
+        return self._here(self.corpora / sha256[:16])
+
+    def token_files(self, sha256: str) -> Path:
+        """As `corpus`, for a token directory."""
+        return self._here(self.tokens / sha256[:16])
+
+    def _here(self, directory: Path) -> Path:
+        if not directory.exists() and (store := self.store) is not None:
+            with suppress(CheckpointError):  # damaged there: as if it were gone
+                store.pull(directory.relative_to(self.path).as_posix(), directory)
+        return directory
+
     def run_directory(self, pipeline: str, run_key: str, attempt: int) -> Path:
         """Where attempt number `attempt` (from 1) at `run_key` is trained."""
         return self.path / "runs" / pipeline / f"{run_key[:16]}-{attempt}"
@@ -173,6 +200,8 @@ class StateRoot:
         elsewhere = self.backends
         if elsewhere.database is not None:
             elsewhere.database.prepare()
+        if (store := self.store) is not None and backends.artifacts_of(self.path) != store.url:
+            store.check()
         backends.remember(self.path, elsewhere)
         own = {
             **OPT_OUTS,

@@ -100,6 +100,21 @@ def commit(staged: Path, goal: Path, about: Mapping[str, Any]) -> Path:
     (staged / MANIFEST).write_text(_sealed({"files": listed, "about": dict(about)}))
     for path in [staged / MANIFEST, *(p for p in staged.rglob("*") if p.is_dir()), staged]:
         flush(path)
+    return _publish(staged, goal)
+
+
+def adopt(staged: Path, goal: Path) -> Path:
+    """Renames `staged`, a copy of a committed directory from elsewhere with its manifest, to `goal`.
+
+    Raises CheckpointError, and publishes nothing, if a file is not what the manifest says.
+    """
+    verify(staged)
+    for path in [*(p for p in staged.rglob("*")), staged]:
+        flush(path)
+    return _publish(staged, goal)
+
+
+def _publish(staged: Path, goal: Path) -> Path:
     staged.chmod(0o755)
     goal.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -140,6 +155,14 @@ def about(directory: Path) -> dict[str, Any]:
     return _read(directory)["about"]
 
 
+def names(directory: Path) -> list[str]:
+    """The files that the manifest lists. Raises CheckpointError as `about` does, and if one leads out of it."""
+    listed = list(_read(directory)["files"])
+    for name in listed:
+        _check_inside(directory, name)
+    return listed
+
+
 def verify(directory: Path) -> dict[str, Any]:
     """Checks size and sha256 of every file against the manifest and returns `about`.
 
@@ -147,9 +170,8 @@ def verify(directory: Path) -> dict[str, Any]:
     """
     body = _read(directory)
     for name, listed in body["files"].items():
+        _check_inside(directory, name)
         path = directory / name
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise CheckpointError(f"{directory / MANIFEST} lists {name!r}, which leads out of it: it was altered.")
         if not path.is_file():
             raise CheckpointError(f"{path} is missing, though {directory / MANIFEST} lists it.")
         if (size := path.stat().st_size) != listed["bytes"]:
@@ -157,6 +179,11 @@ def verify(directory: Path) -> dict[str, Any]:
         if (digest := sha256_of_file(path)) != listed["sha256"]:
             raise CheckpointError(f"{path} has sha256 {digest}, its manifest says {listed['sha256']}: it was altered.")
     return body["about"]
+
+
+def _check_inside(directory: Path, name: str) -> None:
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise CheckpointError(f"{directory / MANIFEST} lists {name!r}, which leads out of it: it was altered.")
 
 
 def _read(directory: Path) -> dict[str, Any]:

@@ -20,6 +20,10 @@ from gptcore.config import ModelConfig, RunConfig, TrainConfig
 from gptcore.learning.rundir import Result, RunDirectory, result_about
 from gptcore.manifest import commit, sha256_of, sha256_of_file, staging
 from gptcore.tokenizer import get_tokenizer
+from tests.flows import objects as object_store
+from tests.flows import postgres as postgresql
+from tests.flows.objects import Objects
+from tests.flows.postgres import Postgres
 from tests.flows.servers import Receiver, Up
 
 WORDS = (
@@ -111,6 +115,20 @@ def prefect_server() -> Iterator[None]:
 
     with prefect_test_harness(server_startup_timeout=120):
         yield
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """A real PostgreSQL server, shared by the tests of this process."""
+    with postgresql.running() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def objects() -> Iterator[Objects]:
+    """An S3-compatible server, shared by the tests of this process."""
+    with object_store.running() as server:
+        yield server
 
 
 @pytest.fixture

@@ -81,7 +81,7 @@ def texts_of(root: StateRoot, line: list[Ancestor]) -> Iterator[tuple[Path, str]
     """Each snapshot that a line learned from, and why it cannot be looked into; empty where it can."""
     for ancestor in line:
         sha256 = ancestor["corpus_sha256"] or ""
-        path = root.corpora / sha256[:16]
+        path = root.corpus(sha256)
         try:
             if not sha256:
                 raise CheckpointError(f"{ancestor['uri']} names no corpus")

@@ -110,7 +110,7 @@ def _compared(what: str, then: Any, now: Any) -> Iterator[Difference]:
 
 def _snapshot(root: StateRoot, then: Lineage) -> tuple[Snapshot | None, list[Difference]]:
     what, sha256 = "corpus snapshot", then["corpus_sha256"]
-    path = root.corpora / sha256[:16]
+    path = root.corpus(sha256)
     if not manifest.is_committed(path):
         return None, [Difference(what, sha256, f"{path} is gone")]
     problems: list[Difference] = []
@@ -128,7 +128,7 @@ def _tokens(
     root: StateRoot, then: Lineage, snapshot: Snapshot | None, work: Path
 ) -> tuple[Tokens | None, list[Difference]]:
     what, sha256 = "tokens", then["tokens_sha256"]
-    there = root.tokens / sha256[:16]
+    there = root.token_files(sha256)
     with suppress(CheckpointError):
         if manifest.verify(there)["sha256"] == sha256:
             return load_tokens(there), []

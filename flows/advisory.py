@@ -95,6 +95,13 @@ def holder(database: Database, name: str) -> Holder | None:
     return Holder(*found) if found else None
 
 
+def known(database: Database) -> list[str]:
+    """The names of all locks that somebody has ever held."""
+    with database.asked() as cursor:
+        cursor.execute("select name from gptflow.holders order by name")
+        return [name for (name,) in cursor.fetchall()]
+
+
 def ensure_held() -> None:
     """Asks the server whether every lock that this process holds is still its own. Raises LockLost."""
     for session in _held:

@@ -82,6 +82,19 @@ def in_use(store: Store) -> tuple[set[str], set[str]]:
     return runs, tokens
 
 
+def runs(store: Store) -> set[str]:
+    """Every run directory that has something in the store."""
+    found = (key.split("/") for key in store.keys("runs/"))
+    return {"/".join(parts[:3]) for parts in found if len(parts) > 3}
+
+
+def corpus_of(store: Store, tokens: str) -> str:
+    """The name of the snapshot that token files were made from; empty where that is unknown."""
+    found = store.read(f"tokens/{tokens}/{MANIFEST}")
+    about = _parsed(found.body).get("about") if found else None
+    return str(about.get("corpus_sha256", ""))[:16] if isinstance(about, dict) else ""
+
+
 class Following:
     """While this context lasts, a thread pushes what the training leaves. The store may come and go."""
 

@@ -22,6 +22,7 @@ from mlflow.entities import Run
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
+from flows import advisory, mirror
 from flows.attempt import current
 from flows.lock import taken
 from flows.releases import artifacts
@@ -29,6 +30,7 @@ from flows.releases.champion import unmoved
 from flows.releases.moves import chain
 from flows.releases.registry import RegistryError
 from flows.state import StateRoot
+from flows.store import Store
 from gptcore import manifest
 from gptcore.errors import CheckpointError, ConfigError
 from gptcore.learning.rundir import RunDirectory
@@ -222,7 +224,7 @@ class _Pruning:
     def free_shared(self, kept: Versions) -> None:
         """Frees snapshots and token files that no kept version and no run directory names, unless a pipeline runs."""
         with ExitStack() as standing_still:
-            for path in sorted((self.root.path / "locks").glob("*.lock")):
+            for path in self.locks():
                 if not standing_still.enter_context(self.root.taken(path)):
                     self.freed.busy.append(path.stem)
             if self.freed.busy:
@@ -235,6 +237,29 @@ class _Pruning:
                 for directory in sorted(parent.iterdir()) if parent.exists() else ():
                     if directory.name not in needed and manifest.is_committed(directory):
                         self.free(directory)
+            if (store := self.root.store) is not None:
+                self.free_mirrored(store, tokens, corpora)
+
+    def locks(self) -> list[Path]:
+        """The locks of all pipelines, also of those that only run on other machines."""
+        above, shared = self.root.path / "locks", self.root.database
+        elsewhere = advisory.known(shared) if shared else ()
+        names = {name for name in elsewhere if name.endswith(".lock")} - {"mlflow.lock"}
+        return sorted({*above.glob("*.lock"), *(above / name for name in names)})
+
+    def free_mirrored(self, store: Store, tokens: set[str], corpora: set[str]) -> None:
+        """Frees the same in the object store, but not what trainings need that other machines began."""
+        runs, begun = mirror.in_use(store)
+        corpora = corpora | {mirror.corpus_of(store, name) for name in begun}
+        doomed = [f"tokens/{name}" for name in store.names("tokens") if name not in tokens | begun]
+        doomed += [f"corpora/{name}" for name in store.names("corpora") if name not in corpora]
+        doomed += sorted(mirror.runs(store) - runs)
+        for directory in doomed:
+            self.freed.paths[f"{store.url}/state/{directory}"] = 0
+            if not self.dry_run:
+                store.remove(directory)
+        if not self.dry_run:
+            store.sweep()
 
     def tokens_of_run_directories(self) -> Iterator[str]:
         """The token files that run directories name, finished or not, except for those freed in a dry run."""

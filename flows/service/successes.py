@@ -18,6 +18,7 @@ from pathlib import Path
 from flows.pipelines import Pipeline
 from flows.service.schedule import ScheduleConfig, due_times
 from flows.state import StateRoot
+from gptcore.errors import SourceUnavailable
 
 AWAITED = "Awaited"
 """Not a success: since then one is waited for."""
@@ -43,8 +44,12 @@ def record(root: StateRoot, pipeline: str, how: str, flow_run: str = "") -> None
     path.parent.mkdir(exist_ok=True)
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     success = Success(datetime.now(UTC), how, flow_run)
-    temporary.write_text(json.dumps({**asdict(success), "at": success.at.isoformat(timespec="seconds")}) + "\n")
+    text = json.dumps({**asdict(success), "at": success.at.isoformat(timespec="seconds")}) + "\n"
+    temporary.write_text(text)
     temporary.replace(path)
+    if (store := root.store) is not None:
+        with suppress(SourceUnavailable):  # the next success will be there
+            store.put(_mirrored(pipeline), text.encode())
 
 
 def expect(root: StateRoot, pipelines: Iterable[Pipeline]) -> None:
@@ -55,12 +60,13 @@ def expect(root: StateRoot, pipelines: Iterable[Pipeline]) -> None:
 
 
 def last(root: StateRoot, pipeline: str) -> Success | None:
-    """The pipeline's newest record; None where there is none, or a power cut left half of one."""
-    with suppress(FileNotFoundError, ValueError, TypeError, KeyError):
-        body = json.loads(_path(root, pipeline).read_text())
-        at = datetime.fromisoformat(body.pop("at")).astimezone(UTC)
-        return Success(at, **body)
-    return None
+    """The pipeline's newest record, on whichever machine; None where there is none, or a power cut left half of one."""
+    found = []
+    with suppress(FileNotFoundError):
+        found.append(_parsed(_path(root, pipeline).read_bytes()))
+    if (store := root.store) is not None and (there := store.read(_mirrored(pipeline))) is not None:
+        found.append(_parsed(there.body))
+    return max(filter(None, found), key=lambda success: success.at, default=None)
 
 
 def overdue(pipeline: Pipeline, root: StateRoot, now: datetime) -> timedelta | None:
@@ -109,6 +115,19 @@ def _how_often(schedule: ScheduleConfig, now: datetime) -> str:
         return f"by cron {schedule.cron!r}"
     (gap,) = gaps
     return _NAMES.get(gap) or f"every {in_words(gap)}"
+
+
+def _parsed(text: bytes) -> Success | None:
+    with suppress(ValueError, TypeError, KeyError):
+        body = json.loads(text)
+        at = datetime.fromisoformat(body.pop("at")).astimezone(UTC)
+        return Success(at, **body)
+    return None
+
+
+def _mirrored(pipeline: str) -> str:
+    """Where the record of whichever machine was last lies in the object store."""
+    return f"successes/{pipeline}.json"
 
 
 def _path(root: StateRoot, pipeline: str) -> Path:

@@ -18,9 +18,9 @@ Application = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 class Objects:
     """A store, and the requests that it got."""
 
-    def __init__(self) -> None:
-        self.port = free_ports(1)[0]
-        self.url = f"http://127.0.0.1:{self.port}"
+    def __init__(self, host: str) -> None:
+        self.host, self.port = host, free_ports(1)[0]
+        self.url = f"http://{host}:{self.port}"
         self.key, self.secret = f"AK{secrets.token_hex(8)}", f"sk-{secrets.token_hex(16)}"
         self.lock = Lock()
         self.refuse: Callable[[dict[str, Any]], tuple[str, str] | None] = lambda _: None
@@ -72,15 +72,15 @@ class Objects:
 
 
 @contextmanager
-def running() -> Iterator[Objects]:
-    """A store in a thread of this process."""
+def running(host: str = "127.0.0.1") -> Iterator[Objects]:
+    """A store in a thread of this process, which listens on `host`."""
     from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
     from werkzeug.serving import make_server
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    store = Objects()
+    store = Objects(host)
     application = store.around(DomainDispatcherApplication(create_backend_app))
-    server = make_server("127.0.0.1", store.port, application, threaded=True)
+    server = make_server(host, store.port, application, threaded=True)
     thread = Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:

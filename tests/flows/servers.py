@@ -23,12 +23,13 @@ from flows.state import OPT_OUTS, StateRoot
 
 COMMAND = [sys.executable, "-P", "-c", "from flows.cli import main; main()"]
 """As the installed `gptflow`: the working directory is no place to import from."""
+_LEADING = ("PREFECT_", "MLFLOW_", "GPTFLOW_", "PG", "AWS_")
 _ENDS = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
 
 
 def clean(**more: str) -> dict[str, str]:
     """This process's environment without what would lead a child to its servers, with `more`."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "MLFLOW_", "GPTFLOW_"))}
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(_LEADING)}
     return {**kept, **OPT_OUTS, "OMP_NUM_THREADS": "1", **more}
 
 
@@ -188,10 +189,13 @@ class Up:
         self.prefect_port, self.mlflow_port = free_ports(2)
         self.prefect = Prefect(f"http://127.0.0.1:{self.prefect_port}/api")
         self.log = project / "up.log"
+        self.more: list[str] = []
+        """Further options."""
         self.process: subprocess.Popen[bytes] | None = None
 
     def arguments(self) -> list[str]:
-        return ["up", "--prefect-port", str(self.prefect_port), "--mlflow-port", str(self.mlflow_port)]
+        ports = ["--prefect-port", str(self.prefect_port), "--mlflow-port", str(self.mlflow_port)]
+        return ["up", *ports, *self.more]
 
     def command(self, *arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
         return gptflow(self.project, *arguments, **environment)

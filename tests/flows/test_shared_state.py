@@ -1,0 +1,92 @@
+"""`gptflow up` on a real PostgreSQL and an S3-compatible store, and a second machine that uses both."""
+
+import json
+import os
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+from flows.database import parse
+from tests.fixtures import prose, write_project
+from tests.flows.objects import Objects
+from tests.flows.postgres import Postgres
+from tests.flows.servers import COMMAND, Up, clean, gptflow, living, write
+
+pytestmark = pytest.mark.slow
+
+
+def test_up_serves_from_postgresql_and_s3_a_second_machine_goes_on_there_and_no_password_is_anywhere(
+    tmp_path: Path, postgres: Postgres, objects: Objects, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = tmp_path / "one", tmp_path / "two"
+    for project in (first, second):
+        project.mkdir()
+        write_project(project)
+    write(first, tiny={"schedule": {"cron": "0 3 * * *"}})
+    objects.client().create_bucket(Bucket="shared")
+    url = postgres.new()
+    secrets = {"PGPASSWORD": postgres.password, **objects.environment}
+    up = Up(first)
+    up.more = ["--database", url, "--artifacts", "s3://shared/state"]
+    try:
+        up.start(**secrets)
+        assert f"the state lies on {url}, s3://shared/state" in up.log.read_text()
+        assert up.prefect.ended(up.prefect.start("tiny"))["name"] == "Promoted"
+        scheduled = up.prefect.ask("flow_runs/filter", {"flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}}})
+        assert "tiny" in {run["parameters"].get("pipeline") for run in scheduled}
+        command_lines = [" ".join(process.cmdline()) for process in up.processes()]
+        doctor = up.command("doctor", "--json", **secrets)
+        assert doctor.returncode == 0, doctor.stdout
+        said = [doctor.stdout, *_on_the_second(second, url, postgres, objects, secrets)]
+        processes = up.processes()
+    finally:
+        up.stop()
+    assert living(processes) == [] and "stopped" in up.log.read_text()
+    apart = "select schemaname from pg_tables where tablename = 'alembic_version'"
+    assert sorted(postgres.ask(url.rpartition("/")[2], apart)) == ["mlflow", "prefect"]
+    monkeypatch.setenv("PGPASSWORD", postgres.password)
+    client = MlflowClient(parse(url, "the test").tracking_uri)
+    versions = {str(version.version): version.tags for version in client.search_model_versions("name = 'gpt-tiny'")}
+    assert sorted(versions) == ["1", "2"] and "of version 1 on the same" in versions["2"]["reason"]
+    assert versions["2"]["gate_unknown"] == "", "the second machine knew what the first one's champion had learned"
+    for secret in (postgres.password, objects.secret):
+        assert [line for line in command_lines if secret in line] == []
+        assert not any(secret in text for text in (*said, postgres.dump(url.rpartition("/")[2])))
+        assert [path for path in tmp_path.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()] == []
+        assert [key for key in objects.keys("shared") if secret.encode() in _body(objects, key)] == []
+
+
+def _on_the_second(project: Path, url: str, postgres: Postgres, objects: Objects, secrets: dict[str, str]) -> list[str]:
+    """Trains on other text on another machine, killed while it uploads the model, and then to the end."""
+    (project / "text" / "two.txt").write_text(prose(2, num_words=9000))
+    with_password = url.replace("@", f":{postgres.password}@")
+    told = {"GPTFLOW_DATABASE": with_password, "GPTFLOW_ARTIFACTS": "s3://shared/state", **objects.environment}
+    killed: list[str] = []
+
+    def kill(environ: dict[str, Any]) -> tuple[str, str] | None:
+        path = environ["PATH_INFO"]
+        if environ["REQUEST_METHOD"] == "PUT" and "/artifacts/tiny/" in path and path.endswith("model.safetensors"):
+            killed.append(path)
+            os.kill(running.pid, signal.SIGKILL)
+            return "500 Internal Server Error", "InternalError"
+        return None
+
+    objects.refuse = kill
+    running = subprocess.Popen([*COMMAND, "run", "tiny"], cwd=project, env=clean(**told), stdout=subprocess.DEVNULL)
+    assert running.wait(120) == -signal.SIGKILL and killed
+    objects.refuse = lambda _: None
+    done = gptflow(project, "run", "tiny", "--json", **told)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(done.stdout)["uri"] == "models:/gpt-tiny/2"
+    shown = gptflow(project, "generate", "models:/gpt-tiny@champion", "--max-new-tokens", "5", **secrets)
+    assert shown.returncode == 0, shown.stdout + shown.stderr
+    assert [key for key in objects.keys("shared", "state/state/runs") if not key.endswith("current.json")] == []
+    return [done.stdout, done.stderr, shown.stdout, shown.stderr]
+
+
+def _body(objects: Objects, key: str) -> bytes:
+    return bytes(objects.client().get_object(Bucket="shared", Key=key)["Body"].read())

@@ -26,7 +26,6 @@ from gptcore.text.workers import Shard, cpus
 
 _ANSWER_SECONDS = 10.0
 _OWN_RAY = {
-    "RAY_USAGE_STATS_ENABLED": "0",
     # Its name aside, it says whether there may be other machines: without them, all ports are those of 127.0.0.1.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
 }

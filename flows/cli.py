@@ -47,7 +47,7 @@ def run(pipeline: str, overrides: tuple[str, ...], force: bool, file: str | None
 @click.option("--reconcile", is_flag=True, hidden=True, help="End runs of this state root that a crash left.")
 def serve(limit: int, file: str | None, reconcile: bool) -> None:
     """Register the deployments of all pipelines at PREFECT_API_URL, and run what is due, until stopped."""
-    pipelines, root = _all_pipelines(file)
+    pipelines, root = _all_pipelines(file, run_here=True)
     root.enter()
     if "PREFECT_API_URL" not in os.environ:
         raise click.UsageError("PREFECT_API_URL is not set: name a Prefect server, or start one with `gptflow up`")
@@ -88,7 +88,7 @@ def up(
     from flows import backends
 
     backends.ask(database, artifacts)
-    pipelines, root = _all_pipelines(file)
+    pipelines, root = _all_pipelines(file, run_here=True)
     from flows.service.up import Options
     from flows.service.up import up as supervise
 
@@ -300,6 +300,7 @@ def serve_model(uri: str, file: str | None, **options: Any) -> None:
 
 def _asked(name: str, overrides: tuple[str, ...], file: str | None) -> "tuple[Pipeline, StateRoot]":
     """The pipeline and a writable state root, or an error about whatever can be found wrong without heavy imports."""
+    from flows import runners
     from flows.pipelines import PipelinesFile, find_pipelines_file
     from flows.state import state_root
     from gptcore import memory, tokenizer
@@ -309,19 +310,23 @@ def _asked(name: str, overrides: tuple[str, ...], file: str | None) -> "tuple[Pi
     asked = PipelinesFile(path).pipeline(name, overrides)
     sources.check(asked.corpus.sources, path.parent)
     tokenizer.check(asked.corpus.tokenizer)
+    runners.check(asked.task_runner)
     memory.check(asked.model, asked.train)
     return asked, state_root(path).create()
 
 
-def _all_pipelines(file: str | None) -> "tuple[PipelinesFile, StateRoot]":
+def _all_pipelines(file: str | None, run_here: bool = False) -> "tuple[PipelinesFile, StateRoot]":
     """The file, all of whose pipelines are right, and a writable state root. Needs no heavy imports."""
+    from flows import runners
     from flows.pipelines import PipelinesFile, find_pipelines_file
     from flows.state import state_root
 
     path = find_pipelines_file(file)
     pipelines = PipelinesFile(path)
     for name in pipelines.names():
-        pipelines.pipeline(name)
+        asked = pipelines.pipeline(name)
+        if run_here:
+            runners.check(asked.task_runner)
     return pipelines, state_root(path).create()
 
 

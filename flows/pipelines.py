@@ -14,6 +14,7 @@ from pydantic import Field
 from flows import plain_yaml
 from flows.lock import Overlap
 from flows.plain_yaml import MAX_BYTES, Marks, NotPlain
+from flows.runners import TaskRunnerName
 from flows.service.notify import NotifyConfig
 from flows.service.schedule import ScheduleConfig
 from flows.service.triggers import TriggerConfig
@@ -30,7 +31,7 @@ from gptcore.sections import Section, check
 
 SECTIONS = ("corpus", "model", "train", "sample", "gate", "retrain")
 """Every key of a pipeline that maps to further keys, which are merged one by one: parameters of the flow."""
-RUNNING_KEYS = frozenset({"retrain", "schedule", "triggers", "overlap", "notify", "tags"})
+RUNNING_KEYS = frozenset({"retrain", "schedule", "triggers", "overlap", "task_runner", "notify", "tags"})
 """When and how a pipeline runs: no part of what is trained."""
 _TOP_KEYS = ("defaults", "pipelines", "watch_seconds")
 _WATCH_SECONDS = (10, 86_400)
@@ -58,6 +59,9 @@ class Pipeline(Section):
     """Events that start it: {on: corpus_changed}, or {on: promoted, model: gpt-base}."""
     overlap: Overlap = "skip"
     """What a run does while another run of the pipeline is under way: skip, or wait for its end."""
+    task_runner: TaskRunnerName = "processes"
+    """Who reads and encodes the shards of a large corpus: processes (of this machine), dask or ray (a cluster of the
+    run's own), a Dask scheduler (tcp://HOST:8786, tls://HOST:8786) or a Ray cluster (ray://HOST:10001)."""
     notify: tuple[NotifyConfig, ...] = ()
     """Who is told of failures, promotions and missing successes: {webhook: ADDRESS} or {block: TYPE/NAME}."""
     tags: tuple[Annotated[str, Field(min_length=1, max_length=100)], ...] = ()

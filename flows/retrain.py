@@ -16,7 +16,7 @@ from prefect import State, flow, get_run_logger
 from prefect.runtime import flow_run
 from prefect.states import Completed
 
-from flows import advisory, attempt, faults, lines, lock, mirror, tasks, tracking
+from flows import advisory, attempt, faults, lines, lock, mirror, runners, tasks, tracking
 from flows.attempt import Attempt
 from flows.metrics import MetricsLog
 from flows.pipelines import Pipeline
@@ -26,6 +26,7 @@ from flows.releases.gate import Verdict
 from flows.releases.lineage import lineage, settings_key
 from flows.releases.model_card import Evidence
 from flows.releases.report import detail_rows, score_rows
+from flows.runners import TaskRunnerName
 from flows.service import deployed, successes
 from flows.service.notify import NotifyConfig, tell_failure, tell_promotion
 from flows.state import StateRoot, state_root
@@ -36,6 +37,7 @@ from gptcore.data import Tokens, check_sizes
 from gptcore.errors import TrainingDiverged
 from gptcore.judging.dossier import Scores, read_samples, read_scores
 from gptcore.learning.rundir import Paused
+from gptcore.text.workers import Map
 from gptcore.train import resolve
 
 T = TypeVar("T")
@@ -84,6 +86,7 @@ def retrain(
     force: bool = False,
     sources_overridden: bool = False,
     overlap: lock.Overlap = "skip",
+    task_runner: TaskRunnerName = "processes",
     notify: tuple[NotifyConfig, ...] = (),
 ) -> State[Outcome]:
     """Trains a GPT on the corpus as it is now, and makes it champion if it is the best so far.
@@ -101,6 +104,7 @@ def retrain(
         sources_overridden: corpus.sources are not the pipeline's own: register a version, but leave an existing
             champion alone.
         overlap: While another run of the pipeline is under way: skip, or wait for its end.
+        task_runner: Who reads and encodes the shards of a large corpus: processes, dask, ray, or a cluster's address.
         notify: Who is told if the run fails or there is a new champion. The flow's hooks read it.
     """
     asked, has_other_sources = deployed.asked() or (
@@ -114,6 +118,7 @@ def retrain(
             gate=gate,
             retrain=retrain,
             overlap=overlap,
+            task_runner=task_runner,
         ),
         False,
     )
@@ -160,15 +165,20 @@ class _Retraining:
 
     def begun(self) -> Attempt | str:
         """A training on the text as it is now, prepared; or, in a sentence, why there is none."""
+        with runners.opened(self.pipeline.task_runner) as mapped:
+            return self.begun_on(mapped)
+
+    def begun_on(self, mapped: Map) -> Attempt | str:
         pipeline, root = self.pipeline, self.root
-        snapshot = self.step("ingest", lines.of_snapshot, tasks.ingest, pipeline.corpus, root.corpora, Path.cwd())
+        where = (root.corpora, Path.cwd(), mapped)
+        snapshot = self.step("ingest", lines.of_snapshot, tasks.ingest, pipeline.corpus, *where)
         reason = self.step("compare", lines.of_reason, tasks.compare, *self.compared(snapshot))
         if not (reason.must_train or self.force or self.sources_overridden):
             return f"{reason.text}; --force trains again"
         start = ancestry.start_of(root, pipeline)
         given = {"vocabulary": start.tokenizer()} if start else {}
         text = (snapshot.path, pipeline.corpus.tokenizer, root.tokens)
-        tokens = self.step("tokenize", lines.of_tokens, tasks.tokenize, *text, **given)
+        tokens = self.step("tokenize", lines.of_tokens, tasks.tokenize, *text, mapped=mapped, **given)
         self.check_sizes(tokens)
         wanted = self.force or pipeline.retrain.when == "always"
         number = attempt.number_of(root, pipeline, tokens, start, wanted, self.sources_overridden)

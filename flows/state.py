@@ -40,6 +40,7 @@ OPT_OUTS = {
     "DO_NOT_TRACK": "true",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "RAY_USAGE_STATS_ENABLED": "0",
 }
 """Nothing leaves the machine unasked: the libraries' own telemetry is off."""
 

@@ -1,10 +1,12 @@
 """From sources to a snapshot: a directory that holds the text of train, val and holdout and is named by its content.
 
 All documents are first written one after another into a temporary file, so that what is hashed is what is used and a
-corpus need not fit into memory. Then they are cut into blocks, the blocks go to their sides, and the guard removes from
-train what also stands in val or holdout. Which text belongs to which side is decided in split.py.
+corpus need not fit into memory; those of a large corpus in shards, wherever they are worked on (parts.py, workers.py).
+They are cut into blocks, the blocks go to their sides, and the guard removes from train what also stands in val or
+holdout. Which text belongs to which side is decided in split.py.
 """
 
+import contextlib
 import json
 import tempfile
 from array import array
@@ -20,9 +22,11 @@ from gptcore import manifest
 from gptcore.config import CorpusConfig
 from gptcore.errors import CheckpointError, CorpusError
 from gptcore.progress import Progress
-from gptcore.text import guard, sources, split
+from gptcore.text import guard, parts, sources, split
+from gptcore.text.parts import Parts
 from gptcore.text.split import SIDES
-from gptcore.text.spool import Spool, pieces
+from gptcore.text.spool import Documents, Spool, pieces
+from gptcore.text.workers import SHARD_BYTES, Map, by_processes
 
 CORPUS_VERSION = 2
 """Raised when equal documents would give other blocks, sides or files."""
@@ -83,31 +87,43 @@ class BlockEntry(NamedTuple):
     sha256: str
 
 
-def ingest(cfg: CorpusConfig, corpora: Path, base: Path) -> Snapshot:
+def ingest(cfg: CorpusConfig, corpora: Path, base: Path, mapped: Map = by_processes) -> Snapshot:
     """Reads all sources and publishes `corpora`/<sha256[:16]>, or finds that this snapshot exists already.
 
-    Relative sources start at `base`; downloads are kept in `downloads` beside `corpora`. Raises CorpusError where the
-    text cannot be used or a side stays empty, SourceUnavailable where a remote source does not answer.
+    Relative sources start at `base`; downloads are kept in `downloads` beside `corpora`. A large corpus is read, cut
+    and guarded in shards, which `mapped` distributes; the snapshot is the same however it does that. Raises CorpusError
+    where the text cannot be used or a side stays empty, SourceUnavailable where a remote source does not answer.
     """
     sources.check(cfg.sources, base)
     corpora.mkdir(parents=True, exist_ok=True)
     manifest.sweep(corpora)
-    with tempfile.TemporaryFile(dir=corpora) as file:
-        spool = Spool(file, sources.documents(cfg.sources, base, corpora.parent / "downloads", cfg.errors))
-        if not spool.documents:
-            raise CorpusError(
-                f"corpus.sources {list(cfg.sources)} hold no text: {spool.dropped['empty_documents']} documents were "
-                "read, all of them empty or whitespace. Name a source with text."
-            )
-        if cfg.split == "hash":
-            spool.documents.sort(key=lambda document: document.sha256)
-        settings = _split_settings(cfg)
-        hashes = [document.sha256 for document in spool.documents]
-        sha256 = manifest.sha256_of({"version": CORPUS_VERSION, "split": settings, "documents": hashes})
-        goal = corpora / sha256[:16]
-        if not manifest.is_committed(goal):
-            about = {"kind": "corpus", "sha256": sha256, "split": settings, "sources": spool.per_source}
-            _publish(cfg, spool, goal, about)
+    files = list(sources.files(cfg.sources, base, corpora.parent / "downloads"))
+    key = manifest.sha256_of([*cfg.sources, str(base), cfg.errors, cfg.block_bytes])
+    if sum(file.num_bytes for file in files) <= SHARD_BYTES or len(files) == 1:
+        with tempfile.TemporaryFile(dir=corpora) as file:
+            read = sources.documents_of(files, corpora.parent / "downloads", cfg.errors)
+            return _snapshot_of(cfg, Spool(file, read), corpora, mapped)
+    with parts.workplace(corpora.absolute(), key) as directory:
+        shards = parts.plan(files, cfg.errors, cfg.block_bytes, directory)
+        with contextlib.closing(Parts(mapped("ingest", "read", parts.read, shards))) as documents:
+            return _snapshot_of(cfg, documents, corpora, mapped)
+
+
+def _snapshot_of(cfg: CorpusConfig, read: Documents, corpora: Path, mapped: Map) -> Snapshot:
+    if not read.documents:
+        raise CorpusError(
+            f"corpus.sources {list(cfg.sources)} hold no text: {read.dropped['empty_documents']} documents were "
+            "read, all of them empty or whitespace. Name a source with text."
+        )
+    if cfg.split == "hash":
+        read.documents.sort(key=lambda document: document.sha256)
+    settings = _split_settings(cfg)
+    hashes = [document.sha256 for document in read.documents]
+    sha256 = manifest.sha256_of({"version": CORPUS_VERSION, "split": settings, "documents": hashes})
+    goal = corpora / sha256[:16]
+    if not manifest.is_committed(goal):
+        about = {"kind": "corpus", "sha256": sha256, "split": settings, "sources": read.per_source}
+        _publish(cfg, read, goal, about, mapped)
     return load_snapshot(goal)
 
 
@@ -189,8 +205,9 @@ class _Side:
 
     text: IO[bytes]
     index: IO[str]
-    blocks: int = 0
     offset: int = 0
+    sizes: "array[int]" = field(default_factory=lambda: array("q"))
+    """Bytes of each block."""
     documents: "array[int]" = field(default_factory=lambda: array("q"))
     lengths: "array[int]" = field(default_factory=lambda: array("q"))
 
@@ -198,9 +215,10 @@ class _Side:
         """Writes a block; one that follows its neighbour lengthens the stretch."""
         size = len(placed.data)
         self.text.write(placed.data)
-        entry = BlockEntry(placed.document, self.offset, size, placed.sha256)
-        self.index.write(json.dumps(entry._asdict()) + "\n")
-        self.blocks += 1
+        # As json.dumps of a BlockEntry writes it, at a tenth of the time.
+        entry = f'"document": {placed.document}, "offset": {self.offset}, "bytes": {size}, "sha256": "{placed.sha256}"'
+        self.index.write(f"{{{entry}}}\n")
+        self.sizes.append(size)
         self.offset += size
         if is_neighbour:
             self.lengths[-1] += size
@@ -209,25 +227,25 @@ class _Side:
             self.lengths.append(size)
 
 
-def _publish(cfg: CorpusConfig, spool: Spool, goal: Path, about: dict[str, Any]) -> None:
+def _publish(cfg: CorpusConfig, read: Documents, goal: Path, about: dict[str, Any], mapped: Map) -> None:
     dropped = Counter(dict.fromkeys(_DROPPED, 0))
-    dropped.update(spool.dropped)
+    dropped.update(read.dropped)
     with manifest.staging(goal.parent) as staged:
-        written = _write_sides(cfg, spool, staged, dropped)
-        removed = _apply_guard(staged, written)
+        written = _write_sides(cfg, read, staged, dropped)
+        removed = _apply_guard(staged, written, mapped)
         dropped.update(guard_runs=len(removed), guard_bytes=int(np.diff(removed).sum()))
-        _write_train_blocks(staged, removed)
+        _write_train_blocks(staged, written["train"], removed)
         for raw in (_RAW_TRAIN, _RAW_TRAIN_BLOCKS):
-            (staged / raw).unlink()
-        counts = {name: written[name].blocks for name in SIDES}
+            (staged / raw).unlink(missing_ok=True)
+        counts = {name: len(written[name].sizes) for name in SIDES}
         sizes = {name: (staged / f"{name}.txt").stat().st_size for name in SIDES}
         _check_sides(cfg, counts, sizes, dropped)
-        spool.write_list(staged / DOCUMENTS)
-        totals = {"documents": len(spool.documents), "blocks": counts, "bytes": sizes, "dropped": dict(dropped)}
+        read.write_list(staged / DOCUMENTS)
+        totals = {"documents": len(read.documents), "blocks": counts, "bytes": sizes, "dropped": dict(dropped)}
         manifest.commit(staged, goal, {**about, **totals})
 
 
-def _write_sides(cfg: CorpusConfig, spool: Spool, staged: Path, dropped: Counter[str]) -> dict[str, _Side]:
+def _write_sides(cfg: CorpusConfig, read: Documents, staged: Path, dropped: Counter[str]) -> dict[str, _Side]:
     """Writes all sides with the lists of their blocks, train as it is before the guard.
 
     Counts duplicate blocks in `dropped`.
@@ -237,8 +255,8 @@ def _write_sides(cfg: CorpusConfig, spool: Spool, staged: Path, dropped: Counter
         name: _Side((staged / text).open("wb"), (staged / index).open("w")) for name, (text, index) in files.items()
     }
     last: tuple[int, str] | None = None
-    progress = Progress("ingest", "split", sum(document.bytes for document in spool.documents))
-    for placed in split.placed(cfg, spool):
+    progress = Progress("ingest", "split", sum(document.bytes for document in read.documents))
+    for placed in split.placed(cfg, read):
         progress.add(len(placed.data))
         here = (placed.document, placed.side)
         if placed.side in written:
@@ -253,53 +271,53 @@ def _write_sides(cfg: CorpusConfig, spool: Spool, staged: Path, dropped: Counter
     return written
 
 
-def _apply_guard(staged: Path, written: dict[str, _Side]) -> guard.Positions:
+def _apply_guard(staged: Path, written: dict[str, _Side], mapped: Map) -> guard.Positions:
     """Writes train.txt and its index without the runs that val or holdout hold too. Returns (runs, 2) what went."""
     texts = {
         name: guard.Text(staged / (_RAW_TRAIN if name == "train" else f"{name}.txt"), _bounds(one.lengths))
         for name, one in written.items()
     }
-    removed = guard.shared_runs(texts["train"], [texts["val"], texts["holdout"]])
+    removed = guard.shared_runs(texts["train"], [texts["val"], texts["holdout"]], mapped)
+    kept = _kept(written["train"].documents, texts["train"].bounds, removed)
     offset = 0
-    with (
-        texts["train"].path.open("rb") as raw,
-        (staged / "train.txt").open("wb") as text,
-        (staged / "train.jsonl").open("w") as index,
-    ):
-        for document, start, end in _kept(written["train"].documents, texts["train"].bounds, removed):
+    with (staged / "train.jsonl").open("w") as index:
+        for document, start, end in kept:
+            index.write(f'{{"document": {document}, "offset": {offset}, "bytes": {end - start}}}\n')
+            offset += end - start
+    if not len(removed):
+        texts["train"].path.rename(staged / "train.txt")
+        return removed
+    with texts["train"].path.open("rb") as raw, (staged / "train.txt").open("wb") as text:
+        for _, start, end in kept:
             for piece in pieces(raw, start, end):
                 text.write(piece)
-            index.write(json.dumps({"document": document, "offset": offset, "bytes": end - start}) + "\n")
-            offset += end - start
     return removed
 
 
-def _write_train_blocks(staged: Path, removed: guard.Positions) -> None:
+def _write_train_blocks(staged: Path, train: _Side, removed: guard.Positions) -> None:
     """Turns the offsets of train before the guard into those of train.txt, None for blocks that are not whole."""
     ends, total = removed[:, 1], np.concatenate([[0], np.cumsum(np.diff(removed).ravel())])
+    sizes = np.array(train.sizes)
+    starts = np.cumsum(sizes) - sizes
+    before = np.searchsorted(ends, starts, side="right")
+    firsts = np.append(removed[:, 0], np.iinfo(np.int64).max)[before]
+    is_whole, offsets = firsts >= starts + sizes, starts - total[before]
     with (staged / _RAW_TRAIN_BLOCKS).open() as raw, (staged / _TRAIN_BLOCKS).open("w") as index:
-        for line in raw:
-            entry = BlockEntry(**json.loads(line))
-            assert entry.offset is not None
-            before = int(np.searchsorted(ends, entry.offset, side="right"))
-            is_whole = before == len(removed) or int(removed[before, 0]) >= entry.offset + entry.bytes
-            offset = entry.offset - int(total[before]) if is_whole else None
-            index.write(json.dumps(entry._replace(offset=offset)._asdict()) + "\n")
+        for line, is_kept, offset in zip(raw, is_whole.tolist(), offsets.tolist()):
+            document, _, rest = line.split(", ", 2)
+            index.write(f'{document}, "offset": {offset if is_kept else "null"}, {rest}')
 
 
-def _kept(
-    documents: Sequence[int], bounds: guard.Positions, removed: guard.Positions
-) -> Iterator[tuple[int, int, int]]:
+def _kept(documents: Sequence[int], bounds: guard.Positions, removed: guard.Positions) -> list[tuple[int, int, int]]:
     """(document, start, end) of what is left of each stretch."""
     starts = np.unique(np.concatenate([bounds[:-1], removed[:, 1]]))
-    for start in starts[starts < bounds[-1]].tolist():
-        stretch = int(np.searchsorted(bounds, start, side="right")) - 1
-        run = int(np.searchsorted(removed[:, 1], start, side="right"))
-        end = int(bounds[stretch + 1])
-        if run < len(removed):
-            end = min(end, int(removed[run, 0]))
-        if start < end:
-            yield documents[stretch], start, end
+    starts = starts[starts < bounds[-1]]
+    stretches = np.searchsorted(bounds, starts, side="right") - 1
+    runs = np.searchsorted(removed[:, 1], starts, side="right")
+    ends = np.minimum(bounds[stretches + 1], np.append(removed[:, 0], np.iinfo(np.int64).max)[runs])
+    is_left = starts < ends
+    chosen = np.asarray(documents, np.int64)[stretches[is_left]]
+    return list(zip(chosen.tolist(), starts[is_left].tolist(), ends[is_left].tolist()))
 
 
 def _check_sides(cfg: CorpusConfig, counts: dict[str, int], sizes: dict[str, int], dropped: Counter[str]) -> None:

@@ -130,6 +130,7 @@ def _run(pipeline: Pipeline, root: StateRoot, force: bool, sources_overridden: b
             force=force,
             sources_overridden=sources_overridden,
             overlap=pipeline.overlap,
+            task_runner=pipeline.task_runner,
             notify=pipeline.notify,
             return_state=True,
         )

@@ -25,6 +25,7 @@ def prepare(pipeline: Pipeline, root: StateRoot, directory: Path) -> Tokens:
         raise ConfigError(f"{directory.resolve()} is a file, or holds files and is no run directory; name a new one.")
     asked = pipeline.model_copy(update={"train": resolve(pipeline.train)})
     start = ancestry.start_of(root, asked)
+    # There is no flow run here whose tasks the shards could be: local processes work on them.
     snapshot = ingest(asked.corpus, root.corpora, Path.cwd())
     vocabulary = start.tokenizer() if start else None
     tokens = tokenize(snapshot.path, asked.corpus.tokenizer, root.tokens, vocabulary=vocabulary)

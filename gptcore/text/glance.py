@@ -5,14 +5,12 @@ what fsspec lists. Two equal fingerprints mean that nobody has a reason to read 
 that somebody should, though the text may turn out to be the same.
 """
 
-import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptcore.errors import CorpusError, SourceUnavailable
 from gptcore.manifest import sha256_of
-from gptcore.text.sources import PYTHON_DOCS, local_paths, parse_address, scheme_of, stored
+from gptcore.text.sources import PYTHON_DOCS, local_paths, parse_address, scheme_of, stored, telling
 
 if TYPE_CHECKING:
     import requests
@@ -21,10 +19,6 @@ _CONNECT_SECONDS = 5.0
 _READ_SECONDS = 15.0
 _HEADERS = ("ETag", "Last-Modified", "Content-Length")
 _NO_HEAD = (403, 405, 501)
-_TELLING = re.compile(
-    r"size|created|mtime|modified|updated|generation|e_?tag|md5|sha|blob|version|checksum|ino", re.IGNORECASE
-)
-"""Keys of fsspec's descriptions that change with the content; others, such as the time of reading, change without."""
 
 
 def fingerprint(source: str, base: Path) -> str:
@@ -41,7 +35,7 @@ def fingerprint(source: str, base: Path) -> str:
     if scheme in ("http", "https"):
         address, sha256 = parse_address(source)
         return sha256_of(sha256 or _said_about(address))
-    return sha256_of([[name, _telling(info)] for name, info in stored(source)[1].items()])
+    return sha256_of([[name, telling(info)] for name, info in stored(source)[1].items()])
 
 
 def _local(path: Path) -> list[Any]:
@@ -80,7 +74,3 @@ def _telling_headers(answer: "requests.Response") -> dict[str, str]:
     if said := {name: answer.headers[name] for name in _HEADERS if name in answer.headers}:
         return said
     raise SourceUnavailable(f"{answer.url} tells none of {', '.join(_HEADERS)}: no change of it can be seen.")
-
-
-def _telling(info: Mapping[str, Any]) -> dict[str, str]:
-    return {key: str(value) for key, value in sorted(info.items()) if _TELLING.search(key)}

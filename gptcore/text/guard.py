@@ -8,18 +8,23 @@ over bytes that are first mapped to random 64-bit numbers.
 """
 
 import functools
-from collections.abc import Collection, Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+
+from gptcore.text.workers import SHARD_BYTES, Map
 
 RUN_BYTES = 200
 """The shortest run that counts as shared."""
 
 Positions = npt.NDArray[np.int64]
 Hashes = npt.NDArray[np.uint64]
+R = TypeVar("R")
 
 _GRAM_BYTES = 101
 _GRID_BYTES = 100  # _GRID_BYTES - 1 + _GRAM_BYTES == RUN_BYTES
@@ -38,23 +43,66 @@ class Text:
     """(passages + 1,) where the passages begin, from 0, and where the last one ends."""
 
 
-def shared_runs(text: Text, others: Sequence[Text]) -> Positions:
+@dataclass(frozen=True)
+class Stretch:
+    """A part of a text, which is searched for what others hold."""
+
+    path: Path
+    tables: "Path | dict[str, npt.NDArray[Any]]"
+    """Arrays by name, or the directory in which they are saved."""
+    start: int
+    end: int
+    """A gram or window that begins before it may reach beyond."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Its length."""
+        return self.end - self.start
+
+    def table(self, name: str) -> npt.NDArray[Any]:
+        """One of the arrays."""
+        if isinstance(self.tables, dict):
+            return self.tables[name]
+        saved: npt.NDArray[Any] = np.load(self.tables / f"{name}.npy", mmap_mode="r")
+        return saved
+
+
+def shared_runs(text: Text, others: Sequence[Text], mapped: Map | None = None) -> Positions:
     """(runs, 2) where in `text` runs of at least RUN_BYTES begin and end that a passage of `others` holds too.
 
-    Overlapping and touching runs are joined; they are in order and extended outward to whole UTF-8 characters.
+    Overlapping and touching runs are joined; they are in order and extended outward to whole UTF-8 characters. A long
+    text is searched in stretches, which `mapped` distributes; what they need is left beside the text meanwhile.
     """
     grams = [_grid_grams(other) for other in others]
     index = np.unique(np.concatenate([hashes for _, hashes in grams])) if grams else np.empty(0, np.uint64)
     if not len(index):
         return np.empty((0, 2), np.int64)
-    starts, found = _occurrences(text, index)
+    occurrences = _searched(text, _occurrences, {"index": index}, mapped)
+    joined = np.concatenate([ranges for ranges, _ in occurrences])
+    starts, found = _merged(joined[:, 0], joined[:, 1]), np.unique(np.concatenate([hits for _, hits in occurrences]))
     shared = _window_hashes(others, [positions[np.isin(hashes, found)] for positions, hashes in grams])
+    tables = {"bounds": text.bounds, "starts": starts, "shared": shared}
     runs = [np.empty((0, 2), np.int64)]
-    for positions, hashes in _windows(text, starts):
-        hits = positions[_contains(shared, hashes)]
-        runs.append(_merged(hits, hits + RUN_BYTES))
+    if len(shared):
+        runs += _searched(text, _matches, tables, mapped)
     joined = _whole_characters(text.path, np.concatenate(runs))
     return _merged(joined[:, 0], joined[:, 1])
+
+
+def _searched(
+    text: Text, search: Callable[[Stretch], R], tables: dict[str, npt.NDArray[Any]], mapped: Map | None
+) -> list[R]:
+    """What `search` finds in the stretches of the text, in order."""
+    size = text.path.stat().st_size
+    if mapped is None or size <= SHARD_BYTES:
+        return [search(Stretch(text.path, tables, 0, size))]
+    path = text.path.absolute()
+    with tempfile.TemporaryDirectory(prefix="guard-", dir=path.parent) as name:
+        for table, values in tables.items():
+            np.save(Path(name) / table, values)
+        starts = range(0, size, SHARD_BYTES)
+        stretches = [Stretch(path, Path(name), start, min(start + SHARD_BYTES, size)) for start in starts]
+        return mapped("ingest", "guarded", search, stretches)
 
 
 def contained(needles: Collection[bytes], path: Path) -> set[bytes]:
@@ -103,12 +151,16 @@ def _grid_grams(text: Text) -> tuple[Positions, Hashes]:
     return positions, hashes
 
 
-def _occurrences(text: Text, index: Hashes) -> tuple[Positions, Hashes]:
-    """Where windows around grams of `text` that are in `index` may start, as (n, 2) ranges; and those grams' hashes."""
+def _occurrences(stretch: Stretch) -> tuple[Positions, Hashes]:
+    """Where windows around grams of the stretch that are indexed may start, as (n, 2) ranges; and those grams' hashes.
+
+    They may start before the stretch.
+    """
+    index = stretch.table("index")
     is_likely = np.zeros(1 << _FILTER_BITS, np.bool_)
     is_likely[_bucket(index)] = True
     ranges, found = [np.empty((0, 2), np.int64)], [np.empty(0, np.uint64)]
-    for offset, chunk in _chunks(text.path, _GRAM_BYTES):
+    for offset, chunk in _chunks(stretch.path, _GRAM_BYTES, np.array([[stretch.start, stretch.end]])):
         hashes = _gram_hashes(chunk, _GRAM_BYTES)
         likely = np.flatnonzero(is_likely[_bucket(hashes)])
         hits = likely[_contains(index, hashes[likely])]
@@ -117,6 +169,17 @@ def _occurrences(text: Text, index: Hashes) -> tuple[Positions, Hashes]:
             found.append(np.unique(hashes[hits]))
     joined = np.concatenate(ranges)
     return _merged(joined[:, 0], joined[:, 1]), np.unique(np.concatenate(found))
+
+
+def _matches(stretch: Stretch) -> Positions:
+    """(n, 2) the windows that start in the stretch and are shared, joined."""
+    starts, shared = np.clip(stretch.table("starts"), stretch.start, stretch.end), stretch.table("shared")
+    starts = starts[starts[:, 0] < starts[:, 1]]
+    runs = [np.empty((0, 2), np.int64)]
+    for positions, hashes in _windows(Text(stretch.path, stretch.table("bounds")), starts):
+        hits = positions[_contains(shared, hashes)]
+        runs.append(_merged(hits, hits + RUN_BYTES))
+    return np.concatenate(runs)
 
 
 def _starts_around(grams: Positions) -> Positions:

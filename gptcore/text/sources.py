@@ -8,19 +8,22 @@ in formats.py, how they come over the web in downloads.py.
 """
 
 import importlib.util
+import io
 import os
 import re
 import shutil
+import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, cast
 from urllib.parse import unquote, urlsplit
 
 from gptcore.errors import CorpusError, GPTCoreError, SourceUnavailable
+from gptcore.manifest import sha256_of
 from gptcore.text import downloads as web
 from gptcore.text import formats
 from gptcore.text.formats import Errors
@@ -44,6 +47,10 @@ _PACKAGES = {
 }
 _REFUSED = {"reference": "what it reads may hold templates, which are programs"}
 _NO_HOST = re.compile(r"[\s\x00-\x1f\x7f\ud800-\udfff]")
+_TELLING = re.compile(
+    r"size|created|mtime|modified|updated|generation|e_?tag|md5|sha|blob|version|checksum|ino", re.IGNORECASE
+)
+_DOCS_BYTES = 465_000
 _COPY_BYTES = 1024 * 1024
 _IN_MEMORY_BYTES = 8 * 1024 * 1024
 _TRIES = 2
@@ -61,11 +68,39 @@ class Document:
 
 
 @dataclass(frozen=True)
-class _File:
+class File:
+    """A file of a source, found and not yet read: small, and good wherever the same paths and addresses are."""
+
+    source: str
+    """The entry of corpus.sources that it was found through."""
     name: str
+    """What it is called in lists and messages."""
     filename: str
     """Its suffix says the format."""
-    open: Callable[[], BinaryIO]
+    kind: Literal["docs", "local", "web", "stored"]
+    """python-docs, a local file, a download that is kept, or an object that fsspec opens."""
+    where: str
+    """The path or the object's name."""
+    num_bytes: int
+    """As it is, compressed or not."""
+    state: str = ""
+    """Changes with the content, where that can be told without reading it."""
+
+    def open(self, scratch: Path) -> BinaryIO:
+        """Its bytes in one state. A copy of a large file is put into the directory `scratch`, without a name."""
+        if self.kind == "docs":
+            return io.BytesIO()
+        if self.kind == "local":
+            return _copy_of(Path(self.where), scratch)
+        return Path(self.where).open("rb") if self.kind == "web" else _fetched(self, scratch)
+
+    def read(self, opened: BinaryIO, errors: Errors) -> Iterator[Document]:
+        """Its documents, in order; each must be consumed before the next is asked for. Raises as `documents`."""
+        if self.kind == "docs":
+            yield from _python_docs(errors)
+        else:
+            for name, chunks in formats.read(opened, self.name, self.filename, errors):
+                yield Document(name, self.source, chunks)
 
 
 def check(sources: Sequence[str], base: Path) -> None:
@@ -90,15 +125,27 @@ def documents(sources: Sequence[str], base: Path, downloads: Path, errors: Error
     Relative paths start at `base`; `downloads` keeps what comes over the web. Raises CorpusError where a source
     cannot be used and SourceUnavailable where a remote one does not answer.
     """
+    yield from documents_of(files(sources, base, downloads), downloads, errors)
+
+
+def documents_of(files: Iterable[File], scratch: Path, errors: Errors) -> Iterator[Document]:
+    """As `documents`, of files that were found before. The directory `scratch` holds copies of large ones."""
+    for file in files:
+        with file.open(scratch) as opened:
+            yield from file.read(opened, errors)
+
+
+def files(sources: Sequence[str], base: Path, downloads: Path) -> Iterator[File]:
+    """The files of all sources, in order. What lies on the web is fetched into `downloads`; no other text is read.
+
+    Raises as `documents`.
+    """
     downloads.mkdir(parents=True, exist_ok=True)
     for source in sources:
         if source == PYTHON_DOCS:
-            yield from _python_docs(errors)
-            continue
-        for found in _files(source, base, downloads):
-            with found.open() as file:
-                for name, chunks in formats.read(file, found.name, found.filename, errors):
-                    yield Document(name, source, chunks)
+            yield File(source, source, source, "docs", source, _DOCS_BYTES, state=sys.version)
+        else:
+            yield from _files(source, base, downloads)
 
 
 def scheme_of(source: str) -> str | None:
@@ -130,17 +177,30 @@ def _python_docs(errors: Errors) -> Iterator[Document]:
         yield Document(name, PYTHON_DOCS, formats.pieces(text, name, errors))
 
 
-def _files(source: str, base: Path, downloads: Path) -> Iterator[_File]:
+def _files(source: str, base: Path, downloads: Path) -> Iterator[File]:
     scheme = scheme_of(source)
     if scheme is None:
         for path in local_paths(source, base):
-            yield _File(_shown(path, base), path.name, lambda path=path: _copy_of(path, downloads))  # type: ignore[misc]
+            yield File(source, _shown(path, base), path.name, "local", str(path.absolute()), _size(path))
     elif scheme in ("http", "https"):
         address, sha256 = parse_address(source)
         filename = PurePosixPath(unquote(urlsplit(address).path)).name
-        yield _File(address, filename, lambda: web.fetch(address, sha256, downloads).open("rb"))
+        body = web.fetch(address, sha256, downloads)
+        yield File(source, address, filename, "web", str(body.absolute()), _size(body))
     else:
-        yield from _stored_files(source, downloads)
+        filesystem, found, is_literal = stored(source)
+        for name, info in found.items():
+            shown = source if is_literal else filesystem.unstrip_protocol(name)
+            state = sha256_of(telling(info)) if telling(info) else ""
+            yield File(source, shown, name, "stored", name, info.get("size") or 0, state)
+
+
+def _size(path: Path) -> int:
+    """0 for one that has just vanished: who reads it will say so."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def _shown(path: Path, base: Path) -> str:
@@ -264,17 +324,19 @@ def stored(source: str) -> tuple["fsspec.AbstractFileSystem", dict[str, dict[str
     return filesystem, dict(sorted(found.items())), is_literal
 
 
-def _stored_files(source: str, scratch: Path) -> Iterator[_File]:
-    filesystem, found, is_literal = stored(source)
-    for name in found:
-        shown = source if is_literal else filesystem.unstrip_protocol(name)
-        yield _File(shown, name, lambda name=name: _fetched(filesystem, name, source, scratch))  # type: ignore[misc]
+def telling(info: Mapping[str, Any]) -> dict[str, str]:
+    """What changes with the content in fsspec's description of an object; other things change without."""
+    return {key: str(value) for key, value in sorted(info.items()) if _TELLING.search(key)}
 
 
-def _fetched(filesystem: "fsspec.AbstractFileSystem", name: str, source: str, scratch: Path) -> BinaryIO:
+def _fetched(file: File, scratch: Path) -> BinaryIO:
     copy = tempfile.SpooledTemporaryFile(_IN_MEMORY_BYTES, dir=str(scratch))  # noqa: SIM115
-    with _storage_errors(source), filesystem.open(name, "rb") as file:
-        shutil.copyfileobj(file, copy, _COPY_BYTES)
+    with _storage_errors(file.source):
+        import fsspec
+
+        filesystem, _ = fsspec.core.url_to_fs(file.source)
+        with filesystem.open(file.where, "rb") as opened:
+            shutil.copyfileobj(opened, copy, _COPY_BYTES)
     copy.seek(0)
     return cast(BinaryIO, copy)
 

@@ -9,10 +9,12 @@ import hashlib
 import itertools
 import re
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from gptcore.config import CorpusConfig
-from gptcore.text.spool import Spool
+
+if TYPE_CHECKING:
+    from gptcore.text.spool import Documents
 
 SIDES = ("train", "val", "holdout")
 WHOLE_DOCUMENT_BYTES = 4096
@@ -42,33 +44,38 @@ class Placed(NamedTuple):
     data: bytes
 
 
-def placed(cfg: CorpusConfig, spool: Spool) -> Iterator[Placed]:
+def placed(cfg: CorpusConfig, documents: "Documents") -> Iterator[Placed]:
     """All blocks of all documents, in order, as `cfg.split` says."""
-    return (_by_hash if cfg.split == "hash" else _by_position)(cfg, spool)
+    return (_by_hash if cfg.split == "hash" else _by_position)(cfg, documents)
 
 
-def _by_hash(cfg: CorpusConfig, spool: Spool) -> Iterator[Placed]:
+def _by_hash(cfg: CorpusConfig, documents: "Documents") -> Iterator[Placed]:
     """All blocks with the side of their hash; the side of one that was met before is `duplicate`."""
     seen: set[bytes] = set()
-    for number, document in enumerate(spool.documents):
-        for data in cut(spool.pieces(document.offset, document.offset + document.bytes), cfg.block_bytes):
-            digest = hashlib.sha256(data)
-            where = side(digest.hexdigest(), cfg.val_fraction, cfg.holdout_fraction)
-            yield Placed(number, "duplicate" if digest.digest() in seen else where, digest.hexdigest(), data)
-            seen.add(digest.digest())
+    for number, document in enumerate(documents.documents):
+        for data, digest in documents.blocks(document, cfg.block_bytes):
+            sha256 = digest.hex()
+            where = "duplicate" if digest in seen else side(sha256, cfg.val_fraction, cfg.holdout_fraction)
+            yield Placed(number, where, sha256, data)
+            seen.add(digest)
 
 
-def _by_position(cfg: CorpusConfig, spool: Spool) -> Iterator[Placed]:
+def _by_position(cfg: CorpusConfig, documents: "Documents") -> Iterator[Placed]:
     """The first characters to train, the next to val, the last to holdout, as the seed split them; in blocks."""
-    total = sum(document.chars for document in spool.documents)
+    total = sum(document.chars for document in documents.documents)
     ends = _side_ends(cfg, total)
     first = 0
-    for number, document in enumerate(spool.documents):
+    for number, document in enumerate(documents.documents):
         borders = [min(max(end - first, 0), document.chars) for end in ends.values()]
-        offsets = [document.offset, *(spool.byte_offset(document, border) for border in borders)]
+        offsets = [document.offset, *(documents.byte_offset(document, border) for border in borders)]
         for name, start, end in zip(ends, offsets, offsets[1:]):
-            for data in cut(spool.pieces(start, end), cfg.block_bytes):
-                yield Placed(number, name, hashlib.sha256(data).hexdigest(), data)
+            if end - start == document.bytes:
+                found = documents.blocks(document, cfg.block_bytes)
+            else:
+                cuts = cut(documents.pieces(start, end), cfg.block_bytes)
+                found = ((data, hashlib.sha256(data).digest()) for data in cuts)
+            for data, digest in found:
+                yield Placed(number, name, digest.hex(), data)
         first += document.chars
 
 

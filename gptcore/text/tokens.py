@@ -13,13 +13,12 @@ import codecs
 import contextlib
 import importlib.metadata
 import json
-import os
 import pickle
 import queue
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ import numpy as np
 from gptcore import manifest
 from gptcore.errors import CheckpointError, ConfigError
 from gptcore.progress import Progress
+from gptcore.text.workers import SHARD_BYTES, Map, by_processes, cpus
 from gptcore.tokenizer import Tokenizer, get_tokenizer, pieces, train_bpe
 
 TOKENS_VERSION = 1
@@ -68,8 +68,8 @@ class Tokens:
     def side(self, side: str) -> np.ndarray:
         """The ids of "train" or "val", mapped from disk: (tokens,) uint16, or uint32 for more than 65,536 entries."""
         if self.counts[side] == 0:  # nothing can be mapped
-            return np.empty(0, dtype=_dtype(self.n_vocab))
-        return np.memmap(self.path / f"{side}.bin", dtype=_dtype(self.n_vocab), mode="r")
+            return np.empty(0, dtype=dtype_of(self.n_vocab))
+        return np.memmap(self.path / f"{side}.bin", dtype=dtype_of(self.n_vocab), mode="r")
 
     def load_tokenizer(self) -> Tokenizer:
         """The tokenizer the files were made with. Raises TokenizerError if it is damaged."""
@@ -82,7 +82,7 @@ def load_tokens(path: Path) -> Tokens:
     keys = ("sha256", "n_vocab", "eot", "tokenizer", "counts", "tokenizer_sha256")
     tokens = Tokens(path=path, **{key: about[key] for key in keys})
     for side, count in tokens.counts.items():
-        file, expected = path / f"{side}.bin", count * _dtype(tokens.n_vocab).itemsize
+        file, expected = path / f"{side}.bin", count * dtype_of(tokens.n_vocab).itemsize
         found = file.stat().st_size if file.is_file() else 0
         if found != expected:
             raise CheckpointError(f"{file} has {found} bytes, its manifest says {expected}. Delete {path}; run again.")
@@ -95,16 +95,19 @@ def tokenize(
     tokens_root: Path,
     processes: int | None = None,
     vocabulary: Tokenizer | None = None,
+    mapped: Map = by_processes,
 ) -> Tokens:
     """Encodes the train and val sides of a corpus snapshot into a directory of `tokens_root`, or finds it there.
 
     `name` is the tokenizer as in the configuration; bpe:N is trained on the train side first, unless a `vocabulary` of
-    that name is given. `processes` is chosen by the size of the corpus where it is left out. Memory does not grow with
-    the corpus or its longest text. Raises ConfigError for an unknown tokenizer or a vocabulary of another name,
-    CorpusError if the text cannot give bpe:N its entries, TokenizerError for a
-    vocabulary that cannot be had, and CheckpointError if an existing directory was altered.
+    that name is given. A large corpus is encoded in shards, which `mapped` distributes, any other one by this process
+    and its children, or by so many `processes` in any case. Memory does not grow with the corpus or its longest text.
+    Raises ConfigError for an unknown tokenizer or a vocabulary of another name, CorpusError if the text cannot give
+    bpe:N its entries, TokenizerError for a vocabulary that cannot be had, and CheckpointError if an existing directory
+    was altered.
     """
     from gptcore import corpus  # not above: the workers import this module and need no corpus
+    from gptcore.text import encoding, parts
 
     if vocabulary is not None and vocabulary.name != name:
         raise ConfigError(
@@ -118,18 +121,31 @@ def tokenize(
     if manifest.is_committed(goal):
         manifest.verify(goal)
         return load_tokens(goal)
-    tokenizer = fixed or train_bpe(_train_text(snapshot), int(name.removeprefix("bpe:")))
     num_bytes = sum(source.bytes[side] for side in SIDES)
+
+    def write(staged: Path, tokenizer: Tokenizer, sides: Mapping[str, Iterable[np.ndarray]]) -> Tokens:
+        counts = {side: write_ids(staged / f"{side}.bin", made) for side, made in sides.items()}
+        manifest.commit(staged, goal, _about(source.sha256, identity, tokenizer, counts))
+        return load_tokens(goal)
+
+    if processes is None and num_bytes > SHARD_BYTES:
+        with parts.workplace(tokens_root.absolute(), identity) as directory:
+            tokenizer = encoding.vocabulary(directory, lambda: fixed or _trained(name, snapshot))
+            sides = encoding.in_shards(snapshot.absolute(), directory, mapped)
+            with manifest.staging(tokens_root) as staged:
+                tokenizer.save(staged / "tokenizer")
+                return write(staged, tokenizer, sides)
+    tokenizer = fixed or _trained(name, snapshot)
     progress = Progress("tokenize", "encoded", num_bytes)
     with manifest.staging(tokens_root) as staged:
         tokenizer.save(staged / "tokenizer")
         with _encoder(tokenizer, staged / "tokenizer", processes or _processes_for(num_bytes)) as encoded:
-            counts = {
-                side: _write(staged / f"{side}.bin", encoded(_batches(_passages(snapshot, side, progress))))
-                for side in SIDES
-            }
-        manifest.commit(staged, goal, _about(source.sha256, identity, tokenizer, counts))
-    return load_tokens(goal)
+            batched = {side: encoded(batches(_passages(snapshot, side, progress))) for side in SIDES}
+            return write(staged, tokenizer, batched)
+
+
+def _trained(name: str, snapshot: Path) -> Tokenizer:
+    return train_bpe(_train_text(snapshot), int(name.removeprefix("bpe:")))
 
 
 def encode_side(snapshot: Path, side: str, vocabulary: Path) -> Iterator[np.ndarray]:
@@ -139,7 +155,7 @@ def encode_side(snapshot: Path, side: str, vocabulary: Path) -> Iterator[np.ndar
     """
     processes = _processes_for((snapshot / f"{side}.txt").stat().st_size)
     with _encoder(Tokenizer.load(vocabulary), vocabulary, processes) as encoded:
-        yield from encoded(_batches(_passages(snapshot, side)))
+        yield from encoded(batches(_passages(snapshot, side)))
 
 
 def _passages(snapshot: Path, side: str, progress: Progress | None = None) -> Iterator[Iterator[str]]:
@@ -149,10 +165,11 @@ def _passages(snapshot: Path, side: str, progress: Progress | None = None) -> It
     text = corpus.side_text(snapshot, side)
     with text.path.open("rb") as file:
         for length in np.diff(text.bounds).tolist():
-            yield _chunks(file, length, progress)
+            yield chunks(file, length, progress)
 
 
-def _chunks(file: IO[bytes], num_bytes: int, progress: Progress | None) -> Iterator[str]:
+def chunks(file: IO[bytes], num_bytes: int, progress: Progress | None = None) -> Iterator[str]:
+    """The next `num_bytes` of a file of UTF-8, about a megabyte at a time."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     while num_bytes > 0:
         data = file.read(min(num_bytes, _CHUNK_BYTES))
@@ -184,16 +201,18 @@ def _about(corpus_sha256: str, identity: str, tokenizer: Tokenizer, counts: dict
         "tokenizer_sha256": tokenizer.sha256,
         "n_vocab": tokenizer.n_vocab,
         "eot": tokenizer.eot,
-        "dtype": _dtype(tokenizer.n_vocab).name,
+        "dtype": dtype_of(tokenizer.n_vocab).name,
         "counts": counts,
     }
 
 
-def _dtype(n_vocab: int) -> np.dtype:
+def dtype_of(n_vocab: int) -> np.dtype:
+    """Of the ids on disk."""
     return np.dtype(np.uint16 if n_vocab <= 65_536 else np.uint32)
 
 
-def _write(path: Path, parts: Iterable[np.ndarray]) -> int:
+def write_ids(path: Path, parts: Iterable[np.ndarray]) -> int:
+    """Writes the parts one after another, and returns how many ids they have."""
     count = 0
     with path.open("wb") as file:
         for part in parts:
@@ -202,12 +221,15 @@ def _write(path: Path, parts: Iterable[np.ndarray]) -> int:
     return count
 
 
-def _batches(passages: Iterable[Iterable[str]]) -> Iterator[Batch]:
-    """About `_BATCH_CHARS` characters each, cut at the borders of `pieces`, so that batches can be encoded apart."""
+def batches(passages: Iterable[Iterable[str]], follows_another: bool = False) -> Iterator[Batch]:
+    """About `_BATCH_CHARS` characters each, cut at the borders of `pieces`, so that batches can be encoded apart.
+
+    `follows_another`: a passage stands before the first one, an end-of-text id between them.
+    """
     batch: Batch = []
     size = 0
     for number, passage in enumerate(passages):
-        batch += [None] if number else []
+        batch += [None] if number or follows_another else []
         for piece in pieces(passage):
             batch.append(piece)
             size += len(piece)
@@ -218,8 +240,9 @@ def _batches(passages: Iterable[Iterable[str]]) -> Iterator[Batch]:
         yield batch
 
 
-def _encode(tokenizer: Tokenizer, batch: Batch) -> np.ndarray:
-    dtype = _dtype(tokenizer.n_vocab)
+def encode(tokenizer: Tokenizer, batch: Batch) -> np.ndarray:
+    """(tokens,) the ids of a batch, in the type that they have on disk."""
+    dtype = dtype_of(tokenizer.n_vocab)
     separator = np.array([tokenizer.eot], dtype=dtype)
     parts = (separator if piece is None else tokenizer.encode_to_numpy(piece).astype(dtype) for piece in batch)
     return np.concatenate([np.empty(0, dtype=dtype), *parts])
@@ -227,11 +250,7 @@ def _encode(tokenizer: Tokenizer, batch: Batch) -> np.ndarray:
 
 def _processes_for(num_bytes: int) -> int:
     """One per `_BYTES_PER_PROCESS` of text and at most one per CPU: below twice that, starting a second costs more."""
-    return max(1, min(_cpus(), num_bytes // _BYTES_PER_PROCESS))
-
-
-def _cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cpus(), num_bytes // _BYTES_PER_PROCESS))
 
 
 class _Encode:
@@ -246,7 +265,7 @@ class _Encode:
     def __call__(self, batches: Iterable[Batch]) -> Iterator[np.ndarray]:
         """(tokens,) arrays, one per batch. At most two batches per process are in memory."""
         if not self._workers:
-            yield from (_encode(self._tokenizer, batch) for batch in batches)
+            yield from (encode(self._tokenizer, batch) for batch in batches)
             return
         pending: deque[Future] = deque()
         for batch in batches:
@@ -260,7 +279,7 @@ class _Encode:
         worker = self._idle.get()
         try:
             if worker is None:
-                return _encode(self._tokenizer, batch)
+                return encode(self._tokenizer, batch)
             pickle.dump(batch, worker.stdin)
             worker.stdin.flush()
             return pickle.load(worker.stdout)
@@ -296,6 +315,6 @@ def _work(directory: str) -> None:
     tokenizer = Tokenizer.load(Path(directory))
     with contextlib.suppress(EOFError, BrokenPipeError):
         while True:
-            ids = _encode(tokenizer, pickle.load(sys.stdin.buffer))
+            ids = encode(tokenizer, pickle.load(sys.stdin.buffer))
             pickle.dump(ids, sys.stdout.buffer, protocol=pickle.HIGHEST_PROTOCOL)
             sys.stdout.buffer.flush()

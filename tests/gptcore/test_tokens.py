@@ -96,7 +96,7 @@ def test_chunks_that_cut_a_character_change_nothing(snapshot, tmp_path, monkeypa
 def test_an_existing_directory_is_found_again_and_not_written(snapshot, tmp_path, monkeypatch):
     for name in ("gpt2", "bpe:300"):
         first = tokenize(snapshot, name, tmp_path / "tokens")
-        monkeypatch.setattr(tokens, "_encode", None)
+        monkeypatch.setattr(tokens, "encode", None)
         monkeypatch.setattr(tokens, "train_bpe", None)
         assert tokenize(snapshot, name, tmp_path / "tokens") == first == load_tokens(first.path)
         monkeypatch.undo()
@@ -151,7 +151,7 @@ def test_the_manifest_says_what_the_files_are_made_of(snapshot, tmp_path):
 
 
 def test_ids_take_two_bytes_up_to_65536_entries_and_four_beyond():
-    assert [tokens._dtype(n_vocab).itemsize for n_vocab in (257, 65_536, 65_537, 200_019)] == [2, 2, 4, 4]
+    assert [tokens.dtype_of(n_vocab).itemsize for n_vocab in (257, 65_536, 65_537, 200_019)] == [2, 2, 4, 4]
 
 
 def test_the_ids_are_mapped_from_disk_and_cannot_be_written(snapshot, tmp_path):

@@ -1,0 +1,160 @@
+"""The key task_runner: what it may be, and that Dask and Ray make the same bytes, whoever of theirs is killed."""
+
+import importlib.util
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from prefect import flow
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+
+from flows import runners, tasks
+from flows.clusters import Cluster, ClusterAway
+from flows.pipelines import Pipeline, PipelinesFile
+from flows.releases.lineage import settings_key
+from gptcore import corpus, data
+from gptcore.config import CorpusConfig
+from gptcore.errors import ConfigError
+from gptcore.text import encoding, guard, tokens
+from tests.gptcore.fatal import Fatal, die
+from tests.gptcore.test_shards import files_of, write_texts
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    "given", ["processes", "dask", "ray", "tcp://10.0.0.1:8786", "tls://scheduler.example:8786", "ray://[::1]:10001"]
+)
+def test_a_task_runner_is_a_name_or_an_address_as_the_engine_prints_it(project: Path, given: str) -> None:
+    assert PipelinesFile(project / "pipelines.yaml").pipeline("tiny", [f"task_runner={given}"]).task_runner == given
+
+
+@pytest.mark.parametrize(
+    "given", ["threads", "tcp://10.0.0.1", "http://10.0.0.1:8786", "ray://h:10001/x", "tcp://h:x", 7, "dask://h:1"]
+)
+def test_anything_else_is_refused_with_the_line_and_what_it_may_be(project: Path, given: Any) -> None:
+    body = yaml.safe_load((project / "pipelines.yaml").read_text())
+    body["pipelines"]["tiny"]["task_runner"] = given
+    (project / "pipelines.yaml").write_text(yaml.safe_dump(body))
+    with pytest.raises(ConfigError, match=r"pipelines\.yaml:\d+: pipelines\.tiny\.task_runner: ") as refused:
+        PipelinesFile(project / "pipelines.yaml").pipeline("tiny")
+    assert isinstance(given, int) or refused.match(r"processes, dask, ray, .* tcp://HOST:8786 .* ray://HOST:10001")
+
+
+def test_an_address_with_credentials_is_refused_and_not_repeated(project: Path) -> None:
+    with pytest.raises(ConfigError, match="an address holds no credentials") as refused:
+        PipelinesFile(project / "pipelines.yaml").pipeline("tiny", ["task_runner=tcp://me:s3cret@h:8786"])
+    assert "s3cret" not in str(refused.value)
+
+
+def test_who_works_is_no_part_of_what_is_trained(tiny: Pipeline) -> None:
+    assert settings_key(tiny.model_copy(update={"task_runner": "ray"})) == settings_key(tiny)
+
+
+@pytest.mark.parametrize("given", ["dask", "tcp://127.0.0.1:1", "ray", "ray://127.0.0.1:1"])
+def test_a_missing_extra_is_named_with_the_cure(monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+    runners.check(given)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'gptflow\[(dask|ray)\]'"), runners.opened(given):
+        pass
+
+
+def test_a_scheduler_that_is_not_there_is_an_error_at_once() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    with (
+        runners.opened(address) as mapped,
+        pytest.raises(ClusterAway, match=f"nothing answers at {address}: .*refused"),
+    ):
+        mapped("ingest", "read", die, [Fatal(Path(), 1, 0)])
+
+
+@pytest.fixture
+def scheduler(tmp_path: Path) -> Iterator[str]:
+    """A Dask scheduler and two workers of one thread, each a process of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address = f"tcp://127.0.0.1:{port}"
+    place = ["--host", "127.0.0.1"]
+    commands = [["scheduler", *place, "--port", str(port), "--no-dashboard"]]
+    for number in range(2):
+        scratch = str(tmp_path / f"worker{number}")
+        commands.append(["worker", address, *place, "--nthreads", "1", "--no-dashboard", "--local-directory", scratch])
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "dask", *command],
+            cwd=ROOT,
+            stderr=(tmp_path / f"{number}.log").open("w"),
+            start_new_session=True,
+        )
+        for number, command in enumerate(commands)
+    ]
+    yield address
+    for process in started:
+        process.terminate()
+    for process in started:
+        process.wait(20)
+
+
+def worked_on(task_runner: str, cfg: CorpusConfig, directory: Path) -> tuple[dict[str, bytes], list[str]]:
+    """The files of the snapshot and the tokens, made in a flow run, and the names of its tasks."""
+
+    @flow(persist_result=False)
+    def work() -> Any:
+        with runners.opened(task_runner) as mapped:
+            assert mapped("ingest", "read", die, [Fatal(directory, number, number == 1) for number in range(4)]) == [
+                *range(4)
+            ]
+            made = tasks.ingest(cfg, directory / "corpora", directory.parent, mapped)
+            encoded = tasks.tokenize(made.path, "gpt2", directory / "tokens", mapped=mapped)
+        return made.path, encoded.path
+
+    directory.mkdir()
+    state = work(return_state=True)
+    made, encoded = state.result()
+    with get_client(sync_client=True) as client:
+        run = FlowRunFilter(id=FlowRunFilterId(any_=[state.state_details.flow_run_id]))
+        names = [task.name for task in client.read_task_runs(flow_run_filter=run)]
+    return {**files_of(made), **{f"tokens/{name}": data for name, data in files_of(encoded).items()}}, names
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("prefect_server")
+def test_dask_and_ray_make_the_same_bytes_and_a_killed_worker_costs_its_shard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheduler: str
+) -> None:
+    write_texts(tmp_path / "texts")
+    cfg = CorpusConfig(sources=("texts",), block_bytes=256, val_fraction=0.2, holdout_fraction=0.2)
+    alone = corpus.ingest(cfg, tmp_path / "alone" / "corpora", tmp_path).path
+    encoded = data.tokenize(alone, "gpt2", tmp_path / "alone" / "tokens").path
+    expected = {**files_of(alone), **{f"tokens/{name}": data for name, data in files_of(encoded).items()}}
+    for room in (corpus, corpus.parts, guard, encoding, tokens):
+        monkeypatch.setattr(room, "SHARD_BYTES", 200_000)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    for number, task_runner in enumerate((scheduler, "dask", "ray")):
+        directory = tmp_path / f"{number}"
+        made, names = worked_on(task_runner, cfg, directory)
+        assert made == expected, task_runner
+        assert (directory / "1-0").exists(), "a worker was killed"
+        for begin in ("ingest: read", "ingest: guarded", "tokenize: encoded"):
+            assert sum(name.startswith(begin) for name in names) >= 2, names
+        assert not os.listdir(home), "nothing is left in the home directory"
+    assert not any("ray" in " ".join(child.cmdline()) for child in __import__("psutil").Process().children())
+
+
+def test_a_cluster_that_is_sent_along_is_one_not_begun() -> None:
+    import pickle
+
+    assert vars(pickle.loads(pickle.dumps(Cluster("dask", None))))["_runner"] is None

@@ -6,6 +6,7 @@ wrong type or an impossible value is refused with the file, the line, the key, t
 
 import difflib
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -75,6 +76,7 @@ class PipelinesFile:
         """Raises ConfigError if the file is missing, is not YAML, or has unknown keys at the top."""
         self.path = path
         self.data, self.marks = _read(path)
+        self._built: dict[str, Pipeline] = {}
         self._check_top()
 
     @property
@@ -88,6 +90,13 @@ class PipelinesFile:
 
     def pipeline(self, name: str, overrides: Sequence[str] = ()) -> Pipeline:
         """The pipeline `name` with `overrides` ("section.key=value") merged over it. Raises ConfigError."""
+        if overrides:
+            return self._build(name, overrides)
+        if name not in self._built:  # whoever serves hundreds of them asks for each several times
+            self._built[name] = self._build(name, ())
+        return self._built[name]
+
+    def _build(self, name: str, overrides: Sequence[str]) -> Pipeline:
         if name not in self.data["pipelines"]:
             near = difflib.get_close_matches(name, self.names(), n=1)
             hint = f"Did you mean {near[0]}?" if near else f"There are: {', '.join(self.names())}."
@@ -110,11 +119,17 @@ class PipelinesFile:
 
     def keep(self) -> dict[str, int]:
         """How many of its newest versions each registered model keeps: the largest `retrain.keep` of its pipelines."""
-        asked = [self.pipeline(name) for name in self.names()]
-        return {
-            pipeline.model_name: max(other.retrain.keep for other in asked if other.model_name == pipeline.model_name)
-            for pipeline in asked
-        }
+        most: dict[str, int] = {}
+        for pipeline in map(self.pipeline, self.names()):
+            most[pipeline.model_name] = max(pipeline.retrain.keep, most.get(pipeline.model_name, 0))
+        return most
+
+    @cached_property
+    def _models(self) -> list[Any]:
+        """What the pipelines call their models, right or wrong."""
+        defaults = self.data.get("defaults") or {}
+        named = self.data["pipelines"].items()
+        return [(own or {}).get("model_name", defaults.get("model_name", f"gpt-{name}")) for name, own in named]
 
     def _wrong_model(self, trigger: TriggerConfig, pipeline: Pipeline) -> str | None:
         """Why a trigger can never start the pipeline, or would start it for ever."""
@@ -122,8 +137,7 @@ class PipelinesFile:
             return None
         if trigger.model == pipeline.model_name:
             return f"{trigger.model} is this pipeline's own model: each run would start the next"
-        layers = [[self.data.get("defaults") or {}, given or {}] for given in self.data["pipelines"].values()]
-        known = [merge(own).get("model_name", f"gpt-{name}") for name, own in zip(self.names(), layers)]
+        known = self._models
         if trigger.model in known:
             return None
         near = difflib.get_close_matches(trigger.model, map(str, known), n=1)

@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
-MAX_BYTES = 200_000
-"""Of one file."""
+MAX_BYTES = 1_000_000
+"""Of one file: more than two thousand pipelines."""
 MAX_DEPTH = 20
 """Of lists and mappings inside one another. The deepest setting has seven: pipelines.NAME.notify.0.on.0."""
 

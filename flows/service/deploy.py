@@ -15,7 +15,7 @@ from prefect.exceptions import ObjectNotFound
 
 from flows.pipelines import PipelinesFile
 from flows.service import successes
-from flows.service.serve import Pool, changes, deployments
+from flows.service.serve import Pool, deployments, register
 from flows.state import OPT_OUTS, StateRoot
 from gptcore.errors import ConfigError, GPTCoreError
 
@@ -29,10 +29,8 @@ def deploy(file: PipelinesFile, root: StateRoot, work_pool: str, image: str | No
     try:
         with get_client(sync_client=True) as client:
             _check_pool(client, work_pool, image)
-            wanted = deployments(file, root, Pool(work_pool, job_variables(root, image)))
-            lines = changes(client, wanted, root)
-            for deployment in wanted:
-                deployment.apply()
+        wanted = deployments(file, root, Pool(work_pool, job_variables(root, image)))
+        _, lines = register(wanted, root)
     except httpx.TransportError as error:
         raise GPTCoreError(f"Prefect at {api} does not answer: {error}. Start it, or mend PREFECT_API_URL.") from None
     successes.expect(root, map(file.pipeline, file.names()))

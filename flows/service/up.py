@@ -4,6 +4,7 @@ It starts them, waits until they are healthy, starts again what dies, and stops 
 nothing: flow runs first, while there is a server to tell, so that they save.
 """
 
+import importlib.util
 import os
 import signal
 import socket
@@ -97,6 +98,9 @@ class _Supervisor:
         api = f"http://{HOST}:{options.prefect_port}/api"
         environment = {**os.environ, "PREFECT_API_URL": api, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
         environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
+        if importlib.util.find_spec("tzdata"):
+            # Prefect lists all time zones for every schedule that it reads: from the system's 600 files that takes 17 ms.
+            environment.setdefault("PYTHONTZPATH", "")
         if environment["PREFECT_HOME"] == str(root.prefect / "ephemeral"):
             environment["PREFECT_HOME"] = str(root.prefect)
         if root.database is not None and not any(name in environment for name in _DATABASES_OF_PREFECT):

@@ -286,7 +286,7 @@ def test_a_pipelines_file_of_100_megabytes_is_refused_unread(tmp_path: Path) -> 
     path = tmp_path / "pipelines.yaml"
     with path.open("wb") as file:
         file.truncate(100_000_000)
-    with pytest.raises(ConfigError, match=r"has 100,000,000 bytes; a pipelines.yaml has at most 200,000"):
+    with pytest.raises(ConfigError, match=r"has 100,000,000 bytes; a pipelines.yaml has at most 1,000,000"):
         PipelinesFile(path)
 
 

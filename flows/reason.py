@@ -16,7 +16,7 @@ from flows.releases.loading import load
 from flows.state import StateRoot
 from flows.tracking import flat
 from gptcore import manifest
-from gptcore.config import SAVING_KEYS
+from gptcore.config import EXECUTION_KEYS
 from gptcore.corpus import Snapshot
 from gptcore.data import Tokens, load_tokens
 from gptcore.errors import CheckpointError
@@ -147,7 +147,7 @@ def _settings_sentence(root: StateRoot, pipeline: Pipeline, newest: ModelVersion
     except (registry.RegistryError, KeyError):
         return sentence
     now = flat(pipeline.model_dump(mode="json"))
-    outside = ("retrain.", "gate.", "sample.", "corpus.sources", *(f"train.{key}" for key in SAVING_KEYS))
+    outside = ("retrain.", "gate.", "sample.", "corpus.sources", *(f"train.{key}" for key in EXECUTION_KEYS))
     differing = [
         f"{key} {then.get(key, 'absent')} -> {now[key]}"
         for key in now

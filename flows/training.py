@@ -1,7 +1,8 @@
 """Training as a child process: start the trainer on a run directory, follow it, stop it, learn how it ended.
 
 The child's memory is its own, so an out-of-memory kill costs a retry and not the flow. It holds the other end of a
-pipe: when this process is gone, the child saves and stops, so there are never two writers.
+pipe: when this process is gone, the child saves and stops, so there are never two writers. Where train.processes is
+more than one the child is torchrun, whose own children are the trainers; they hold the pipe as well.
 """
 
 import os
@@ -33,6 +34,7 @@ _POLL_SECONDS = 1.0
 _ERROR = "error: "
 """How the trainer begins what it says of an error that it knows."""
 _MOST_DEATHS = 3
+_LAUNCHER = ("-m", "torch.distributed.run", "--standalone", f"--max-restarts={_MOST_DEATHS}", "--nproc-per-node")
 _RESTART_SECONDS = 1.0
 _PROGRESS_SECONDS = 5.0
 _AWAY_SECONDS = 60.0
@@ -66,17 +68,30 @@ def train(run: RunDirectory, on_metrics: Callable[[list[Metrics]], None]) -> Res
     except BaseException:
         _stop(process)
         raise
+    finally:
+        assert process.stdin is not None
+        process.stdin.close()  # where torchrun alone died, its trainers are still there: they save and stop
     return _outcome(run, process.returncode)
 
 
 def _start(path: Path) -> psutil.Popen:
-    command = [sys.executable, "-m", "gptcore.train", str(path), "--stop-at-end-of-input"]
+    processes = int(RunDirectory(path).config().train.processes)
+    trainer = ["-m", "gptcore.train", str(path), "--stop-at-end-of-input"]
+    command = [sys.executable, *trainer] if processes == 1 else [sys.executable, *_LAUNCHER, str(processes), *trainer]
+    environment = {**os.environ} if processes == 1 else _on_one_machine()
     with (path / "trainer.log").open("ab") as log:
         # A session of its own: Ctrl-C in the terminal reaches this process alone, which then stops the child in order.
         # psutil's, which sleeps until the child ends; subprocess would look twenty times a second whether it has.
         return psutil.Popen(
-            command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True, env=os.environ
+            command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True, env=environment
         )
+
+
+def _on_one_machine() -> dict[str, str]:
+    """The environment of processes that talk to one another by the loopback interface alone, and say little of it."""
+    loopback = "lo" if sys.platform == "linux" else "lo0"
+    quiet = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", "LOGLEVEL": "ERROR"}  # threads are set later
+    return {"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback, **quiet, **os.environ}
 
 
 def _wait(process: psutil.Popen, seconds: float) -> None:
@@ -97,13 +112,16 @@ def _stop(process: psutil.Popen) -> None:
 def _outcome(run: RunDirectory, code: int) -> Result | Paused:
     if code == 0 and (result := run.result()) is not None:
         return result
-    if code == STOPPED and (paused := run.paused()) is not None:
+    if code in (0, STOPPED) and (paused := run.paused()) is not None:
         return paused
     if (failure := run.failure()) is not None:
         raise failure
     log = run.path / "trainer.log"
-    last = " ".join(log.read_text(errors="replace").strip().splitlines()[-1:])
-    if code > 0 and last.startswith(_ERROR):  # there was no room for failure.json
+    lines = log.read_text(errors="replace").strip().splitlines()
+    last = lines[-1] if lines else ""
+    if last.startswith("==="):  # of the table that torchrun ends with when it gives up
+        last = next((line for line in reversed(lines) if line.startswith(_ERROR)), last)
+    elif code >= 0 and last.startswith(_ERROR):  # there was no room for failure.json
         raise GPTCoreError(last.removeprefix(_ERROR))
     how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
     raise TrainerDied(f"the trainer {how}; its last words in {log}: {last or '(none)'}")

@@ -201,7 +201,15 @@ class TrainConfig(Section):
     compile: Literal["auto", True, False] = "auto"
     """Whether torch.compile fuses the blocks. auto: on cuda only; on a CPU it costs half a minute and gains nothing."""
     threads: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"] = "auto"
-    """CPU threads. auto: the cores this process may use."""
+    """CPU threads of the training on one machine; several processes there share them. auto: the cores this process may
+    use."""
+    processes: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"] = 1
+    """Processes of this machine that train together, each on its share of every batch: batch_size must be divisible by
+    them. auto: one per GPU where device is cuda, else one. The same model is learned with any number of them, up to
+    rounding, so it may change while a training is unfinished."""
+    shard: bool = False
+    """Whether several processes share out weights, gradients and optimiser, for a model that is too large for one GPU,
+    instead of each holding a copy."""
 
     @model_validator(mode="before")
     @classmethod
@@ -217,10 +225,37 @@ class TrainConfig(Section):
             raise ValueError("no budget: give at least one of max_steps, max_epochs, max_tokens, max_seconds")
         return self
 
+    @model_validator(mode="after")
+    def _processes_share_the_batch_and_have_devices(self) -> Self:
+        if self.processes in ("auto", 1):
+            return self
+        if (wrong := uneven(self.batch_size, int(self.processes), "processes")) is not None:
+            raise ValueError(wrong)
+        if self.device.startswith(("mps", "cuda:")):
+            raise ValueError(
+                f"processes {self.processes} and device {self.device}: one GPU is for one process; choose device: "
+                "cuda, which gives each process one, or processes: 1"
+            )
+        return self
 
-SAVING_KEYS = frozenset({"checkpoint_seconds", "checkpoint_steps", "keep_checkpoints", "session_seconds"})
-"""Keys of `train` that say when work is saved and paused. The weights do not depend on them, so they may change from
-one attempt to the next."""
+
+def uneven(batch_size: int, processes: int, name: str) -> str | None:
+    """Why so many processes cannot share a batch; None where they can. `name` is what says how many they are."""
+    if batch_size % processes == 0:
+        return None
+    below = next(n for n in range(min(processes, batch_size), 0, -1) if batch_size % n == 0)
+    return (
+        f"batch_size {batch_size} is not divisible by {name} {processes}, which are to share it; the nearest that "
+        f"are: {name} {below}, or batch_size {-(-batch_size // processes) * processes}"
+    )
+
+
+EXECUTION_KEYS = frozenset(
+    {"checkpoint_seconds", "checkpoint_steps", "keep_checkpoints", "session_seconds", "processes", "shard"}
+)
+"""Keys of `train` that say how a training is carried out, not what is learned: when it is saved and paused, and by how
+many processes. They may change from one attempt to the next, and are no part of what names a training. (Other numbers
+of processes round sums differently: equal to the last bit are only trainings by as many.)"""
 
 
 class SampleConfig(Section):
@@ -296,7 +331,7 @@ class RunConfig(Section):
     vocab_size: Annotated[int, Field(ge=2)]
     """Entries of the tokenizer's vocabulary."""
     train: TrainConfig
-    """Device, precision, compile and threads are resolved: no auto."""
+    """Device, precision, compile, threads and processes are resolved: no auto."""
     start: Start | None = None
     """What train.start_from was resolved to. Empty: training starts from scratch."""
     run_key: str
@@ -305,7 +340,9 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _nothing_is_left_to_choose(self) -> Self:
         if open_keys := [
-            key for key in ("device", "precision", "compile", "threads") if getattr(self.train, key) == "auto"
+            key
+            for key in ("device", "precision", "compile", "threads", "processes")
+            if getattr(self.train, key) == "auto"
         ]:
             raise ValueError(
                 f"train.{open_keys[0]} is auto: a run directory names what was chosen, so that resuming keeps it"

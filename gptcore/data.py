@@ -101,12 +101,24 @@ class Batches:
     """
 
     def __init__(
-        self, tokens: np.ndarray, context: int, stride: int, batch_size: int, accumulation: int, seed: int
+        self,
+        tokens: np.ndarray,
+        context: int,
+        stride: int,
+        batch_size: int,
+        accumulation: int,
+        seed: int,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
-        """`tokens`: (tokens,) ids, mapped from disk or in memory. Raises CorpusError if they do not fill one update."""
+        """`tokens`: (tokens,) ids, mapped from disk or in memory. `share` (rank, ranks): of each micro-batch this rank
+        reads its part of the rows alone; batch_size is divisible by the ranks. Raises CorpusError if the tokens do not
+        fill one update."""
         self.context, self.stride = context, stride
         self.batch_size, self.accumulation, self.seed = batch_size, accumulation, seed
         self.num_windows = num_windows(len(tokens), context, stride)
+        rank, ranks = share
+        self._rows = batch_size // ranks
+        self._own = slice(rank * self._rows, (rank + 1) * self._rows)
         self._tokens = np.asarray(tokens)
         self._order: tuple[int, np.ndarray] | None = None
         _check("train", len(tokens), context, stride, self.windows_per_step)
@@ -127,12 +139,13 @@ class Batches:
         return self.num_windows // self.windows_per_step
 
     def batch(self, step: int) -> list[tuple[Tensor, Tensor]]:
-        """The micro-batches of update `step`, counted from 0: (input, target) pairs, each (batch, context) int64."""
+        """The micro-batches of update `step`, counted from 0: (input, target) pairs, each (rows, context) int64."""
         epoch, position = divmod(step, self.steps_per_epoch)
         begin = position * self.windows_per_step
         chosen = self._order_of(epoch)[begin : begin + self.windows_per_step]
-        inputs, targets = _gather(self._tokens, chosen * self.stride, self.context)
-        return list(zip(inputs.split(self.batch_size), targets.split(self.batch_size)))
+        own = chosen.reshape(self.accumulation, self.batch_size)[:, self._own].flatten()
+        inputs, targets = _gather(self._tokens, own * self.stride, self.context)
+        return list(zip(inputs.split(self._rows), targets.split(self._rows)))
 
     def _order_of(self, epoch: int) -> np.ndarray:
         if self._order is None or self._order[0] != epoch:

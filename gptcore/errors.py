@@ -2,8 +2,11 @@
 
 Every error that a user can cause or meet is one of these classes; the command line prints its message without a
 traceback and ends with its `exit_code`. A message says what is wrong, where, which two values disagree, and the cure.
-Mistakes of our own are `assert`s and other exceptions, and keep their tracebacks.
+Mistakes of our own are `assert`s and other exceptions, and keep their tracebacks. `as_plain` and `from_plain` carry an
+error from one process to another.
 """
+
+from typing import Any
 
 
 class GPTCoreError(Exception):
@@ -59,3 +62,22 @@ class TrainingDiverged(GPTCoreError):
         super().__init__(message)
         self.step = step
         """Updates completed before the one that would have diverged."""
+
+
+class RankLost(GPTCoreError):
+    """Another process of the same training died or cannot be reached. Starting all of them again helps."""
+
+
+def as_plain(error: GPTCoreError) -> dict[str, Any]:
+    """The error as JSON."""
+    return {"error": type(error).__name__, "message": str(error), "step": getattr(error, "step", None)}
+
+
+def from_plain(body: dict[str, Any]) -> GPTCoreError:
+    """The inverse of `as_plain`; an error of a class that is not one of these is a plain GPTCoreError."""
+    if body["error"] == TrainingDiverged.__name__:
+        return TrainingDiverged(body["message"], body["step"])
+    kind = globals().get(body["error"])
+    if isinstance(kind, type) and issubclass(kind, GPTCoreError):
+        return kind(body["message"])
+    return GPTCoreError(body["message"])

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from gptcore.learning.parts import cut, gathered, is_part
+
 BETAS = (0.9, 0.95)
 _EPS = 1e-8
 _MOMENTUM = 0.95
@@ -59,10 +61,16 @@ class Muon(Eager):
         for matrix in matrices:
             by_shape[matrix.shape, matrix.device].append(matrix)
         for (shape, _), same in by_shape.items():
-            directions = orthogonalised(torch.stack([self._nesterov(matrix) for matrix in same]))
             size = lr * _RMS * max(shape) ** 0.5
-            for matrix, direction in zip(same, directions):
+            for matrix, direction in zip(same, self._directions(same)):
                 matrix.mul_(1 - lr * weight_decay).add_(direction.to(matrix.dtype), alpha=-size)
+
+    def _directions(self, same: list[Tensor]) -> Iterable[Tensor]:
+        """The steps of matrices of one shape."""
+        if not is_part(same[0]):
+            return orthogonalised(torch.stack([self._nesterov(matrix) for matrix in same]))
+        # One after the other: only one is ever whole on a device that has no room for all.
+        return (cut(orthogonalised(gathered(self._nesterov(matrix))[None])[0], matrix) for matrix in same)
 
     def _nesterov(self, matrix: Tensor) -> Tensor:
         state, gradient = self.state[matrix], matrix.grad

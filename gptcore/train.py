@@ -18,10 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gptcore.config import TrainConfig
+from gptcore.config import TrainConfig, uneven
 from gptcore.data import Batches, feed
-from gptcore.errors import TrainingDiverged
+from gptcore.errors import ConfigError, TrainingDiverged
 from gptcore.evaluate import undisturbed
+from gptcore.learning.parts import local
+from gptcore.learning.ranks import ALONE, Ranks
+from gptcore.learning.spread import Spread, whole
 from gptcore.loss import calc_loss_batch
 from gptcore.model import GPTModel
 from gptcore.optim import learning_rate, make_optimizer, set_learning_rate
@@ -48,6 +51,7 @@ class TrainState:
     model: GPTModel
     optimizer: torch.optim.Optimizer
     device: torch.device
+    spread: Spread
     step: int = 0
     """Updates completed."""
     tokens_seen: int = 0
@@ -60,16 +64,22 @@ class TrainState:
     """Train and val loss of the newest evaluation."""
 
     @classmethod
-    def initial(cls, cfg: dict[str, Any], train: TrainConfig) -> "TrainState":
-        """Seeds torch, builds the model as the seed's code does, and moves it to the configured device."""
+    def initial(cls, cfg: dict[str, Any], train: TrainConfig, ranks: Ranks = ALONE) -> "TrainState":
+        """Seeds torch, builds the model as the seed's code does, and spreads it over the ranks' devices."""
         torch.manual_seed(train.seed)
-        device = torch.device(train.device)
-        model = GPTModel(cfg).to(device)
+        device = ranks.device(train.device)
+        model = GPTModel(cfg)
         model.train()
         if train.compile is True:
             for block in model.trf_blocks:
                 block.compile()
-        return cls(model=model, optimizer=make_optimizer(model, train), device=device)
+        spread = Spread(model, ranks, device, train.shard)
+        return cls(model=model, optimizer=make_optimizer(model, train), device=device, spread=spread)
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that train together."""
+        return self.spread.ranks
 
     def counters(self) -> dict[str, Any]:
         """The state's numbers, for a checkpoint's manifest."""
@@ -92,10 +102,11 @@ class TrainState:
         self.best = Best(best["step"], best["val_loss"], best_weights) if best and best_weights is not None else None
 
     def note_evaluation(self, train_loss: float, val_loss: float) -> None:
-        """Keeps the weights if `val_loss` is the lowest so far."""
+        """Keeps the weights if `val_loss` is the lowest so far. The first rank does so for all."""
         self.losses = (train_loss, val_loss)
         if self.best is None or val_loss < self.best.val_loss:
-            weights = {name: value.detach().to("cpu", copy=True) for name, value in self.model.state_dict().items()}
+            there = whole(self.ranks, self.model.state_dict())
+            weights = {name: value.detach().to("cpu", copy=True) for name, value in there.items()}
             self.best = Best(self.step, val_loss, weights)
             self.stale_evaluations = 0
         else:
@@ -128,7 +139,8 @@ def resolve(train: TrainConfig) -> TrainConfig:
 
     On the CPUs measured, bf16 autocast takes 1.6 times as long as fp32; on CUDA devices it is the faster one. Compiling
     took 20 to 50 s on them and made no update faster, as what is slow is fused already; on CUDA devices it saves most
-    of the launches of small kernels. Threads are the cores this process may use.
+    of the launches of small kernels. Threads are the cores this process may use. Processes are as many as GPUs, of
+    which each takes one. Raises ConfigError where so many cannot share a batch.
     """
     device = train.device
     if device == "auto":
@@ -137,12 +149,17 @@ def resolve(train: TrainConfig) -> TrainConfig:
     if precision == "auto":
         precision = "bf16" if device.startswith("cuda") else "fp32"
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    gpus = max(1, torch.cuda.device_count()) if device == "cuda" else 1
+    processes = gpus if train.processes == "auto" else train.processes
+    if (wrong := uneven(train.batch_size, processes, "processes")) is not None:
+        raise ConfigError(f"train: {wrong}")
     return train.model_copy(
         update={
             "device": device,
             "precision": precision,
             "compile": device.startswith("cuda") if train.compile == "auto" else train.compile,
             "threads": threads if train.threads == "auto" else train.threads,
+            "processes": processes,
         }
     )
 
@@ -157,12 +174,14 @@ def training(state: TrainState, batches: Batches, cfg: TrainConfig) -> Iterator[
     while not budget_reached(state, cfg, total_steps):
         began = time.perf_counter()
         rate = learning_rate(cfg, state.step, _progress(state, cfg, total_steps))
-        micro_batches = next(fed)
-        loss, grad_norm = update(state, micro_batches, rate, cfg)
-        num_tokens = sum(inputs.numel() for inputs, _ in micro_batches)
+        state.ranks.seed(cfg.seed, state.step)
+        loss, grad_norm = update(state, next(fed), rate, cfg)
+        num_tokens = batches.tokens_per_step
         state.step += 1
         state.tokens_seen += num_tokens
         took = time.perf_counter() - began
+        if cfg.max_seconds is not None:  # which all ranks must use up at the same update
+            (took,) = state.ranks.means(took)
         state.seconds += took
         yield Update(
             step=state.step,
@@ -180,21 +199,25 @@ def training(state: TrainState, batches: Batches, cfg: TrainConfig) -> Iterator[
 def update(state: TrainState, micro_batches: MicroBatches, rate: float, cfg: TrainConfig) -> tuple[float, float]:
     """One update from the mean gradient of the micro-batches: returns the mean loss and the gradient's norm.
 
-    Raises TrainingDiverged, with the weights as they were, if either is not finite.
+    Of several ranks each gives its rows of every micro-batch, and all return the same. Raises TrainingDiverged, with
+    the weights as they were, if either is not finite.
     """
     set_learning_rate(state.optimizer, rate)
     state.optimizer.zero_grad(set_to_none=True)
     losses = []
-    with _tied_gradient_in_place(state.model):
-        for inputs, targets in micro_batches:
+    is_alone = state.ranks.size == 1
+    with _tied_gradient_in_place(state.model) if is_alone else contextlib.nullcontext():
+        for number, (inputs, targets) in enumerate(micro_batches, 1):
             with autocast(state.device, cfg.precision):
-                loss = calc_loss_batch(inputs, targets, state.model, state.device) / len(micro_batches)
+                loss = state.spread.loss(inputs, targets, number == len(micro_batches)) / len(micro_batches)
             loss.backward()
             losses.append(loss.detach())
-    gradients = [parameter.grad for parameter in state.model.parameters() if parameter.grad is not None]
+    gradients = [local(parameter.grad) for parameter in state.model.parameters() if parameter.grad is not None]
     gradient_norm = _norm(gradients)
     # A GPU is waited for here and nowhere else, when all micro-batches are under way.
     total, norm = sum(loss.item() for loss in losses), gradient_norm.item()
+    if not is_alone:
+        total, norm = _of_all_ranks(state, total, norm)
     for name, value in (("loss", total), ("gradient norm", norm)):
         if not math.isfinite(value):
             raise TrainingDiverged(
@@ -206,6 +229,12 @@ def update(state: TrainState, micro_batches: MicroBatches, rate: float, cfg: Tra
         torch._foreach_mul_(gradients, cfg.grad_clip / norm)
     state.optimizer.step()
     return total, norm
+
+
+def _of_all_ranks(state: TrainState, loss: float, norm: float) -> tuple[float, float]:
+    """Loss and gradient norm of the whole batch, of those that this rank found in its part."""
+    total, square = state.ranks.means(loss, norm * norm)
+    return total, math.sqrt(square * state.ranks.size) if state.spread.is_sharded else math.sqrt(square)
 
 
 def _norm(gradients: Sequence[Tensor]) -> Tensor:
@@ -254,6 +283,23 @@ def mean_loss(model: nn.Module, batches: MicroBatches, device: torch.device, pre
         for inputs, targets in batches:
             total += calc_loss_batch(inputs, targets, model, device).item() * targets.numel()
             count += targets.numel()
+    return total / count
+
+
+def evaluated_loss(state: TrainState, batches: MicroBatches, precision: str) -> float:
+    """`mean_loss` of the model being trained; of several ranks each computes its rows of every batch."""
+    ranks = state.ranks
+    if ranks.size == 1:
+        return mean_loss(state.model, batches, state.device, precision)
+    total, count = 0.0, 0.0
+    with undisturbed(state.model), torch.no_grad(), autocast(state.device, precision):
+        for inputs, targets in batches:
+            own = torch.arange(len(inputs)).tensor_split(ranks.size)[ranks.rank]
+            computed = own if len(own) else [0]  # for nothing: parts of the weights are gathered by all or by none
+            loss = state.spread.evaluated(inputs[computed], targets[computed]).item()
+            total += loss * targets[own].numel() if len(own) else 0.0
+            count += targets[own].numel()
+    total, count = ranks.means(total, count)
     return total / count
 
 

@@ -71,6 +71,13 @@ def usable_device(recorded: str) -> str:
     return recorded if int(index or 0) < counts.get(kind, 0) else resolve(TrainConfig()).device
 
 
+def usable_processes(recorded_device: str, recorded: int) -> int:
+    """The recorded number of processes if there is a device for each, else one."""
+    device = usable_device(recorded_device)
+    has_room = device == "cpu" or (device == "cuda" and recorded <= torch.cuda.device_count())
+    return recorded if has_room else 1
+
+
 def _packages(then: Lineage) -> Iterator[Difference]:
     recorded = then["packages"]
     for name, now in lineage.packages(list(recorded)).items():
@@ -97,6 +104,9 @@ def _machine(then: Lineage) -> Iterator[Difference]:
     now = lineage.hardware(usable_device(recorded["device"]), recorded["threads"])
     for key in ("machine", "processor", "device", "device_name"):
         yield from _compared(key.replace("_", " "), recorded[key], now[key])
+    processes = recorded.get("processes", 1)
+    if (usable := usable_processes(recorded["device"], processes)) != processes:
+        yield Difference("processes", str(processes), f"GPUs for them: {usable}")
     cores = int(resolve(TrainConfig()).threads)
     if recorded["threads"] > cores:
         yield Difference("threads", str(recorded["threads"]), f"cores to run them on: {cores}")

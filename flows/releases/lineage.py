@@ -17,7 +17,7 @@ import gptcore
 from flows.pipelines import RUNNING_KEYS, Pipeline
 from gptcore import manifest
 from gptcore.bundle import num_parameters
-from gptcore.config import SAVING_KEYS
+from gptcore.config import EXECUTION_KEYS
 from gptcore.corpus import DOCUMENTS, Snapshot
 from gptcore.data import Tokens
 from gptcore.judging.dossier import Scores
@@ -40,7 +40,7 @@ PACKAGES = (
 
 # What a run key does not depend on: where text was read from (its content counts), what is only looked at or kept.
 _CORPUS_KEYS_OUTSIDE = {"sources"}
-_TRAIN_KEYS_OUTSIDE = {*SAVING_KEYS, "start_from"}  # of the start, its weights count
+_TRAIN_KEYS_OUTSIDE = {*EXECUTION_KEYS, "start_from"}  # of the start, its weights count
 
 
 def run_key(pipeline: Pipeline, tokens: Tokens, training_version: int, start_sha256: str | None = None) -> str:
@@ -71,7 +71,7 @@ def settings_key(pipeline: Pipeline) -> str:
         {
             "corpus": pipeline.corpus.model_dump(mode="json", exclude=_CORPUS_KEYS_OUTSIDE),
             "model": {**pipeline.model.model_dump(mode="json", exclude={"size"}), **pipeline.model.shape()},
-            "train": pipeline.train.model_dump(mode="json", exclude={*SAVING_KEYS}),
+            "train": pipeline.train.model_dump(mode="json", exclude={*EXECUTION_KEYS}),
             "training_version": TRAINING_VERSION,
         }
     )
@@ -123,7 +123,7 @@ def lineage(
         **code(),
         "packages": packages(),
         "python": platform.python_version(),
-        "hardware": hardware(pipeline.train.device, int(pipeline.train.threads)),
+        "hardware": hardware(pipeline.train.device, int(pipeline.train.threads), int(pipeline.train.processes)),
     }
 
 
@@ -153,14 +153,15 @@ def packages(names: Sequence[str] = PACKAGES) -> dict[str, str | None]:
     return {name: _installed(name) for name in names}
 
 
-def hardware(device: str, threads: int) -> dict[str, Any]:
-    """What computes: machine, processor, device, its name if it is a GPU, and the number of threads."""
+def hardware(device: str, threads: int, processes: int = 1) -> dict[str, Any]:
+    """What computes: machine, processor, device, its name if it is a GPU, and the numbers of threads and processes."""
     return {
         "machine": platform.machine(),
         "processor": _processor(),
         "device": device,
         "device_name": _device_name(device),
         "threads": threads,
+        "processes": processes,
     }
 
 

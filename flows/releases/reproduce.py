@@ -19,7 +19,7 @@ from flows.command.console import Console
 from flows.command.show import differences_table, reproduction_table
 from flows.lock import taken
 from flows.releases import registry
-from flows.releases.differences import Difference, Materials, differences, materials, usable_device
+from flows.releases.differences import Difference, Materials, differences, materials, usable_device, usable_processes
 from flows.state import StateRoot
 from flows.training import train
 from gptcore import manifest
@@ -163,6 +163,7 @@ def _config(named: Reproduction, then: Mapping[str, Any], there: Materials) -> R
         "train": {
             **recorded["train"],
             "device": usable_device(recorded["train"]["device"]),
+            "processes": usable_processes(recorded["train"]["device"], recorded["train"].get("processes", 1)),
             "session_seconds": None,
         },
     }

@@ -16,18 +16,22 @@ import fcntl
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from gptcore import errors, manifest
-from gptcore.config import SAVING_KEYS, RunConfig, Start
-from gptcore.errors import CheckpointError, ConfigError, GPTCoreError, TrainingDiverged
+from gptcore import manifest
+from gptcore.config import EXECUTION_KEYS, RunConfig, Start
+from gptcore.errors import CheckpointError, ConfigError, GPTCoreError, as_plain, from_plain
 from gptcore.sections import parse
 
 Metrics = dict[str, Any]
+
+_LOOK_SECONDS = 0.2
+"""Between two looks at a lock that is waited for."""
 
 STOPPED = 75
 """Exit code of a trainer that was told to stop, or whose session is over: all is saved, run it again to go on.
@@ -95,7 +99,7 @@ class RunDirectory:
         return self.final / "model.safetensors"
 
     def prepare(self, config: RunConfig, start_weights: Path | None = None) -> None:
-        """Writes config.json; where it is for the same training, takes over when to save and to pause.
+        """Writes config.json; where it is for the same training, takes over how it is carried out (EXECUTION_KEYS).
 
         `start_weights` is the safetensors file that `config.start` means; it is copied. Raises CheckpointError if it
         has another hash or the directory is for another training already, GPTCoreError if config.json would have to be
@@ -114,7 +118,7 @@ class RunDirectory:
                 f"{self.path} belongs to run key {there.run_key[:16]}, not {config.run_key[:16]}: "
                 "take another directory."
             )
-        train = there.train.model_copy(update={key: getattr(config.train, key) for key in SAVING_KEYS})
+        train = there.train.model_copy(update={key: getattr(config.train, key) for key in EXECUTION_KEYS})
         if train != there.train:
             with self.lock():
                 self._write_config(there.model_copy(update={"train": train}))
@@ -155,15 +159,16 @@ class RunDirectory:
         return Result(**manifest.about(self.final)["result"]) if manifest.is_committed(self.final) else None
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self, patience: float = 0.0) -> Iterator[None]:
         """Holds the directory for one writer. The kernel frees the lock when its holder dies.
 
-        Raises GPTCoreError naming the process that holds it.
+        Raises GPTCoreError naming the process that holds it, if it does so for `patience` seconds more.
         """
         with (self.path / "lock").open("a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            until = time.monotonic() + patience
+            while not (is_held := _is_locked_now(file)) and time.monotonic() < until:
+                time.sleep(_LOOK_SECONDS)
+            if not is_held:
                 file.seek(0)
                 raise GPTCoreError(
                     f"{self.path} is being trained by process {file.read().strip() or 'unknown'}. "
@@ -191,9 +196,8 @@ class RunDirectory:
 
     def record_failure(self, error: GPTCoreError) -> None:
         """Leaves the reason for whoever started the trainer."""
-        body = {"error": type(error).__name__, "message": str(error), "step": getattr(error, "step", None)}
         with suppress(OSError):  # on a full disk there may be no room for the reason; the exit code remains
-            _write_atomically(self.path / "failure.json", json.dumps(body) + "\n")
+            _write_atomically(self.path / "failure.json", json.dumps(as_plain(error)) + "\n")
 
     def record_pause(self, paused: Paused) -> None:
         """Tells whoever started the trainer that it was no signal that ended it."""
@@ -212,15 +216,7 @@ class RunDirectory:
     def failure(self) -> GPTCoreError | None:
         """The error that ended the last attempt, as an exception of its class."""
         path = self.path / "failure.json"
-        if not path.exists():
-            return None
-        body = json.loads(path.read_text())
-        if body["error"] == TrainingDiverged.__name__:
-            return TrainingDiverged(body["message"], body["step"])
-        kind = vars(errors).get(body["error"])
-        if isinstance(kind, type) and issubclass(kind, GPTCoreError):
-            return kind(body["message"])
-        return GPTCoreError(body["message"])
+        return from_plain(json.loads(path.read_text())) if path.exists() else None
 
 
 class MetricsReader:
@@ -247,6 +243,14 @@ class MetricsReader:
         complete = text[: text.rfind(b"\n") + 1]
         self.offset += len(complete)
         return [json.loads(line) for line in complete.splitlines()]
+
+
+def _is_locked_now(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def result_about(result: Result) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 It is the caller that gptcore.train's generator leaves the decisions to. It holds the directory's lock, so there are
 never two writers, and it stops after the current update, with a checkpoint, on SIGTERM, on SIGINT, when the process
-that started it is gone, or when its session is over (train.session_seconds).
+that started it is gone, or when its session is over (train.session_seconds). Where several processes train together
+(ranks.py), the first one holds the lock and does all that is done once; whatever one of them is told, all do.
 """
 
 import argparse
@@ -14,19 +15,22 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 import torch
 from safetensors.torch import save_file
 
 from gptcore import manifest, memory
-from gptcore.config import SAVING_KEYS, RunConfig
+from gptcore.config import EXECUTION_KEYS, RunConfig, uneven
 from gptcore.data import Batches, Tokens, check_sizes, eval_batches, load_tokens
-from gptcore.errors import CheckpointError, GPTCoreError, TrainingDiverged
+from gptcore.errors import CheckpointError, ConfigError, GPTCoreError, RankLost, TrainingDiverged
 from gptcore.learning import checkpoint, warmstart
+from gptcore.learning.ranks import ALONE, Ranks, is_restarted, joined
 from gptcore.learning.rundir import STOPPED, Paused, Result, RunDirectory, result_about
 from gptcore.train import (
     TRAINING_VERSION,
@@ -34,13 +38,15 @@ from gptcore.train import (
     TrainState,
     Update,
     budget_reached,
+    evaluated_loss,
     is_evaluated,
-    mean_loss,
     steps_in_budget,
     training,
 )
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_LOCK_SECONDS = 60.0
+"""How long one of several processes waits for another that held the directory before it and is about to end."""
 
 
 class Stop:
@@ -48,9 +54,14 @@ class Stop:
 
     def __init__(self) -> None:
         self.reason: str | None = None
+        self._is_patient = False
 
-    def on_signals(self) -> "Stop":
-        """Listens to SIGTERM and SIGINT. A second one of them ends the process at once, saving nothing more."""
+    def on_signals(self, is_patient: bool = False) -> "Stop":
+        """Listens to SIGTERM and SIGINT. A second one of them ends the process at once, saving nothing more.
+
+        One that `is_patient` goes on saving: where a launcher passes signals on, the same one may come twice.
+        """
+        self._is_patient = is_patient
         for number in SIGNALS:
             signal.signal(number, self._signalled)
         return self
@@ -62,6 +73,8 @@ class Stop:
 
     def _signalled(self, number: int, _: Any) -> None:
         self.reason = self.reason or signal.Signals(number).name
+        if self._is_patient:
+            return
         for each in SIGNALS:  # by the system, so that it also ends a long write; what is not committed does not count
             signal.signal(each, signal.SIG_DFL)
 
@@ -71,28 +84,45 @@ class Stop:
         self.reason = self.reason or "the process that started it is gone"
 
 
-def train_directory(path: Path, stop: Stop) -> Result | None:
+def train_directory(path: Path, stop: Stop, ranks: Ranks = ALONE) -> Result | None:
     """Trains the run directory to its end and returns the result, or None if it saved and stopped before that.
 
-    It stops when `stop` asks for it, or when its session is over, which is left in paused.json. A finished directory
-    returns its result at once. Raises ConfigError, CorpusError, CheckpointError, DiskFull or TrainingDiverged; the
-    reason is left in failure.json too.
+    It stops when `stop` asks for it, of any rank, or when its session is over, which is left in paused.json. A finished
+    directory returns its result at once. Raises ConfigError, CorpusError, CheckpointError, DiskFull or
+    TrainingDiverged, the same on all ranks; the reason is left in failure.json too.
     """
     directory = RunDirectory(path)
-    config = directory.config()
-    with directory.lock():
-        manifest.sweep(path, older_than_seconds=0)
-        directory.forget_ending()
+    config = ranks.all(directory.config)
+    with ExitStack() as held:
+        ranks.first(lambda: _enter(directory, held, _LOCK_SECONDS if ranks.size > 1 else 0.0))
         try:
             with manifest.full_disk_named(path):
-                if (result := directory.result()) is None:
-                    result = _Training.resumed(directory, config).run(stop)
-                else:  # of a trainer that was killed before it removed them
-                    checkpoint.prune(directory.checkpoints, keep=0)
+                result = _finished(directory, ranks)
+                if result is None:
+                    result = _Training.resumed(directory, config, ranks).run(stop)
         except GPTCoreError as error:
-            directory.record_failure(error)
+            if ranks.is_first:
+                directory.record_failure(error)
             raise
     return result
+
+
+def _enter(directory: RunDirectory, held: ExitStack, patience: float) -> None:
+    """Takes the lock into `held`, and sweeps up behind the attempt before."""
+    held.enter_context(directory.lock(patience))
+    manifest.sweep(directory.path, older_than_seconds=0)
+    directory.forget_ending()
+
+
+def _finished(directory: RunDirectory, ranks: Ranks) -> Result | None:
+    def look() -> dict[str, Any] | None:
+        if (result := directory.result()) is None:
+            return None
+        checkpoint.prune(directory.checkpoints, keep=0)  # of a trainer that was killed before it removed them
+        return asdict(result)
+
+    found = ranks.first(look)
+    return None if found is None else Result(**found)
 
 
 @dataclass
@@ -109,48 +139,65 @@ class _Training:
     saved_at: float = field(default_factory=time.monotonic)
 
     @classmethod
-    def resumed(cls, directory: RunDirectory, config: RunConfig) -> "_Training":
+    def resumed(cls, directory: RunDirectory, config: RunConfig, ranks: Ranks) -> "_Training":
         began = time.monotonic()
-        tokens = _load_checked_tokens(directory, config)
         train, shape = config.train, config.model.shape()
-        torch.set_num_threads(int(train.threads))
+        if (wrong := uneven(train.batch_size, ranks.size, "processes (WORLD_SIZE)")) is not None:
+            raise ConfigError(f"train: {wrong}")
+        tokens = ranks.all(lambda: _load_checked_tokens(directory, config))
+        torch.set_num_threads(max(1, int(train.threads) // ranks.local_size))
         context, stride = shape["context_length"], train.stride or shape["context_length"]
         check_sizes(tokens, context, stride, train.batch_size * train.accumulation)
-        state = TrainState.initial(config.cfg(), train)
+        state = ranks.all(lambda: TrainState.initial(config.cfg(), train, ranks))
         if not checkpoint.restore(directory.checkpoints, state, _identity(config)) and config.start is not None:
-            warmstart.load_weights(state.model, directory.start, config.start.weights_sha256)
-        directory.truncate_metrics(state.step)
+            _start(state, directory, config.start.weights_sha256)
+        ranks.first(lambda: directory.truncate_metrics(state.step))
         sides = {side: tokens.side(side) for side in ("train", "val")}
         val = eval_batches(sides["val"], context, train.batch_size, train.eval_batches)
+        share = (ranks.rank, ranks.size)
         return cls(
             directory=directory,
             config=config,
             state=state,
-            batches=Batches(sides["train"], context, stride, train.batch_size, train.accumulation, train.seed),
+            batches=Batches(sides["train"], context, stride, train.batch_size, train.accumulation, train.seed, share),
             evaluated_train=eval_batches(sides["train"], context, train.batch_size, len(val)),
             evaluated_val=val,
             began=began,
         )
 
+    @property
+    def ranks(self) -> Ranks:
+        return self.state.ranks
+
     def run(self, stop: Stop) -> Result | None:
-        with self.directory.metrics.open("a", buffering=1) as log:
+        with self.directory.metrics.open("a", buffering=1) if self.ranks.is_first else ExitStack() as log:
             for done in self.updates():
-                now = time.time_ns() // 1_000_000
-                line = {**asdict(done), "memory_mb": _memory_mb(self.state.device), "time_ms": now}
-                if self.must_evaluate():
-                    self.evaluate()
-                    line |= dict(zip(("train_loss", "val_loss"), self.state.losses))
-                    print(_progress_line(done, self.state.losses), flush=True)
-                log.write(json.dumps(line) + "\n")
-                if stop.reason:
+                losses = self.evaluated()
+                note = partial(self.noted, done, losses, stop, log)
+                must_stop, must_pause, must_save = self.ranks.any(note)
+                if must_stop:
                     self.save()
                     return None
-                if self.must_pause():
+                if must_pause:
                     self.pause()
                     return None
-                if self.must_save():
+                if must_save:
                     self.save()
         return self.finish()
+
+    def noted(
+        self, done: Update, losses: tuple[float, float] | None, stop: Stop, log: IO[str] | ExitStack
+    ) -> tuple[bool, bool, bool]:
+        """Logs an update, and says what this rank would do after it: stop, pause, save."""
+        if not isinstance(log, ExitStack):
+            now = time.time_ns() // 1_000_000
+            line = {**asdict(done), "memory_mb": _memory_mb(self.state.device), "time_ms": now}
+            if losses is not None:
+                line |= dict(zip(("train_loss", "val_loss"), losses))
+                print(_progress_line(done, losses), flush=True)
+            with manifest.full_disk_named(self.directory.path):
+                log.write(json.dumps(line) + "\n")
+        return stop.reason is not None, self.must_pause(), self.must_save()
 
     def updates(self) -> Iterator[Update]:
         train = self.config.train
@@ -172,11 +219,13 @@ class _Training:
     def must_evaluate(self) -> bool:
         return self.is_budget_reached() or is_evaluated(self.state.step, self.config.train.eval_every)
 
-    def evaluate(self) -> None:
+    def evaluated(self) -> tuple[float, float] | None:
+        """Train and val loss after an update that is evaluated."""
+        if not self.must_evaluate():
+            return None
         precision = self.config.train.precision
         losses = [
-            mean_loss(self.state.model, batches, self.state.device, precision)
-            for batches in (self.evaluated_train, self.evaluated_val)
+            evaluated_loss(self.state, batches, precision) for batches in (self.evaluated_train, self.evaluated_val)
         ]
         if not all(map(math.isfinite, losses)):
             raise TrainingDiverged(
@@ -185,6 +234,7 @@ class _Training:
                 self.state.step,
             )
         self.state.note_evaluation(*losses)
+        return self.state.losses
 
     def must_pause(self) -> bool:
         limit = self.config.train.session_seconds
@@ -194,7 +244,7 @@ class _Training:
     def pause(self) -> None:
         self.save()
         seconds = round(time.monotonic() - self.began, 3)
-        self.directory.record_pause(Paused("session_seconds", self.state.step, seconds))
+        self.ranks.first(lambda: self.directory.record_pause(Paused("session_seconds", self.state.step, seconds)))
 
     def must_save(self) -> bool:
         train = self.config.train
@@ -203,13 +253,16 @@ class _Training:
         return by_steps or by_time
 
     def save(self) -> None:
-        manifest.flush(self.directory.metrics)
+        self.ranks.first(lambda: manifest.flush(self.directory.metrics))
         train = self.config.train
         checkpoint.save(self.directory.checkpoints, self.state, _identity(self.config), train.keep_checkpoints)
         self.saved_at = time.monotonic()
 
     def finish(self) -> Result:
         """Commits the best weights and the result; the checkpoints have served."""
+        return Result(**self.ranks.first(lambda: asdict(self.commit())))
+
+    def commit(self) -> Result:
         best = self.state.best
         assert best is not None, "the last update is always evaluated"
         manifest.flush(self.directory.metrics)
@@ -241,6 +294,17 @@ class _Training:
         return next((key for key, limit in limits.items() if spent[key] >= limit), "patience")
 
 
+def _start(state: TrainState, directory: RunDirectory, sha256: str) -> None:
+    """Gives the model the weights that the training is to start from."""
+    read: list[dict[str, torch.Tensor]] = []  # by the first rank
+
+    def look() -> None:
+        read.append(warmstart.read_weights(state.model, directory.start, sha256))
+
+    state.ranks.first(look)
+    state.spread.load(read[0] if read else {})
+
+
 def _load_checked_tokens(directory: RunDirectory, config: RunConfig) -> Tokens:
     if config.training_version != TRAINING_VERSION:
         raise CheckpointError(
@@ -264,7 +328,7 @@ def _progress_line(done: Update, losses: tuple[float, float]) -> str:
 
 def _identity(config: RunConfig) -> dict[str, Any]:
     """What a checkpoint must agree with: all of the configuration but the keys that do not change the weights."""
-    kept = config.train.model_dump(mode="json", exclude={*SAVING_KEYS, "start_from"})
+    kept = config.train.model_dump(mode="json", exclude={*EXECUTION_KEYS, "start_from"})
     train = {f"train.{key}": value for key, value in kept.items()}
     model = {f"model.{key}": value for key, value in config.cfg().items()}
     start = {"start.weights_sha256": config.start.weights_sha256 if config.start else None}
@@ -280,12 +344,16 @@ def _memory_mb(device: torch.device) -> float:
 
 def _how_it_stopped(stop: Stop, run_dir: Path) -> str:
     if (paused := RunDirectory(run_dir).paused()) is None:
-        return f"stopped ({stop.reason})"
+        return f"stopped ({stop.reason or 'another process of the training was told to'})"
     return f"paused after update {paused.step} (train.{paused.reason}: {paused.seconds:.1f} s)"
 
 
 def main() -> int:
-    """`python -m gptcore.train RUN_DIR`: 0 when the training is finished, 75 when it stopped or paused, and saved."""
+    """`python -m gptcore.train RUN_DIR`: 0 when the training is finished, 75 when it stopped or paused, and saved.
+
+    Under torchrun it is 0 too where starting again would not help, as torchrun would: the run directory says how it
+    ended.
+    """
     parser = argparse.ArgumentParser(prog="python -m gptcore.train", description="Train a run directory to its end.")
     parser.add_argument("run_dir", type=Path, help="made by `gptflow prepare PIPELINE RUN_DIR`")
     parser.add_argument(
@@ -293,19 +361,27 @@ def main() -> int:
     )
     arguments = parser.parse_args()
     memory.keep_freed()
-    stop = Stop().on_signals()
+    is_watched = is_restarted(os.environ)
+    stop = Stop().on_signals(is_patient=is_watched)
     if arguments.stop_at_end_of_input:
         stop.on_end_of_input()
+    ranks = ALONE
     try:
-        result = train_directory(arguments.run_dir, stop)
+        with joined() as ranks:
+            result = train_directory(arguments.run_dir, stop, ranks)
     except GPTCoreError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        if ranks.is_first or isinstance(error, RankLost):
+            print(f"error: {error}", file=sys.stderr)
+        return 0 if is_watched and not isinstance(error, RankLost) else error.exit_code
+    if ranks.is_first:
+        print(_ending(result, stop, arguments.run_dir), flush=True)
+    return STOPPED if result is None and not is_watched else 0
+
+
+def _ending(result: Result | None, stop: Stop, run_dir: Path) -> str:
     if result is None:
-        print(f"{_how_it_stopped(stop, arguments.run_dir)} and saved: the same command goes on", flush=True)
-        return STOPPED
-    print(
+        return f"{_how_it_stopped(stop, run_dir)} and saved: the same command goes on"
+    return (
         f"finished by {result.stopped_by} after {result.steps} updates; best val loss {result.best_val_loss:.4f} nats "
-        f"per token at update {result.best_step}; weights in {arguments.run_dir / 'final'}"
+        f"per token at update {result.best_step}; weights in {run_dir / 'final'}"
     )
-    return 0

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from gptcore import manifest
 from gptcore.config import TrainConfig
@@ -23,8 +23,8 @@ REWARM_PART = 20
 """Where train.warmup_steps is 0, the learning rate rises over one such part of the updates."""
 
 
-def load_weights(model: nn.Module, path: Path, sha256: str) -> None:
-    """Gives `model` the weights in a safetensors file. No random number is drawn.
+def read_weights(model: nn.Module, path: Path, sha256: str) -> dict[str, Tensor]:
+    """The weights in a safetensors file, which fit `model`.
 
     Raises CheckpointError if the file is missing, has another hash, is none of safetensors, or holds tensors of other
     names or shapes, naming the first that differs and both shapes.
@@ -51,7 +51,7 @@ def load_weights(model: nn.Module, path: Path, sha256: str) -> None:
                 f"{here.get(name, 'absent')} in this model. Configure the model as its ancestor, or set "
                 "train.start_from: scratch."
             )
-    model.load_state_dict(tensors)
+    return tensors
 
 
 def rewarmed(train: TrainConfig, batches: Batches) -> TrainConfig:

@@ -14,7 +14,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from datetime import datetime
 from typing import Any
@@ -104,14 +104,28 @@ def known(database: Database) -> list[str]:
 
 def ensure_held() -> None:
     """Asks the server whether every lock that this process holds is still its own. Raises LockLost."""
-    for session in _held:
-        session.ask()
-    ensure_not_lost()
+    guard()()
+
+
+def guard() -> Callable[[], None]:
+    """`ensure_held` for the locks that are held now: it goes on raising LockLost when they have been given back."""
+    sessions = list(_held)
+
+    def still_held() -> None:
+        for session in sessions:
+            session.ask()
+        _raise_lost(sessions)
+
+    return still_held
 
 
 def ensure_not_lost() -> None:
     """As `ensure_held`, by what the watching thread has found: costs nothing. Raises LockLost."""
-    for session in _held:
+    _raise_lost(_held)
+
+
+def _raise_lost(sessions: list["_Session"]) -> None:
+    for session in sessions:
         if session.lost:
             raise LockLost(
                 f"the lock {session.name} was lost, because the connection to {session.database.url} broke: "

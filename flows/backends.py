@@ -104,5 +104,6 @@ def _remembered(home: Path, key: str) -> str | None:
 def _store(text: str, told_by: str) -> str:
     parts = urlsplit(text)
     if parts.scheme != "s3" or not parts.netloc or parts.query or "@" in parts.netloc:
-        raise ConfigError(f"{told_by} is {text.partition('?')[0]!r}: write s3://BUCKET/PREFIX, or {LOCAL}.")
+        # It is not repeated: there may be a key in it.
+        raise ConfigError(f"{told_by} names no object store: write s3://BUCKET/PREFIX, or {LOCAL}.")
     return text.rstrip("/")

@@ -102,6 +102,7 @@ class Following:
         self.root, self.found, self.kind = root, found, attempt.kind(sources_overridden)
         self.store = root.store
         self.run, self.there = found.run, _relative(root, found.run.path)
+        self.allowed = advisory.guard()
         self.has_begun = False
         self.pushed: set[str] = set()
         self.error: GPTCoreError | None = None
@@ -167,14 +168,14 @@ class Following:
 
     def _begin(self, store: Store) -> None:
         for directory in (self.found.snapshot.path, self.found.tokens.path):
-            store.push(directory, _relative(self.root, directory), advisory.ensure_held)
+            store.push(directory, _relative(self.root, directory), self.allowed)
         if self.run.start.exists():
             store.upload(self.run.start, f"{self.there}/{self.run.start.name}")
         store.put(f"{self.there}/config.json", (self.run.path / "config.json").read_bytes())
         key = f"{_relative(self.root, self.run.path.parent)}/{CURRENT}"
         before = store.read(key)
         body = {**_parsed(before.body if before else b"{}"), self.kind: self.run.path.name}
-        advisory.ensure_held()
+        self.allowed()
         store.write(key, json.dumps(body).encode() + b"\n", before)
         self.has_begun = True
 
@@ -185,7 +186,7 @@ class Following:
         with _kept(self.root, directory) as kept:  # the trainer may remove it meanwhile
             if self.run.metrics.exists():
                 store.upload(self.run.metrics, f"{self.there}/{self.run.metrics.name}")
-            store.push(kept, _relative(self.root, directory), advisory.ensure_held)
+            store.push(kept, _relative(self.root, directory), self.allowed)
         self.pushed.add(directory.name)
         return True
 
@@ -200,7 +201,7 @@ def _bring_run(root: StateRoot, store: Store, run: RunDirectory, there: str, con
     tokens = root.token_files(config.tokens_sha256)
     root.corpus(manifest.about(tokens)["corpus_sha256"])
     start = None
-    with manifest.staging(root.path / "mirror") as staged:
+    with manifest.staging(root.mirror) as staged:
         if config.start is not None:
             start = staged / run.start.name
             store.download(f"{there}/{start.name}", start)
@@ -219,7 +220,7 @@ def _bring_run(root: StateRoot, store: Store, run: RunDirectory, there: str, con
 @contextmanager
 def _kept(root: StateRoot, directory: Path) -> Iterator[Path]:
     """The directory's files under another name, as long as this lasts, whoever removes them under their own."""
-    with manifest.staging(root.path / "mirror") as staged:
+    with manifest.staging(root.mirror) as staged:
         for name in (MANIFEST, *manifest.names(directory)):
             (staged / name).parent.mkdir(parents=True, exist_ok=True)
             os.link(directory / name, staged / name)

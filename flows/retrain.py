@@ -146,7 +146,7 @@ class _Retraining:
     def run(self) -> State[Outcome]:
         tracking.open_database(self.root)
         tracking.close_left(self.root, self.pipeline.name)
-        for parent in (self.root.corpora, self.root.tokens):
+        for parent in (self.root.corpora, self.root.tokens, self.root.mirror):
             manifest.sweep(parent)
         found = self.unfinished() or self.begun()
         return self.skipped(found) if isinstance(found, str) else self.worked_on(found)

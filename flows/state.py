@@ -3,7 +3,7 @@
     mlflow.db    artifacts/   MLflow's runs, registry and files
     corpora/     tokens/      committed snapshots and token files, shared by all pipelines
     runs/                     run directories, <pipeline>/<run key>-<attempt>
-    imports/                  where models from elsewhere are prepared
+    imports/    mirror/       where models from elsewhere are prepared, and what an object store takes or gives
     locks/                    one lock per pipeline, held by its run
     watch/                    what the last looks at each pipeline's sources saw
     prefect/     logs/        the homes of Prefect's servers, and what servers and libraries said
@@ -65,6 +65,11 @@ class StateRoot:
     def imports(self) -> Path:
         """Where models from elsewhere are prepared: half-made directories only."""
         return self.path / "imports"
+
+    @property
+    def mirror(self) -> Path:
+        """What is on its way to or from the object store: half-made directories only."""
+        return self.path / "mirror"
 
     @property
     def artifacts(self) -> Path:

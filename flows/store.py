@@ -73,8 +73,7 @@ class Store:
 
     def check(self) -> None:
         """Makes sure that the bucket is there and that conditions are kept. Raises StoreRefuses or StoreAway."""
-        with self._explained("be looked at"):
-            _client().head_bucket(Bucket=self.bucket)
+        self.answers()
         for _ in range(2):  # whoever comes second must be told so
             if not self._put(_PROBE, b"", IfNoneMatch="*"):
                 return
@@ -82,6 +81,11 @@ class Store:
             f"the object store of {self.url} ignores the condition of a write (If-None-Match), without which two "
             "machines could publish different halves of one directory. Upgrade it, or use another one."
         )
+
+    def answers(self) -> None:
+        """Looks whether the bucket is there. Raises StoreRefuses or StoreAway."""
+        with self._explained("be looked at"):
+            _client().head_bucket(Bucket=self.bucket)
 
     def push(self, directory: Path, relative: str, allowed: Callable[[], None] = lambda: None) -> bool:
         """Publishes a committed directory; False if somebody has published one of this name, which stays.

@@ -149,6 +149,18 @@ def _children(up: Servers, root: StateRoot) -> Iterator[Check]:
         yield Check("servers", True, message, f"if it goes on, see {root.logs / name}.log")
 
 
+def backends(patient: Patient) -> Iterator[Check]:
+    """The database and the object store that the state lies on answer."""
+    elsewhere = patient.root.backends
+    if elsewhere.database is not None:
+        with elsewhere.database.asked() as cursor:
+            cursor.execute("select 1")
+        yield Check("database", True, f"the database {elsewhere.database.url} answers")
+    if (store := patient.root.store) is not None:
+        store.answers()
+        yield Check("object store", True, f"the object store {store.url} answers")
+
+
 def disk(patient: Patient) -> Iterator[Check]:
     """There is room for two more runs like the largest one so far, and a GiB in any case."""
     path = patient.root.path
@@ -186,6 +198,9 @@ def state_root(patient: Patient) -> Iterator[Check]:
 def registry(patient: Patient) -> Iterator[Check]:
     """The database answers, and each model's champion is whole: its bundle loads with the weights that were tested."""
     root = patient.root
+    if root.database is not None:
+        with root.database.asked():  # MLflow would ask a server that is away for minutes
+            pass
     if root.tracking_uri == f"sqlite:///{root.path / 'mlflow.db'}" and (why := _nothing_to_read(root.path)):
         yield Check("registry", True, why)
         return
@@ -273,6 +288,7 @@ EXAMINATIONS: dict[str, Examination] = {
     "versions": versions,
     "prefect server": prefect_server,
     "up": servers,
+    "backends": backends,
     "disk": disk,
     "state root": state_root,
     "registry": registry,

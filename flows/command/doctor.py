@@ -84,6 +84,8 @@ class _Running:
     def _run(self, examination: Examination, patient: Patient) -> None:
         try:
             self.checks = list(examination(patient))
+        except GPTCoreError as error:
+            self.checks = [Check(self.name, False, str(error), "as it says")]
         except Exception as error:  # a doctor that falls ill himself must still report on the rest
             self.error = f"{type(error).__name__}: {error}"
 

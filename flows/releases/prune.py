@@ -276,7 +276,8 @@ class _Pruning:
     def sweep(self) -> None:
         """Frees what killed processes left half-made."""
         runs = self.root.path / "runs"
-        for parent in (self.root.imports, self.root.tokens, self.root.corpora, *runs.glob("*/"), *runs.glob("*/*/")):
+        own = (self.root.imports, self.root.tokens, self.root.corpora, self.root.mirror)
+        for parent in (*own, *runs.glob("*/"), *runs.glob("*/*/")):
             for leftover in manifest.stale(parent):
                 self.free(leftover)
 

@@ -73,11 +73,12 @@ def resolve(root: StateRoot, uri: str) -> ModelVersion:
         ) from None
 
 
-def bundle_path(root: StateRoot, name: str, version: str) -> Path:
-    """The version's bundle as a local directory. Raises RegistryError if its files are gone."""
+def bundle_path(root: StateRoot, name: str, version: str, file: str = "") -> Path:
+    """The version's bundle as a local directory, or `file` of it. Raises RegistryError if its files are gone."""
     mlflow.set_tracking_uri(root.tracking_uri)
     try:
-        return Path(mlflow.artifacts.download_artifacts(f"models:/{name}/{version}/artifacts/{BUNDLE}"))
+        inside = "/".join(filter(None, ("artifacts", BUNDLE, file)))
+        return Path(mlflow.artifacts.download_artifacts(f"models:/{name}/{version}/{inside}"))
     except (MlflowException, OSError) as error:
         raise RegistryError(
             f"the files of models:/{name}/{version} cannot be read: {error}. Restore the artifacts from a backup, or "
@@ -122,7 +123,7 @@ def address(root: StateRoot, name: str, version: str) -> str | None:
 
 def lineage_of(root: StateRoot, name: str, version: str) -> dict[str, Any]:
     """What the version's lineage.json says. Raises RegistryError if it is gone or damaged."""
-    path = bundle_path(root, name, version) / "lineage.json"
+    path = bundle_path(root, name, version, "lineage.json")
     try:
         lineage: dict[str, Any] = json.loads(path.read_text())
     except (OSError, ValueError) as error:

@@ -145,6 +145,8 @@ class _Supervisor:
         click.echo("starting Prefect and MLflow")
         if (elsewhere := self.root.backends) != Backends():
             click.echo(f"the state lies on {elsewhere}")
+            if elsewhere.database is not None and (self.root.path / "mlflow.db").exists():
+                click.echo(f"what {self.root.path / 'mlflow.db'} has stays there; `--database local` goes back to it")
         for child in self.servers():
             child.start()
         for child in self.servers():

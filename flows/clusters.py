@@ -76,11 +76,10 @@ class Cluster:
 
     def __call__(self, step: str, doing: str, function: Callable[[S], R], shards: Sequence[S]) -> list[R]:
         """Raises ClusterAway if there is no cluster to be had."""
-        if self._runner is None:
-            self._runner = self._stack.enter_context(self._started())
+        runner = self.begin()
         progress = Progress(step, doing, sum(shard.num_bytes for shard in shards))
         named: Any = work.with_options(name=f"{step}: {doing}")
-        futures = self._runner.map(named, {"function": unmapped(function), "shard": list(shards)})
+        futures = runner.map(named, {"function": unmapped(function), "shard": list(shards)})
         made: list[R] = []
         try:
             for future, shard in zip(futures, shards):
@@ -90,6 +89,12 @@ class Cluster:
             _cancel(futures)
             raise
         return made
+
+    def begin(self) -> TaskRunner[Any]:
+        """Prefect's task runner, with the cluster that it needs. Raises ClusterAway."""
+        if self._runner is None:
+            self._runner = self._stack.enter_context(self._started())
+        return self._runner
 
     def _started(self) -> TaskRunner[Any]:
         if self._address is not None:

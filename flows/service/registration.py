@@ -1,4 +1,4 @@
-"""Brings deployments to a Prefect server: asks what is there, sends only what is new or different, deletes what is gone.
+"""Brings deployments to a Prefect server: asks what is there, sends what is new or different, deletes what is gone.
 
 A file of hundreds of pipelines is registered at every start, mostly unchanged. So what is there is read by pages, as
 plain data, and compared whole: a deployment is left alone only if nothing of it was changed or lost since, on the

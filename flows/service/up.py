@@ -99,7 +99,7 @@ class _Supervisor:
         environment = {**os.environ, "PREFECT_API_URL": api, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
         environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
         if importlib.util.find_spec("tzdata"):
-            # Prefect lists all time zones for every schedule that it reads: from the system's 600 files that takes 17 ms.
+            # Prefect lists all time zones for every schedule that it reads: from the system's 600 files, in 17 ms.
             environment.setdefault("PYTHONTZPATH", "")
         if environment["PREFECT_HOME"] == str(root.prefect / "ephemeral"):
             environment["PREFECT_HOME"] = str(root.prefect)

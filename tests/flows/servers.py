@@ -173,6 +173,10 @@ class Receiver(HTTPServer):
 class _ReceiverHandler(BaseHTTPRequestHandler):
     server: Receiver
 
+    def do_GET(self) -> None:
+        self.send_response(self.server.status)
+        self.end_headers()
+
     def do_POST(self) -> None:
         self.server.got.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
         self.send_response(self.server.status)

@@ -1,21 +1,30 @@
 """`gptflow deploy`: what is refused, what a work pool gets, and that a process worker really runs it."""
 
 import json
+import os
+import re
+import shutil
 import subprocess
 import sys
 import urllib.error
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Thread
+from typing import Any
 
 import psutil
 import pytest
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
+from flows.pipelines import PipelinesFile
+from flows.service.deploy import deploy
 from flows.state import StateRoot
-from gptcore.errors import ConfigError
-from tests.flows.servers import Prefect, Serving, clean, gptflow, prefect_server, write
+from gptcore.errors import GPTCoreError
+from tests.flows.servers import Prefect, Receiver, Serving, clean, gptflow, living, prefect_server, wait_for, write
 
 pytestmark = pytest.mark.slow
+TEMPLATES = Path(__file__).parents[2] / "deploy"
 NAMES = ("night", "promote", "rollback", "prune", "watch")
 
 
@@ -23,7 +32,12 @@ NAMES = ("night", "promote", "rollback", "prune", "watch")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prefect]:
     """A server with a work pool for processes."""
     with prefect_server(tmp_path_factory.mktemp("server")) as server:
-        server.ask("work_pools/", {"name": "machines", "type": "process", "base_job_template": process_template()})
+        for name, kind, template in (
+            ("machines", "process", process_template()),
+            ("boxes", "docker", json.loads((TEMPLATES / "docker" / "base-job-template.json").read_text())),
+            ("pods", "kubernetes", json.loads((TEMPLATES / "kubernetes" / "base-job-template.json").read_text())),
+        ):
+            server.ask("work_pools/", {"name": name, "type": kind, "base_job_template": template})
         yield server
 
 
@@ -34,21 +48,42 @@ def process_template() -> dict[str, object]:
 
 
 @contextmanager
-def worker(directory: Path, server: Prefect) -> Iterator[None]:
-    """A worker of the pool in a directory of its own."""
-    command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", "machines", "--type", "process"]
+def worker(directory: Path, server: Prefect, *host: str) -> Iterator[psutil.Process]:
+    """A worker of the pool in a directory of its own, for one run at a time; `host` is what it is started under."""
+    command = [*host, sys.executable, "-m", "prefect", "worker", "start", "--pool", "machines", "--type", "process"]
     environment = clean(PREFECT_API_URL=server.url, PREFECT_HOME=str(directory), PREFECT_WORKER_QUERY_SECONDS="2")
     with (directory / "worker.log").open("w") as log:
-        process = subprocess.Popen(command, cwd=directory, env=environment, stdout=log, stderr=log)
+        process = subprocess.Popen([*command, "--limit", "1"], cwd=directory, env=environment, stdout=log, stderr=log)
     try:
-        yield
+        yield psutil.Process(process.pid)
     finally:
-        tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
         process.terminate()
-        _, alive = psutil.wait_procs(tree, timeout=30)
-        for left in alive:  # how a worker stops is Prefect's business
-            left.kill()
+        kill(tree(process.pid), 30)  # how a worker stops is Prefect's business
         process.wait()
+
+
+def tree(pid: int) -> list[psutil.Process]:
+    """The process and all below it; none if it is gone."""
+    with suppress(psutil.NoSuchProcess):
+        return [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    return []
+
+
+def kill(processes: list[psutil.Process], patience: float = 0) -> None:
+    """Kills those that have not ended after that many seconds."""
+    _, alive = psutil.wait_procs(processes, timeout=patience)
+    for left in alive:
+        with suppress(psutil.NoSuchProcess):
+            left.kill()
+    psutil.wait_procs(alive, timeout=10)
+
+
+def another_host(name: str) -> list[str]:
+    """What starts a process under a host name and process ids of its own, as a container does."""
+    if os.geteuid() != 0 or shutil.which("unshare") is None:
+        pytest.skip("only root may start other hosts")
+    program = f'hostname {name}; exec "$@"'
+    return ["unshare", "--fork", "--pid", "--mount-proc", "--uts", "--kill-child", "sh", "-c", program, "sh"]
 
 
 @pytest.mark.parametrize(
@@ -56,7 +91,12 @@ def worker(directory: Path, server: Prefect) -> Iterator[None]:
     [
         (["--work-pool", "machines"], None, 2, "PREFECT_API_URL is not set"),
         (["--work-pool", "machines"], "http://127.0.0.1:9/api", 1, "does not answer"),
-        (["--work-pool", "machine"], "", 2, "--work-pool machine: there is no such pool; there are: machines"),
+        (
+            ["--work-pool", "machine"],
+            "",
+            2,
+            "--work-pool machine: there is no such pool; there are: boxes, machines, pods",
+        ),
         (
             ["--work-pool", "machines", "--image", "gpt:1"],
             "",
@@ -74,18 +114,27 @@ def test_what_cannot_be_deployed_is_refused(
     assert done.returncode == code and part in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
-def test_no_password_is_shown_with_a_deployment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from flows.service.deploy import job_variables
-
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://ann:secret@example.org")
-    with pytest.raises(ConfigError, match="MLFLOW_TRACKING_PASSWORD to the workers") as refused:
-        job_variables(StateRoot(tmp_path), image=None)
-    assert "secret" not in str(refused.value)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://example.org")
-    monkeypatch.setenv("PREFECT_API_KEY", "secret")
-    given = job_variables(StateRoot(tmp_path), image="gpt:1")
-    assert (given["image"], given["env"]["MLFLOW_TRACKING_URI"]) == ("gpt:1", "https://example.org")
-    assert "secret" not in json.dumps(given)
+@pytest.mark.parametrize(
+    ("pool", "image", "part"),
+    [
+        ("boxes", None, "its runs live in containers (docker), so give --image IMAGE"),
+        ("pods", "gpt:1", "http://localhost:5000, which in a pod of the work pool pods means the pod itself"),
+        ("machines", None, "refuses with 401: set PREFECT_API_AUTH_STRING"),
+    ],
+)
+def test_what_runs_could_not_live_with_is_refused(
+    project: Path, server: Prefect, monkeypatch: pytest.MonkeyPatch, pool: str, image: str | None, part: str
+) -> None:
+    receiver = Receiver()
+    receiver.status = 401
+    Thread(target=receiver.serve_forever, daemon=True).start()
+    api = f"{receiver.url}/api" if pool == "machines" else server.url
+    monkeypatch.setenv("PREFECT_API_URL", api)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://localhost:5000")
+    root = StateRoot(project / "mlruns").create()
+    with temporary_settings({PREFECT_API_URL: api}), pytest.raises(GPTCoreError, match=re.escape(part)):
+        deploy(PipelinesFile(project / "pipelines.yaml"), root, pool, image)
+    receiver.shutdown()
 
 
 def test_a_process_worker_elsewhere_retrains_and_then_has_nothing_to_do(
@@ -140,3 +189,90 @@ def test_what_the_file_no_longer_names_leaves_the_pool_and_serving_takes_the_dep
         assert server.ask("deployments/name/retrain/one")["work_pool_name"] is None
         assert server.ended(server.start("one"))["name"] == "Promoted"
     assert deployed()[0] == "changed    one"
+
+
+LONG = {"max_steps": 6000, "eval_every": 1000, "checkpoint_seconds": 1}
+"""A training of the tiny model that takes some ten seconds, and saves every second."""
+
+
+def deployed(project: Path, server: Prefect, **pipelines: dict[str, Any]) -> None:
+    write(project, **pipelines)
+    done = gptflow(project, "deploy", "--work-pool", "machines", PREFECT_API_URL=server.url)
+    assert done.returncode == 0, done.stderr
+
+
+def saved(project: Path, pipeline: str) -> list[int]:
+    """The steps of the checkpoints that are there."""
+    return sorted(int(path.name[5:]) for path in project.glob(f"mlruns/runs/{pipeline}/*/checkpoints/step-*"))
+
+
+def took(directory: Path, run: str) -> bool:
+    """Whether the worker there runs it; where two ask for the same one, Prefect sends one away."""
+    log = (directory / "worker.log").read_text()
+    return f"submitting flow run '{run}'" in log and f"Aborted submission of flow run '{run}'" not in log
+
+
+def test_two_hosts_take_turns_and_the_other_goes_on_where_one_was_lost(
+    project: Path, server: Prefect, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    deployed(project, server, turns={})
+    first, second = tmp_path_factory.mktemp("first"), tmp_path_factory.mktemp("second")
+    with (
+        worker(first, server, *another_host("first")) as one,
+        worker(second, server, *another_host("second")) as two,
+    ):
+        lost = server.start("turns", train=LONG)
+        wait_for(lambda: saved(project, "turns"), 90)
+        (at_work,) = (directory for directory in (first, second) if took(directory, lost))
+        meanwhile = server.start("turns", train=LONG)
+        ended = server.ended(meanwhile)
+        assert ended["name"] == "Skipped" and "another run holds the lock" in ended["message"]
+        other = second if at_work == first else first
+        assert took(other, meanwhile), "each takes one run at a time"
+        machine = tree(one.pid if at_work == first else two.pid)
+        kill(machine)  # it is lost, with all that ran there
+        assert living(machine) == []
+        before = saved(project, "turns")
+        assert server.ended(server.start("turns", train=LONG), 150)["name"] == "Promoted"
+    (directory,) = (project / "mlruns" / "runs" / "turns").glob("*/")
+    steps = [json.loads(line)["step"] for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    assert before and max(steps) == LONG["max_steps"]
+    shown = json.loads(gptflow(project, "models", "gpt-turns", "--json").stdout)
+    assert [version["version"] for version in shown] == [1]
+
+
+def test_a_run_that_is_stopped_as_containers_are_saves_waits_for_another_and_can_be_cancelled(
+    project: Path, server: Prefect
+) -> None:
+    """Process 1 of its own, the command of our Kubernetes job, its environment, SIGTERM: what an eviction sends."""
+    deployed(project, server, evicted={})
+    run = server.start("evicted", train={**LONG, "max_steps": 1_000_000, "checkpoint_seconds": 600})
+
+    def execute() -> subprocess.Popen[bytes]:
+        command = [*another_host("pod"), sys.executable, "-m", "prefect", "flow-run", "execute"]
+        environment = clean(
+            PREFECT_API_URL=server.url,
+            PREFECT_HOME=str(project / "home"),
+            PREFECT__FLOW_RUN_ID=run,
+            PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR="reschedule",
+            GPTFLOW_HOME=str(project / "mlruns"),
+        )
+        with (project / "pod.log").open("ab") as log:
+            return subprocess.Popen(command, cwd=project, env=environment, stdout=log, stderr=log)
+
+    pod = execute()
+    metrics = project / "mlruns" / "runs" / "evicted"
+    wait_for(lambda: any(path.stat().st_size for path in metrics.glob("*/metrics.jsonl")), 60)
+    everything = tree(pod.pid)
+    everything[1].terminate()
+    pod.wait(45)
+    assert living(everything) == []
+    assert len(saved(project, "evicted")) == 1, (project / "pod.log").read_text()
+    assert server.state(run)["name"] == "AwaitingRetry"
+    before = saved(project, "evicted")
+    pod = execute()
+    wait_for(lambda: server.state(run)["type"] == "RUNNING", 60)
+    server.ask(f"flow_runs/{run}/set_state", {"state": {"type": "CANCELLING"}})
+    pod.wait(90)
+    assert server.state(run)["type"] == "CANCELLED", (project / "pod.log").read_text()
+    assert len(list(metrics.glob("*/"))) == 1 and max(saved(project, "evicted")) >= max(before)

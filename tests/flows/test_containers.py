@@ -1,0 +1,174 @@
+"""The folder deploy/: what Prefect's own worker code makes of our templates, read as Kubernetes and Docker read it."""
+
+import asyncio
+import json
+import re
+import tomllib
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+import yaml
+from prefect.client.schemas.objects import FlowRun
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from flows.service.deploy import job_variables
+from flows.service.up import RUN_GRACE_SECONDS
+from flows.state import StateRoot
+from flows.training import GRACE_SECONDS
+from gptcore.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "deploy"
+PREFECTS_GRACE_SECONDS = 30
+"""After it Prefect kills a flow run that was asked to stop."""
+NEEDED = {
+    *("GPTFLOW_HOME", "MLFLOW_TRACKING_URI", "GPTFLOW_DATABASE", "GPTFLOW_ARTIFACTS", "PREFECT_API_URL"),
+    *("DO_NOT_TRACK", "MLFLOW_DISABLE_TELEMETRY", "PREFECT_SERVER_ANALYTICS_ENABLED", "PREFECT__FLOW_RUN_ID"),
+}
+# Prefect insists on them in the pod's specification, where Kubernetes knows none of them and drops them.
+PREFECTS_OWN = {"parallelism", "completions"}
+
+
+@pytest.fixture
+def variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What `gptflow deploy --image` registers with a deployment, where secrets are in its environment."""
+    for name in ("PGPASSWORD", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_PASSWORD"):
+        monkeypatch.setenv(name, "hush")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
+    monkeypatch.setenv("GPTFLOW_DATABASE", "postgresql://ann@db/gptflow")
+    monkeypatch.setenv("GPTFLOW_ARTIFACTS", "s3://models/gptflow")
+    return job_variables(StateRoot(tmp_path), "gptflow:1")
+
+
+def rendered(kind: str, values: dict[str, Any]) -> Any:
+    """The job's configuration, as the worker of the kind prepares it."""
+    if kind == "docker":
+        from prefect_docker.worker import DockerWorkerJobConfiguration as Configuration
+    else:
+        from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration as Configuration
+    template = json.loads((FOLDER / kind / "base-job-template.json").read_text())
+    with temporary_settings({PREFECT_API_URL: "http://prefect:4200/api"}):
+        configuration = asyncio.run(Configuration.from_template_and_values(template, values))
+        configuration.prepare_for_flow_run(FlowRun(id=uuid4(), flow_id=uuid4(), name="night"))
+    return configuration
+
+
+def strictly(kind: str, body: Any, at: str = "") -> None:
+    """Checks the body against Kubernetes' own schema: every key is known, every value of its type, none is missing."""
+    from kubernetes_asyncio.client import models
+
+    if listed := re.fullmatch(r"list\[(.*)\]", kind):
+        assert isinstance(body, list), f"{at} is no list"
+        for index, item in enumerate(body):
+            strictly(listed[1], item, f"{at}[{index}]")
+    elif mapped := re.fullmatch(r"dict\((.*), (.*)\)", kind):
+        assert isinstance(body, dict), f"{at} is no mapping"
+        for key, value in body.items():
+            strictly(mapped[2], value, f"{at}.{key}")
+    elif (model := getattr(models, kind, None)) is not None:
+        known = {model.attribute_map[name]: wanted for name, wanted in model.openapi_types.items()}
+        extra = PREFECTS_OWN if kind == "V1PodSpec" else set()
+        assert body.keys() - known.keys() <= extra, f"{at}: {kind} has no {body.keys() - known.keys()}"
+        for key in body.keys() & known.keys():
+            strictly(known[key], body[key], f"{at}.{key}")
+        own = {name: body.get(key) for name, key in model.attribute_map.items()}
+        model(**own)  # refuses where something required is missing
+    elif at.endswith((".cpu", ".memory", ".storage", ".sizeLimit", ".nvidia.com/gpu")):
+        assert re.fullmatch(r"\d+(\.\d+)?(m|[KMGT]i?)?", str(body)), f"{at} is no quantity: {body}"
+    elif kind != "object":  # which is what Kubernetes calls a port's number or name
+        assert isinstance(body, {"str": str, "int": int, "bool": bool}[kind]), f"{at} is no {kind}: {body!r}"
+
+
+def test_a_kubernetes_job_is_one_that_kubernetes_takes_with_time_to_save_and_no_secret(
+    variables: dict[str, Any],
+) -> None:
+    job = rendered("kubernetes", variables).job_manifest
+    strictly("V1Job", job)
+    pod = job["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert (
+        GRACE_SECONDS < PREFECTS_GRACE_SECONDS and pod["terminationGracePeriodSeconds"] >= PREFECTS_GRACE_SECONDS + 15
+    )
+    assert (job["spec"]["backoffLimit"], pod["restartPolicy"]) == (0, "Never")
+    environment = {one["name"]: one["value"] for one in container["env"]}
+    assert environment.keys() >= NEEDED and "hush" not in json.dumps(job)
+    # With it, Prefect lets a run that is evicted save, and starts it anew elsewhere.
+    assert environment["PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR"] == "reschedule"
+    assert (container["image"], container["args"]) == ("gptflow:1", ["prefect", "flow-run", "execute"])
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == 1
+    mounts = {one["mountPath"]: one["name"] for one in container["volumeMounts"]}
+    volumes = {one["name"]: one for one in pod["volumes"]}
+    assert volumes[mounts["/dev/shm"]]["emptyDir"] == {"medium": "Memory", "sizeLimit": "8Gi"}
+    assert volumes[mounts["/state"]]["persistentVolumeClaim"]["claimName"] == "gptflow-state"
+    assert container["envFrom"][0]["secretRef"]["name"] == "gptflow"
+    chosen = {**variables, "gpus": 4, "memory_limit": "512Gi", "node_selector": {"pool": "h200"}}
+    pod = rendered("kubernetes", chosen).job_manifest["spec"]["template"]["spec"]
+    limits = pod["containers"][0]["resources"]["limits"]
+    assert (limits, pod["nodeSelector"]) == ({"memory": "512Gi", "nvidia.com/gpu": 4}, {"pool": "h200"})
+
+
+def test_a_docker_container_is_one_that_docker_takes_with_shared_memory_and_no_secret(
+    variables: dict[str, Any],
+) -> None:
+    from docker.models.containers import _create_container_args
+
+    made = rendered("docker", variables)
+    more = made.container_create_kwargs
+    asked = {"image": made.image, "command": made.command, "environment": made.env, "volumes": made.volumes, **more}
+    given = _create_container_args({**asked, "version": "1.41"})  # refuses what it does not know
+    assert given["host_config"]["ShmSize"] == 8 * 2**30 and given["stop_signal"] == "SIGTERM"
+    assert given["host_config"]["DeviceRequests"][0]["Capabilities"] == [["gpu"]]
+    assert given["host_config"]["Binds"] == ["/srv/gptflow:/srv/gptflow"]
+    assert made.env.keys() >= NEEDED and "hush" not in json.dumps(given)
+    assert rendered("docker", {**variables, "device_requests": []}).container_create_kwargs["device_requests"] == []
+
+
+def test_the_manifests_are_ones_that_kubernetes_takes_and_they_fit_together() -> None:
+    from flows.cli import deploy
+
+    kinds, images, commands = {}, set(), []
+    for file in sorted((FOLDER / "kubernetes").glob("*.yaml")):
+        for body in yaml.safe_load_all(file.read_text()):
+            schema = "RbacV1Subject" if body["kind"] == "Subject" else f"V1{body['kind']}"
+            strictly(schema, body, file.name)
+            kinds.setdefault(body["kind"], set()).add(body["metadata"]["name"])
+            for container in body.get("spec", {}).get("template", {}).get("spec", {}).get("containers", []):
+                images.add(container["image"])
+                commands.append(container["args"])
+    template = json.loads((FOLDER / "kubernetes" / "base-job-template.json").read_text())["variables"]["properties"]
+    assert kinds["PersistentVolumeClaim"] == {template["state_claim"]["default"]}
+    assert len(images) == 1 and {"prefect", "mlflow"} == kinds["Service"]
+    (registering,) = (command[2:] for command in commands if command[:2] == ["gptflow", "deploy"])
+    deploy.make_context("deploy", registering)  # refuses options that it does not have
+
+
+def test_the_image_gets_what_it_copies_runs_as_nobody_special_and_lets_a_run_save() -> None:
+    text = re.sub(r"\\\n(\s*#.*\n)*", " ", (FOLDER / "Dockerfile").read_text())
+    lines = [line.split() for line in text.splitlines() if line and not line.startswith("#")]
+    copied = [source for word, *rest in lines if word == "COPY" and "--from=build" not in rest for source in rest[:-1]]
+    allowed = [line.removeprefix("!") for line in (ROOT / ".dockerignore").read_text().splitlines() if line[:1] == "!"]
+    for source in copied:
+        assert (ROOT / source).exists() and any(fnmatch(source, pattern) for pattern in allowed), source
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    (asked,) = (line[1].removeprefix("EXTRAS=").split(",") for line in lines if line[1].startswith("EXTRAS="))
+    assert set(asked) <= extras.keys() and "constraints.txt" in copied
+    assert ["USER", "1000:1000"] in lines and ["STOPSIGNAL", "SIGTERM"] in lines
+    environment = dict(word.split("=", 1) for line in lines if line[0] == "ENV" for word in line[1:])
+    assert environment["PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR"] == "reschedule"
+    assert RUN_GRACE_SECONDS < PREFECTS_GRACE_SECONDS
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("MLFLOW_TRACKING_URI", "https://ann:hush@example.org"), ("AWS_ENDPOINT_URL", "http://ann:hush@store:9000")],
+)
+def test_no_password_is_shown_with_a_deployment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=f"{name} holds a password.* to the workers") as refused:
+        job_variables(StateRoot(tmp_path), image=None)
+    assert "hush" not in str(refused.value)

@@ -56,8 +56,9 @@ def train_directory(path: Path, stop: Stop, ranks: Ranks = ALONE) -> Result | No
     """
     directory = RunDirectory(path)
     config = ranks.all(directory.config)
+    patience = _LOCK_SECONDS if ranks.size > 1 or is_restarted(os.environ) else 0.0
     with ExitStack() as held:
-        ranks.first(lambda: _enter(directory, held, _LOCK_SECONDS if ranks.size > 1 else 0.0))
+        ranks.first(lambda: _enter(directory, held, patience))
         try:
             with manifest.full_disk_named(path):
                 result = _finished(directory, ranks)

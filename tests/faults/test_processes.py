@@ -234,11 +234,14 @@ def ip(*arguments: str) -> None:
     subprocess.run(["ip", *arguments], check=True, capture_output=True)
 
 
-def start_on(host: str, run: RunDirectory, log: Path) -> "subprocess.Popen[bytes]":
+def start_on(host: str, run: RunDirectory, log: Path, read_timeout: int = 5) -> "subprocess.Popen[bytes]":
     """torchrun on one of at most two hosts, of which the first keeps the rendezvous."""
+    is_first = "-a-" in host
     rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "10.77.0.1:29400", "--rdzv-id", "test"]
-    patience = ["--rdzv-conf", "last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=3,read_timeout=5"]
-    address = ["--local-addr", "10.77.0.1" if "-a-" in host else "10.77.0.2"]
+    settings = {"is_host": is_first, "last_call_timeout": 3, "read_timeout": read_timeout}
+    settings |= {"keep_alive_interval": 1, "keep_alive_max_attempt": 3}
+    patience = ["--rdzv-conf", ",".join(f"{key}={value}" for key, value in settings.items())]
+    address = ["--local-addr", "10.77.0.1" if is_first else "10.77.0.2"]
     command = ["-m", "torch.distributed.run", "--nnodes", "1:2", "--nproc-per-node", "1", "--max-restarts", "5"]
     environment = {
         **os.environ,
@@ -266,18 +269,20 @@ def test_a_host_that_is_cut_off_costs_a_restart_and_comes_back(
     try:
         wait_for(lambda: len(run.read_metrics()) >= 100, agents[:1], log)
         ip("-n", second, "link", "set", "eth0", "down")
-        saved = run.saved_step()
         wait_for(lambda: "is without another one" in log.read_text(), agents[:1], log)
-        agents[1].wait(timeout=60)
-        wait_for(lambda: run.saved_step() >= saved + 100, agents[:1], log)
+        agents[1].wait(timeout=90)
+        again = start_on(second, run, log, read_timeout=90)
+        agents.append(again)
+        saved = run.saved_step()
+        wait_for(lambda: run.saved_step() >= saved + 50, agents[:1], log)  # by the first host alone
         ip("-n", second, "link", "set", "eth0", "up")
-        agents.append(start_on(second, run, log))
-        agents[0].wait(timeout=120)
+        ended = [agent.wait(timeout=120) for agent in (agents[0], again)]
     finally:
         for agent in agents:
             agent.kill()
             agent.wait()
-    assert agents[0].returncode == 0, log.read_text()
+    assert ended == [0, 0], log.read_text()
+    assert "stopped (SIGTERM) and saved" in log.read_text(), "to go on by two again"
     assert_same_curve(run, twin)
 
 

@@ -105,7 +105,9 @@ def _stop(process: psutil.Popen) -> None:
     process.stdin.close()
     _wait(process, GRACE_SECONDS)
     if process.poll() is None:
-        process.kill()
+        for each in (*process.children(recursive=True), process):  # torchrun's trainers would outlive it
+            with suppress(psutil.NoSuchProcess):
+                each.kill()
         process.wait()
 
 

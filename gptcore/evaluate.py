@@ -100,7 +100,11 @@ class BlockScore(NamedTuple):
 
 
 def score_blocks(
-    model: GPTModel, tokenizer: Tokenizer, texts: Iterable[str], device: torch.device | str
+    model: GPTModel,
+    tokenizer: Tokenizer,
+    texts: Iterable[str],
+    device: torch.device | str,
+    group_blocks: int = GROUP_BLOCKS,
 ) -> Iterator[BlockScore]:
     """Scores every text on its own, in order, as DESIGN defines bits per byte.
 
@@ -110,7 +114,7 @@ def score_blocks(
     the right, where a causal model cannot see it.
     """
     remaining = iter(texts)
-    while group := list(islice(remaining, GROUP_BLOCKS)):
+    while group := list(islice(remaining, group_blocks)):
         ids = [np.asarray(tokenizer.encode(text), dtype=np.int64) for text in group]
         with undisturbed(model):
             scored = _score_tokens(model, ids, tokenizer.eot, device)
@@ -244,17 +248,25 @@ def _without_nan(value: Any) -> Any:
 
 
 def evaluate_blocks(
-    model: GPTModel, tokenizer: Tokenizer, blocks: Iterable[Block], device: torch.device | str, side: str = "holdout"
+    model: GPTModel,
+    tokenizer: Tokenizer,
+    blocks: Iterable[Block],
+    device: torch.device | str,
+    side: str = "holdout",
+    scores: Iterable[BlockScore] | None = None,
 ) -> Evaluation:
     """Scores a model, with its own tokenizer, on blocks of text of one side of the split.
 
-    Losses that are not finite are reported as they are. Raises CorpusError where there is no text to score.
+    `scores` are the blocks' if somebody has made them already. Losses that are not finite are reported as they are.
+    Raises CorpusError where there is no text to score.
     """
     per_block: list[dict[str, Any]] = []
     hits = np.zeros(2)
     sums, counts = np.zeros((2, model.context_length))
     kept = list(blocks)
-    for block, score in zip(kept, score_blocks(model, tokenizer, (block.text for block in kept), device)):
+    if scores is None:
+        scores = score_blocks(model, tokenizer, (block.text for block in kept), device)
+    for block, score in zip(kept, scores):
         per_block.append({"sha256": block.sha256, "document": block.document, **_totals(score)})
         hits += (score.ranks < 1).sum(), (score.ranks < 5).sum()
         np.add.at(sums, score.positions, score.nats)

@@ -40,7 +40,7 @@ def check(model: ModelConfig, train: TrainConfig, vocab_size: int = _LEAST_VOCAB
     parameters = num_parameters(model, vocab_size)
     states, inputs = _FLOAT_BYTES * parameters, 0
     if train.device == "cpu":
-        states *= _STATES
+        states *= _STATES * (1 if train.shard or train.processes == "auto" else train.processes)  # copies, or parts
         # Every block keeps its input, at least, for the way back.
         inputs = train.batch_size * shape["context_length"] * shape["emb_dim"] * shape["n_layers"] * _FLOAT_BYTES
     there = psutil.virtual_memory().total + psutil.swap_memory().total

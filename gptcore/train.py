@@ -28,6 +28,7 @@ from gptcore.learning.spread import Spread, whole
 from gptcore.loss import calc_loss_batch
 from gptcore.model import GPTModel
 from gptcore.optim import learning_rate, make_optimizer, set_learning_rate
+from gptcore.tied import gradient_in_place
 
 TRAINING_VERSION = 2
 """Raised whenever the arithmetic of training changes, so that run keys of different arithmetic differ."""
@@ -206,7 +207,7 @@ def update(state: TrainState, micro_batches: MicroBatches, rate: float, cfg: Tra
     state.optimizer.zero_grad(set_to_none=True)
     losses = []
     is_alone = state.ranks.size == 1
-    with _tied_gradient_in_place(state.model) if is_alone else contextlib.nullcontext():
+    with gradient_in_place(state.model) if is_alone else contextlib.nullcontext():
         for number, (inputs, targets) in enumerate(micro_batches, 1):
             with autocast(state.device, cfg.precision):
                 loss = state.spread.loss(inputs, targets, number == len(micro_batches)) / len(micro_batches)
@@ -241,39 +242,6 @@ def _norm(gradients: Sequence[Tensor]) -> Tensor:
     """Euclidean, of all of them together. A dot product takes half the time of torch's norm, and is more exact."""
     flat = [gradient.flatten() for gradient in gradients]
     return torch.stack([each.dot(each) for each in flat]).sum().sqrt()
-
-
-@contextlib.contextmanager
-def _tied_gradient_in_place(model: GPTModel) -> Iterator[None]:
-    """While it lasts, the embedding's gradient is added to a tied head's in place, in the rows of the batch's tokens.
-
-    Autograd would make a second matrix of zeros as large as the vocabulary, and add it. Not on a GPU, which would have
-    to wait for the number of rows.
-    """
-    weight = model.tok_emb.weight
-    if not (model.is_tied and weight.requires_grad and weight.device.type == "cpu"):
-        yield
-        return
-
-    def detached(_: nn.Module, inputs: tuple[Tensor], embedded: Tensor) -> Tensor:
-        ids, which = torch.unique(inputs[0], return_inverse=True)
-
-        def add(gradient: Tensor) -> None:
-            rows = gradient.new_zeros(len(ids), gradient.shape[-1]).index_add_(
-                0, which.flatten(), gradient.flatten(0, 1)
-            )
-            assert weight.grad is not None, "the head's gradient comes first"
-            weight.grad[ids] += rows  # every id once: with repeated ones, threads would add in a random order
-
-        leaf = embedded.detach().requires_grad_()
-        leaf.register_hook(add)
-        return leaf
-
-    handle = model.tok_emb.register_forward_hook(detached)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def mean_loss(model: nn.Module, batches: MicroBatches, device: torch.device, precision: str = "fp32") -> float:

@@ -28,7 +28,8 @@ from gptcore.corpus import Snapshot, blocks
 from gptcore.data import Tokens
 from gptcore.errors import GPTCoreError
 from gptcore.evaluate import evaluate_blocks
-from gptcore.judging.dossier import load_model, reported_side
+from gptcore.judging.dossier import reported_side
+from gptcore.judging.weights import load_model
 from gptcore.learning.rundir import Metrics, Result, RunDirectory
 from gptcore.sections import parse
 from gptcore.train import TRAINING_VERSION

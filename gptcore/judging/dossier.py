@@ -10,11 +10,11 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 
 from gptcore import manifest, plots
 from gptcore.bundle import load
@@ -25,7 +25,9 @@ from gptcore.evaluate import Evaluation, evaluate_blocks, score_blocks
 from gptcore.judging.baselines import Baselines, baselines
 from gptcore.judging.compare import Comparison
 from gptcore.judging.samples import Sample, write_samples
+from gptcore.judging.shares import scored
 from gptcore.judging.surprise import plot_surprise
+from gptcore.judging.weights import load_model
 from gptcore.learning.rundir import RunDirectory
 from gptcore.model import GPTModel
 from gptcore.tokenizer import Tokenizer
@@ -63,14 +65,15 @@ def evaluate_run(run: RunDirectory, snapshot: Snapshot, tokens: Tokens) -> Path:
 
     def fill(directory: Path) -> None:
         model, tokenizer = load_model(run, tokens)
-        device = torch.device(run.config().train.device)
-        scored = {
-            side: evaluate_blocks(model, tokenizer, blocks(snapshot.path, side), device, side)
-            for side in ("val", "holdout")
-            if snapshot.blocks[side]
-        }
-        for side, evaluation in scored.items():
-            _write(directory / f"{side}.json", evaluation.to_json())
+        train = run.config().train
+        device, is_shared = torch.device(train.device), train.processes != 1
+        with TemporaryDirectory(prefix=manifest.TEMPORARY, dir=run.path) as work:
+            for side in ("val", "holdout"):
+                if snapshot.blocks[side]:
+                    shares = scored(run, tokens, snapshot.path, side, Path(work)) if is_shared else None
+                    its_blocks = blocks(snapshot.path, side)
+                    evaluation = evaluate_blocks(model, tokenizer, its_blocks, device, side, shares)
+                    _write(directory / f"{side}.json", evaluation.to_json())
         reported = list(blocks(snapshot.path, reported_side(snapshot)))
         train_text = snapshot.path / "train.txt"
         simple = baselines(tokens.side("train"), tokenizer, tokens.n_vocab, reported, train_text)
@@ -159,18 +162,6 @@ def read_scores(evaluation: Path) -> Scores:
 def read_samples(directory: Path) -> list[Sample]:
     """Reads what `sample_run` published."""
     return [Sample(**sample) for sample in json.loads((directory / "samples.json").read_text())]
-
-
-def load_model(run: RunDirectory, tokens: Tokens) -> tuple[GPTModel, Tokenizer]:
-    """The run's best weights in eval mode on the training's device, and the tokenizer.
-
-    Raises CheckpointError if they were altered since the training ended.
-    """
-    manifest.verify(run.final)
-    config = run.config()
-    model = GPTModel(config.cfg())
-    model.load_state_dict(load_file(run.weights))
-    return model.to(config.train.device).eval(), tokens.load_tokenizer()
 
 
 def _surprise(

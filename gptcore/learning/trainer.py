@@ -10,9 +10,7 @@ import argparse
 import json
 import math
 import os
-import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -32,6 +30,7 @@ from gptcore.errors import CheckpointError, ConfigError, GPTCoreError, RankLost,
 from gptcore.learning import checkpoint, warmstart
 from gptcore.learning.ranks import ALONE, Ranks, is_restarted, joined
 from gptcore.learning.rundir import STOPPED, Paused, Result, RunDirectory, result_about
+from gptcore.learning.stop import Stop
 from gptcore.train import (
     TRAINING_VERSION,
     MicroBatches,
@@ -44,44 +43,8 @@ from gptcore.train import (
     training,
 )
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _LOCK_SECONDS = 60.0
 """How long one of several processes waits for another that held the directory before it and is about to end."""
-
-
-class Stop:
-    """A request to stop after the current update. Signal handlers and the parent's watcher only set this flag."""
-
-    def __init__(self) -> None:
-        self.reason: str | None = None
-        self._is_patient = False
-
-    def on_signals(self, is_patient: bool = False) -> "Stop":
-        """Listens to SIGTERM and SIGINT. A second one of them ends the process at once, saving nothing more.
-
-        One that `is_patient` goes on saving: where a launcher passes signals on, the same one may come twice.
-        """
-        self._is_patient = is_patient
-        for number in SIGNALS:
-            signal.signal(number, self._signalled)
-        return self
-
-    def on_end_of_input(self) -> "Stop":
-        """Listens to standard input, a pipe that the starting process holds open: its end means that it is gone."""
-        threading.Thread(target=self._wait_for_end_of_input, daemon=True).start()
-        return self
-
-    def _signalled(self, number: int, _: Any) -> None:
-        self.reason = self.reason or signal.Signals(number).name
-        if self._is_patient:
-            return
-        for each in SIGNALS:  # by the system, so that it also ends a long write; what is not committed does not count
-            signal.signal(each, signal.SIG_DFL)
-
-    def _wait_for_end_of_input(self) -> None:
-        while os.read(0, 1):
-            pass
-        self.reason = self.reason or "the process that started it is gone"
 
 
 def train_directory(path: Path, stop: Stop, ranks: Ranks = ALONE) -> Result | None:
@@ -93,8 +56,9 @@ def train_directory(path: Path, stop: Stop, ranks: Ranks = ALONE) -> Result | No
     """
     directory = RunDirectory(path)
     config = ranks.all(directory.config)
+    patience = _LOCK_SECONDS if ranks.size > 1 or is_restarted(os.environ) else 0.0
     with ExitStack() as held:
-        ranks.first(lambda: _enter(directory, held, _LOCK_SECONDS if ranks.size > 1 else 0.0))
+        ranks.first(lambda: _enter(directory, held, patience))
         try:
             with manifest.full_disk_named(path):
                 result = _finished(directory, ranks)
@@ -148,7 +112,8 @@ class _Training:
         torch.set_num_threads(max(1, int(train.threads) // ranks.local_size))
         context, stride = shape["context_length"], train.stride or shape["context_length"]
         check_sizes(tokens, context, stride, train.batch_size * train.accumulation)
-        state = ranks.all(lambda: TrainState.initial(config.cfg(), train, ranks))
+        ranks.all(lambda: str(ranks.device(train.device)))  # that each has one, before any waits for another
+        state = TrainState.initial(config.cfg(), train, ranks)
         if not checkpoint.restore(directory.checkpoints, state, _identity(config)) and config.start is not None:
             _start(state, directory, config.start.weights_sha256)
         ranks.first(lambda: directory.truncate_metrics(state.step))

@@ -5,22 +5,25 @@ import math
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from gptcore import manifest
 from gptcore.config import CorpusConfig, RunConfig, SampleConfig
-from gptcore.corpus import ingest
+from gptcore.corpus import blocks, ingest
 from gptcore.data import tokenize
+from gptcore.evaluate import score_blocks
 from gptcore.judging.dossier import (
     evaluate_run,
-    load_model,
     plot_run,
     read_samples,
     read_scores,
     reported_side,
     sample_run,
 )
+from gptcore.judging.shares import scored
+from gptcore.judging.weights import load_model
 from gptcore.learning.rundir import RunDirectory
 from gptcore.learning.trainer import Stop, train_directory
 from gptcore.train import TRAINING_VERSION
@@ -193,3 +196,25 @@ def test_every_picture_shows_something(plots, name):
 
 def test_nothing_half_made_is_left_in_the_run_directory(made, plots):
     assert [path.name for path in made[0].path.iterdir() if path.name.startswith(".tmp-")] == []
+
+
+def test_several_processes_score_what_one_scores_to_the_last_bit(made, tmp_path):
+    run, snapshot, tokens = made
+    asked = run.config()
+    (tmp_path / "config.json").write_text(
+        asked.model_copy(
+            update={"train": asked.train.model_copy(update={"processes": 2}), "tokens": str(tokens.path)}
+        ).model_dump_json()
+    )
+    (tmp_path / "final").symlink_to(run.final)
+    by_two = list(scored(RunDirectory(tmp_path), tokens, snapshot.path, "holdout", tmp_path, group_blocks=1))
+    assert (tmp_path / "holdout-1.npz").exists(), "the second process had its share"
+    texts = [block.text for block in blocks(snapshot.path, "holdout")]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // 2))
+    by_one = list(score_blocks(*load_model(run, tokens), texts, "cpu", group_blocks=1))
+    torch.set_num_threads(threads)
+    assert len(texts) == len(by_two) == len(by_one) >= 2
+    for two, one in zip(by_two, by_one):
+        assert two.num_bytes == one.num_bytes
+        assert all(np.array_equal(getattr(two, name), getattr(one, name)) for name in ("ids", "nats", "ranks"))

@@ -1,0 +1,138 @@
+"""How training scales over the processes of one machine: `python -m bench.scaling`.
+
+One model, one global batch, the cores divided evenly. Per number of processes, once as copies and once as parts: the
+median time of an update, and the bytes that one rank sent in it, beside what a ring needs at least: for copies an
+all-reduce of the gradients, 2 (n - 1) / n of them; for parts two all-gathers of the weights and a reduce-scatter of the
+gradients, 3 (n - 1) / n (Rajbhandari et al. 2020, "ZeRO", arXiv:1910.02054, section 7). Bytes are those of a loopback
+interface that nobody else uses, in a network namespace of its own, which needs Linux and root.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench.workers import ROOT
+from gptcore.config import TrainConfig
+from gptcore.data import Batches
+from gptcore.learning.ranks import joined
+from gptcore.train import TrainState, update
+
+CFG = {"vocab_size": 8192, "context_length": 256, "emb_dim": 384, "n_heads": 6, "n_layers": 6, "drop_rate": 0.0}
+MODEL = {**CFG, "qkv_bias": False, "tied": True, "init": "gpt2"}
+BATCH_SIZE = 8
+WARM_UP = 2
+_FLOAT_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """One number of processes."""
+
+    processes: int
+    shard: bool
+    seconds: float
+    """Median of an update."""
+    mb_sent: float | None
+    """By each rank in one update; None where nobody else's bytes could be kept out."""
+    mb_at_least: float
+    loss: float
+    """Of the last update: the same for all, if they do the same."""
+
+
+def measure(processes: int, shard: bool, optimizer: str, steps: int) -> Scaled:
+    """Starts torchrun, alone on a network of its own, and reads what its first rank found."""
+    asked = json.dumps({"shard": shard, "optimizer": optimizer, "steps": steps})
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [sys.executable, *launcher, "-m", "bench.scaling", "--rank", asked]
+    is_alone = os.geteuid() == 0 and sys.platform == "linux"
+    if is_alone:
+        command = ["unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh", *command]
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "LOGLEVEL": "ERROR"}
+    ran = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    found = json.loads(ran.stdout.strip().splitlines()[-1])
+    passes = 3 if shard else 2
+    return Scaled(
+        processes=processes,
+        shard=shard,
+        seconds=statistics.median(found["seconds"]),
+        mb_sent=found["bytes"] / steps / processes / 1e6 if is_alone else None,
+        mb_at_least=passes * (processes - 1) / processes * _FLOAT_BYTES * found["parameters"] / 1e6,
+        loss=found["loss"],
+    )
+
+
+def rank(shard: bool, optimizer: str, steps: int) -> dict[str, Any]:
+    """What one of the processes does: the same updates as all others."""
+    train = TrainConfig(
+        batch_size=BATCH_SIZE, shard=shard, optimizer=optimizer, device="cpu", precision="fp32", compile=False
+    )
+    tokens = np.random.default_rng(0).integers(0, MODEL["vocab_size"], 200_000).astype(np.uint16)
+    with joined() as ranks:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks.size))
+        state = TrainState.initial(MODEL, train, ranks)
+        share = (ranks.rank, ranks.size)
+        batches = Batches(tokens, MODEL["context_length"], MODEL["context_length"], BATCH_SIZE, 1, 0, share)
+        seconds = []
+        for step in range(WARM_UP + steps):
+            if step == WARM_UP:
+                ranks.all(lambda: None)
+                sent = _sent()
+            began = time.perf_counter()
+            loss, _ = update(state, batches.batch(step), 1e-3, train)
+            seconds.append(time.perf_counter() - began)
+        ranks.all(lambda: None)
+        return {
+            "rank": ranks.rank,
+            "seconds": seconds[WARM_UP:],
+            "bytes": _sent() - sent,
+            "parameters": sum(parameter.numel() for parameter in state.model.parameters()),
+            "loss": loss,
+        }
+
+
+def _sent() -> int:
+    lines = Path("/proc/net/dev").read_text().splitlines()
+    return next(int(line.split()[9]) for line in lines if line.strip().startswith("lo:"))
+
+
+def main() -> None:
+    """Prints a table as Markdown."""
+    parser = argparse.ArgumentParser(prog="python -m bench.scaling", description=__doc__)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--optimizer", default="adamw", choices=("adamw", "muon"))
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--rank", help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.rank:
+        found = rank(**json.loads(asked.rank))
+        if found["rank"] == 0:
+            print(json.dumps(found), flush=True)
+        return
+    print("| processes | held as | updates/s | speed-up | MB sent per rank and update | at least | last loss |")
+    print("|---|---|---|---|---|---|---|")
+    alone = None
+    for processes in asked.processes:
+        for shard in (False, True) if processes > 1 else (False,):
+            made = measure(processes, shard, asked.optimizer, asked.steps)
+            alone = alone or made.seconds
+            sent = "-" if made.mb_sent is None else f"{made.mb_sent:.1f}"
+            held = "parts" if shard else "copies" if processes > 1 else "one"
+            print(
+                f"| {processes} | {held} | {1 / made.seconds:.2f} | {alone / made.seconds:.2f} | {sent} | "
+                f"{made.mb_at_least:.1f} | {made.loss:.6f} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,293 @@
+"""Trainings by several processes, killed and stopped: they end as one process alone does, up to rounding."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from safetensors import safe_open
+
+from flows import training
+from gptcore.data import Tokens
+from gptcore.errors import ConfigError
+from gptcore.learning import trainer
+from gptcore.learning.rundir import STOPPED, Metrics, Result, RunDirectory
+from gptcore.learning.trainer import train_directory
+from tests.faults.trainings import make_tokens, outcome, prepare
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(trainer.__file__).parents[2]
+# 257 rows of embeddings and 100 updates, some of them in another epoch: nothing divides evenly.
+MODEL = {"context_length": 32, "emb_dim": 16, "n_heads": 2, "n_layers": 2, "tied": True}
+TRAIN = {"max_steps": 100, "batch_size": 8, "eval_every": 33, "eval_batches": 3, "checkpoint_steps": None}
+SEVERAL = """
+import json, sys
+from pathlib import Path
+from gptcore.errors import GPTCoreError
+from gptcore.learning.ranks import joined
+from gptcore.learning.rundir import RunDirectory
+from gptcore.learning.trainer import train_directory
+from tests.faults.test_processes import StopAfter
+
+with joined() as ranks:
+    for path, step in json.loads(sys.argv[1]):
+        try:
+            train_directory(Path(path), StopAfter(RunDirectory(Path(path)), step), ranks)
+        except GPTCoreError as error:
+            (Path(path) / f"told-{ranks.rank}").write_text(f"{type(error).__name__}: {error}")
+"""
+
+
+class StopAfter:
+    """Asks to stop once update `step` is logged."""
+
+    def __init__(self, run: RunDirectory, step: int) -> None:
+        self.run, self.step = run, step
+
+    @property
+    def reason(self) -> str | None:
+        return "the test" if len(self.run.read_metrics()) >= self.step else None
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Tokens:
+    return make_tokens(tmp_path_factory.mktemp("tokens"), paragraphs=250)
+
+
+@pytest.fixture(autouse=True)
+def _from_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def train_in_turn(processes: int, *asked: tuple[RunDirectory, int]) -> None:
+    """Trains each run directory to a step or to its end, all in one start of so many processes."""
+    script = asked[0][0].path.parent / "several.py"
+    script.write_text(SEVERAL)
+    steps = json.dumps([(str(run.path), step) for run, step in asked])
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "LOGLEVEL": "ERROR"}
+    subprocess.run([sys.executable, *launcher, str(script), steps], check=True, env=environment, cwd=ROOT)
+
+
+def assert_same_curve(run: RunDirectory, twin: RunDirectory) -> None:
+    """Each loss, each gradient norm and the best validation loss to 1e-4; the names and shapes of the weights."""
+    lines, expected = run.read_metrics(), twin.read_metrics()
+    assert [line["step"] for line in lines] == [line["step"] for line in expected]
+    for key in ("loss", "grad_norm", "train_loss", "val_loss", "tokens_seen", "learning_rate"):
+        values = [[line[key] for line in each if key in line] for each in (lines, expected)]
+        assert values[0] == pytest.approx(values[1], rel=1e-4), key
+    ended, wanted = run.result(), twin.result()
+    assert ended is not None and wanted is not None and ended.best_step == wanted.best_step
+    assert ended.best_val_loss == pytest.approx(wanted.best_val_loss, rel=1e-4)
+    assert shapes(run.weights) == shapes(twin.weights)
+
+
+def shapes(file: Path) -> dict[str, list[int]]:
+    with safe_open(file, "pt") as opened:
+        return {name: opened.get_slice(name).get_shape() for name in list(opened.keys())}
+
+
+def saved_shapes(run: RunDirectory) -> dict[str, dict[str, list[int]]]:
+    (directory,) = run.checkpoints.iterdir()
+    return {file.name: shapes(file) for file in directory.glob("*.safetensors")}
+
+
+def test_one_two_and_four_processes_learn_the_same_also_where_one_goes_on_for_another(
+    tokens: Tokens, tmp_path: Path
+) -> None:
+    def made(name: str, **train: Any) -> RunDirectory:
+        return prepare(tmp_path / name, tokens, model=MODEL, **{**TRAIN, **train})
+
+    to_the_end = TRAIN["max_steps"] + 1
+    twins = {optimizer: made(f"{optimizer}-1", optimizer=optimizer) for optimizer in ("adamw", "muon")}
+    for twin in twins.values():
+        train_directory(twin.path, trainer.Stop())
+    copies, shards = made("adamw-4"), made("muon-4", optimizer="muon", shard=True, batch_size=8)
+    mixed, uneven = made("mixed", shard=True), made("uneven", batch_size=6)
+    train_in_turn(4, (copies, to_the_end), (shards, to_the_end), (mixed, 30), (uneven, to_the_end))
+    by_four = saved_shapes(mixed)
+    assert train_directory(mixed.path, StopAfter(mixed, 60)) is None  # type: ignore[arg-type]
+    assert saved_shapes(mixed) == by_four, "a checkpoint does not know how many processes wrote it"
+    by_two = made("muon-2", optimizer="muon")
+    train_in_turn(2, (mixed, to_the_end), (by_two, to_the_end))
+
+    for run in (copies, mixed):
+        assert_same_curve(run, twins["adamw"])
+    for run in (shards, by_two):
+        assert_same_curve(run, twins["muon"])
+    told = [(uneven.path / f"told-{rank}").read_text() for rank in range(4)]
+    assert len(set(told)) == 1 and "batch_size 6 is not divisible by processes (WORLD_SIZE) 4" in told[0]
+    assert isinstance(uneven.failure(), ConfigError) and not uneven.metrics.exists()
+
+
+def trainers(run: RunDirectory) -> tuple[psutil.Process, list[psutil.Process]]:
+    """torchrun, and the processes that it started, by rank."""
+    (agent,) = (child for child in psutil.Process().children() if str(run.path) in child.cmdline())
+    return agent, sorted(agent.children(), key=lambda child: int(child.environ()["RANK"]))
+
+
+def test_a_training_by_two_is_interrupted_and_its_processes_are_killed_and_it_ends_as_its_twin(
+    tokens: Tokens, tmp_path: Path
+) -> None:
+    given = {**TRAIN, "max_steps": 150, "processes": 2, "checkpoint_steps": 20}
+    twin, run = (prepare(tmp_path / name, tokens, **given) for name in ("twin", "run"))  # with dropout
+    train_in_turn(2, (twin, given["max_steps"] + 1))
+
+    class Interrupted(BaseException):
+        pass
+
+    def interrupt(_: list[Metrics]) -> None:
+        if len(run.read_metrics()) >= 10:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        training.train(run, interrupt)
+    assert run.saved_step() == len(run.read_metrics()) >= 10, "all stopped after one update, and saved"
+
+    def kill() -> None:
+        for lines, victim in ((50, lambda: trainers(run)[1][1]), (100, lambda: trainers(run)[0])):
+            while len(run.read_metrics()) < lines:
+                time.sleep(0.02)
+            victim().kill()
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    said: list[str] = []
+    result = training.train_on(run, lambda _: None, said.append)
+    thread.join()
+    assert len(said) == 1 and "was killed by signal 9" in said[0], "a rank's death is torchrun's business"
+    assert isinstance(result, Result)
+    assert outcome(run) == outcome(twin), "to the last bit: as many processes, and dropout by seed, step and rank"
+    assert "without another one, which died" in (run.path / "trainer.log").read_text()
+
+
+def test_a_signal_to_one_of_slurms_processes_stops_all_after_one_update(tokens: Tokens, tmp_path: Path) -> None:
+    run = prepare(tmp_path / "run", tokens, max_steps=5000, batch_size=8, checkpoint_steps=None)
+    slurm = {"SLURM_NTASKS": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    environment = {**os.environ, **slurm, "GLOO_SOCKET_IFNAME": "lo"}
+    command = [sys.executable, "-m", "gptcore.train", str(run.path)]
+    both = [
+        subprocess.Popen(command, env={**environment, "SLURM_PROCID": rank}, text=True, stdout=subprocess.PIPE)
+        for rank in "01"
+    ]
+    try:
+        while len(run.read_metrics()) < 5 and not any(process.poll() for process in both):
+            time.sleep(0.02)
+        both[1].send_signal(signal.SIGTERM)
+        said = [process.communicate(timeout=60)[0] for process in both]
+    finally:
+        for process in both:
+            with suppress(ProcessLookupError):
+                process.kill()
+    assert [process.returncode for process in both] == [STOPPED, STOPPED]
+    assert run.saved_step() == len(run.read_metrics())
+    assert "stopped (another process of the training was told to) and saved" in said[0] and said[1] == ""
+    # Under torchrun an exit code would make it start again what no start can cure.
+    watched = {**os.environ, "TORCHELASTIC_RUN_ID": "x"}
+    wrong = subprocess.run([*command[:-1], str(tmp_path)], env=watched, capture_output=True, text=True)
+    assert wrong.returncode == 0 and wrong.stderr.startswith("error: ") and "config.json does not exist" in wrong.stderr
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def two_hosts() -> Iterator[tuple[str, str]]:
+    """Two network namespaces joined by a cable."""
+    names = (f"gptflow-a-{os.getpid()}", f"gptflow-b-{os.getpid()}")
+    cable = [f"{end}{os.getpid()}" for end in ("gfa", "gfb")]
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        ip("link", "add", cable[0], "netns", names[0], "type", "veth", "peer", "name", cable[1], "netns", names[1])
+        for number, (name, end) in enumerate(zip(names, cable), 1):
+            ip("-n", name, "link", "set", end, "name", "eth0")
+            ip("-n", name, "addr", "add", f"10.77.0.{number}/24", "dev", "eth0")
+            ip("-n", name, "link", "set", "eth0", "up")
+            ip("-n", name, "link", "set", "lo", "up")
+    except (OSError, subprocess.CalledProcessError) as error:
+        for name in names:
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+        pytest.skip(f"network namespaces need root and iproute2: {error}")
+    yield names
+    for name in names:
+        subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+
+
+def ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, capture_output=True)
+
+
+def start_on(host: str, run: RunDirectory, log: Path, read_timeout: int = 5) -> "subprocess.Popen[bytes]":
+    """torchrun on one of at most two hosts, of which the first keeps the rendezvous."""
+    is_first = "-a-" in host
+    rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "10.77.0.1:29400", "--rdzv-id", "test"]
+    settings = {"is_host": is_first, "last_call_timeout": 3, "read_timeout": read_timeout}
+    settings |= {"keep_alive_interval": 1, "keep_alive_max_attempt": 3}
+    patience = ["--rdzv-conf", ",".join(f"{key}={value}" for key, value in settings.items())]
+    address = ["--local-addr", "10.77.0.1" if is_first else "10.77.0.2"]
+    command = ["-m", "torch.distributed.run", "--nnodes", "1:2", "--nproc-per-node", "1", "--max-restarts", "5"]
+    environment = {
+        **os.environ,
+        "GLOO_SOCKET_IFNAME": "eth0",
+        "GPTFLOW_COLLECTIVE_TIMEOUT": "4",
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        "LOGLEVEL": "ERROR",
+    }
+    inside = ["ip", "netns", "exec", host, sys.executable, *command, *rendezvous, *patience, *address]
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            [*inside, "-m", "gptcore.train", str(run.path)], env=environment, stdout=output, stderr=output
+        )
+
+
+def test_a_host_that_is_cut_off_costs_a_restart_and_comes_back(
+    two_hosts: tuple[str, str], tokens: Tokens, tmp_path: Path
+) -> None:
+    given = {**TRAIN, "max_steps": 2500, "eval_every": 500, "checkpoint_steps": 50}
+    twin, run = (prepare(tmp_path / name, tokens, model=MODEL, **given) for name in ("twin", "run"))
+    train_directory(twin.path, trainer.Stop())
+    second = two_hosts[1]
+    log = tmp_path / "log"
+    agents = [start_on(host, run, log) for host in two_hosts]
+    try:
+        wait_for(lambda: len(run.read_metrics()) >= 100, agents[:1], log)
+        ip("-n", second, "link", "set", "eth0", "down")
+        wait_for(lambda: "is without another one" in log.read_text(), agents[:1], log)
+        agents[1].wait(timeout=90)
+        again = start_on(second, run, log, read_timeout=90)
+        agents.append(again)
+        saved = run.saved_step()
+        wait_for(lambda: run.saved_step() >= saved + 50, agents[:1], log)  # by the first host alone
+        ip("-n", second, "link", "set", "eth0", "up")
+        ended = [agent.wait(timeout=120) for agent in (agents[0], again)]
+    finally:
+        for agent in agents:
+            agent.kill()
+            agent.wait()
+    assert ended == [0, 0], log.read_text()
+    assert "stopped (SIGTERM) and saved" in log.read_text(), "to go on by two again"
+    assert_same_curve(run, twin)
+
+
+def wait_for(condition: Any, alive: list["subprocess.Popen[bytes]"], log: Path) -> None:
+    until = time.monotonic() + 90
+    while not condition():
+        assert time.monotonic() < until and all(process.poll() is None for process in alive), log.read_text()
+        time.sleep(0.05)

@@ -103,11 +103,11 @@ class Batches:
     def __init__(
         self, tokens: np.ndarray, context: int, stride: int, batch_size: int, accumulation: int, seed: int
     ) -> None:
-        """`tokens`: (tokens,) ids, mapped from disk or in memory. Raises CorpusError if they do not fill one update."""
+        """`tokens`: (tokens,) ids, mapped, streamed or in memory. Raises CorpusError if they do not fill one update."""
         self.context, self.stride = context, stride
         self.batch_size, self.accumulation, self.seed = batch_size, accumulation, seed
         self.num_windows = num_windows(len(tokens), context, stride)
-        self._tokens = np.asarray(tokens)
+        self._tokens = tokens if _is_streamed(tokens) else np.asarray(tokens)
         self._order: tuple[int, np.ndarray] | None = None
         _check("train", len(tokens), context, stride, self.windows_per_step)
 
@@ -176,7 +176,7 @@ def eval_batches(
     wanted = total if num_batches is None else min(total, num_batches * batch_size)
     starts = np.arange(wanted) * total // max(wanted, 1) * context
     batches = (starts[begin : begin + batch_size] for begin in range(0, wanted, batch_size))
-    return [_gather(np.asarray(tokens), batch, context) for batch in batches]
+    return [_gather(tokens, batch, context) for batch in batches]
 
 
 def check_sizes(tokens: Tokens, context: int, stride: int, windows_per_update: int) -> None:
@@ -203,7 +203,15 @@ def _ids(tokenizer: Any, txt: str) -> np.ndarray:
     return np.asarray(ids, dtype=np.uint32)
 
 
-def _gather(tokens: np.ndarray, starts: Sequence[int] | np.ndarray, context: int) -> tuple[Tensor, Tensor]:
+def _is_streamed(tokens: Any) -> bool:
+    """Whether they are `gptcore.text.streamed.StreamedIds`, which are no array."""
+    return hasattr(tokens, "windows")
+
+
+def _gather(tokens: Any, starts: Sequence[int] | np.ndarray, context: int) -> tuple[Tensor, Tensor]:
     """Inputs and targets of the windows at `starts`: (windows, context) int64 each."""
-    windows = np.lib.stride_tricks.sliding_window_view(tokens, context + 1)[starts].astype(np.int64)
+    if _is_streamed(tokens):
+        windows = tokens.windows(starts, context + 1).astype(np.int64)
+    else:
+        windows = np.lib.stride_tricks.sliding_window_view(np.asarray(tokens), context + 1)[starts].astype(np.int64)
     return torch.from_numpy(windows[:, :-1].copy()), torch.from_numpy(windows[:, 1:].copy())

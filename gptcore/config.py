@@ -322,8 +322,9 @@ class RunConfig(Section):
     training_version: int
     """Raised when the arithmetic of training changes; a trainer of another version refuses the directory."""
     tokens: str
-    """The token directory, absolute or relative to RUN_DIR. Whoever prepares the directory may have it anywhere, as on
-    a disk that several machines share; only the files of `tokens_sha256` are trained on."""
+    """The token directory, absolute or relative to RUN_DIR, or a URL from which it is streamed, as in s3://BUCKET/NAME.
+    Whoever prepares the directory may have it anywhere, as on a disk that several machines share; only the files of
+    `tokens_sha256` are trained on."""
     tokens_sha256: str
     """Identity of the token directory, compared before training."""
     model: ModelConfig

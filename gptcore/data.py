@@ -110,7 +110,7 @@ class Batches:
         seed: int,
         share: tuple[int, int] = (0, 1),
     ) -> None:
-        """`tokens`: (tokens,) ids, mapped from disk or in memory. `share` (rank, ranks): of each micro-batch this rank
+        """`tokens`: (tokens,) ids, mapped, streamed or in memory. `share` (rank, ranks): of each micro-batch this rank
         reads its part of the rows alone; batch_size is divisible by the ranks. Raises CorpusError if the tokens do not
         fill one update."""
         self.context, self.stride = context, stride
@@ -119,7 +119,7 @@ class Batches:
         rank, ranks = share
         self._rows = batch_size // ranks
         self._own = slice(rank * self._rows, (rank + 1) * self._rows)
-        self._tokens = np.asarray(tokens)
+        self._tokens = tokens if _is_streamed(tokens) else np.asarray(tokens)
         self._order: tuple[int, np.ndarray] | None = None
         _check("train", len(tokens), context, stride, self.windows_per_step)
 
@@ -189,7 +189,7 @@ def eval_batches(
     wanted = total if num_batches is None else min(total, num_batches * batch_size)
     starts = np.arange(wanted) * total // max(wanted, 1) * context
     batches = (starts[begin : begin + batch_size] for begin in range(0, wanted, batch_size))
-    return [_gather(np.asarray(tokens), batch, context) for batch in batches]
+    return [_gather(tokens, batch, context) for batch in batches]
 
 
 def check_sizes(tokens: Tokens, context: int, stride: int, windows_per_update: int) -> None:
@@ -216,7 +216,15 @@ def _ids(tokenizer: Any, txt: str) -> np.ndarray:
     return np.asarray(ids, dtype=np.uint32)
 
 
-def _gather(tokens: np.ndarray, starts: Sequence[int] | np.ndarray, context: int) -> tuple[Tensor, Tensor]:
+def _is_streamed(tokens: Any) -> bool:
+    """Whether they are `gptcore.text.streamed.StreamedIds`, which are no array."""
+    return hasattr(tokens, "windows")
+
+
+def _gather(tokens: Any, starts: Sequence[int] | np.ndarray, context: int) -> tuple[Tensor, Tensor]:
     """Inputs and targets of the windows at `starts`: (windows, context) int64 each."""
-    windows = np.lib.stride_tricks.sliding_window_view(tokens, context + 1)[starts].astype(np.int64)
+    if _is_streamed(tokens):
+        windows = tokens.windows(starts, context + 1).astype(np.int64)
+    else:
+        windows = np.lib.stride_tricks.sliding_window_view(np.asarray(tokens), context + 1)[starts].astype(np.int64)
     return torch.from_numpy(windows[:, :-1].copy()), torch.from_numpy(windows[:, 1:].copy())

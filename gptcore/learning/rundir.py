@@ -150,9 +150,10 @@ class RunDirectory:
             raise ConfigError(f"{path} is not JSON: {error}") from None
         return parse(RunConfig, given, str(path))
 
-    def tokens_path(self) -> Path:
-        """The token directory that config.json names."""
-        return (self.path / self.config().tokens).resolve()
+    def tokens_path(self) -> Path | str:
+        """The token directory that config.json names, or the URL from which it is streamed."""
+        named = self.config().tokens
+        return named if "://" in named else (self.path / named).resolve()
 
     def result(self) -> Result | None:
         """How the training ended, or None while it is unfinished."""

@@ -76,17 +76,29 @@ class Tokens:
         return Tokenizer.load(self.path / "tokenizer")
 
 
-def load_tokens(path: Path) -> Tokens:
-    """The token directory at `path`. Raises CheckpointError if it was never completed or a file changed its size."""
-    about = manifest.about(path)
-    keys = ("sha256", "n_vocab", "eot", "tokenizer", "counts", "tokenizer_sha256")
-    tokens = Tokens(path=path, **{key: about[key] for key in keys})
+def load_tokens(path: Path | str) -> Tokens:
+    """The token directory at `path`, or at a URL that fsspec opens, from where it is streamed (see streamed.py).
+
+    Raises CheckpointError if it was never completed or a file changed its size.
+    """
+    if "://" in str(path):
+        from gptcore.text import streamed
+
+        return streamed.load(str(path))
+    tokens = of_manifest(Path(path))
     for side, count in tokens.counts.items():
-        file, expected = path / f"{side}.bin", count * dtype_of(tokens.n_vocab).itemsize
+        file, expected = tokens.path / f"{side}.bin", count * dtype_of(tokens.n_vocab).itemsize
         found = file.stat().st_size if file.is_file() else 0
         if found != expected:
             raise CheckpointError(f"{file} has {found} bytes, its manifest says {expected}. Delete {path}; run again.")
     return tokens
+
+
+def of_manifest(path: Path) -> Tokens:
+    """What the manifest in `path` says about the files, which are not looked at."""
+    about = manifest.about(path)
+    keys = ("sha256", "n_vocab", "eot", "tokenizer", "counts", "tokenizer_sha256")
+    return Tokens(path=path, **{key: about[key] for key in keys})
 
 
 def tokenize(

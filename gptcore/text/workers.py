@@ -125,7 +125,7 @@ class _Worker:
                 return answer
             raise answer
         raise WorkerDied(
-            f"{function.__module__}.{function.__qualname__}: {_TRIES} processes died one after another of the same "
+            f"{getattr(function, '__qualname__', function)}: {_TRIES} processes died one after another of the same "
             f"shard, the last with exit code {code}{_why(code)}. What is done is kept: the same command goes on."
         )
 

@@ -210,6 +210,7 @@ class StateRoot:
         backends.remember(self.path, elsewhere)
         own = {
             **OPT_OUTS,
+            **elsewhere.variables(),
             "MLFLOW_TRACKING_URI": self.tracking_uri,
             "PREFECT_HOME": str(self.prefect / "ephemeral"),
             "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",  # it has one where tqdm is installed, among our own lines

@@ -140,6 +140,12 @@ def test_a_password_is_taken_out_of_every_url_and_the_state_root_remembers_the_r
     assert StateRoot(tmp_path).tracking_address == "postgresql://me@db.example:6432/ml"
     remember(tmp_path, found)
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    monkeypatch.setenv("MLFLOW_BACKEND_STORE_URI", "postgresql://me:p%40ss@db.example:6432/ml")
+    assert backends_of(tmp_path) == found
+    assert StateRoot(tmp_path).tracking_uri == "postgresql://me@db.example:6432/ml", (
+        "in the schema that its server uses"
+    )
+    monkeypatch.delenv("MLFLOW_BACKEND_STORE_URI")
     monkeypatch.delenv("MLFLOW_DEFAULT_ARTIFACT_ROOT")
     assert backends_of(tmp_path) == found and "p@ss" not in (tmp_path / "backends.json").read_text()
     assert StateRoot(tmp_path).tracking_uri.startswith(

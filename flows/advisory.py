@@ -5,9 +5,11 @@ connection, and the server frees the lock: at once where the connection is close
 answers any more, because the server is told to ask that often. So there is no stale lock to clean up here either.
 
 A holder that was cut off lives on. It notices before the server gives the lock to somebody else: a thread asks over the
-same connection every other second, and whatever publishes asks once more right before (`ensure_held`). Between that
-question and the publication lie milliseconds in which a lock can still be lost; then the registry's own checks are
-left: a version is looked for before it is made, and the champion is compared with the one that the gate saw.
+same connection every other second, and whatever publishes asks once more right before (`ensure_held`). A connection
+that broke, because the server was started again, is made good for some seconds: the lock is still the holder's if it is
+free and nobody has signed it since. Between the question and the publication lie milliseconds in which a lock can still
+be lost; then the registry's own checks are left: a version is looked for before it is made, and the champion is
+compared with the one that the gate saw.
 """
 
 import os
@@ -28,6 +30,9 @@ FREED_SECONDS = _IDLE_SECONDS + _INTERVAL_SECONDS * _PROBES
 """How long after its last sign of life the server takes to free the lock of a machine that is gone."""
 _NOTICED_MILLISECONDS = 6000
 _WATCH_SECONDS = 2.0
+_GIVEN_UP_SECONDS = FREED_SECONDS - 5.0
+"""A lock that could not be asked for so long counts as lost: before the server frees it."""
+_AGAIN_SECONDS = 0.5
 _WAIT_SECONDS = 1.0
 _PATIENCE_SECONDS = 1.0
 _CLIENT = {
@@ -139,10 +144,16 @@ class _Session:
 
     def __init__(self, database: Database, name: str) -> None:
         self.database, self.name, self.lost = database, name, ""
-        self.ending = threading.Event()
-        self.connection = database.connect(**_CLIENT)
-        with self.connection.cursor() as cursor:
+        self.signature: tuple[str, int, str, str] | None = None
+        self.asking, self.ending = threading.Lock(), threading.Event()
+        self.connection = self._connected()
+        self.answered_at = time.monotonic()
+
+    def _connected(self, **options: int) -> Any:
+        connection = self.database.connect(**{**_CLIENT, **options})
+        with connection.cursor() as cursor:
             cursor.execute(_SERVER)
+        return connection
 
     def is_taken(self) -> bool:
         """Takes the lock if it is free."""
@@ -157,9 +168,10 @@ class _Session:
             time.sleep(_WAIT_SECONDS if overlap == "wait" else _PATIENCE_SECONDS / 4)
 
     def sign(self, flow_run: str) -> None:
-        since = datetime.now().astimezone().isoformat(timespec="seconds")
+        since = datetime.now().astimezone().isoformat(timespec="microseconds")
+        self.signature = (socket.gethostname(), os.getpid(), since, flow_run)
         with self.connection.cursor() as cursor:
-            cursor.execute(_SIGN, (self.name, socket.gethostname(), os.getpid(), since, flow_run))
+            cursor.execute(_SIGN, (self.name, *self.signature))
 
     def watch(self) -> None:
         threading.Thread(target=self._watch, name=f"lock {self.name}", daemon=True).start()
@@ -169,11 +181,38 @@ class _Session:
             self.ask()
 
     def ask(self) -> None:
-        """Whether the connection lives, and with it the lock."""
-        try:
-            self._asked("select 1")
-        except Exception as error:  # of whatever kind: who cannot ask cannot know
-            self.lost = self.lost or str(error).strip().partition("\n")[0] or "it is closed"
+        """Whether the connection lives, and with it the lock; sets `lost` if not, and if it cannot be made good."""
+        with self.asking:
+            why = ""
+            while not self.lost:
+                try:
+                    if why:
+                        self._take_back()
+                    self._asked("select 1")
+                except Exception as error:  # of whatever kind: who cannot ask cannot know
+                    why = why or str(error).strip().partition("\n")[0] or "it is closed"
+                    is_over = time.monotonic() - self.answered_at > _GIVEN_UP_SECONDS
+                    if is_over or self.ending.is_set() or isinstance(error, LockLost):
+                        self.lost = f"{why}; {error}" if isinstance(error, LockLost) else why
+                    else:
+                        time.sleep(_AGAIN_SECONDS)
+                else:
+                    self.answered_at = time.monotonic()
+                    return
+
+    def _take_back(self) -> None:
+        """Takes the lock with a new connection. Raises LockLost if somebody else has it, or has had it since."""
+        with suppress(Exception):
+            self.connection.close()
+        self.connection = self._connected(connect_timeout=2)
+        question = "select host, pid, since, flow_run from gptflow.holders where name = %s"
+        is_free = self.is_taken()
+        with self.connection.cursor() as cursor:
+            cursor.execute(question, (self.name,))
+            if cursor.fetchone() != self.signature:
+                raise LockLost("somebody else has taken it meanwhile")
+        if not is_free:
+            raise RuntimeError("the server has not freed it yet")
 
     def _asked(self, question: str, *given: str) -> Any:
         with self.connection.cursor() as cursor:

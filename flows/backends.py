@@ -33,6 +33,11 @@ class Backends:
     artifacts: str | None = None
     """s3://BUCKET/PREFIX, without a slash at its end."""
 
+    def variables(self) -> dict[str, str]:
+        """What tells another process of them."""
+        said = {database.VARIABLE: self.database.url if self.database else None, ARTIFACTS: self.artifacts}
+        return {name: value for name, value in said.items() if value is not None}
+
     def __str__(self) -> str:
         return ", ".join(filter(None, (self.database.url if self.database else None, self.artifacts))) or "local files"
 

@@ -78,7 +78,7 @@ class Database:
         """A connection in autocommit mode. Raises DatabaseAway or DatabaseRefuses, with the cure."""
         psycopg2 = _driver()
         try:
-            connection = psycopg2.connect(self.url, connect_timeout=_CONNECT_SECONDS, **options)
+            connection = psycopg2.connect(self.url, **{"connect_timeout": _CONNECT_SECONDS, **options})
         except psycopg2.OperationalError as error:
             raise _explained(self, str(error)) from None
         connection.autocommit = True

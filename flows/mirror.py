@@ -16,6 +16,7 @@ import logging
 import os
 import re
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -122,13 +123,20 @@ class Following:
     def settle(self) -> None:
         """Returns when everything is in the store that the version will name. Raises what keeps it from getting there.
 
-        Nothing is pushed after it.
+        A lost lock comes first: who is cut off from the store may be cut off from the database too.
         """
         if self.store is None:
             return
         self.ending.set()
-        self.thread.join(_SETTLE_SECONDS)
-        self.push()
+        deadline = time.monotonic() + _SETTLE_SECONDS
+        while self.thread.is_alive() and time.monotonic() < deadline:
+            self.thread.join(1.0)
+            advisory.ensure_not_lost()
+        try:
+            self.push()
+        except SourceUnavailable:
+            advisory.ensure_held()
+            raise
 
     def _follow(self) -> None:
         pause = _POLL_SECONDS

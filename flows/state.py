@@ -98,9 +98,13 @@ class StateRoot:
 
     @property
     def tracking_uri(self) -> str:
-        """A user's MLFLOW_TRACKING_URI, else the state's database, else the SQLite database in the state root."""
-        there = self.database  # also takes the password out of the variable
-        if given := os.environ.get("MLFLOW_TRACKING_URI"):
+        """A user's MLFLOW_TRACKING_URI, else the state's database, else the SQLite database in the state root.
+
+        MLFLOW_BACKEND_STORE_URI, with which people start MLflow's own server, says the same of a PostgreSQL.
+        """
+        there = self.database  # also takes the password out of the variables
+        backend = os.environ.get("MLFLOW_BACKEND_STORE_URI", "")
+        if given := os.environ.get("MLFLOW_TRACKING_URI") or (backend if backend.startswith("postgres") else None):
             return given
         return there.tracking_uri if there else f"sqlite:///{self.path / 'mlflow.db'}"
 
@@ -211,6 +215,7 @@ class StateRoot:
         backends.remember(self.path, elsewhere)
         own = {
             **OPT_OUTS,
+            **elsewhere.variables(),
             "MLFLOW_TRACKING_URI": self.tracking_uri,
             "PREFECT_HOME": str(self.prefect / "ephemeral"),
             "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",  # it has one where tqdm is installed, among our own lines

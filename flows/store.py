@@ -96,8 +96,11 @@ class Store:
             return False
         text = (directory / MANIFEST).read_bytes()
         seal = _seal(text)
-        for name in json.loads(text)["files"]:
+        listed = json.loads(text)["files"]
+        for name in listed:
             self.upload(directory / name, f"{relative}/{seal}/{name}")
+        if missing := {f"{relative}/{seal}/{name}" for name in listed} - set(self.keys(f"{relative}/{seal}/")):
+            raise StoreAway(f"{self.url}: {min(missing)} was removed during the upload. Run the same command again.")
         allowed()
         return self._put(f"{relative}/{MANIFEST}", text, IfNoneMatch="*")
 

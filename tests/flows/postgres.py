@@ -30,8 +30,9 @@ class Postgres:
         secret = self.directory / "password"
         secret.write_text(self.password)
         data = self.directory / "data"
-        shutil.chown(self.directory, *_owner())
-        shutil.chown(secret, *_owner())
+        if _is_root():
+            for path in (self.directory, secret):
+                shutil.chown(path, "postgres", "postgres")
         initdb = [*_program("initdb"), "--pgdata", str(data), "--username", USER, "--pwfile", str(secret)]
         options = ["--auth", "scram-sha-256", "--no-sync", "--locale", "C.UTF-8", "--encoding", "UTF8"]
         subprocess.run([*initdb, *options], check=True, capture_output=True, cwd=self.directory)
@@ -112,11 +113,6 @@ def _program(program: str) -> list[str]:
         if _is_root()
         else (_tool(program))
     )
-
-
-def _owner() -> tuple[str, str]:
-    name = "postgres" if _is_root() else os.environ.get("USER", str(os.getuid()))
-    return name, name
 
 
 def _is_root() -> bool:

@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import pytest
 from mlflow import MlflowClient
 
@@ -14,7 +15,7 @@ from flows.database import parse
 from tests.fixtures import prose, write_project
 from tests.flows.objects import Objects
 from tests.flows.postgres import Postgres
-from tests.flows.servers import COMMAND, Up, clean, gptflow, living, write
+from tests.flows.servers import COMMAND, Up, begin, clean, gptflow, living, write
 
 pytestmark = pytest.mark.slow
 
@@ -39,17 +40,20 @@ def test_up_serves_from_postgresql_and_s3_a_second_machine_goes_on_there_and_no_
         scheduled = up.prefect.ask("flow_runs/filter", {"flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}}})
         assert "tiny" in {run["parameters"].get("pipeline") for run in scheduled}
         command_lines = [" ".join(process.cmdline()) for process in up.processes()]
-        doctor = up.command("doctor", "--json", **secrets)
-        assert doctor.returncode == 0, doctor.stdout
-        said = [doctor.stdout, *_on_the_second(second, url, postgres, objects, secrets)]
+        doctor = begin(first, first / "doctor.json", "doctor", "--json", **secrets)
+        said = _on_the_second(second, url, postgres, objects)
+        assert doctor.wait(120) == 0, (first / "doctor.json").read_text()
         processes = up.processes()
     finally:
         up.stop()
     assert living(processes) == [] and "stopped" in up.log.read_text()
     apart = "select schemaname from pg_tables where tablename = 'alembic_version'"
     assert sorted(postgres.ask(url.rpartition("/")[2], apart)) == ["mlflow", "prefect"]
-    monkeypatch.setenv("PGPASSWORD", postgres.password)
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value)
     client = MlflowClient(parse(url, "the test").tracking_uri)
+    mlflow.set_tracking_uri(parse(url, "the test").tracking_uri)
+    assert len(mlflow.pyfunc.load_model("models:/gpt-tiny@champion").predict(["The model"])) == 1
     versions = {str(version.version): version.tags for version in client.search_model_versions("name = 'gpt-tiny'")}
     assert sorted(versions) == ["1", "2"] and "of version 1 on the same" in versions["2"]["reason"]
     assert versions["2"]["gate_unknown"] == "", "the second machine knew what the first one's champion had learned"
@@ -60,7 +64,7 @@ def test_up_serves_from_postgresql_and_s3_a_second_machine_goes_on_there_and_no_
         assert [key for key in objects.keys("shared") if secret.encode() in _body(objects, key)] == []
 
 
-def _on_the_second(project: Path, url: str, postgres: Postgres, objects: Objects, secrets: dict[str, str]) -> list[str]:
+def _on_the_second(project: Path, url: str, postgres: Postgres, objects: Objects) -> list[str]:
     """Trains on other text on another machine, killed while it uploads the model, and then to the end."""
     (project / "text" / "two.txt").write_text(prose(2, num_words=9000))
     with_password = url.replace("@", f":{postgres.password}@")
@@ -82,10 +86,8 @@ def _on_the_second(project: Path, url: str, postgres: Postgres, objects: Objects
     done = gptflow(project, "run", "tiny", "--json", **told)
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads(done.stdout)["uri"] == "models:/gpt-tiny/2"
-    shown = gptflow(project, "generate", "models:/gpt-tiny@champion", "--max-new-tokens", "5", **secrets)
-    assert shown.returncode == 0, shown.stdout + shown.stderr
     assert [key for key in objects.keys("shared", "state/state/runs") if not key.endswith("current.json")] == []
-    return [done.stdout, done.stderr, shown.stdout, shown.stderr]
+    return [done.stdout, done.stderr]
 
 
 def _body(objects: Objects, key: str) -> bytes:

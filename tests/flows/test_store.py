@@ -157,3 +157,7 @@ def test_what_the_store_lacks_or_refuses_is_said_with_the_cure(
     module._client.cache_clear()
     with pytest.raises(StoreRefuses, match="Set AWS_ACCESS_KEY_ID"):
         store.check()
+    monkeypatch.setitem(sys.modules, "boto3.session", None)
+    module._client.cache_clear()
+    with pytest.raises(StoreRefuses, match=r"pip install 'gptflow\[s3\]'"):
+        store.check()

@@ -191,6 +191,7 @@ class Bench:
             servers.pop("runner")
             memory = _mb(psutil.Process(process.pid))
         runs = self.ask("flow_runs/filter", {"sort": "EXPECTED_START_TIME_DESC", "limit": 200, **_HAVE_BEGUN})
+        assert runs, "no run has begun: see serve.log"
         lags = [_seconds(run["start_time"]) - _seconds(run["expected_start_time"]) for run in runs]
         return {
             "all are taken from the pool after": ready,

@@ -11,6 +11,7 @@ taken, which costs a whole flow run but no training. Beside it, concurrent write
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -35,7 +36,7 @@ _PAGES = ("deployments", "runs", "dashboard")
 
 
 def main() -> None:
-    """Measures, and prints one JSON object."""
+    """Measures, and prints a line of JSON after each part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pipelines", type=int, default=500)
     parser.add_argument("--database", help="postgresql://USER@HOST:PORT of a server on which databases may be made")
@@ -45,23 +46,26 @@ def main() -> None:
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory, ExitStack() as stack:
         bench = Bench(Path(directory), asked.pipelines, asked.database)
-        found: dict[str, Any] = {"pipelines": asked.pipelines, "database": "PostgreSQL" if asked.database else "SQLite"}
+        say(pipelines=asked.pipelines, database="PostgreSQL" if asked.database else "SQLite")
         if "file" in asked.only:
-            found["file"] = bench.file()
+            say(file=bench.file())
         servers = stack.enter_context(bench.servers())
         if "register" in asked.only:
-            found["register"] = bench.register()
-        if "lag" in asked.only:
-            found["lag"] = bench.lag(asked.minutes, servers)
+            say(register=bench.register())
         if "pages" in asked.only:
-            found["pages"] = bench.pages()
+            say(pages=bench.pages())
         if "writers" in asked.only:
-            found["writers"] = [bench.writers(count) for count in asked.writers]
+            say(writers=[bench.writers(count) for count in asked.writers])
         if "commands" in asked.only:
-            found["commands"] = bench.commands()
-        found["memory"] = {name: _mb(process) for name, process in servers.items()}
-        found["bytes"] = bench.bytes()
-    print(json.dumps(found, indent=1))
+            say(commands=bench.commands())
+        if "lag" in asked.only:
+            say(lag=bench.lag(asked.minutes, servers))
+        say(memory={name: _mb(process) for name, process in servers.items()}, bytes=bench.bytes())
+
+
+def say(**found: Any) -> None:
+    """One line of JSON, at once."""
+    print(json.dumps(found), flush=True)
 
 
 class Bench:
@@ -208,7 +212,7 @@ class Bench:
 
         took = {}
         with sync_playwright() as playwright:
-            browser = playwright.chromium.launch()
+            browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
             page = browser.new_page()
             for name in (*_PAGES, *_PAGES):
                 began = time.perf_counter()

@@ -2,9 +2,9 @@
 
 It runs every `watch_seconds` where some pipeline has the trigger corpus_changed or wants to hear that it is stale.
 Those stand in `watch/.watched.json` in the state root, written by whoever registers the flow: as a parameter,
-hundreds of them would be stored again with each run. What was seen last stands in `watch/<pipeline>.json`. It is written
-after the event or the message was sent: killed in between, the next look says it once more rather than never. Retraining
-twice costs seconds, since the second run finds nothing new.
+hundreds of them would be stored again with each run. What was seen last stands in `watch/<pipeline>.json`. It is
+written after the event or the message was sent: killed in between, the next look says it once more rather than never.
+Retraining twice costs seconds, since the second run finds nothing new.
 """
 
 import json

@@ -9,7 +9,7 @@ pytest_plugins = ["tests.fixtures"]
 
 LONGEST = (
     *("test_soak.py", "test_away.py", "test_release_kills.py", "test_flow_kills.py", "test_three_nights.py"),
-    *("test_browser.py", "test_up.py", "test_ancestry.py", "test_disk.py"),
+    *("test_deploy.py", "test_browser.py", "test_up.py", "test_ancestry.py", "test_disk.py"),
 )
 
 

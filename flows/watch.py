@@ -1,9 +1,10 @@
 """The flow `watch`: it looks from outside whether texts have changed and whether a pipeline is overdue, and says so.
 
-It runs every `watch_seconds` where some pipeline has the trigger corpus_changed or wants to hear that it is stale. What
-was seen last stands in `watch/<pipeline>.json` in the state root. It is written after the event or the message was
-sent: killed in between, the next look says it once more rather than never. Retraining twice costs seconds, since the
-second run finds nothing new.
+It runs every `watch_seconds` where some pipeline has the trigger corpus_changed or wants to hear that it is stale.
+Those stand in `watch/.watched.json` in the state root, written by whoever registers the flow: as a parameter,
+hundreds of them would be stored again with each run. What was seen last stands in `watch/<pipeline>.json`. It is
+written after the event or the message was sent: killed in between, the next look says it once more rather than never.
+Retraining twice costs seconds, since the second run finds nothing new.
 """
 
 import json
@@ -39,7 +40,7 @@ class Memory:
 
 
 @flow(name="watch", flow_run_name="watch", persist_result=False)
-def watch(pipelines: list[Pipeline]) -> State[None]:
+def watch(pipelines: list[Pipeline] | None = None) -> State[None]:
     """Looks whether sources have changed, without reading them, and whether pipelines had no success for too long.
 
     The first look at a source counts as a change: nobody knows what happened before it. A pipeline that was never
@@ -47,9 +48,12 @@ def watch(pipelines: list[Pipeline]) -> State[None]:
     not answer is no change. While a run of the pipeline is under way it is not looked at: a change is seen afterwards.
 
     Args:
-        pipelines: Which pipelines to look at, with their sources, schedules and who is to be told.
+        pipelines: Which pipelines to look at, with their sources, schedules and who is to be told. Default: those of
+            the pipelines.yaml that was registered last.
     """
     root = state_root().create()
+    if pipelines is None:
+        pipelines = registered(root)
     said: list[str] = []
     with suppress(lock.Held), lock.hold(root.path / "watch" / "lock"):  # a look that takes long is still under way
         for pipeline in pipelines:
@@ -61,13 +65,23 @@ def watch(pipelines: list[Pipeline]) -> State[None]:
     return Completed(name="Changed" if said else "Unchanged", message="; ".join(said) or "nothing to say")
 
 
-def watched(pipelines: Iterable[Pipeline]) -> list[dict[str, Any]]:
-    """The parameter of the flow: the pipelines that want to be looked at, as plain data."""
-    return [
-        pipeline.model_dump(mode="json", include=_REGISTERED)
-        for pipeline in pipelines
-        if _awaits_changes(pipeline) or (pipeline.schedule is not None and _wants_to_hear(pipeline))
-    ]
+def register(root: StateRoot, pipelines: Iterable[Pipeline]) -> bool:
+    """Writes down which of the pipelines want to be looked at, and says whether there is one."""
+    wanted = [pipeline.model_dump(mode="json", include=_REGISTERED) for pipeline in pipelines if is_watched(pipeline)]
+    _write(root.path / "watch" / ".watched.json", wanted)
+    return bool(wanted)
+
+
+def registered(root: StateRoot) -> list[Pipeline]:
+    """The pipelines that were written down; none where nobody has registered any."""
+    with suppress(FileNotFoundError):
+        return [Pipeline.model_validate(one) for one in json.loads((root.path / "watch" / ".watched.json").read_text())]
+    return []
+
+
+def is_watched(pipeline: Pipeline) -> bool:
+    """Whether the pipeline asks to be looked at."""
+    return _awaits_changes(pipeline) or (pipeline.schedule is not None and _wants_to_hear(pipeline))
 
 
 def look_at_sources(root: StateRoot, pipeline: Pipeline) -> list[str]:
@@ -114,10 +128,13 @@ def recall(root: StateRoot, pipeline: str) -> Memory:
 
 
 def _remember(root: StateRoot, pipeline: str, memory: Memory) -> None:
-    path = _path(root, pipeline)
+    _write(_path(root, pipeline), asdict(memory))
+
+
+def _write(path: Path, body: Any) -> None:
     path.parent.mkdir(exist_ok=True)
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    temporary.write_text(json.dumps(asdict(memory), indent=1) + "\n")
+    temporary.write_text(json.dumps(body, indent=1) + "\n")
     temporary.replace(path)
 
 

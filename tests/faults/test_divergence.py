@@ -9,11 +9,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from gptcore import train
 from gptcore.data import Tokens
 from gptcore.errors import TrainingDiverged
-from gptcore.learning import trainer
-from gptcore.learning.rundir import RunDirectory
+from gptcore.learning import spread, trainer
 from gptcore.learning.trainer import Stop, train_directory
 from tests.faults.trainings import TRAIN, make_tokens, outcome, prepare
 
@@ -29,7 +27,7 @@ class Spoiled:
     def __init__(self, step: int, what: str, by: float) -> None:
         self.last_pass = step * TRAIN["accumulation"]
         self.what, self.by, self.passes = what, by, 0
-        self.calc_loss_batch = train.calc_loss_batch
+        self.calc_loss_batch = spread.calc_loss_batch
 
     def __call__(self, inputs: Tensor, targets: Tensor, model: Any, device: Any) -> Tensor:
         loss = self.calc_loss_batch(inputs, targets, model, device)
@@ -60,13 +58,13 @@ def test_a_loss_or_gradient_that_is_not_finite_ends_the_training_before_the_upda
     run, trainings = prepare(tmp_path / "run", tokens), []
     resumed = trainer._Training.resumed
 
-    def watched(directory: RunDirectory, config: Any) -> Any:
-        trainings.append(resumed(directory, config))
+    def watched(*given: Any) -> Any:
+        trainings.append(resumed(*given))
         return trainings[-1]
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(trainer._Training, "resumed", watched)
-        patched.setattr(train, "calc_loss_batch", Spoiled(step, what, by))
+        patched.setattr(spread, "calc_loss_batch", Spoiled(step, what, by))
         with pytest.raises(TrainingDiverged, match=rf"the {what}[a-z ]* of update {step} is (nan|inf)"):
             train_directory(run.path, Stop())
     weights = trainings[0].state.model.state_dict()
@@ -85,7 +83,7 @@ def test_the_next_start_after_a_divergence_that_is_over_ends_as_the_twin(tmp_pat
     twin, run = prepare(tmp_path / "twin", tokens), prepare(tmp_path / "run", tokens)
     train_directory(twin.path, Stop())
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(train, "calc_loss_batch", Spoiled(6, "gradient", math.nan))
+        patched.setattr(spread, "calc_loss_batch", Spoiled(6, "gradient", math.nan))
         with pytest.raises(TrainingDiverged):
             train_directory(run.path, Stop())
     train_directory(run.path, Stop())
@@ -96,7 +94,7 @@ def test_an_evaluation_that_is_not_finite_ends_the_training_with_nothing_to_regi
     tmp_path: Path, tokens: Tokens, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = prepare(tmp_path / "run", tokens)
-    monkeypatch.setattr(trainer, "mean_loss", lambda *_: math.nan)
+    monkeypatch.setattr(trainer, "evaluated_loss", lambda *_: math.nan)
     with pytest.raises(TrainingDiverged, match="after update 1 are nan and nan"):
         train_directory(run.path, Stop())
     failure = run.failure()

@@ -3,7 +3,7 @@
 The text is made (see tokenizing.py), in documents of a few KB to some MB, one file each. Every engine works on it in a
 process of its own, two workers each on two cores:
 
-- whole: as if it were one shard: one process makes the snapshot, two encode it;
+- whole: without shards, as small corpora are: one process makes the snapshot, two encode it;
 - processes: the plain processes of gptcore, over shards;
 - dask, ray: a cluster of their own, each shard a task of a Prefect flow run on a temporary server, which is started
   before and not counted: a run of gptflow has one in any case.
@@ -32,7 +32,7 @@ from bench.tokenizing import _reference, made_up
 from bench.workers import peak_mb
 from gptcore import corpus
 from gptcore.config import CorpusConfig
-from gptcore.text import encoding, guard, tokens
+from gptcore.text import guard, tokens
 from gptcore.text.workers import by_processes, cpus
 
 ENGINES = ("whole", "processes", "dask", "ray")
@@ -86,11 +86,10 @@ class _Watched:
 
 def measure(engine: str, texts: Path) -> dict[str, Any]:
     """One engine's work on the texts."""
+    for room in (corpus, guard, tokens):
+        room.WHOLE_BYTES = _WHOLE if engine == "whole" else 0  # type: ignore[attr-defined]
     if engine in ("dask", "ray"):
         return _in_a_flow(engine, texts)
-    if engine == "whole":
-        for room in (corpus, guard, encoding, tokens):
-            room.SHARD_BYTES = _WHOLE  # type: ignore[attr-defined]
     return _worked_on(_Watched(by_processes, lambda: None), texts)
 
 

@@ -5,7 +5,7 @@
     tcp://HOST:8786      a Dask scheduler that is there already (also tls://)
     ray://HOST:10001     a Ray cluster that is there already
 
-With Dask and Ray every shard is a task of the flow run, mapped by Prefect. A corpus of one shard starts none of them.
+With Dask and Ray every shard is a task of the flow run, mapped by Prefect. Up to 256 MiB of text start none of them.
 Workers on other machines need gptflow installed, Prefect's server within reach, and the state root and local sources
 under the same paths. Nothing is imported here before it is needed.
 """

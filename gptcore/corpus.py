@@ -26,7 +26,7 @@ from gptcore.text import guard, parts, sources, split
 from gptcore.text.parts import Parts
 from gptcore.text.split import SIDES
 from gptcore.text.spool import Documents, Spool, pieces
-from gptcore.text.workers import SHARD_BYTES, Map, by_processes
+from gptcore.text.workers import WHOLE_BYTES, Map, by_processes
 
 CORPUS_VERSION = 2
 """Raised when equal documents would give other blocks, sides or files."""
@@ -99,7 +99,7 @@ def ingest(cfg: CorpusConfig, corpora: Path, base: Path, mapped: Map = by_proces
     manifest.sweep(corpora)
     files = list(sources.files(cfg.sources, base, corpora.parent / "downloads"))
     key = manifest.sha256_of([*cfg.sources, str(base), cfg.errors, cfg.block_bytes])
-    if sum(file.num_bytes for file in files) <= SHARD_BYTES or len(files) == 1:
+    if sum(file.num_bytes for file in files) <= WHOLE_BYTES or len(files) == 1:
         with tempfile.TemporaryFile(dir=corpora) as file:
             read = sources.documents_of(files, corpora.parent / "downloads", cfg.errors)
             return _snapshot_of(cfg, Spool(file, read), corpora, mapped)

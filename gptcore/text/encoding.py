@@ -1,6 +1,6 @@
 """A large snapshot encoded in shards: what each gave is a committed directory, and joined they are the token files.
 
-A shard is a range of bytes of one side, about 32 MiB. It ends with a passage, or where `tokenizer.pieces` cuts a very
+A shard is a range of bytes of one side, about 16 MiB. It ends with a passage, or where `tokenizer.pieces` cuts a very
 long one, so that the ids are those of the text as a whole. Its part is named by the range, in a directory that belongs
 to this snapshot and this tokenizer; the next run after a kill takes it over.
 """

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from gptcore.text.workers import SHARD_BYTES, Map
+from gptcore.text.workers import SHARD_BYTES, WHOLE_BYTES, Map
 
 RUN_BYTES = 200
 """The shortest run that counts as shared."""
@@ -94,7 +94,7 @@ def _searched(
 ) -> list[R]:
     """What `search` finds in the stretches of the text, in order."""
     size = text.path.stat().st_size
-    if mapped is None or size <= SHARD_BYTES:
+    if mapped is None or size <= WHOLE_BYTES:
         return [search(Stretch(text.path, tables, 0, size))]
     path = text.path.absolute()
     with tempfile.TemporaryDirectory(prefix="guard-", dir=path.parent) as name:

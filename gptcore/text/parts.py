@@ -4,7 +4,7 @@
     blocks.bin       length and sha256 of each of their blocks
     documents.jsonl  every document: name, source, sha256, bytes, characters, whether it is blank
 
-A shard is a list of files, at most about 32 MiB of them unless a single one is larger. A part is named by its shard,
+A shard is a list of files, at most about 16 MiB of them unless a single one is larger. A part is named by its shard,
 and says which bytes it was made from, so that the next run after a kill takes it over if they are still the same. Parts
 lie beside the snapshots while one is made of them, and are gone afterwards.
 """

@@ -29,7 +29,7 @@ import numpy as np
 from gptcore import manifest
 from gptcore.errors import CheckpointError, ConfigError
 from gptcore.progress import Progress
-from gptcore.text.workers import SHARD_BYTES, Map, by_processes, cpus
+from gptcore.text.workers import WHOLE_BYTES, Map, by_processes, cpus
 from gptcore.tokenizer import Tokenizer, get_tokenizer, pieces, train_bpe
 
 TOKENS_VERSION = 1
@@ -140,7 +140,7 @@ def tokenize(
         manifest.commit(staged, goal, _about(source.sha256, identity, tokenizer, counts))
         return load_tokens(goal)
 
-    if processes is None and num_bytes > SHARD_BYTES:
+    if processes is None and num_bytes > WHOLE_BYTES:
         with parts.workplace(tokens_root.absolute(), identity) as directory:
             tokenizer = encoding.vocabulary(directory, lambda: fixed or _trained(name, snapshot))
             sides = encoding.in_shards(snapshot.absolute(), directory, mapped)

@@ -21,9 +21,8 @@ from flows.releases.lineage import settings_key
 from gptcore import corpus, data
 from gptcore.config import CorpusConfig
 from gptcore.errors import ConfigError
-from gptcore.text import encoding, guard, tokens
 from tests.gptcore.fatal import Fatal, die
-from tests.gptcore.test_shards import files_of, write_texts
+from tests.gptcore.test_shards import files_of, small_shards, write_texts
 
 ROOT = Path(__file__).parents[2]
 
@@ -136,8 +135,7 @@ def test_dask_and_ray_make_the_same_bytes_and_a_killed_worker_costs_its_shard(
     alone = corpus.ingest(cfg, tmp_path / "alone" / "corpora", tmp_path).path
     encoded = data.tokenize(alone, "gpt2", tmp_path / "alone" / "tokens").path
     expected = {**files_of(alone), **{f"tokens/{name}": data for name, data in files_of(encoded).items()}}
-    for room in (corpus, corpus.parts, guard, encoding, tokens):
-        monkeypatch.setattr(room, "SHARD_BYTES", 200_000)
+    small_shards(monkeypatch, 200_000)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     home = tmp_path / "home"
     home.mkdir()

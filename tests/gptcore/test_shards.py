@@ -19,12 +19,12 @@ from gptcore.text.workers import WorkerDied, by_processes
 from tests.gptcore.fatal import Fatal, die
 from tests.gptcore.test_corpus import prose
 
-ROOMS = (corpus, parts, guard, encoding, tokens)
-
 
 def small_shards(monkeypatch: pytest.MonkeyPatch, num_bytes: int = 40_000) -> None:
-    for room in ROOMS:
+    for room in (parts, guard, encoding):
         monkeypatch.setattr(room, "SHARD_BYTES", num_bytes)
+    for room in (corpus, guard, tokens):
+        monkeypatch.setattr(room, "WHOLE_BYTES", num_bytes)
 
 
 def write_texts(directory: Path) -> None:
@@ -87,7 +87,7 @@ def test_the_snapshot_and_the_token_files_are_the_same_byte_for_byte(
     assert counted["read"] > 8 and counted["guarded"] > 8 and counted["encoded"] > 12
 
 
-def test_a_corpus_of_one_shard_is_worked_on_as_a_whole(tmp_path: Path) -> None:
+def test_a_small_corpus_is_worked_on_as_a_whole(tmp_path: Path) -> None:
     def refused(*_: Any) -> list[Any]:
         raise AssertionError("nothing is to be distributed")
 

@@ -85,7 +85,7 @@ def up(
 
     The state root remembers --database and --artifacts (or GPTFLOW_DATABASE and GPTFLOW_ARTIFACTS); `local` undoes it.
     """
-    from flows import backends
+    from flows.sharing import backends
 
     backends.ask(database, artifacts)
     pipelines, root = _all_pipelines(file, run_here=True)

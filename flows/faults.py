@@ -13,7 +13,7 @@ import httpx
 from mlflow.exceptions import MlflowException
 from prefect.exceptions import PrefectException
 
-from flows import store
+from flows.sharing import store
 from flows.state import StateRoot
 from gptcore.errors import DiskFull, GPTCoreError, SourceUnavailable
 from gptcore.manifest import is_out_of_space

@@ -2,7 +2,7 @@
 
 A flow process holds `locks/<pipeline>.lock` in the state root for its whole run. It is an flock: the kernel frees it
 when its holder dies, however that happens, so there is no stale lock to clean up. The file says who holds it. Where
-several machines share the state's database, the holder has a lock of the same name there as well (advisory.py).
+several machines share the state's database, the holder has a lock of the same name there as well (sharing/advisory.py).
 """
 
 import fcntl
@@ -16,7 +16,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from flows.database import Database
+from flows.sharing.database import Database
 
 Overlap = Literal["skip", "wait"]
 _PATIENCE_SECONDS = 1.0
@@ -95,7 +95,7 @@ def holder(path: Path, database: Database | None = None) -> Holder | None:
 
 
 def _advisory() -> Any:
-    from flows import advisory  # which builds on this room
+    from flows.sharing import advisory  # which builds on this room
 
     return advisory
 

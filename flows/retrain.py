@@ -16,7 +16,7 @@ from prefect import State, flow, get_run_logger
 from prefect.runtime import flow_run
 from prefect.states import Completed
 
-from flows import advisory, attempt, faults, lines, lock, mirror, runners, tasks, tracking
+from flows import attempt, faults, lines, lock, runners, tasks, tracking
 from flows.attempt import Attempt
 from flows.metrics import MetricsLog
 from flows.pipelines import Pipeline
@@ -29,6 +29,7 @@ from flows.releases.report import detail_rows, score_rows
 from flows.runners import TaskRunnerName
 from flows.service import deployed, successes
 from flows.service.notify import NotifyConfig, tell_failure, tell_promotion
+from flows.sharing import advisory, mirror
 from flows.state import StateRoot, state_root
 from gptcore import manifest, memory
 from gptcore.config import CorpusConfig, GateConfig, ModelConfig, RetrainConfig, SampleConfig, TrainConfig

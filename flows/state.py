@@ -12,7 +12,7 @@
     backends.json             which database and object store hold the state instead of files here, if any
     state.json                which format this is, and where it lies: it may be moved (relocate.py)
 
-It is `GPTFLOW_HOME`, else `mlruns/` beside pipelines.yaml. With a database and an object store (backends.py) the runs,
+It is `GPTFLOW_HOME`, else `mlruns/` beside pipelines.yaml. With a database and an object store (sharing/backends.py) the runs,
 the registry and their files lie there, for several machines; what is made on the way still lies here. Nothing here
 imports Prefect or MLflow.
 """
@@ -25,15 +25,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from flows import backends, lock, relocate
-from flows.backends import Backends
-from flows.database import Database
+from flows import lock, relocate
 from flows.lock import Overlap
 from flows.service.servers import running_servers
+from flows.sharing import backends
+from flows.sharing.backends import Backends
+from flows.sharing.database import Database
 from gptcore.errors import CheckpointError, GPTCoreError
 
 if TYPE_CHECKING:
-    from flows.store import Store
+    from flows.sharing.store import Store
 
 OPT_OUTS = {
     # The word "true": MLflow ignores "1".
@@ -135,7 +136,7 @@ class StateRoot:
         """The object store that mirrors what is complete here, if there is one."""
         if (url := self.backends.artifacts) is None:
             return None
-        from flows.store import Store
+        from flows.sharing.store import Store
 
         return Store(url)
 

@@ -19,9 +19,10 @@ import psutil
 from prefect import get_run_logger
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
-from flows import advisory, faults, tracking
+from flows import faults, tracking
 from flows.command.console import active
 from flows.metrics import Following, MetricsLog
+from flows.sharing import advisory
 from flows.state import StateRoot
 from gptcore.errors import GPTCoreError
 from gptcore.learning import checkpoint

@@ -17,10 +17,10 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from flows import advisory
 from flows.releases.moves import Kind, Move, previous, read, withdrawn
 from flows.releases.registry import CHAMPION, RegistryError, UnknownVersion, versions
 from flows.service import events
+from flows.sharing import advisory
 from flows.state import StateRoot
 from gptcore.errors import GPTCoreError
 

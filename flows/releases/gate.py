@@ -14,11 +14,11 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 
-from flows import advisory
 from flows.releases.ancestry import line_of, texts_of
 from flows.releases.champion import GATE, promote, withdrawal
 from flows.releases.loading import load
 from flows.releases.registry import SOURCES_OVERRIDDEN, RegistryError, champion_of, resolve
+from flows.sharing import advisory
 from flows.state import StateRoot
 from gptcore import manifest
 from gptcore.bundle import Loaded

@@ -22,15 +22,15 @@ from mlflow.entities import Run
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from flows import advisory, mirror
 from flows.attempt import current
 from flows.lock import taken
 from flows.releases import artifacts
 from flows.releases.champion import unmoved
 from flows.releases.moves import chain
 from flows.releases.registry import RegistryError
+from flows.sharing import advisory, mirror
+from flows.sharing.store import Store
 from flows.state import StateRoot
-from flows.store import Store
 from gptcore import manifest
 from gptcore.errors import CheckpointError, ConfigError
 from gptcore.learning.rundir import RunDirectory

@@ -19,10 +19,10 @@ from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
 import gptcore
-from flows import advisory
 from flows.releases import artifacts, model_card
 from flows.releases.model_card import Champion, Evidence
 from flows.releases.registry import BUNDLE, champion_of, find
+from flows.sharing import advisory
 from flows.state import StateRoot
 from gptcore import manifest
 from gptcore.bundle import write_bundle

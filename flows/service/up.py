@@ -20,9 +20,9 @@ import click
 import psutil
 
 from flows import lock
-from flows.backends import Backends
 from flows.service.children import Child
 from flows.service.servers import Servers, answers, record, recorded, running_servers, up_lock
+from flows.sharing.backends import Backends
 from flows.state import StateRoot
 from gptcore.errors import ConfigError, GPTCoreError
 

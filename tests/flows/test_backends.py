@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from flows import advisory, database, lock
-from flows.backends import backends_of, remember
-from flows.database import Database, DatabaseAway, DatabaseRefuses, parse
+from flows import lock
+from flows.sharing import advisory, database
+from flows.sharing.backends import backends_of, remember
+from flows.sharing.database import Database, DatabaseAway, DatabaseRefuses, parse
 from flows.state import StateRoot
 from gptcore.errors import ConfigError
 from tests.flows.postgres import Postgres
@@ -19,7 +20,9 @@ from tests.flows.servers import gptflow, refused
 
 pytestmark = pytest.mark.slow
 
-HOLD = "import sys; from pathlib import Path; from flows.lock import hold; from flows.database import Database\n"
+HOLD = (
+    "import sys; from pathlib import Path; from flows.lock import hold; from flows.sharing.database import Database\n"
+)
 HOLD += "with hold(Path(sys.argv[1]), 'run-1', database=Database(sys.argv[2])):\n"
 HOLD += "    print('held', flush=True); sys.stdin.read()"
 

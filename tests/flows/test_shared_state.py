@@ -11,7 +11,7 @@ import mlflow
 import pytest
 from mlflow import MlflowClient
 
-from flows.database import parse
+from flows.sharing.database import parse
 from tests.fixtures import prose, write_project
 from tests.flows.objects import Objects
 from tests.flows.postgres import Postgres

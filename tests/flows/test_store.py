@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from flows import store as module
-from flows.store import Changed, Store, StoreAway, StoreRefuses
+from flows.sharing import store as module
+from flows.sharing.store import Changed, Store, StoreAway, StoreRefuses
 from gptcore import manifest
 from gptcore.errors import CheckpointError, GPTCoreError
 from tests.flows.objects import Objects
 
-PUSH = "import sys; from pathlib import Path; from flows.store import Store\n"
+PUSH = "import sys; from pathlib import Path; from flows.sharing.store import Store\n"
 PUSH += "Store('s3://bucket/here').push(Path(sys.argv[1]), 'corpora/one')"
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from flows.database import parse
+from flows.sharing.database import parse
 from tests.fixtures import write_project
 from tests.flows import hosts, objects, postgres
 from tests.flows.servers import wait_for, write

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from flows import database
-from flows.database import Database
+from flows.sharing import database
+from flows.sharing.database import Database
 from gptcore.errors import ConfigError
 
 ARTIFACTS = "GPTFLOW_ARTIFACTS"

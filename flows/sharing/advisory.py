@@ -21,8 +21,8 @@ from contextlib import closing, contextmanager, suppress
 from datetime import datetime
 from typing import Any
 
-from flows.database import Database
 from flows.lock import Held, Holder, Overlap
+from flows.sharing.database import Database
 from gptcore.errors import GPTCoreError
 
 _IDLE_SECONDS, _INTERVAL_SECONDS, _PROBES = 5, 3, 3

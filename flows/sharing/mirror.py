@@ -22,11 +22,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
-from flows import advisory, attempt
+from flows import attempt
 from flows.attempt import CURRENT, Attempt
 from flows.pipelines import Pipeline
+from flows.sharing import advisory
+from flows.sharing.store import Store
 from flows.state import StateRoot
-from flows.store import Store
 from gptcore import manifest
 from gptcore.config import RunConfig
 from gptcore.errors import GPTCoreError, SourceUnavailable

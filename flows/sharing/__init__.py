@@ -1,0 +1,1 @@
+"""State on servers, for several machines: a database, an object store, a lock between machines."""

@@ -12,9 +12,9 @@
     backends.json             which database and object store hold the state instead of files here, if any
     state.json                which format this is, and where it lies: it may be moved (relocate.py)
 
-It is `GPTFLOW_HOME`, else `mlruns/` beside pipelines.yaml. With a database and an object store (sharing/backends.py) the runs,
-the registry and their files lie there, for several machines; what is made on the way still lies here. Nothing here
-imports Prefect or MLflow.
+It is `GPTFLOW_HOME`, else `mlruns/` beside pipelines.yaml. With a database and an object store (sharing/backends.py)
+the runs, the registry and their files lie there, for several machines; what is made on the way still lies here. Nothing
+here imports Prefect or MLflow.
 """
 
 import os

@@ -51,6 +51,15 @@ def test_help_and_settings_are_answered_without_the_heavy_imports() -> None:
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 
+def test_a_retraining_on_one_machine_loads_nothing_that_only_several_need() -> None:
+    program = (
+        "import sys; import flows.cli, flows.retrain;"
+        "extras = {'dask', 'distributed', 'ray', 'psycopg2', 'boto3', 's3fs', 'torch.distributed.run'};"
+        "assert not extras & set(sys.modules), extras & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+
+
 def test_every_shipped_pipeline_is_valid(project: Path) -> None:
     shipped = Path(__file__).parents[2] / "pipelines.yaml"
     from flows.pipelines import PipelinesFile

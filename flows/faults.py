@@ -12,6 +12,7 @@ from shutil import disk_usage
 import httpx
 from mlflow.exceptions import MlflowException
 from prefect.exceptions import PrefectException
+from sqlalchemy.exc import OperationalError
 
 from flows.sharing import store
 from flows.state import StateRoot
@@ -49,6 +50,8 @@ def is_disk_full(error: BaseException) -> bool:
 
 def is_mlflow_away(error: BaseException) -> bool:
     """Whether MLflow's server or database did not answer, as opposed to answering that it will not."""
+    if isinstance(error, OperationalError):  # MLflow's own rollback meets a broken connection too
+        return True
     return isinstance(error, MlflowException) and error.error_code in _AWAY
 
 

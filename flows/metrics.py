@@ -14,6 +14,7 @@ from types import TracebackType
 from mlflow import MlflowClient
 from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
+from sqlalchemy.exc import OperationalError
 
 from flows.state import StateRoot
 from gptcore.learning.rundir import Metrics, MetricsReader
@@ -38,6 +39,7 @@ _POLL_SECONDS = 5.0
 _LONGEST_PAUSE_SECONDS = 30.0
 _END_SECONDS = 10.0
 _HURRIED_END_SECONDS = 3.0
+_NOT_TAKEN = (MlflowException, OperationalError)  # the latter from MLflow's rollback where the connection is gone
 _log = logging.getLogger(__name__)
 
 
@@ -59,7 +61,7 @@ class MetricsLog:
                 self.last_step = max((metric.step for metric in history), default=0)
             while lines := self.reader.new_lines(_PIECE_BYTES):
                 self._log([line for line in lines if line["step"] > self.last_step])
-        except MlflowException:
+        except _NOT_TAKEN:
             self.reader = MetricsReader(self.metrics)
             raise
 
@@ -107,7 +109,7 @@ class Following:
     def _is_sent(self) -> bool:
         try:
             self.log.send()
-        except MlflowException as error:
+        except _NOT_TAKEN as error:
             _log.warning("MLflow does not take the metrics of run %s for now: %s", self.log.run_id, error)
             return False
         return True

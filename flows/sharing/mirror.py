@@ -158,6 +158,10 @@ class Following:
             _log.warning("the object store does not take %s: %s", self.run.path.name, error)
             self.error = error
             return False
+        except RuntimeError:  # the interpreter ends, and takes boto3's threads from this one
+            if not self.ending.is_set():
+                raise
+            return False
         return True
 
     def push(self) -> None:

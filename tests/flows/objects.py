@@ -7,6 +7,7 @@ import logging
 import secrets
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from threading import Lock, Thread
 from typing import Any
 
@@ -57,11 +58,13 @@ class Objects:
 
     def around(self, application: Application) -> Application:
         def one_at_a_time(environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
+            # Read first: a client that is cut off in the middle of it must not keep the others waiting.
+            if length := int(environ.get("CONTENT_LENGTH") or 0):
+                environ["wsgi.input"] = BytesIO(environ["wsgi.input"].read(length))
             with self.lock:
                 self.requests.append((environ["REQUEST_METHOD"], environ["PATH_INFO"]))
                 if (refused := self.refuse(environ)) is None:
                     return list(application(environ, start))
-                environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
                 body = (
                     f"<?xml version='1.0'?><Error><Code>{refused[1]}</Code><Message>refused</Message></Error>".encode()
                 )

@@ -133,7 +133,8 @@ def test_one_two_and_four_processes_learn_the_same_also_where_one_goes_on_for_an
 
 def trainers(run: RunDirectory) -> tuple[psutil.Process, list[psutil.Process]]:
     """torchrun, and the processes that it started, by rank."""
-    (agent,) = (child for child in psutil.Process().children() if str(run.path) in child.cmdline())
+    alive = (child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE)
+    (agent,) = (child for child in alive if str(run.path) in child.cmdline())
     return agent, sorted(agent.children(), key=lambda child: int(child.environ()["RANK"]))
 
 
@@ -260,7 +261,7 @@ def start_on(host: str, run: RunDirectory, log: Path) -> "subprocess.Popen[bytes
 def test_a_host_that_is_cut_off_costs_a_restart_and_comes_back(
     two_hosts: tuple[str, str], tokens: Tokens, tmp_path: Path
 ) -> None:
-    # So low a rate that rounding stays rounding for thousands of updates; what is learned from still shows in each loss.
+    # So low a rate that rounding stays rounding for thousands of updates; which text was learned shows in each loss.
     given = {**TRAIN, "max_steps": 2500, "eval_every": 500, "checkpoint_steps": 50, "learning_rate": 3e-5}
     twin, run = (prepare(tmp_path / name, tokens, model=MODEL, **given) for name in ("twin", "run"))
     train_directory(twin.path, trainer.Stop())

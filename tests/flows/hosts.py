@@ -18,6 +18,7 @@ class Host:
     """One of them."""
 
     def __init__(self, number: int) -> None:
+        self.begun: list[subprocess.Popen[bytes]] = []
         self.name, self.cable = f"gptflow-{os.getpid()}-{number}", f"gf{os.getpid() % 100000}-{number}"
         here, there, inside = f"10.77.{number}.1", f"10.77.{number}.2", f"{self.cable}i"
         _ip("netns", "add", self.name)
@@ -41,12 +42,16 @@ class Host:
         _ip("link", "set", self.cable, "up")
 
     def remove(self) -> None:
+        """Also ends what was begun there and is not over."""
+        for process in self.begun:
+            process.kill()
+            process.wait()
         _ip("netns", "del", self.name)
 
     def begin(self, project: Path, log: Path, *arguments: str, **environment: str) -> "subprocess.Popen[bytes]":
         """Starts the command line there; what it says goes to `log`."""
         with log.open("w") as output:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 ["ip", "netns", "exec", self.name, *COMMAND, *arguments],
                 cwd=project,
                 env=clean(**environment),
@@ -54,6 +59,8 @@ class Host:
                 stdout=output,
                 stderr=output,
             )
+        self.begun.append(process)
+        return process
 
 
 @contextmanager

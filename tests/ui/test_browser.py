@@ -120,7 +120,8 @@ def trained_as_asked(up: Up) -> None:
     own = PipelinesFile(up.project / "pipelines.yaml").pipeline("tiny")
     (path,) = up.root.path.glob("runs/tiny/*/config.json")
     trained = json.loads(path.read_text())
-    chosen = {key: trained["train"][key] for key in ("device", "precision", "compile")}  # auto, until the run chooses
+    # auto, until the run chooses
+    chosen = {key: trained["train"][key] for key in ("device", "precision", "compile", "processes")}
     assert trained["train"] == {**own.train.model_dump(mode="json"), **chosen, "max_steps": int(CHANGED)}
     assert trained["model"] == own.model.model_dump(mode="json")
     client = MlflowClient(f"sqlite:///{up.root.path / 'mlflow.db'}")

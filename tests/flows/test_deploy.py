@@ -156,6 +156,7 @@ def test_a_process_worker_elsewhere_retrains_and_then_has_nothing_to_do(
         "DO_NOT_TRACK",
         "MLFLOW_DISABLE_TELEMETRY",
         "PREFECT_SERVER_ANALYTICS_ENABLED",
+        "RAY_USAGE_STATS_ENABLED",
     }
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     (elsewhere / "flows.py").write_text("raise RuntimeError('the wrong flows')")

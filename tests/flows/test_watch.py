@@ -185,4 +185,4 @@ def test_a_text_that_changes_is_trained_on_without_a_schedule(project: Path, ser
 
 
 def looked(server: Prefect) -> list[str]:
-    return [run["id"] for run in server.runs() if run["parameters"].get("pipelines") and run["end_time"]]
+    return [run["id"] for run in server.runs() if run["name"] == "watch" and run["end_time"]]

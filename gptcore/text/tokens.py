@@ -121,13 +121,8 @@ def tokenize(
     from gptcore import corpus  # not above: the workers import this module and need no corpus
     from gptcore.text import encoding, parts
 
-    if vocabulary is not None and vocabulary.name != name:
-        raise ConfigError(
-            f"corpus.tokenizer is {name!r}, but the vocabulary to be kept is {vocabulary.name!r}: set corpus.tokenizer "
-            f"to {vocabulary.name!r}, or train.start_from to scratch."
-        )
     source = corpus.load_snapshot(snapshot)
-    fixed = vocabulary or (None if name.startswith("bpe:") else get_tokenizer(name))
+    fixed = _given(name, vocabulary)
     identity = _identity(source.sha256, name, fixed)
     goal = tokens_root / identity[:16]
     if manifest.is_committed(goal):
@@ -154,6 +149,16 @@ def tokenize(
         with _encoder(tokenizer, staged / "tokenizer", processes or _processes_for(num_bytes)) as encoded:
             batched = {side: encoded(batches(_passages(snapshot, side, progress))) for side in SIDES}
             return write(staged, tokenizer, batched)
+
+
+def _given(name: str, vocabulary: Tokenizer | None) -> Tokenizer | None:
+    """The tokenizer that is there before the text is read; None for one that is trained on it."""
+    if vocabulary is not None and vocabulary.name != name:
+        raise ConfigError(
+            f"corpus.tokenizer is {name!r}, but the vocabulary to be kept is {vocabulary.name!r}: set corpus.tokenizer "
+            f"to {vocabulary.name!r}, or train.start_from to scratch."
+        )
+    return vocabulary or (None if name.startswith("bpe:") else get_tokenizer(name))
 
 
 def _trained(name: str, snapshot: Path) -> Tokenizer:

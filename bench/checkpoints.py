@@ -23,7 +23,7 @@ import torch
 from gptcore import manifest
 from gptcore.config import ModelConfig, TrainConfig
 from gptcore.learning import checkpoint
-from gptcore.train import TrainState
+from gptcore.learning.state import TrainState
 
 GPT2_VOCABULARY = 50257
 

@@ -27,7 +27,8 @@ from gptcore import memory
 from gptcore.config import CorpusConfig, ModelConfig, TrainConfig
 from gptcore.corpus import ingest
 from gptcore.data import Batches, Tokens, eval_batches, tokenize
-from gptcore.train import TrainState, mean_loss, resolve, training
+from gptcore.learning.state import TrainState
+from gptcore.train import mean_loss, resolve, training
 
 SHAPE = {"emb_dim": 128, "n_heads": 4, "n_layers": 4}
 GPT2 = {"init": "gpt2", "tied": True}

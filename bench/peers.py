@@ -34,8 +34,9 @@ from gptcore import memory
 from gptcore.config import TrainConfig
 from gptcore.exchange.layout import to_huggingface
 from gptcore.generate import generate_batch
+from gptcore.learning.state import TrainState
 from gptcore.model import GPTModel
-from gptcore.train import TrainState, update
+from gptcore.train import update
 from gptcore.writing.quantize import quantize
 from gptcore.writing.sampling import Sampling
 

@@ -20,7 +20,7 @@ from gptcore.errors import CheckpointError, NewerFormat
 from gptcore.learning.spread import Tensors, deal, whole
 
 if TYPE_CHECKING:
-    from gptcore.train import TrainState
+    from gptcore.learning.state import TrainState
 
 
 def save(checkpoints: Path, state: "TrainState", identity: dict[str, Any], keep: int) -> Path:

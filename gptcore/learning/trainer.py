@@ -30,11 +30,11 @@ from gptcore.errors import CheckpointError, ConfigError, GPTCoreError, RankLost,
 from gptcore.learning import checkpoint, warmstart
 from gptcore.learning.ranks import ALONE, Ranks, is_restarted, joined
 from gptcore.learning.rundir import STOPPED, Paused, Result, RunDirectory, result_about
+from gptcore.learning.state import TrainState
 from gptcore.learning.stop import Stop
 from gptcore.train import (
     TRAINING_VERSION,
     MicroBatches,
-    TrainState,
     Update,
     budget_reached,
     evaluated_loss,

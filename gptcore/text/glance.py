@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from gptcore.errors import CorpusError, SourceUnavailable
 from gptcore.manifest import sha256_of
-from gptcore.text.sources import PYTHON_DOCS, local_paths, parse_address, scheme_of, stored, telling
+from gptcore.text import stored
+from gptcore.text.sources import PYTHON_DOCS, local_paths, parse_address, scheme_of
 
 if TYPE_CHECKING:
     import requests
@@ -35,7 +36,7 @@ def fingerprint(source: str, base: Path) -> str:
     if scheme in ("http", "https"):
         address, sha256 = parse_address(source)
         return sha256_of(sha256 or _said_about(address))
-    return sha256_of([[name, telling(info)] for name, info in stored(source)[1].items()])
+    return sha256_of([[name, stored.telling(info)] for name, info in stored.find(source)[1].items()])
 
 
 def _local(path: Path) -> list[Any]:

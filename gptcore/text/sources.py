@@ -4,52 +4,32 @@ An entry is `python-docs`, a file, a directory, a glob, an http(s) address or an
 first copied aside in one state, so that an edit during the reading cannot give a text that never existed. A file or
 directory that is named may lie anywhere and be a link; what a directory or a glob finds stays inside of it, so that a
 link planted there makes no other file of the machine a text to learn from. How a file's bytes become documents stands
-in formats.py, how they come over the web in downloads.py.
+in formats.py, how they come over the web in downloads.py, what fsspec opens in stored.py.
 """
 
-import importlib.util
 import io
 import os
 import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal, cast
+from typing import BinaryIO, Literal, cast
 from urllib.parse import unquote, urlsplit
 
-from gptcore.errors import CorpusError, GPTCoreError, SourceUnavailable
+from gptcore.errors import CorpusError
 from gptcore.manifest import sha256_of
 from gptcore.text import downloads as web
-from gptcore.text import formats
+from gptcore.text import formats, stored
 from gptcore.text.formats import Errors
-
-if TYPE_CHECKING:
-    import fsspec
 
 PYTHON_DOCS = "python-docs"
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*)://(.*)", re.DOTALL)
 _PINNED = re.compile(r"sha256=([0-9a-fA-F]{64})")
-_PACKAGES = {
-    "s3": "s3fs",
-    "s3a": "s3fs",
-    "gs": "gcsfs",
-    "gcs": "gcsfs",
-    "hf": "huggingface_hub",
-    "az": "adlfs",
-    "abfs": "adlfs",
-    "sftp": "paramiko",
-    "ssh": "paramiko",
-}
-_REFUSED = {"reference": "what it reads may hold templates, which are programs"}
 _NO_HOST = re.compile(r"[\s\x00-\x1f\x7f\ud800-\udfff]")
-_TELLING = re.compile(
-    r"size|created|mtime|modified|updated|generation|e_?tag|md5|sha|blob|version|checksum|ino", re.IGNORECASE
-)
 _DOCS_BYTES = 465_000
 _COPY_BYTES = 1024 * 1024
 _IN_MEMORY_BYTES = 8 * 1024 * 1024
@@ -92,7 +72,7 @@ class File:
             return io.BytesIO()
         if self.kind == "local":
             return _copy_of(Path(self.where), scratch)
-        return Path(self.where).open("rb") if self.kind == "web" else _fetched(self, scratch)
+        return Path(self.where).open("rb") if self.kind == "web" else stored.fetch(self.source, self.where, scratch)
 
     def read(self, opened: BinaryIO, errors: Errors) -> Iterator[Document]:
         """Its documents, in order; each must be consumed before the next is asked for. Raises as `documents`."""
@@ -116,7 +96,7 @@ def check(sources: Sequence[str], base: Path) -> None:
         elif scheme in ("http", "https"):
             parse_address(source)
         else:
-            _check_package(source, scheme)
+            stored.check(source, scheme)
 
 
 def documents(sources: Sequence[str], base: Path, downloads: Path, errors: Errors) -> Iterator[Document]:
@@ -188,10 +168,10 @@ def _files(source: str, base: Path, downloads: Path) -> Iterator[File]:
         body = web.fetch(address, sha256, downloads)
         yield File(source, address, filename, "web", str(body.absolute()), _size(body))
     else:
-        filesystem, found, is_literal = stored(source)
+        filesystem, found, is_literal = stored.find(source)
         for name, info in found.items():
             shown = source if is_literal else filesystem.unstrip_protocol(name)
-            state = sha256_of(telling(info)) if telling(info) else ""
+            state = sha256_of(telling) if (telling := stored.telling(info)) else ""
             yield File(source, shown, name, "stored", name, info.get("size") or 0, state)
 
 
@@ -299,66 +279,3 @@ def _copy_of(path: Path, scratch: Path) -> BinaryIO:
         f"{path} changed while it was read, {_TRIES} times in a row (from {before.st_size} to {after.st_size} bytes); "
         "start again when nothing writes to it."
     )
-
-
-def stored(source: str) -> tuple["fsspec.AbstractFileSystem", dict[str, dict[str, Any]], bool]:
-    """What fsspec finds: one object, the matches of a glob, or the texts below a prefix, by name, as it describes them.
-
-    Returned with the file system, and whether the source names a single object. Raises CorpusError, SourceUnavailable.
-    """
-    _check_package(source, scheme_of(source) or "")
-    with _storage_errors(source):
-        import fsspec
-
-        filesystem, path = fsspec.core.url_to_fs(source)
-        filesystem.invalidate_cache()  # a listing kept from an earlier look would hide what is new
-        if is_literal := filesystem.isfile(path):
-            found = {path: filesystem.info(path)}
-        elif any(mark in path for mark in "*?["):
-            matches = filesystem.glob(path, detail=True)
-            found = {name: info for name, info in matches.items() if info["type"] == "file"}
-        else:
-            found = {name: info for name, info in filesystem.find(path, detail=True).items() if formats.is_known(name)}
-    if not found:
-        raise CorpusError(f"corpus.sources: {source!r} does not exist, matches nothing or holds no text.")
-    return filesystem, dict(sorted(found.items())), is_literal
-
-
-def telling(info: Mapping[str, Any]) -> dict[str, str]:
-    """What changes with the content in fsspec's description of an object; other things change without."""
-    return {key: str(value) for key, value in sorted(info.items()) if _TELLING.search(key)}
-
-
-def _fetched(file: File, scratch: Path) -> BinaryIO:
-    copy = tempfile.SpooledTemporaryFile(_IN_MEMORY_BYTES, dir=str(scratch))  # noqa: SIM115
-    with _storage_errors(file.source):
-        import fsspec
-
-        filesystem, _ = fsspec.core.url_to_fs(file.source)
-        with filesystem.open(file.where, "rb") as opened:
-            shutil.copyfileobj(opened, copy, _COPY_BYTES)
-    copy.seek(0)
-    return cast(BinaryIO, copy)
-
-
-@contextmanager
-def _storage_errors(source: str) -> Iterator[None]:
-    """Every storage has exceptions of its own; they become ours, with the source they are about."""
-    try:
-        yield
-    except GPTCoreError:
-        raise
-    except ImportError as error:
-        raise CorpusError(f"{source!r} needs a package that is not installed: {error}. pip install it.") from None
-    except (FileNotFoundError, IsADirectoryError, PermissionError, ValueError) as error:
-        raise CorpusError(f"{source!r} cannot be read: {error}") from None
-    except Exception as error:
-        raise SourceUnavailable(f"{source} is unavailable: {error}. Try again later, or name a file.") from error
-
-
-def _check_package(source: str, scheme: str) -> None:
-    if reason := _REFUSED.get(scheme) or ("one opens another" if "::" in source else None):
-        raise CorpusError(f"corpus.sources: {source!r} is not opened: {reason}. Name the files themselves.")
-    package = _PACKAGES.get(scheme)
-    if package and not importlib.util.find_spec(package):
-        raise CorpusError(f"{source!r} needs the package {package}, which is not installed: pip install {package}")

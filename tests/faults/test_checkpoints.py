@@ -17,7 +17,7 @@ import torch
 from gptcore import manifest
 from gptcore.errors import CheckpointError, DiskFull, NewerFormat
 from gptcore.learning import checkpoint
-from gptcore.train import TrainState
+from gptcore.learning.state import TrainState
 from tests.gptcore.checkpoints import CFG, IDENTITY, TRAIN, everything, names, restored, saved, train_on
 
 NEWEST = "step-00000006"

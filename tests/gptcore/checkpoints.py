@@ -9,7 +9,8 @@ import torch
 from gptcore.config import TrainConfig
 from gptcore.data import Batches
 from gptcore.learning import checkpoint
-from gptcore.train import TrainState, training
+from gptcore.learning.state import TrainState
+from gptcore.train import training
 
 CFG = {
     "vocab_size": 257,

@@ -3,7 +3,7 @@
 import torch
 
 from gptcore.learning import checkpoint
-from gptcore.train import TrainState
+from gptcore.learning.state import TrainState
 from tests.gptcore.checkpoints import CFG, IDENTITY, TRAIN, everything, names, restored, saved, train_on
 
 

@@ -15,7 +15,7 @@ import pytest
 import zstandard
 
 from gptcore.errors import CorpusError, SourceUnavailable
-from gptcore.text import formats, sources
+from gptcore.text import formats, sources, stored
 
 TEXT = "First line.\r\nÄpfel, 日本語, 🎈 and a NUL \0.\n\nLast line without an end"
 ROWS = ["one", TEXT, "", "x" * 200_000, 'quotes " and, commas\n']
@@ -207,7 +207,7 @@ def test_a_source_that_cannot_exist_is_refused_before_anything_is_read(tmp_path:
 def test_a_storage_whose_package_is_missing_names_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for scheme, package in {"s3": "s3fs", "gs": "gcsfs"}.items():
         monkeypatch.setitem(sys.modules, package, None)
-        monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
+        monkeypatch.setattr(stored.importlib.util, "find_spec", lambda name: None)
         with pytest.raises(CorpusError, match=f"pip install {package}"):
             sources.check([f"{scheme}://bucket/a.txt"], tmp_path)
         with pytest.raises(CorpusError, match=f"(?s){package}.*pip install"):

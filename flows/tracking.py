@@ -97,9 +97,14 @@ def log_dataset(root: StateRoot, run_id: str, pipeline: Pipeline, snapshot: Snap
 
 
 @contextmanager
-def system_metrics(run_id: str) -> Iterator[None]:
+def system_metrics(root: StateRoot, run_id: str) -> Iterator[None]:
     """Logs the machine's CPU, memory, disk and network use to the run while this holds."""
-    monitor = SystemMetricsMonitor(run_id, sampling_interval=_SYSTEM_METRICS_SECONDS, resume_logging=True)
+    monitor = SystemMetricsMonitor(
+        run_id,
+        sampling_interval=_SYSTEM_METRICS_SECONDS,
+        resume_logging=True,
+        tracking_uri=root.tracking_uri,
+    )
     monitor.start()
     try:
         yield

@@ -171,7 +171,8 @@ def train_tracked(root: StateRoot, run: RunDirectory, mlflow_run_id: str) -> Res
     def warn(text: str) -> None:
         logger.warning("train: %s", text, extra={"step": "train"})
 
-    with tracking.system_metrics(mlflow_run_id), Following(log), console.bar() if console else nullcontext() as bar:
+    watched, shown = tracking.system_metrics(root, mlflow_run_id), console.bar() if console else nullcontext()
+    with watched, Following(log), shown as bar:
         artifact = ProgressArtifact(f"{run.path.name}-progress")
 
         def on_metrics(lines: list[Metrics]) -> None:

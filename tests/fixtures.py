@@ -65,6 +65,7 @@ def _own_environment() -> Iterator[None]:
     """What a test, or MLflow in it, leaves in the environment is gone for the next one."""
     before = dict(os.environ)
     yield
+    mlflow.set_tracking_uri(None)  # type: ignore[arg-type]
     for name in {*before, *os.environ} - {"PYTEST_CURRENT_TEST"}:
         if name not in before:
             del os.environ[name]

@@ -1,0 +1,25 @@
+"""What is logged of a training besides its metrics."""
+
+import time
+from pathlib import Path
+
+import mlflow
+import pytest
+from mlflow import MlflowClient
+
+from flows import tracking
+from tests.fixtures import TinyRegistry
+
+
+def test_the_use_of_the_machine_is_logged_where_the_run_is_whatever_server_mlflow_was_last_told_of(
+    tiny_registry: TinyRegistry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "_SYSTEM_METRICS_SECONDS", 0.1)
+    client = MlflowClient(tiny_registry.root.tracking_uri)
+    run_id = client.create_run("0").info.run_id
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path / 'other.db'}")
+    with tracking.system_metrics(tiny_registry.root, run_id):
+        time.sleep(1)
+    logged = client.get_run(run_id).data.metrics
+    assert all(name.startswith("system/") for name in logged) and "system/cpu_utilization_percentage" in logged
+    assert not (tmp_path / "other.db").exists()

@@ -1,8 +1,9 @@
 """One lock per pipeline: the only thing that keeps two of its runs apart, however they were started.
 
 A flow process holds `locks/<pipeline>.lock` in the state root for its whole run. It is an flock: the kernel frees it
-when its holder dies, however that happens, so there is no stale lock to clean up. The file says who holds it. Where
-several machines share the state's database, the holder has a lock of the same name there as well (sharing/advisory.py).
+when its holder dies, however that happens, so there is no stale lock to clean up. The file says who holds it, until the
+lock is given back: who finds a name in it finds somebody who died. Where several machines share the state's database,
+the holder has a lock of the same name there as well (sharing/advisory.py).
 """
 
 import fcntl
@@ -45,11 +46,13 @@ class Held(Exception):
 
 
 @contextmanager
-def hold(path: Path, flow_run: str = "", overlap: Overlap = "skip", database: Database | None = None) -> Iterator[None]:
-    """Holds the lock while this context lasts, in `database` too. Raises Held if it is taken, or waits, as `overlap`
-    says.
+def hold(
+    path: Path, flow_run: str = "", overlap: Overlap = "skip", database: Database | None = None
+) -> Iterator[Holder | None]:
+    """Holds the lock while this context lasts, in `database` too, and names the holder before, if it died with it.
 
-    A lock that is only looked at for a moment (`taken`) is not mistaken for a run: skipping takes a second.
+    A lock that is only looked at for a moment (`taken`) is not mistaken for a run: skipping takes a second. Raises Held
+    if it is taken, or waits, as `overlap` says.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as file:
@@ -57,12 +60,17 @@ def hold(path: Path, flow_run: str = "", overlap: Overlap = "skip", database: Da
             fcntl.flock(file, fcntl.LOCK_EX)
         else:
             _take(file.fileno(), path)
+        died = _signature(path)
         file.truncate(0)
         since = datetime.now().astimezone().isoformat(timespec="seconds")
         file.write(json.dumps(asdict(Holder(os.getpid(), since, flow_run))) + "\n")
         file.flush()
-        with nullcontext() if database is None else _advisory().hold(database, path.name, flow_run, overlap):
-            yield
+        here = nullcontext(died)
+        try:
+            with here if database is None else _advisory().hold(database, path.name, flow_run, overlap) as died:
+                yield died
+        finally:
+            file.truncate(0)
 
 
 @contextmanager

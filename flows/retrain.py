@@ -27,7 +27,7 @@ from flows.releases.lineage import lineage, settings_key
 from flows.releases.model_card import Evidence
 from flows.releases.report import detail_rows, score_rows
 from flows.runners import TaskRunnerName
-from flows.service import deployed, successes
+from flows.service import deployed, reconcile, successes
 from flows.service.notify import NotifyConfig, tell_failure, tell_promotion
 from flows.sharing import advisory, mirror
 from flows.state import StateRoot, state_root
@@ -125,7 +125,9 @@ def retrain(
     )
     root = state_root().create()
     try:
-        with faults.in_our_words(root), root.hold(root.lock(asked.name), str(flow_run.id), asked.overlap):
+        with faults.in_our_words(root), root.hold(root.lock(asked.name), str(flow_run.id), asked.overlap) as died:
+            if died is not None and died.flow_run != str(flow_run.id) and (line := reconcile.end_dead(died)):
+                get_run_logger().warning(line)
             state = _Retraining(asked, root, force, sources_overridden or has_other_sources).run()
             successes.record(root, asked.name, state.name or "", str(flow_run.id))
             return state

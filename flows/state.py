@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from flows import lock, relocate
-from flows.lock import Overlap
+from flows.lock import Holder, Overlap
 from flows.service.servers import running_servers
 from flows.sharing import backends
 from flows.sharing.backends import Backends
@@ -162,7 +162,7 @@ class StateRoot:
         """What a run of the pipeline holds from begin to end."""
         return self.path / "locks" / f"{pipeline}.lock"
 
-    def hold(self, path: Path, flow_run: str = "", overlap: Overlap = "skip") -> AbstractContextManager[None]:
+    def hold(self, path: Path, flow_run: str = "", overlap: Overlap = "skip") -> AbstractContextManager[Holder | None]:
         """Holds a lock of the state, on every machine that shares it. As `lock.hold`."""
         return lock.hold(path, flow_run, overlap, self.database)
 

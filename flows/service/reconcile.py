@@ -2,6 +2,7 @@
 
 A retraining is touched only while the lock of its pipeline is held here, so never one that is alive, wherever it was
 started. The other flows hold no such lock; theirs are runs of a deployment, and their process carries the run's id.
+Where a whole machine is lost, with the worker that would tell of a run's end, the next run of the pipeline does it.
 """
 
 import time
@@ -10,10 +11,11 @@ from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
+import httpx
 import psutil
 from mlflow import MlflowClient
 from mlflow.entities import Run, ViewType
-from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import (
     FlowFilter,
     FlowFilterName,
@@ -22,8 +24,10 @@ from prefect.client.schemas.filters import (
     FlowRunFilterStateType,
 )
 from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.exceptions import ObjectNotFound
 from prefect.states import Crashed
 
+from flows.lock import Holder
 from flows.service.notify import tell_end
 from flows.state import StateRoot
 
@@ -31,6 +35,7 @@ _UNFINISHED = [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING]
 _PAGE = 200
 _STARTING = timedelta(seconds=5)
 """A run this young may not have come to its lock yet."""
+_NO_PROCESS = "No process was behind it any more when gptflow started."
 RETRAIN = "retrain"
 OPERATIONS = ["promote", "rollback", "prune", "watch"]
 """The flows that hold no pipeline's lock, by name."""
@@ -44,6 +49,21 @@ def reconcile(client: SyncPrefectClient, root: StateRoot) -> list[str]:
 def close_orphans(root: StateRoot) -> list[str]:
     """Ends, as KILLED, the MLflow runs that no process works on any more. Returns a line about each."""
     return list(_mlflow_runs(root))
+
+
+def end_dead(holder: Holder) -> str | None:
+    """Ends, as Crashed, the retraining that died with a pipeline's lock, and tells whoever is told of failures.
+
+    For the run that holds the lock now, which goes on whatever Prefect answers. Returns a line about it; None where
+    Prefect has seen it end, or never knew it.
+    """
+    why = f"It held the lock of its pipeline ({holder}) and never gave it back: its process, or the machine, is gone."
+    with get_client(sync_client=True) as client, suppress(ObjectNotFound, ValueError, httpx.HTTPError):
+        run_id = UUID(holder.flow_run)
+        if (crashed := _end(client, run_id, why)) is not None:
+            tell_end(client.read_flow_run(run_id), crashed)
+            return f"the run before, {run_id}, ended as Crashed: {why}"
+    return None
 
 
 def _prefect_runs(client: SyncPrefectClient, root: StateRoot) -> Iterator[str]:
@@ -73,12 +93,12 @@ def _let_start(run: FlowRun) -> None:
     time.sleep(min(max(left, timedelta()), _STARTING).total_seconds())
 
 
-def _end(client: SyncPrefectClient, run_id: UUID) -> State[None] | None:
+def _end(client: SyncPrefectClient, run_id: UUID, why: str = _NO_PROCESS) -> State[None] | None:
     """Ends the run as Crashed, and returns that state; None if it has ended by itself."""
     state = client.read_flow_run(run_id).state
     if state is None or state.type not in _UNFINISHED:
         return None
-    crashed: State[None] = Crashed(message="No process was behind it any more when gptflow started.")
+    crashed: State[None] = Crashed(message=why)
     client.set_flow_run_state(run_id, crashed, force=True)
     return crashed
 

@@ -2,7 +2,8 @@
 
 It belongs to a connection that its holder keeps open. Whoever dies, or whose machine or network does, loses the
 connection, and the server frees the lock: at once where the connection is closed, within `FREED_SECONDS` where nobody
-answers any more, because the server is told to ask that often. So there is no stale lock to clean up here either.
+answers any more, because the server is told to ask that often. So there is no stale lock to clean up here either. Who
+gives it back says so (pid 0 in the table of holders), so the next one knows whether the one before died.
 
 A holder that was cut off lives on. It notices before the server gives the lock to somebody else: a thread asks over the
 same connection every other second, and whatever publishes asks once more right before (`ensure_held`). A connection
@@ -53,6 +54,7 @@ _SIGN = """
     insert into gptflow.holders values (%s, %s, %s, %s, %s) on conflict (name) do update
     set host = excluded.host, pid = excluded.pid, since = excluded.since, flow_run = excluded.flow_run
 """
+_GIVE_BACK = "update gptflow.holders set pid = 0 where name = %s and since = %s"
 _held: list["_Session"] = []
 
 
@@ -61,22 +63,24 @@ class LockLost(GPTCoreError):
 
 
 @contextmanager
-def hold(database: Database, name: str, flow_run: str, overlap: Overlap) -> Iterator[None]:
-    """Holds the lock `name` while this context lasts. Raises Held if it is taken, or waits for it, as `overlap` says.
+def hold(database: Database, name: str, flow_run: str, overlap: Overlap) -> Iterator[Holder | None]:
+    """Holds the lock `name` while this context lasts, and gives the holder before, if that one died with it.
 
-    Raises also DatabaseAway.
+    Raises Held if it is taken, or waits for it, as `overlap` says. Raises also DatabaseAway.
     """
     database.prepare()
     session = _Session(database, name)
     try:
         session.take(overlap)
+        died = holder(database, name)
         session.sign(flow_run)
         _held.append(session)
         session.watch()
         try:
-            yield
+            yield died
         finally:
             _held.remove(session)
+            session.give_back()
     finally:
         session.end()
 
@@ -93,11 +97,11 @@ def taken(database: Database, name: str) -> Iterator[bool]:
 
 
 def holder(database: Database, name: str) -> Holder | None:
-    """Who signed the lock last, whether it is still held or not."""
+    """Who signed the lock and has not given it back: its holder, if it is held, else somebody who died with it."""
     with database.asked() as cursor:
         cursor.execute("select pid, since, flow_run, host from gptflow.holders where name = %s", (name,))
         found = cursor.fetchone()
-    return Holder(*found) if found else None
+    return Holder(*found) if found and found[0] else None
 
 
 def known(database: Database) -> list[str]:
@@ -172,6 +176,13 @@ class _Session:
         self.signature = (socket.gethostname(), os.getpid(), since, flow_run)
         with self.connection.cursor() as cursor:
             cursor.execute(_SIGN, (self.name, *self.signature))
+
+    def give_back(self) -> None:
+        """Says that its holder did not die; not of a lock that was lost, which may have another holder by now."""
+        assert self.signature is not None, "what is given back was signed"
+        if not self.lost:
+            with suppress(Exception), self.connection.cursor() as cursor:
+                cursor.execute(_GIVE_BACK, (self.name, self.signature[2]))
 
     def watch(self) -> None:
         threading.Thread(target=self._watch, name=f"lock {self.name}", daemon=True).start()

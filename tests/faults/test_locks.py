@@ -1,5 +1,6 @@
 """Two processes and one lock: skip, wait, who holds it, and what a kill leaves."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -64,6 +65,21 @@ def test_a_kill_frees_the_lock_and_children_of_the_holder_do_not_keep_it(
     finally:
         child.kill()
         child.wait()
+
+
+def test_who_takes_a_lock_is_told_of_a_holder_that_died_with_it_and_of_no_other(
+    other: "subprocess.Popen[str]", tmp_path: Path
+) -> None:
+    path = tmp_path / "x.lock"
+    other.kill()
+    other.wait()
+    with lock.hold(path, "run-2") as died:
+        assert died is not None and (died.pid, died.flow_run) == (other.pid, "run-1")
+    with contextlib.suppress(RuntimeError), lock.hold(path, "run-3") as died:
+        assert died is None, "run-2 gave it back"
+        raise RuntimeError
+    with lock.hold(path, "run-4") as died:
+        assert died is None, "run-3 failed, but gave it back"
 
 
 def test_a_look_at_the_lock_is_not_taken_for_a_run(tmp_path: Path) -> None:

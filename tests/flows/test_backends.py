@@ -58,11 +58,14 @@ def test_a_lock_held_on_another_machine_is_skipped_or_waited_for_and_free_when_i
         assert not free
     killer = subprocess.Popen(["sh", "-c", f"sleep 0.7; kill -9 {elsewhere.pid}"])
     began = time.monotonic()
-    with lock.hold(path, overlap="wait", database=shared):
+    with lock.hold(path, overlap="wait", database=shared) as died:
         assert time.monotonic() - began > 0.3
+        assert died == found
         advisory.ensure_held()
     killer.wait()
     assert lock.holder(path, shared) is None
+    with lock.hold(path, database=shared) as died:
+        assert died is None, "it was given back"
 
 
 def test_a_connection_that_breaks_is_made_good_unless_somebody_else_took_the_lock_then_nothing_is_published(

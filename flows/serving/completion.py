@@ -151,7 +151,7 @@ class EventStream(StreamingResponse):
 def _ids(prompt: Prompt, served: Served) -> list[int]:
     """An empty string begins a new document. Raises Refused for ids that do not exist, and for more than fit."""
     tokenizer, context = served.loaded.tokenizer, served.loaded.model.context_length
-    ids = (tokenizer.encode(prompt) or [tokenizer.eot]) if isinstance(prompt, str) else prompt
+    ids = tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else prompt
     wrong = next((token for token in ids if not 0 <= token < tokenizer.n_vocab), None)
     if wrong is not None:
         raise Refused(f"prompt: there is no token id {wrong}; they are 0 to {tokenizer.n_vocab - 1}", "prompt")

@@ -72,7 +72,7 @@ def write_samples(
 def _continue(
     model: GPTModel, tokenizer: Tokenizer, cfg: SampleConfig, prompt: str, temperature: float, seed: int
 ) -> list[int]:
-    ids = tokenizer.encode(prompt) or [tokenizer.eot]
+    ids = tokenizer.encode_prompt(prompt)
     drawn = generate(
         model,
         ids,

@@ -14,7 +14,7 @@ import yaml
 
 from flows.attempt import configure
 from flows.pipelines import Pipeline
-from gptcore import tokenizer as room
+from gptcore import vocabularies
 from gptcore.corpus import ingest
 from gptcore.errors import TokenizerError
 from gptcore.judging import dossier
@@ -124,7 +124,7 @@ def test_a_download_without_a_network_ends_in_an_error_that_names_path_url_and_s
 
 
 def test_a_server_that_accepts_and_says_nothing_does_not_hang_us(monkeypatch, fresh_tiktoken):
-    monkeypatch.setattr(room, "_DOWNLOAD_SECONDS", 0.2)
+    monkeypatch.setattr(vocabularies, "_DOWNLOAD_SECONDS", 0.2)
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as silent:
         served_vocabulary(monkeypatch, f"http://127.0.0.1:{silent.getsockname()[1]}/v.tiktoken", "00")
         with pytest.raises(TokenizerError, match="ReadTimeout"):

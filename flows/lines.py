@@ -77,6 +77,7 @@ class _Relay(logging.Handler):
         self.logger = logger
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Hands a record on to the flow run's logger, with the step it is about."""
         step = getattr(record, "step", "")
         self.logger.info("%s: %s", step, record.getMessage(), extra={"step": step})
 

@@ -39,7 +39,7 @@ class Console(logging.Handler):
             _ACTIVE.reset(token)
 
     def emit(self, record: logging.LogRecord) -> None:
-        # Prefect's engine reports states on the same loggers; ours are the records that name a step.
+        """Prints a step's line. Prefect's engine reports states on the same loggers; ours name a step."""
         if step := getattr(record, "step", None):
             self.terminal.print(f"[bold]{step:<9}[/bold]", end="")
             self.terminal.print(record.getMessage().removeprefix(f"{step}: "), markup=False)
@@ -78,6 +78,7 @@ class _TimeLeft(ProgressColumn):
     """Time left, from the share of the budget that the training itself has used up."""
 
     def render(self, task: Any) -> Text:
+        """Minutes and seconds that are left, by the time that the share so far took; empty before there is one."""
         if not task.completed:
             return Text("")
         left = task.fields["seconds"] * (1 - task.completed) / task.completed

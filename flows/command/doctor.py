@@ -90,6 +90,7 @@ class _Running:
             self.error = f"{type(error).__name__}: {error}"
 
     def result(self, deadline: float) -> list[Check]:
+        """What was found until `deadline`, in seconds of the monotonic clock; a check that is late or broke failed."""
         self.thread.join(max(deadline - time.monotonic(), 0.0))
         if self.thread.is_alive():
             return [Check(self.name, False, f"no answer within {MOST_SECONDS:.0f} s", "see what it waits for")]

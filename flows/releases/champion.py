@@ -140,6 +140,7 @@ class _Log:
 
     @property
     def current(self) -> str | None:
+        """The version that the alias names; None if there is no champion."""
         return self.aliases.get(CHAMPION)
 
     def settle(self) -> Move | None:

@@ -95,6 +95,7 @@ class _Pruning:
         self.freed = Freed()
 
     def run(self) -> Freed:
+        """Frees all that nothing needs, or in a dry run says what would be. Champions do not move meanwhile."""
         with ExitStack() as unmoving:
             models = {model.name for model in _all(self.client.search_registered_models)}
             pruned = sorted(models & self.keep.keys())
@@ -138,6 +139,7 @@ class _Pruning:
             rest = [version for version in rest if version not in needed]
 
     def aliases(self, name: str) -> set[str]:
+        """The versions of a model that some alias names."""
         return {str(number) for number in self.client.get_registered_model(name).aliases.values()}
 
     def drop(self, version: ModelVersion) -> None:
@@ -161,6 +163,7 @@ class _Pruning:
         return list({run.info.run_id: run for run in found if run and run.info.run_id not in needed}.values())
 
     def run_of(self, version: ModelVersion) -> Run | None:
+        """The MLflow run that made the version; None if somebody has deleted it."""
         with suppress(MlflowException):
             return self.client.get_run(version.run_id or "")
         return None
@@ -269,6 +272,7 @@ class _Pruning:
                     yield RunDirectory(path.parent).config().tokens_sha256[:16]
 
     def corpus_of(self, tokens: str) -> str | None:
+        """Name of the snapshot that a directory of token files was made from; None if it is not there whole."""
         with suppress(CheckpointError):
             return manifest.about(self.root.tokens / tokens)["corpus_sha256"][:16]
         return None

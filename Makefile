@@ -3,19 +3,28 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 NIGHTS ?= 50
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile --constraint constraints.txt
+# pip compiles on one core.
+COMPILE := $(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null || true
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+# Hundreds of processes start in the tests; each would compile our modules again.
+unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: run test test-all soak bench lint clean
+.PHONY: run test test-all test-deep soak bench lint clean
 
 run: $(VENV)/installed
 	@$(BIN)/gptflow run quickstart
 
 test: lint
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not deep"
 
-# The real kills, servers and browsers as well.
-test-all: test
-	$(PYTEST) -m slow --durations 12
+# Real kills, servers and browsers as well.
+test-all: $(VENV)/installed-test-all lint
+	$(PYTEST) -m "not deep" --durations 12
+
+# What is too long or too heavy for every change.
+test-deep: $(VENV)/installed-test-deep
+	$(PYTEST) -m deep --durations 0
 
 # Many nights of retraining with kills at random moments: about half a minute a night.
 soak: $(VENV)/installed
@@ -40,15 +49,18 @@ $(VENV)/bin/python:
 
 $(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "installing into $(VENV), once: a minute or two"
-	$(BIN)/pip install -qq --disable-pip-version-check --constraint constraints.txt --editable .
+	$(PIP) --editable .
+	@$(COMPILE)
 	@touch $@
 
-$(VENV)/installed-dev: $(VENV)/installed
-	$(BIN)/pip install -qq --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
-	@touch $@
+# Each tier of tests installs what it needs in one go, what the tiers below it need included.
+$(VENV)/installed-dev $(VENV)/installed-test-all $(VENV)/installed-test-deep: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) --editable ".[$(@:$(VENV)/installed-%=%)]"
+	@$(COMPILE)
+	@touch $(VENV)/installed $(VENV)/installed-dev $@
 
 # litgpt asks for an older huggingface-hub than transformers can use; what takes part of it works without its own.
 $(VENV)/installed-bench: $(VENV)/installed
-	$(BIN)/pip install -qq --disable-pip-version-check --constraint constraints.txt --editable ".[bench]"
-	$(BIN)/pip install -qq --disable-pip-version-check --constraint constraints.txt --no-deps litgpt
+	$(PIP) --editable ".[bench]"
+	$(PIP) --no-deps litgpt
 	@touch $@

@@ -8,9 +8,17 @@ import pytest
 pytest_plugins = ["tests.fixtures"]
 
 LONGEST = (
-    *("test_soak.py", "test_two_hosts.py", "test_shared_state.py", "test_processes.py", "test_away.py"),
-    *("test_release_kills.py", "test_flow_kills.py", "test_three_nights.py", "test_deploy.py", "test_browser.py"),
-    *("test_up.py", "test_runners.py", "test_ancestry.py", "test_disk.py"),
+    *(
+        "test_up.py",
+        "test_away.py",
+        "test_deploy.py",
+        "test_processes.py",
+        "test_shared_state.py",
+        "test_flow_kills.py",
+    ),
+    *("test_three_nights.py", "test_relocate.py", "test_browser.py", "test_notify.py", "test_release_kills.py"),
+    *("test_watch.py", "test_events.py", "test_reproduce.py", "test_readme.py", "test_offline.py", "test_ancestry.py"),
+    *("test_retrain.py", "test_kills.py", "test_prune.py", "test_corpora.py", "test_doctor.py", "test_configs.py"),
 )
 
 

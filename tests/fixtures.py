@@ -2,12 +2,13 @@
 
 import os
 import random
-import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 
 import mlflow
+import psutil
 import pytest
 import yaml
 from mlflow import MlflowClient
@@ -20,11 +21,13 @@ from gptcore.config import ModelConfig, RunConfig, TrainConfig
 from gptcore.learning.rundir import Result, RunDirectory, result_about
 from gptcore.manifest import commit, sha256_of, sha256_of_file, staging
 from gptcore.tokenizer import get_tokenizer
+from tests import databases, forks, pictures
 from tests.flows import objects as object_store
 from tests.flows import postgres as postgresql
 from tests.flows.objects import Objects
 from tests.flows.postgres import Postgres
-from tests.flows.servers import Receiver, Up
+from tests.flows.servers import Prefect, Receiver, Up, clean
+from tests.flows.servers import prefect_server as prefect_server_in
 
 WORDS = (
     "the a model learns from text and writes what comes next while every night new words arrive in many files".split()
@@ -73,18 +76,35 @@ def _own_environment() -> Iterator[None]:
             os.environ[name] = before[name]
 
 
+@pytest.fixture(autouse=True)
+def _undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flows of this process draw no pictures."""
+    if "prefect_server" in request.fixturenames:
+        for name, value in pictures.UNDRAWN.items():
+            monkeypatch.setattr(f"gptcore.judging.dossier.{name}", value)
+
+
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     """A directory with a text and a pipelines.yaml whose pipeline `tiny` trains in a second."""
     return write_project(tmp_path)
 
 
+@pytest.fixture(scope="session")
+def migrated(pytestconfig: pytest.Config) -> Path:
+    """A directory with the databases of MLflow and Prefect as they are in the beginning."""
+    directory = pytestconfig.cache.mkdir(databases.name())
+    databases.make(directory, clean())
+    return directory
+
+
 @pytest.fixture
-def root(project: Path, monkeypatch: pytest.MonkeyPatch) -> StateRoot:
-    """The project's state root, entered by this process."""
+def root(project: Path, migrated: Path, monkeypatch: pytest.MonkeyPatch) -> StateRoot:
+    """The project's state root, entered by this process, with databases that are migrated already."""
     for name in ("GPTFLOW_HOME", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
     root = StateRoot(project / "mlruns").create()
+    databases.give(root.path, migrated)
     monkeypatch.setenv("GPTFLOW_HOME", str(root.path))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", root.tracking_uri)
     monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -109,13 +129,40 @@ def receiver() -> Iterator[Receiver]:
 
 
 @pytest.fixture(scope="session")
-def prefect_server() -> Iterator[None]:
-    """A real Prefect server with a temporary database, shared by the tests of this process."""
-    os.environ.update(OPT_OUTS)
-    from prefect.testing.utilities import prefect_test_harness
+def shared_server(migrated: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prefect]:
+    """A real Prefect server with all its services, shared by the tests of this process that kill no server."""
+    with prefect_server_in(tmp_path_factory.mktemp("prefect"), migrated) as server:
+        yield server
 
-    with prefect_test_harness(server_startup_timeout=120):
+
+@pytest.fixture(scope="module")
+def server(shared_server: Prefect) -> Prefect:
+    """The shared Prefect server, on which there is nothing yet."""
+    shared_server.empty()
+    return shared_server
+
+
+@pytest.fixture(scope="session")
+def prefect_server(shared_server: Prefect) -> Iterator[None]:
+    """Flows of this process run on the shared server, and their trainers are forked."""
+    os.environ.update(OPT_OUTS)
+    from prefect.context import _temporary_global_settings_context, get_settings_context
+    from prefect.events.worker import EventsWorker
+    from prefect.logging.handlers import APILogWorker
+    from prefect.settings import PREFECT_API_URL, PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+
+    # Without heartbeats, as under `gptflow run`: a flow would wait up to a second for the last one.
+    settings = {PREFECT_API_URL: shared_server.url, PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}
+    with (
+        temporary_settings(settings),
+        _temporary_global_settings_context(get_settings_context()),  # for threads that have begun already
+        pytest.MonkeyPatch.context() as patched,
+    ):
+        patched.setattr(psutil, "Popen", forks.popen)
         yield
+        with suppress(RuntimeError):  # nothing was logged
+            APILogWorker.instance().drain()
+        EventsWorker.drain_all()
 
 
 @pytest.fixture(scope="session")
@@ -133,8 +180,9 @@ def objects() -> Iterator[Objects]:
 
 
 @pytest.fixture
-def up(project: Path) -> Iterator[Up]:
-    """`gptflow up` in the project, to be started by the test and stopped after it."""
+def up(project: Path, migrated: Path) -> Iterator[Up]:
+    """`gptflow up` in the project, to be started by the test and stopped after it. Its databases are migrated."""
+    databases.give(project / "mlruns", migrated)
     up = Up(project)
     yield up
     up.stop()
@@ -233,17 +281,8 @@ def write_weights(path: Path, seed: int) -> None:
     save_file(GPTModel(TINY_CFG).state_dict(), path)
 
 
-@pytest.fixture(scope="session")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """MLflow's database as it is in the beginning: creating the tables takes seconds."""
-    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    MlflowClient(f"sqlite:///{path}").search_experiments()
-    return path
-
-
 @pytest.fixture
-def tiny_registry(root: StateRoot, empty_database: Path) -> TinyRegistry:
+def tiny_registry(root: StateRoot) -> TinyRegistry:
     """An empty registry with the model gpt-tiny."""
-    shutil.copy(empty_database, root.path / "mlflow.db")
     mlflow.set_tracking_uri(root.tracking_uri)
     return TinyRegistry(root)

@@ -60,7 +60,7 @@ def _exit_code(command: Callable[[], Any]) -> int:
 def _explained(command: Callable[[], Any]) -> None:
     try:
         command()
-    except (click.ClickException, click.exceptions.Exit, click.Abort):
+    except (GPTCoreError, click.ClickException, click.exceptions.Exit, click.Abort):
         raise
     except Exception as error:
         # Only where MLflow has been imported can its errors, or Prefect's, have come up.

@@ -28,6 +28,7 @@ def test_flops_by_formula_are_what_pytorch_counts_but_for_the_masked_half_of_att
     assert counter.get_total_flops() == TINY.step_flops + masked
 
 
+@pytest.mark.slow
 def test_every_contender_makes_the_same_losses_and_the_figures_are_complete(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -81,7 +82,7 @@ def test_tokenisers_encode_the_same_text_to_the_same_ids() -> None:
     assert made.contenders[0].peak_mb > made.contenders[1].peak_mb, "two children count as well"
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_a_served_model_under_load_answers_everybody(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,6 +1,7 @@
 """The whole flow with MLflow or Prefect away in the middle of it."""
 
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -19,10 +20,13 @@ from flows.retrain import retrain
 from flows.service.servers import answers
 from flows.state import StateRoot
 from gptcore.learning.rundir import RunDirectory
-from tests.flows.servers import begin, clean, free_ports, gptflow, wait_for
+from tests import databases
+from tests.faults.trainings import updates_of
+from tests.flows.servers import Prefect, begin, clean, free_ports, gptflow, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 STEPS = 2500
+HALF_A_MINUTE, PATIENCE = 30.0, 150.0
 
 
 def run(pipeline: Pipeline, **train: object) -> tuple[str, str]:
@@ -48,7 +52,7 @@ def once(is_true: Callable[[], bool], act: Callable[[], None]) -> threading.Thre
                     return act()
             except (OSError, ValueError):
                 pass
-            time.sleep(0.02)
+            time.sleep(0.1)
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -56,7 +60,7 @@ def once(is_true: Callable[[], bool], act: Callable[[], None]) -> threading.Thre
 
 
 def has_begun(root: StateRoot) -> bool:
-    return len(run_directory(root).read_metrics()) > 20
+    return updates_of(run_directory(root)) > 20
 
 
 def is_trained(root: StateRoot) -> bool:
@@ -85,23 +89,26 @@ def test_a_database_locked_for_half_a_minute_delays_what_is_logged_and_nothing_e
     def lock() -> None:
         connection = sqlite3.connect(root.path / "mlflow.db", isolation_level=None, timeout=30)
         connection.execute("BEGIN EXCLUSIVE")
-        time.sleep(30)
+        begin = time.monotonic()
+        while time.monotonic() < begin + (HALF_A_MINUTE if is_trained(root) else PATIENCE):
+            time.sleep(0.5)
         released.append(is_trained(root))
         connection.execute("ROLLBACK")
         connection.close()
 
     locking = once(lambda: has_begun(root), lock)
-    assert run(tiny, max_steps=STEPS)[0] == "Promoted"
+    assert run(tiny, max_steps=600)[0] == "Promoted"
     locking.join()
     assert released == [True], "the training did not wait for it"
-    assert_one_whole_run(root, STEPS)
+    assert_one_whole_run(root, 600)
 
 
 class Mlflow:
     """An MLflow server that can be killed and started again."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, databases: Path) -> None:
         self.directory, (self.port,) = directory, free_ports(1)
+        shutil.copy(databases / "mlflow.db", directory / "server.db")
         self.uri = f"http://127.0.0.1:{self.port}"
         self.start()
 
@@ -126,11 +133,11 @@ class Mlflow:
 
 
 @pytest.fixture
-def mlflow_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Mlflow]:
+def mlflow_server(tmp_path: Path, migrated: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Mlflow]:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     directory = tmp_path / "server"
     directory.mkdir()
-    server = Mlflow(directory)
+    server = Mlflow(directory, migrated)
     yield server
     server.kill()
 
@@ -170,11 +177,17 @@ def test_a_tracking_server_that_is_away_at_register_fails_the_run_and_the_next_o
     assert_one_whole_run(root, 200)
 
 
-def test_a_training_whose_prefect_server_is_gone_ends_and_its_version_gets_its_verdict(project: Path) -> None:
+def test_a_training_whose_prefect_server_is_gone_ends_and_its_version_gets_its_verdict(
+    project: Path, migrated: Path, server: Prefect
+) -> None:
     """The client's side of Prefect carries the flow on; only what it should have been told is lost."""
     root, (port,) = StateRoot(project / "mlruns"), free_ports(1)
     url = f"http://127.0.0.1:{port}"
-    server = subprocess.Popen([sys.executable, "-m", "flows.service.temporary", str(port)], env=clean())
+    databases.give(root.path, migrated)
+    mortal = subprocess.Popen(
+        [sys.executable, "-m", "flows.service.temporary", str(port)],
+        env=clean(PREFECT_HOME=str(root.prefect / "ephemeral")),
+    )
     wait_for(lambda: answers(f"{url}/api/health"), 120)
     settings = yaml.safe_load((project / "pipelines.yaml").read_text())
     settings["pipelines"]["tiny"]["train"]["max_steps"] = STEPS
@@ -182,11 +195,11 @@ def test_a_training_whose_prefect_server_is_gone_ends_and_its_version_gets_its_v
     log = project / "run.log"
     environment = {"PREFECT_API_URL": f"{url}/api", "PREFECT_CLIENT_MAX_RETRIES": "1"}
     process = begin(project, log, "run", "tiny", **environment)
-    once(lambda: has_begun(root), server.kill).join()
-    server.wait()
+    once(lambda: has_begun(root), mortal.kill).join()
+    mortal.wait()
     assert process.wait(200) == 1
     said = log.read_text()
     assert "Prefect does not answer" in said and "the same command goes on" in said and "Traceback" not in said
     assert_one_whole_run(root, STEPS)
-    again = gptflow(project, "run", "tiny")
+    again = gptflow(project, "run", "tiny", PREFECT_API_URL=server.url)
     assert again.returncode == 0 and "nothing changed since version 1" in again.stdout, again.stderr

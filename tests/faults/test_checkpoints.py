@@ -94,9 +94,10 @@ class Damaged:
         return self.state.step, " ".join(str(one.message) for one in said)
 
 
-def test_each_of_a_thousand_flipped_bits_is_found_named_and_the_previous_checkpoint_used(tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [200, pytest.param(1000, marks=pytest.mark.deep)])
+def test_each_of_many_flipped_bits_is_found_named_and_the_previous_checkpoint_used(tmp_path: Path, count: int) -> None:
     draw, damaged, expected = random.Random(1), Damaged(tmp_path), None
-    for number in range(1000):
+    for number in range(count):
         path = damaged.newest() / FILES[number % len(FILES)]
         bit = draw.randrange(path.stat().st_size * 8)
         flip(path, bit)

@@ -21,9 +21,8 @@ from gptcore.sections import Section, parse
 from gptcore.text import sources
 from tests.flows.servers import gptflow, refused
 
-EXAMPLES = 10_000
 PER_TEST = settings(
-    max_examples=EXAMPLES,
+    max_examples=1000,
     derandomize=True,
     deadline=None,
     database=None,
@@ -150,14 +149,15 @@ def as_deployed_run(chosen: list[Setting], file: PipelinesFile) -> Pipeline:
 ROUTES: list[Callable[..., Pipeline]] = [as_overrides, as_file, as_deployed_run, as_deployed_run]
 
 
-def test_each_of_ten_thousand_configurations_is_valid_or_refused_with_its_key(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("count", [2000, pytest.param(10_000, marks=pytest.mark.deep)])
+def test_each_of_thousands_of_configurations_is_valid_or_refused_with_its_key(
+    count: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "pipelines.yaml").write_text("pipelines: {tiny: {}}")
     file = PipelinesFile(tmp_path / "pipelines.yaml")
     seen: Counter[str] = Counter()
 
-    @PER_TEST
+    @settings(PER_TEST, max_examples=count)
     @given(SETTINGS, st.sampled_from(ROUTES))
     def attempt(drawn: list[Setting], route: Callable[..., Pipeline]) -> None:
         seen["all"] += 1
@@ -175,7 +175,7 @@ def test_each_of_ten_thousand_configurations_is_valid_or_refused_with_its_key(
             seen["valid"] += 1
 
     attempt()
-    assert seen["all"] >= EXAMPLES
+    assert seen["all"] >= count
     assert not [f"{section}.{key}" for section, key in KEYS if not seen[f"refused {section}.{key}"]]
     with capsys.disabled():
         print(f" [{seen['all']:,} configurations: {seen['valid']:,} valid, {seen['refused']:,} refused] ", end="")
@@ -357,7 +357,7 @@ STRANGE_PLACES = [
 PLACES = st.text(st.characters(blacklist_characters="/~"), max_size=12) | st.sampled_from(STRANGE_PLACES)
 
 
-@settings(PER_TEST, max_examples=1000)
+@PER_TEST
 @given(source=PLACES)
 def test_any_string_is_a_source_or_is_refused_as_one(source: str) -> None:
     base = Path(__file__).parent / "nowhere"

@@ -4,7 +4,6 @@ import gzip
 import json
 import os
 import resource
-import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -69,9 +68,7 @@ def test_too_little_text_is_refused_with_counts_and_the_minimum_before_any_mlflo
     corpus_keys: dict[str, Any],
     model_keys: dict[str, Any],
     said: str,
-    empty_database: Path,
 ) -> None:
-    shutil.copy(empty_database, root.path / "mlflow.db")
     if text is not None:
         (project / "text" / "one.txt").write_text(text)
     with pytest.raises(CorpusError, match=said):
@@ -148,6 +145,7 @@ def peak(work: Callable[[], str]) -> tuple[str, int]:
     return said, grown
 
 
+@pytest.mark.slow
 def test_a_line_of_100_megabytes_is_read_in_little_memory_and_one_of_50_becomes_a_snapshot(tmp_path: Path) -> None:
     line = tmp_path / "line.txt"
     line.write_bytes(os.urandom(25_000_000).hex().encode())

@@ -15,6 +15,7 @@ from flows.releases import registry
 from flows.retrain import retrain
 from flows.state import StateRoot
 from gptcore.learning.rundir import RunDirectory
+from tests import databases
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_server")]
 MEGABYTE = 1024 * 1024
@@ -23,7 +24,7 @@ ROOM = (0.2, 0.5, 0.9, 1.05, 1.2, 1.4, 1.6)
 
 
 @pytest.fixture
-def small(project: Path, root: StateRoot, empty_database: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StateRoot]:
+def small(project: Path, root: StateRoot, migrated: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StateRoot]:
     """A state root on a file system of its own, of 24 MB."""
     place = project / "small"
     place.mkdir()
@@ -35,7 +36,7 @@ def small(project: Path, root: StateRoot, empty_database: Path, monkeypatch: pyt
         monkeypatch.setenv("GPTFLOW_HOME", str(small.path))
         monkeypatch.delenv("MLFLOW_TRACKING_URI")
         small.create()
-        (small.path / "mlflow.db").write_bytes(empty_database.read_bytes())
+        databases.give(small.path, migrated)
         monkeypatch.setenv("MLFLOW_TRACKING_URI", small.tracking_uri)
         yield small
     finally:

@@ -5,7 +5,6 @@ less left alive, and then before the version is registered, before it is judged,
 """
 
 import signal
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,9 @@ from flows.releases import registry
 from flows.releases.loading import load
 from flows.state import StateRoot
 from gptcore.learning.rundir import RunDirectory
+from tests import databases
 from tests.fixtures import write_project
-from tests.flows.servers import Prefect, Serving, begin, living, prefect_server, wait_for
+from tests.flows.servers import Prefect, Process, Serving, begin, living, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 STEPS = 900
@@ -53,10 +53,11 @@ if module:
 class Project:
     """A directory with the pipeline `tiny`, which trains for some seconds, and the `gptflow run` in it."""
 
-    def __init__(self, directory: Path, server: Prefect) -> None:
+    def __init__(self, directory: Path, server: Prefect, migrated: Path) -> None:
         directory.mkdir()
         self.directory, self.server = write_project(directory), server
         self.root = StateRoot(directory / "mlruns")
+        databases.give(self.root.path, migrated)
         path = directory / "pipelines.yaml"
         settings = yaml.safe_load(path.read_text())
         tiny = settings["pipelines"]["tiny"]
@@ -68,14 +69,14 @@ class Project:
         (directory / "hook" / "sitecustomize.py").write_text(HOOK)
         self.starts = 0
 
-    def start(self, own_server: bool = False, **environment: str) -> "subprocess.Popen[bytes]":
+    def start(self, own_server: bool = False, cold: bool = False, **environment: str) -> Process:
         self.starts += 1
         log = self.directory / f"run-{self.starts}.log"
         there = {} if own_server else {"PREFECT_API_URL": self.server.url}
         hook = str(self.directory / "hook")
-        return begin(self.directory, log, "run", "tiny", PYTHONPATH=hook, **there, **environment)
+        return begin(self.directory, log, "run", "tiny", cold=cold, PYTHONPATH=hook, **there, **environment)
 
-    def finish(self, process: "subprocess.Popen[bytes]") -> str:
+    def finish(self, process: Process) -> str:
         """What the run says in the end, which must be a good one."""
         said = self.directory / f"run-{self.starts}.log"
         assert process.wait(240) == 0, said.read_text()
@@ -98,7 +99,7 @@ class Project:
         found = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
         return [run.info.status for run in found]
 
-    def trainer(self, process: "subprocess.Popen[bytes]") -> psutil.Process:
+    def trainer(self, process: Process) -> psutil.Process:
         children = psutil.Process(process.pid).children(recursive=True)
         (found,) = (child for child in children if "gptcore.train" in child.cmdline())
         return found
@@ -137,15 +138,9 @@ def no_other_root(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prefect]:
-    with prefect_server(tmp_path_factory.mktemp("server")) as server:
-        yield server
-
-
 def killed_in_training(project: Project, kill: str, after: int) -> str:
     """Starts a run, and kills the flow alone, or the trainer as well, or all it has started; returns where."""
-    process = project.start(own_server=kill == "whole tree")
+    process = project.start(own_server=kill == "whole tree", cold=True)
     wait_for(lambda: project.updates() >= after or process.poll() is not None, 120)
     trainer = project.trainer(process)
     tree = psutil.Process(process.pid).children(recursive=True)
@@ -162,15 +157,17 @@ def killed_in_training(project: Project, kill: str, after: int) -> str:
 
 
 def killed_before(project: Project, function: str) -> str:
-    process = project.start(DIE_BEFORE=function)
+    process = project.start(cold=True, DIE_BEFORE=function)
     assert process.wait(240) == -signal.SIGKILL
     return f"flow before {function}"
 
 
 @pytest.fixture(scope="module")
-def twin(server: Prefect, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], dict[str, Any]]]:
+def twin(
+    server: Prefect, migrated: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[], dict[str, Any]]]:
     """The facts of a run that is left in peace. It begins before the others, and is waited for when it is asked."""
-    project = Project(tmp_path_factory.mktemp("twin") / "project", server)
+    project = Project(tmp_path_factory.mktemp("twin") / "project", server, migrated)
     process = project.start()
 
     def facts() -> dict[str, Any]:
@@ -191,9 +188,9 @@ def runs(server: Prefect, state: str) -> set[str]:
 
 # FAULTS 1, 3 and 4
 def test_a_retraining_killed_six_times_ends_as_its_twin_that_was_never_killed(
-    server: Prefect, twin: Callable[[], dict[str, Any]], tmp_path: Path
+    server: Prefect, twin: Callable[[], dict[str, Any]], migrated: Path, tmp_path: Path
 ) -> None:
-    project = Project(tmp_path / "killed", server)
+    project = Project(tmp_path / "killed", server, migrated)
     fell = [
         killed_in_training(project, "flow", 100),
         killed_in_training(project, "trainer and flow", 300),
@@ -218,9 +215,9 @@ def test_a_retraining_killed_six_times_ends_as_its_twin_that_was_never_killed(
 
 # FAULTS 5
 def test_a_retraining_that_is_cancelled_and_then_terminated_saves_each_time_and_ends_as_its_twin(
-    server: Prefect, twin: Callable[[], dict[str, Any]], tmp_path: Path
+    server: Prefect, twin: Callable[[], dict[str, Any]], migrated: Path, tmp_path: Path
 ) -> None:
-    project = Project(tmp_path / "stopped", server)
+    project = Project(tmp_path / "stopped", server, migrated)
     with Serving(project.directory, server):
         served = server.start("tiny")
         wait_for(lambda: project.updates() >= 100, 120)
@@ -228,7 +225,7 @@ def test_a_retraining_that_is_cancelled_and_then_terminated_saves_each_time_and_
         assert server.ended(served)["type"] == "CANCELLED"
         wait_for(lambda: lock.holder(project.root.lock("tiny")) is None, 30)
     assert project.saved() == project.updates() < STEPS and project.mlflow_statuses() == ["KILLED"]
-    process, before = project.start(), runs(server, "CRASHED")
+    process, before = project.start(cold=True), runs(server, "CRASHED")
     wait_for(lambda: project.updates() >= 400 or process.poll() is not None, 120)
     trainer = project.trainer(process)
     process.terminate()

@@ -13,18 +13,19 @@ from mlflow import MlflowClient
 
 from flows.state import StateRoot
 from gptcore.learning.rundir import RunDirectory
-from tests.flows.servers import begin, gptflow, wait_for
+from tests.faults.trainings import updates_of
+from tests.flows.servers import Prefect, Process, begin, gptflow, wait_for
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def training(project: Path) -> Iterator["subprocess.Popen[bytes]"]:
+def training(project: Path, server: Prefect) -> Iterator[Process]:
     """`gptflow run tiny` that has written some updates of a long training."""
     settings = yaml.safe_load((project / "pipelines.yaml").read_text())
-    settings["pipelines"]["tiny"]["train"] |= {"max_steps": 3000, "checkpoint_steps": 100}
+    settings["pipelines"]["tiny"]["train"] |= {"max_steps": 1000, "checkpoint_steps": 100}
     (project / "pipelines.yaml").write_text(yaml.safe_dump(settings))
-    process = begin(project, project / "run.log", "run", "tiny")
+    process = begin(project, project / "run.log", "run", "tiny", PREFECT_API_URL=server.url)
     wait_for(lambda: process.poll() is not None or steps(project) > 150, 120)
     yield process
     if process.poll() is None:
@@ -38,7 +39,7 @@ def directory(project: Path) -> RunDirectory | None:
 
 def steps(project: Path) -> int:
     run = directory(project)
-    return len(run.read_metrics()) if run else 0
+    return updates_of(run) if run else 0
 
 
 def trainer_of(project: Path) -> psutil.Process:
@@ -47,20 +48,20 @@ def trainer_of(project: Path) -> psutil.Process:
     return psutil.Process(int((run.path / "lock").read_text()))
 
 
-def assert_the_next_run_goes_on(project: Path, saved: int) -> None:
+def assert_the_next_run_goes_on(project: Path, server: Prefect, saved: int) -> None:
     run = directory(project)
     assert run is not None and run.saved_step() == saved
-    done = gptflow(project, "run", "tiny")
+    done = gptflow(project, "run", "tiny", PREFECT_API_URL=server.url)
     assert done.returncode == 0 and "promoted" in done.stdout, done.stderr
-    assert [line["step"] for line in run.read_metrics()] == list(range(1, 3001))
+    assert [line["step"] for line in run.read_metrics()] == list(range(1, 1001))
     client = MlflowClient(StateRoot(project / "mlruns").tracking_uri)
     (only,) = client.search_runs([one.experiment_id for one in client.search_experiments()])
     history = client.get_metric_history(only.info.run_id, "loss")
-    assert [metric.step for metric in history] == list(range(1, 3001))
+    assert [metric.step for metric in history] == list(range(1, 1001))
 
 
 def test_a_second_ctrl_c_ends_a_run_at_once_whose_trainer_cannot_save_and_what_was_saved_stays(
-    project: Path, training: "subprocess.Popen[bytes]"
+    project: Path, server: Prefect, training: Process
 ) -> None:
     trainer, run = trainer_of(project), directory(project)
     assert run is not None
@@ -76,4 +77,4 @@ def test_a_second_ctrl_c_ends_a_run_at_once_whose_trainer_cannot_save_and_what_w
     assert run.saved_step() == saved
     os.kill(trainer.pid, signal.SIGKILL)
     wait_for(lambda: not trainer.is_running(), 20)
-    assert_the_next_run_goes_on(project, saved)
+    assert_the_next_run_goes_on(project, server, saved)

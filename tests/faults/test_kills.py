@@ -85,7 +85,7 @@ def test_a_training_killed_before_any_of_its_file_operations_ends_as_its_twin(
         assert expected in tally.fell
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_trainings_of_every_shape_killed_at_any_point_and_time_end_as_their_twins(
     tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:

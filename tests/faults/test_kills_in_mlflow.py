@@ -11,6 +11,7 @@ from tests.faults.kills import Twin, killed_at, lives_to_its_end
 from tests.faults.trainings import make_tokens
 
 
+@pytest.mark.slow
 def test_metrics_of_a_training_killed_again_and_again_arrive_in_mlflow_once_per_update(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,9 +22,7 @@ from gptcore.errors import ConfigError
 from gptcore.learning import trainer
 from gptcore.learning.rundir import STOPPED, Metrics, Result, RunDirectory
 from gptcore.learning.trainer import train_directory
-from tests.faults.trainings import make_tokens, outcome, prepare
-
-pytestmark = pytest.mark.slow
+from tests.faults.trainings import make_tokens, outcome, prepare, updates_of
 
 ROOT = Path(trainer.__file__).parents[2]
 # 257 rows of embeddings and 100 updates, some of them in another epoch: nothing divides evenly.
@@ -56,7 +54,7 @@ class StopAfter:
 
     @property
     def reason(self) -> str | None:
-        return "the test" if len(self.run.read_metrics()) >= self.step else None
+        return "the test" if updates_of(self.run) >= self.step else None
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +101,7 @@ def saved_shapes(run: RunDirectory) -> dict[str, dict[str, list[int]]]:
     return {file.name: shapes(file) for file in directory.glob("*.safetensors")}
 
 
+@pytest.mark.slow
 def test_one_two_and_four_processes_learn_the_same_also_where_one_goes_on_for_another(
     tokens: Tokens, tmp_path: Path
 ) -> None:
@@ -138,6 +137,7 @@ def trainers(run: RunDirectory) -> tuple[psutil.Process, list[psutil.Process]]:
     return agent, sorted(agent.children(), key=lambda child: int(child.environ()["RANK"]))
 
 
+@pytest.mark.slow
 def test_a_training_by_two_is_interrupted_and_its_processes_are_killed_and_it_ends_as_its_twin(
     tokens: Tokens, tmp_path: Path
 ) -> None:
@@ -149,7 +149,7 @@ def test_a_training_by_two_is_interrupted_and_its_processes_are_killed_and_it_en
         pass
 
     def interrupt(_: list[Metrics]) -> None:
-        if len(run.read_metrics()) >= 10:
+        if updates_of(run) >= 10:
             raise Interrupted
 
     with pytest.raises(Interrupted):
@@ -158,8 +158,8 @@ def test_a_training_by_two_is_interrupted_and_its_processes_are_killed_and_it_en
 
     def kill() -> None:
         for lines, victim in ((50, lambda: trainers(run)[1][1]), (100, lambda: trainers(run)[0])):
-            while len(run.read_metrics()) < lines:
-                time.sleep(0.02)
+            while updates_of(run) < lines:
+                time.sleep(0.05)
             victim().kill()
 
     thread = threading.Thread(target=kill)
@@ -173,6 +173,7 @@ def test_a_training_by_two_is_interrupted_and_its_processes_are_killed_and_it_en
     assert "without another one, which died" in (run.path / "trainer.log").read_text()
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_of_slurms_processes_stops_all_after_one_update(tokens: Tokens, tmp_path: Path) -> None:
     run = prepare(tmp_path / "run", tokens, max_steps=5000, batch_size=8, checkpoint_steps=None)
     slurm = {"SLURM_NTASKS": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -183,7 +184,7 @@ def test_a_signal_to_one_of_slurms_processes_stops_all_after_one_update(tokens: 
         for rank in "01"
     ]
     try:
-        while len(run.read_metrics()) < 5 and not any(process.poll() for process in both):
+        while updates_of(run) < 5 and not any(process.poll() for process in both):
             time.sleep(0.02)
         both[1].send_signal(signal.SIGTERM)
         said = [process.communicate(timeout=60)[0] for process in both]
@@ -258,6 +259,7 @@ def start_on(host: str, run: RunDirectory, log: Path) -> "subprocess.Popen[bytes
         )
 
 
+@pytest.mark.deep
 def test_a_host_that_is_cut_off_costs_a_restart_and_comes_back(
     two_hosts: tuple[str, str], tokens: Tokens, tmp_path: Path
 ) -> None:
@@ -270,7 +272,7 @@ def test_a_host_that_is_cut_off_costs_a_restart_and_comes_back(
     agents = [start_on(host, run, log) for host in two_hosts]
     try:
         wait_for(lambda: is_one_of_two(agents[1]), agents, log)
-        wait_for(lambda: len(run.read_metrics()) >= run.saved_step() + 20, agents, log)
+        wait_for(lambda: updates_of(run) >= run.saved_step() + 20, agents, log)
         ip("-n", second, "link", "set", "eth0", "down")
         wait_for(lambda: "is without another one" in log.read_text(), agents[:1], log)
         saved = run.saved_step()

@@ -68,6 +68,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # FAULTS 21
+@pytest.mark.slow
 def test_metrics_of_a_time_when_the_database_was_locked_arrive_once_in_order_and_with_their_own_times(
     root: StateRoot, run_id: str, tmp_path: Path, impatient: None, caplog: pytest.LogCaptureFixture
 ) -> None:

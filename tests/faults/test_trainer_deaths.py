@@ -14,12 +14,13 @@ from flows.pipelines import Pipeline
 from flows.state import StateRoot
 from flows.training import TrainerKeepsDying, train_on
 from gptcore.learning.rundir import Result, RunDirectory
+from tests.faults.trainings import updates_of
 
 pytestmark = pytest.mark.slow
 
 
 def prepared(tiny: Pipeline, root: StateRoot, path: Path, **train: object) -> RunDirectory:
-    asked = tiny.model_copy(update={"train": tiny.train.model_copy(update={"max_steps": 2000, **train})})
+    asked = tiny.model_copy(update={"train": tiny.train.model_copy(update={"max_steps": 600, **train})})
     prepare(asked, root, path)
     return RunDirectory(path)
 
@@ -31,10 +32,10 @@ def killed_after(run: RunDirectory, lines: int, times: int) -> Iterator[list[int
     is_over = threading.Event()
 
     def kill() -> None:
-        while not is_over.wait(0.01) and len(killed) < times:
+        while not is_over.wait(0.05) and len(killed) < times:
             with suppress(OSError, ValueError):
                 pid = int((run.path / "lock").read_text())
-                if pid not in killed and len(run.read_metrics()) - run.saved_step() >= lines:
+                if pid not in killed and updates_of(run) - run.saved_step() >= lines:
                     os.kill(pid, signal.SIGKILL)
                     killed.append(pid)
 
@@ -58,7 +59,7 @@ def test_a_kill_for_want_of_memory_costs_one_start_from_the_last_checkpoint(
     assert len(killed) == len(said) == 1 and "was killed by signal 9" in said[0], said
     assert isinstance(twin, Result) and isinstance(result, Result)
     assert result.weights_sha256 == twin.weights_sha256
-    assert [line["step"] for line in run.read_metrics()] == list(range(1, 2001))
+    assert [line["step"] for line in run.read_metrics()] == list(range(1, 601))
 
 
 def test_a_trainer_that_dies_three_times_at_one_place_is_given_up_with_a_diagnosis(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,7 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryFile
+from typing import IO, Any
 
 import psutil
 import yaml
@@ -20,7 +22,10 @@ from mlflow import MlflowClient
 
 from flows.service.servers import Servers, answers, recorded
 from flows.state import OPT_OUTS, StateRoot
+from tests import forks
+from tests.forks import Forked
 
+Process = subprocess.Popen[bytes] | Forked
 COMMAND = [sys.executable, "-P", "-c", "from flows.cli import main; main()"]
 """As the installed `gptflow`: the working directory is no place to import from."""
 _LEADING = ("PREFECT_", "MLFLOW_", "GPTFLOW_", "PG", "AWS_")
@@ -33,16 +38,18 @@ def clean(**more: str) -> dict[str, str]:
     return {**kept, **OPT_OUTS, "OMP_NUM_THREADS": "1", **more}
 
 
-def gptflow(project: Path, *arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
-    """Runs the command line in the project directory to its end."""
-    return subprocess.run(
-        [*COMMAND, *arguments],
-        cwd=project,
-        env=clean(**environment),
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+def gptflow(
+    project: Path, *arguments: str, cold: bool = False, **environment: str
+) -> "subprocess.CompletedProcess[str]":
+    """Runs the command line in the project directory to its end: forked, or `cold`, as users start it."""
+    with TemporaryFile("w+") as stdout, TemporaryFile("w+") as stderr:
+        process = _begin(project, stdout, stderr, *arguments, cold=cold, **environment)
+        try:
+            code = process.wait(240)
+        finally:
+            process.kill()
+        stdout.seek(0), stderr.seek(0)
+        return subprocess.CompletedProcess(arguments, code, stdout.read(), stderr.read())
 
 
 def refused(done: "subprocess.CompletedProcess[str]", code: int, *parts: str) -> None:
@@ -54,9 +61,18 @@ def refused(done: "subprocess.CompletedProcess[str]", code: int, *parts: str) ->
         assert part in done.stderr
 
 
-def begin(project: Path, log: Path, *arguments: str, **environment: str) -> "subprocess.Popen[bytes]":
-    """Starts the command line in the project directory; what it says goes to `log`."""
-    return _start([*COMMAND, *arguments], log, clean(**environment), project)
+def begin(project: Path, log: Path, *arguments: str, cold: bool = False, **environment: str) -> Process:
+    """Starts the command line in the project directory, forked or `cold`; what it says goes to `log`."""
+    with log.open("w") as output:
+        return _begin(project, output, output, *arguments, cold=cold, **environment)
+
+
+def _begin(project: Path, stdout: IO[str], stderr: IO[str], *arguments: str, cold: bool, **environment: str) -> Process:
+    given = {"stdout": stdout, "stderr": stderr}
+    if not cold:
+        return forks.SERVER.command(*arguments, directory=project, environment=clean(**environment), **given)
+    command = [*COMMAND, *arguments]
+    return subprocess.Popen(command, cwd=project, env=clean(**environment), stdin=subprocess.DEVNULL, **given)
 
 
 def wait_for(is_true: Callable[[], object], seconds: float) -> None:
@@ -84,14 +100,15 @@ class Prefect:
         self.url = url
         """Its API."""
 
-    def ask(self, path: str, body: object = None) -> Any:
+    def ask(self, path: str, body: object = None, method: str | None = None) -> Any:
         """What a GET, or a POST of `body`, answers. Raises HTTPError, but goes on asking while the server is busy."""
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(f"{self.url}/{path}", data=data, headers={"content-type": "application/json"})
+        headers = {"content-type": "application/json"}
+        request = urllib.request.Request(f"{self.url}/{path}", data=data, headers=headers, method=method)
         for _ in range(20):
             try:
                 with urllib.request.urlopen(request, timeout=20) as answer:
-                    return json.load(answer)
+                    return json.loads(answer.read() or "null")
             except urllib.error.HTTPError as error:
                 if error.code != 503:  # Prefect's way to say that its SQLite database is locked
                     raise
@@ -107,6 +124,14 @@ class Prefect:
         """Every flow run, except those that are not due yet."""
         return [run for run in self.ask("flow_runs/filter", {}) if run["state"]["type"] != "SCHEDULED"]
 
+    def empty(self) -> None:
+        """Deletes every deployment, automation and flow run."""
+        for kind in ("deployments", "flow_runs"):
+            while self.ask(f"{kind}/bulk_delete", {"limit": 50})["deleted"]:
+                pass
+        for automation in self.ask("automations/filter", {}):
+            self.ask(f"automations/{automation['id']}", method="DELETE")
+
     def state(self, run: str) -> dict[str, Any]:
         return dict(self.ask(f"flow_runs/{run}")["state"])
 
@@ -117,11 +142,16 @@ class Prefect:
 
 
 @contextmanager
-def prefect_server(directory: Path, **environment: str) -> Iterator[Prefect]:
-    """A Prefect server of its own with all its services, while this lasts. Its home and its log are in `directory`."""
+def prefect_server(directory: Path, databases: Path, **environment: str) -> Iterator[Prefect]:
+    """A Prefect server of its own with all its services, while this lasts. Its home and its log are in `directory`.
+
+    It begins with a copy of the prefect.db in `databases`, and without the kinds of blocks that its UI would offer.
+    """
     port = free_ports(1)[0]
+    shutil.copy(databases / "prefect.db", directory)
+    own = {"PREFECT_HOME": str(directory), "PREFECT_API_BLOCKS_REGISTER_ON_START": "0", **environment}
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-    process = _start(command, directory / "server.log", clean(PREFECT_HOME=str(directory), **environment), directory)
+    process = _start(command, directory / "server.log", clean(**own), directory)
     server = Prefect(f"http://127.0.0.1:{port}/api")
     try:
         wait_for(lambda: process.poll() is not None or answers(f"{server.url}/health"), 120)
@@ -195,7 +225,7 @@ class Up:
         self.log = project / "up.log"
         self.more: list[str] = []
         """Further options."""
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: Process | None = None
 
     def arguments(self) -> list[str]:
         ports = ["--prefect-port", str(self.prefect_port), "--mlflow-port", str(self.mlflow_port)]

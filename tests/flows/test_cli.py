@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.flows.servers import gptflow, refused
 
 
@@ -51,6 +53,7 @@ def test_help_and_settings_are_answered_without_the_heavy_imports() -> None:
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 
+@pytest.mark.slow
 def test_a_retraining_on_one_machine_loads_nothing_that_only_several_need() -> None:
     program = (
         "import sys; import flows.cli, flows.retrain;"

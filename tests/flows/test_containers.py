@@ -20,6 +20,7 @@ from flows.state import StateRoot
 from flows.training import GRACE_SECONDS
 from gptcore.errors import ConfigError
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "deploy"
 PREFECTS_GRACE_SECONDS = 30

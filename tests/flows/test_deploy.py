@@ -22,7 +22,7 @@ from flows.pipelines import PipelinesFile
 from flows.service.deploy import deploy
 from flows.state import StateRoot
 from gptcore.errors import GPTCoreError
-from tests.flows.servers import Prefect, Receiver, Serving, clean, gptflow, living, prefect_server, wait_for, write
+from tests.flows.servers import Prefect, Receiver, Serving, clean, gptflow, living, wait_for, write
 
 pytestmark = pytest.mark.slow
 TEMPLATES = Path(__file__).parents[2] / "deploy"
@@ -30,16 +30,15 @@ NAMES = ("night", "promote", "rollback", "prune", "watch")
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prefect]:
-    """A server with a work pool for processes."""
-    with prefect_server(tmp_path_factory.mktemp("server")) as server:
-        for name, kind, template in (
-            ("machines", "process", process_template()),
-            ("boxes", "docker", json.loads((TEMPLATES / "docker" / "base-job-template.json").read_text())),
-            ("pods", "kubernetes", json.loads((TEMPLATES / "kubernetes" / "base-job-template.json").read_text())),
-        ):
-            server.ask("work_pools/", {"name": name, "type": kind, "base_job_template": template})
-        yield server
+def server(server: Prefect) -> Prefect:
+    """The shared server, with a work pool for each kind of worker."""
+    for name, kind, template in (
+        ("machines", "process", process_template()),
+        ("boxes", "docker", json.loads((TEMPLATES / "docker" / "base-job-template.json").read_text())),
+        ("pods", "kubernetes", json.loads((TEMPLATES / "kubernetes" / "base-job-template.json").read_text())),
+    ):
+        server.ask("work_pools/", {"name": name, "type": kind, "base_job_template": template})
+    return server
 
 
 def process_template() -> dict[str, object]:

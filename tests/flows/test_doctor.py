@@ -49,6 +49,7 @@ def failed(found: Iterable[Check]) -> Check:
     return only
 
 
+@pytest.mark.slow
 def test_a_project_that_never_ran_is_well_and_stays_untouched(project: Path) -> None:
     done = gptflow(project, "doctor", "--json")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -59,6 +60,7 @@ def test_a_project_that_never_ran_is_well_and_stays_untouched(project: Path) -> 
     assert {path.name for path in project.iterdir()} == {"text", "pipelines.yaml"}
 
 
+@pytest.mark.slow
 def test_a_failure_is_printed_with_its_cure_and_ends_with_exit_code_1(project: Path) -> None:
     (project / "pipelines.yaml").write_text(
         "pipelines: {tiny: {train: {max_step: 5}}, other: {corpus: {sources: [x]}}}"

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -128,12 +127,6 @@ def test_a_command_tells_of_its_move_without_importing_prefect(
     assert event["payload"]["reason"] == "nicer"
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prefect]:
-    with prefect_server(tmp_path_factory.mktemp("server")) as server:
-        yield server
-
-
 @pytest.mark.slow
 def test_a_promotion_starts_the_pipelines_that_wait_for_it_until_the_file_says_otherwise(
     project: Path, server: Prefect
@@ -164,11 +157,11 @@ def test_a_promotion_starts_the_pipelines_that_wait_for_it_until_the_file_says_o
 
 @pytest.mark.slow
 def test_a_server_that_wants_a_password_is_told_by_prefects_own_client(
-    tiny_registry: Any, project: Path, tmp_path_factory: pytest.TempPathFactory
+    tiny_registry: Any, project: Path, migrated: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     tiny_registry.register()
     directory = tmp_path_factory.mktemp("locked")
-    with prefect_server(directory, PREFECT_SERVER_API_AUTH_STRING="ann:secret") as server:
+    with prefect_server(directory, migrated, PREFECT_SERVER_API_AUTH_STRING="ann:secret") as server:
         given = {"PREFECT_API_URL": server.url, "PREFECT_API_AUTH_STRING": "ann:secret"}
         done = gptflow(project, "promote", MODEL, "1", "--reason", "first", **given)
         assert (done.returncode, done.stdout) == (0, f"{MODEL}: version 1 is champion, after none\n"), done.stderr

@@ -1,7 +1,6 @@
 """Models from elsewhere in the registry, and versions that leave it: what both remember, and what is refused."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -37,20 +36,14 @@ def write_gpt2(directory: Path, seed: int) -> GPTModel:
     return model
 
 
-@pytest.fixture
-def database(root: StateRoot, empty_database: Path) -> StateRoot:
-    shutil.copy(empty_database, root.path / "mlflow.db")
-    return root
-
-
 def bring(root: StateRoot, source: Path, model: str = "gpt-tiny") -> imported.Imported:
     return imported.register(root, model, checkpoints.read(str(source)), by="somebody")
 
 
 def test_the_first_import_is_champion_the_next_a_candidate_and_the_same_again_nothing(
-    database: StateRoot, project: Path, tiny: Pipeline
+    root: StateRoot, project: Path, tiny: Pipeline
 ) -> None:
-    root, one, two = database, project / "one", project / "two"
+    one, two = project / "one", project / "two"
     model = write_gpt2(one, 1)
     write_gpt2(two, 2)
     first, second, again = bring(root, one), bring(root, two), bring(root, one)
@@ -93,7 +86,7 @@ def starts_from(root: StateRoot, tiny: Pipeline) -> None:
 
 
 def test_an_import_killed_at_any_step_is_completed_by_the_next(
-    database: StateRoot, project: Path, monkeypatch: pytest.MonkeyPatch
+    root: StateRoot, project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Killed(BaseException):
         pass
@@ -101,7 +94,6 @@ def test_an_import_killed_at_any_step_is_completed_by_the_next(
     def die(*_: object, **__: object) -> None:
         raise Killed
 
-    root = database
     write_gpt2(project / "one", 1)
     for where, name in (
         (imported, "write_bundle"),
@@ -121,20 +113,20 @@ def test_an_import_killed_at_any_step_is_completed_by_the_next(
 @pytest.mark.slow
 @pytest.mark.usefixtures("prefect_server")
 def test_a_retraining_goes_on_from_an_import_and_is_compared_with_it(
-    database: StateRoot, project: Path, tiny: Pipeline
+    root: StateRoot, project: Path, tiny: Pipeline
 ) -> None:
     write_gpt2(project / "one", 1)
-    bring(database, project / "one")
+    bring(root, project / "one")
     name, outcome = run(asking(tiny, train={"start_from": "champion"}, model={"qkv_bias": True, "tied": True}))
     assert name == "Promoted" and "unknown is what some of the training text was: models:/gpt-tiny/1" in outcome.reason
-    imported_version, trained = registry.versions(database, "gpt-tiny")
+    imported_version, trained = registry.versions(root, "gpt-tiny")
     start = RunDirectory(Path(outcome.run_directory)).config().start
     assert start is not None and start.weights_sha256 == imported_version.tags["weights_sha256"]
     assert trained.tags["started_from"] == "models:/gpt-tiny/1"
 
 
 @pytest.mark.slow
-def test_the_command_lines_words(database: StateRoot, project: Path) -> None:
+def test_the_command_lines_words(root: StateRoot, project: Path) -> None:
     """What people see: a model brought in, taken out again, and what is refused on the way."""
     write_gpt2(project / "one", 1)
     done = gptflow(project, "import", "one", "--model", "gpt-new")

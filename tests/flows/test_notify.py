@@ -1,7 +1,6 @@
 """Notifications: what is refused in `notify`, what is sent, and that failures, kills and promotions are really told."""
 
 import logging
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from flows.service.deployed import merged, parameters
 from flows.service.notify import Message, NotifyConfig, send
 from flows.state import StateRoot
 from gptcore.errors import ConfigError, CorpusError
-from tests.flows.servers import Prefect, Receiver, Serving, prefect_server, wait_for, write
+from tests.flows.servers import Prefect, Receiver, Serving, wait_for, write
 
 FILE = "pipelines:\n  night:\n    notify:\n      - "
 LOG = logging.getLogger("test")
@@ -88,12 +87,6 @@ def test_a_webhook_that_fails_is_asked_twice_and_logged_without_its_path(
         "webhook at 127.0.0.1 was not told of the failure: ConnectionError",
     ]
     assert "secret" not in caplog.text
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prefect]:
-    with prefect_server(tmp_path_factory.mktemp("server")) as server:
-        yield server
 
 
 @pytest.mark.slow

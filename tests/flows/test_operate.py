@@ -129,6 +129,7 @@ def test_what_cannot_be_moved_is_refused_with_exit_code_2(
     assert done.returncode == 2 and part in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_command_that_moves_the_champion_does_not_import_prefect() -> None:
     program = "import sys, flows.command.hand, flows.releases.champion, flows.releases.prune\n"
     program += "assert 'prefect' not in sys.modules"

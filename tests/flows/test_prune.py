@@ -150,6 +150,7 @@ def test_a_copied_state_never_deletes_the_files_of_the_original(
     assert all(path.exists() for path in files)
 
 
+@pytest.mark.slow
 def test_a_killed_prune_keeps_every_kept_thing_whole_and_the_next_one_frees_the_rest(
     tiny_registry: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -209,6 +210,7 @@ def killed_at(number: int, steps: Any, really: Any) -> Any:
 shutil_rmtree = shutil.rmtree
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_whatever_happened_before_no_needed_thing_goes_and_every_rollback_still_loads(
     tiny_registry: Any, seed: int

@@ -17,7 +17,7 @@ from flows.releases import registry
 from flows.state import StateRoot
 from gptcore.bundle import load
 from gptcore.errors import GPTCoreError
-from tests.flows.servers import Up, clean, gptflow
+from tests.flows.servers import Prefect, Up, clean, gptflow
 
 
 def cells(database: Path, text: str) -> list[tuple[str, str, str]]:
@@ -189,8 +189,11 @@ def test_entering_a_state_again_changes_no_byte(home: StateRoot) -> None:
 
 
 @pytest.mark.slow
-def test_a_trained_state_lives_on_elsewhere_when_its_old_place_is_gone(project: Path, tmp_path: Path) -> None:
-    assert gptflow(project, "run", "tiny").returncode == 0
+def test_a_trained_state_lives_on_elsewhere_when_its_old_place_is_gone(
+    project: Path, tmp_path: Path, server: Prefect
+) -> None:
+    there = {"PREFECT_API_URL": server.url}
+    assert gptflow(project, "run", "tiny", **there).returncode == 0
     elsewhere = tmp_path / "else where" / "state"
     shutil.copytree(project / "mlruns", elsewhere)
     (project / "mlruns").rename(project / "away")
@@ -209,9 +212,9 @@ def test_a_trained_state_lives_on_elsewhere_when_its_old_place_is_gone(project: 
     assert done.returncode == 0, done.stderr
     freed = json.loads(gptflow(project, "prune", "--dry-run", "--json", GPTFLOW_HOME=home).stdout)
     assert freed["paths"] == {}
-    again = gptflow(project, "run", "tiny", GPTFLOW_HOME=home)
+    again = gptflow(project, "run", "tiny", GPTFLOW_HOME=home, **there)
     assert again.returncode == 0 and "nothing changed since version 1" in again.stdout, again.stdout + again.stderr
-    better = gptflow(project, "run", "tiny", "--set", "train.max_steps=120", GPTFLOW_HOME=home)
+    better = gptflow(project, "run", "tiny", "--set", "train.max_steps=120", GPTFLOW_HOME=home, **there)
     assert better.returncode == 0 and "models:/gpt-tiny/2" in better.stdout, better.stdout + better.stderr
     assert not (project / "mlruns").exists()
 

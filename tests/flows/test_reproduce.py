@@ -1,11 +1,9 @@
 """Training a version again: equal weights under equal conditions, and every other condition named first."""
 
 import json
-import os
 import random
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,9 +16,9 @@ from flows.releases import registry
 from flows.releases.differences import differences, materials
 from flows.retrain import retrain
 from flows.state import StateRoot
+from tests.flows.servers import gptflow
 
 URI = "models:/gpt-tiny/1"
-COMMAND = [sys.executable, "-c", "from flows.cli import main; main()"]
 Edit = Callable[[dict[str, Any]], None]
 
 
@@ -77,15 +75,7 @@ def rewrite(root: StateRoot, edit: Edit) -> None:
 
 
 def reproduce(root: StateRoot, *options: str, uri: str = URI) -> "subprocess.CompletedProcess[str]":
-    clean = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "MLFLOW_", "GPTFLOW_"))}
-    return subprocess.run(
-        [*COMMAND, "reproduce", uri, *options],
-        cwd=root.path.parent,
-        env={**clean, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    return gptflow(root.path.parent, "reproduce", uri, *options)
 
 
 def files(root: StateRoot) -> set[str]:

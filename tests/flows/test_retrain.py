@@ -158,6 +158,7 @@ def test_a_damaged_champion_stays_and_nothing_is_promoted(tiny: Pipeline, root: 
     assert champion is not None and str(champion.version) == "1"
 
 
+@pytest.mark.slow
 def test_the_champion_answers_in_a_process_that_knows_only_the_tracking_uri(
     tiny: Pipeline, root: StateRoot, tmp_path: Path
 ) -> None:

@@ -58,12 +58,14 @@ def test_who_works_is_no_part_of_what_is_trained(tiny: Pipeline) -> None:
 
 @pytest.mark.parametrize("given", ["dask", "tcp://127.0.0.1:1", "ray", "ray://127.0.0.1:1"])
 def test_a_missing_extra_is_named_with_the_cure(monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
     runners.check(given)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'gptflow\[(dask|ray)\]'"), runners.opened(given):
         pass
 
 
+@pytest.mark.slow
 def test_a_scheduler_that_is_not_there_is_an_error_at_once() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -125,11 +127,20 @@ def worked_on(task_runner: str, cfg: CorpusConfig, directory: Path) -> tuple[dic
     return {**files_of(made), **{f"tokens/{name}": data for name, data in files_of(encoded).items()}}, names
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("prefect_server")
+@pytest.mark.parametrize(
+    "task_runner",
+    [
+        pytest.param("scheduler", marks=pytest.mark.slow),
+        pytest.param("dask", marks=pytest.mark.deep),
+        pytest.param("ray", marks=pytest.mark.deep),
+    ],
+)
 def test_dask_and_ray_make_the_same_bytes_and_a_killed_worker_costs_its_shard(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheduler: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, task_runner: str
 ) -> None:
+    if task_runner == "scheduler":
+        task_runner = request.getfixturevalue("scheduler")
     write_texts(tmp_path / "texts")
     cfg = CorpusConfig(sources=("texts",), block_bytes=256, val_fraction=0.2, holdout_fraction=0.2)
     alone = corpus.ingest(cfg, tmp_path / "alone" / "corpora", tmp_path).path
@@ -140,14 +151,13 @@ def test_dask_and_ray_make_the_same_bytes_and_a_killed_worker_costs_its_shard(
     home = tmp_path / "home"
     home.mkdir()
     monkeypatch.setenv("HOME", str(home))
-    for number, task_runner in enumerate((scheduler, "dask", "ray")):
-        directory = tmp_path / f"{number}"
-        made, names = worked_on(task_runner, cfg, directory)
-        assert made == expected, task_runner
-        assert (directory / "1-0").exists() == (task_runner != "dask"), "a worker was killed"
-        for begin in ("ingest: read", "ingest: guarded", "tokenize: encoded"):
-            assert sum(name.startswith(begin) for name in names) >= 2, names
-        assert not (home / ".ray").exists(), "Ray leaves no token in the home directory"
+    directory = tmp_path / "directory"
+    made, names = worked_on(task_runner, cfg, directory)
+    assert made == expected
+    assert (directory / "1-0").exists() == (task_runner != "dask"), "a worker was killed"
+    for begin in ("ingest: read", "ingest: guarded", "tokenize: encoded"):
+        assert sum(name.startswith(begin) for name in names) >= 2, names
+    assert not (home / ".ray").exists(), "Ray leaves no token in the home directory"
 
 
 def test_a_cluster_that_is_sent_along_is_one_not_begun() -> None:

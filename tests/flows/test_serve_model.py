@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import openai
 import pytest
 
 from flows.state import StateRoot
@@ -19,6 +18,7 @@ from tests.flows.servers import begin, free_ports, gptflow, refused, wait_for
 from tests.flows.versions import bring_versions
 
 pytestmark = pytest.mark.slow
+openai = pytest.importorskip("openai")
 MODEL = "gpt-tiny@champion"
 
 

@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 import urllib.error
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ import pytest
 from flows.pipelines import Pipeline, PipelinesFile
 from flows.service.deployed import merged, parameters
 from gptcore.errors import ConfigError
-from tests.flows.servers import Prefect, Serving, prefect_server, write
+from tests.flows.servers import Prefect, Serving, write
 
 OPERATIONS = ("promote", "rollback", "prune")
 NIGHT = "pipelines:\n  night:\n    schedule:\n"
@@ -65,12 +64,6 @@ def test_what_is_given_is_merged_over_the_deployment_field_by_field(tiny: Pipeli
     assert merged(registered, {**registered, "model": {"emb_dim": 30}}).model.shape()["n_heads"] == 2
     with pytest.raises(ConfigError, match="model: emb_dim 31 is not divisible by n_heads 2"):
         merged(registered, {**registered, "model": {"emb_dim": 31}})
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prefect]:
-    with prefect_server(tmp_path_factory.mktemp("server")) as server:
-        yield server
 
 
 @pytest.fixture

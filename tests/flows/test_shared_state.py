@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from gptcore import manifest
 from tests.fixtures import prose, write_project
 from tests.flows.objects import Objects
 from tests.flows.postgres import Postgres
-from tests.flows.servers import COMMAND, Up, begin, clean, gptflow, living, write
+from tests.flows.servers import Up, begin, gptflow, living, write
 
 pytestmark = pytest.mark.slow
 
@@ -97,7 +96,7 @@ def _on_the_second(project: Path, url: str, postgres: Postgres, objects: Objects
         return None
 
     objects.refuse = kill
-    running = subprocess.Popen([*COMMAND, "run", "tiny"], cwd=project, env=clean(**told), stdout=subprocess.DEVNULL)
+    running = begin(project, project / "killed.log", "run", "tiny", **told)
     assert running.wait(120) == -signal.SIGKILL and killed
     objects.refuse = lambda _: None
     done = gptflow(project, "run", "tiny", "--json", **told)

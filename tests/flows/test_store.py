@@ -17,6 +17,7 @@ from gptcore import manifest
 from gptcore.errors import CheckpointError, GPTCoreError
 from tests.flows.objects import Objects
 
+pytestmark = pytest.mark.slow
 PUSH = "import sys; from pathlib import Path; from flows.sharing.store import Store\n"
 PUSH += "Store('s3://bucket/here').push(Path(sys.argv[1]), 'corpora/one')"
 

@@ -85,6 +85,7 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> list[list[Block]]:
     return given
 
 
+@pytest.mark.slow
 def test_in_ten_nights_no_scored_block_nor_a_run_of_it_was_in_either_models_training_text(
     root: StateRoot, tmp_path: Path, scored: list[list[Block]]
 ) -> None:

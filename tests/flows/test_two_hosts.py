@@ -12,7 +12,7 @@ from tests.fixtures import write_project
 from tests.flows import hosts, objects, postgres
 from tests.flows.servers import wait_for, write
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.deep
 
 
 def is_at_its_lock(project: Path) -> bool:

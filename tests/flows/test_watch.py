@@ -18,7 +18,7 @@ from flows.state import StateRoot
 from flows.watch import look_at_sources, look_at_successes, recall, register, registered
 from gptcore.errors import ConfigError
 from tests.fixtures import prose
-from tests.flows.servers import Prefect, Receiver, Serving, prefect_server, wait_for, write
+from tests.flows.servers import Prefect, Receiver, Serving, wait_for, write
 
 
 @pytest.fixture(autouse=True)
@@ -157,12 +157,6 @@ def test_watch_seconds_must_be_a_number_of_seconds(tmp_path: Path, given: str) -
 def test_watch_seconds_are_five_minutes_unless_given(tmp_path: Path) -> None:
     (tmp_path / "pipelines.yaml").write_text("pipelines: {night: {}}\n")
     assert PipelinesFile(tmp_path / "pipelines.yaml").watch_seconds == 300
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prefect]:
-    with prefect_server(tmp_path_factory.mktemp("server")) as server:
-        yield server
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
 """Models and vocabularies as `transformers` sees them: the same logits and the same ids, both ways."""
 
-import importlib
 import json
 import os
 import random
@@ -17,6 +16,7 @@ from gptcore.generate import generate
 from gptcore.model import GPTModel
 from gptcore.tokenizer import assembled, get_tokenizer, train_bpe
 
+pytestmark = pytest.mark.slow
 SEED = {
     "vocab_size": 257,
     "context_length": 12,
@@ -35,7 +35,7 @@ def transformers(monkeypatch):
     """Imported here, so that collecting the tests does not wait for it."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")
-    return importlib.import_module("transformers")
+    return pytest.importorskip("transformers")
 
 
 def random_model(**changes):

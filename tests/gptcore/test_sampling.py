@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers.generation import logits_process as theirs
 
 from gptcore.errors import ConfigError
 from gptcore.writing.sampling import Sampling
@@ -15,6 +14,7 @@ SEEN = [3, 3, 8, 0, 150]
 
 
 def their_probabilities(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    theirs = pytest.importorskip("transformers.generation.logits_process")
     steps = [theirs.RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)]
     steps += [theirs.TemperatureLogitsWarper(sampling.temperature)]
     steps += [theirs.TopKLogitsWarper(sampling.top_k)] if sampling.top_k else []
@@ -26,6 +26,7 @@ def their_probabilities(logits: torch.Tensor, sampling: Sampling) -> torch.Tenso
     return torch.softmax(scores[0], dim=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sampling",
     [

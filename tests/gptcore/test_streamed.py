@@ -74,6 +74,7 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     server.stop()
 
 
+@pytest.mark.slow
 def test_an_object_store_is_read_in_blocks_and_may_go_away_for_a_moment(
     tokens: Tokens, s3: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -117,6 +118,7 @@ def test_what_is_not_whole_is_refused(tokens: Tokens, tmp_path: Path) -> None:
         load_tokens(url)
 
 
+@pytest.mark.slow
 def test_credentials_belong_into_the_environment(
     tokens: Tokens, s3: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

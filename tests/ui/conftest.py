@@ -1,16 +1,22 @@
 """A real browser before a real `gptflow up`: Chromium without a window, and a record of every host it asked."""
 
+from __future__ import annotations
+
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
 
+from tests import databases
 from tests.fixtures import write_project
 from tests.flows.servers import Up
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
 
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 QUIET = (
@@ -38,16 +44,18 @@ def chromium() -> str:
 
 @pytest.fixture(scope="module")
 def browser(chromium: str) -> Iterator[Browser]:
-    with sync_playwright() as playwright:
+    with pytest.importorskip("playwright.sync_api").sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=QUIET)
         yield browser
         browser.close()
 
 
 @pytest.fixture(scope="module")
-def up(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+def up(browser: Browser, migrated: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
     """`gptflow up` with the pipeline `tiny`. It asks for the browser first: without one nothing needs to start."""
-    up = Up(write_project(tmp_path_factory.mktemp("project")))
+    project = write_project(tmp_path_factory.mktemp("project"))
+    databases.give(project / "mlruns", migrated)
+    up = Up(project)
     try:
         yield up.start()
     finally:

@@ -1,17 +1,23 @@
 """What a person does in the two web pages: start a run with one value changed, see why it won, see the champion."""
 
+from __future__ import annotations
+
 import json
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from mlflow import MlflowClient
-from playwright.sync_api import Locator, Page, expect
 
 from flows.pipelines import PipelinesFile
 from tests.flows.servers import Up
 from tests.ui.conftest import SECONDS
 
+if TYPE_CHECKING:
+    from playwright.sync_api import Locator, Page
+
+expect = pytest.importorskip("playwright.sync_api").expect
 pytestmark = pytest.mark.slow
 expect.set_options(timeout=SECONDS)
 

@@ -1,0 +1,269 @@
+"""The command line and the trainer as processes whose imports are done when they begin.
+
+Importing torch, MLflow and the rest takes a processor many seconds, hundreds of times in the whole suite. Here a
+process is forked from one that has imported all of it, computed nothing and started no thread. It is a real process:
+it has its own pid, environment, working directory, session and signals, and SIGKILL is SIGKILL. Two differences remain:
+its parent is the process that forks, and its command line is that of this module. Prefect is not imported beforehand,
+because it reads its settings from the environment when it is imported.
+
+Each kind of process is also started by some test as users start it: `cold` in tests/flows/servers.py.
+"""
+
+import atexit
+import gc
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from importlib import import_module
+from pathlib import Path
+from typing import IO, Any, NoReturn
+
+import psutil
+
+from tests import pictures
+
+PRELOADED = (
+    *("torch", "torch._dynamo", "pandas", "fastapi", "httpx", "yaml", "rich.table", "sqlalchemy.ext.asyncio"),
+    *("mlflow.pyfunc.model", "mlflow.store.tracking.sqlalchemy_store", "mlflow.store.model_registry.sqlalchemy_store"),
+    *("gptcore.learning.trainer", "gptcore.corpus", "gptcore.data", "gptcore.judging.dossier", "gptcore.bundle"),
+    *("flows.cli", "flows.releases.registry", "flows.releases.champion", "flows.releases.prune"),
+)
+"""What the forking process imports. torch imports `_dynamo` with the first optimiser."""
+PROGRAMS: dict[str, Callable[[], Any]] = {
+    "gptflow": lambda: import_module("flows.cli").main(),
+    "gptcore.train": lambda: import_module("gptcore.learning.trainer").main(),
+}
+_NUM_FILES = 3
+
+
+class Forked:
+    """A forked process, with the part of subprocess.Popen and psutil.Popen that tests and the product use."""
+
+    def __init__(self, connection: socket.socket, stdin: IO[bytes] | None) -> None:
+        self._answers, self.stdin = connection.makefile("rb", buffering=0), stdin
+        self._connection = connection
+        self.pid = int(self._answers.readline())
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        """The exit code, or None while it runs; the negative number of the signal that killed it."""
+        with suppress(subprocess.TimeoutExpired):
+            return self.wait(0)
+        return None
+
+    def wait(self, timeout: float | None = None) -> int:
+        """The exit code, once it has ended. Raises TimeoutExpired, subprocess's and psutil's in one."""
+        if self.returncode is None:
+            if not select.select([self._connection], [], [], timeout)[0]:
+                raise _TimeoutExpired(self.pid, timeout)
+            self.returncode = int(self._answers.readline())
+            self._connection.close()
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def children(self, recursive: bool = False) -> list[psutil.Process]:
+        return psutil.Process(self.pid).children(recursive)
+
+
+class _TimeoutExpired(subprocess.TimeoutExpired, psutil.TimeoutExpired):
+    def __init__(self, pid: int, seconds: float | None) -> None:
+        subprocess.TimeoutExpired.__init__(self, f"the forked process {pid}", seconds or 0.0)
+        self.seconds, self.pid, self.name, self.msg = seconds, pid, None, f"timeout after {seconds} seconds"
+
+
+class ForkServer:
+    """The process that forks, started with the first child that is asked for; it ends with this process."""
+
+    def __init__(self, address: str = "") -> None:
+        self.address = address
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def command(
+        self, *arguments: str, directory: Path, environment: Mapping[str, str], stdout: IO[Any], stderr: IO[Any]
+    ) -> Forked:
+        """Starts `gptflow` with these arguments and an empty standard input."""
+        with Path(os.devnull).open("rb") as nothing:
+            files = (nothing.fileno(), stdout.fileno(), stderr.fileno())
+            return Forked(self._start("gptflow", arguments, directory, environment, files, False), None)
+
+    def trainer(self, *arguments: str, environment: Mapping[str, str], log: IO[Any]) -> Forked:
+        """Starts `python -m gptcore.train` in a session of its own, with a pipe as its standard input."""
+        reading, writing = os.pipe()
+        try:
+            files = (reading, log.fileno(), log.fileno())
+            connection = self._start("gptcore.train", arguments, Path.cwd(), environment, files, True)
+        finally:
+            os.close(reading)
+        return Forked(connection, os.fdopen(writing, "wb", buffering=0))
+
+    def _start(
+        self,
+        program: str,
+        arguments: Sequence[str],
+        directory: Path,
+        environment: Mapping[str, str],
+        files: tuple[int, ...],
+        is_leader: bool,
+    ) -> socket.socket:
+        self._be_there()
+        asked = {
+            "program": program,
+            "arguments": arguments,
+            "directory": str(directory),
+            "environment": dict(environment),
+            "is_leader": is_leader,
+        }
+        connection = socket.socket(socket.AF_UNIX)
+        connection.connect(self.address)
+        body = json.dumps(asked).encode() + b"\n"
+        sent = socket.send_fds(connection, [body], list(files))
+        connection.sendall(body[sent:])
+        return connection
+
+    def _be_there(self) -> None:
+        if self.address:
+            return
+        directory = tempfile.mkdtemp(prefix="gptflow-forks-")
+        address = f"{directory}/socket"
+        kept = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "GPTFLOW_"))}
+        quiet = {"DO_NOT_TRACK": "true", "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_CONFIGURE_LOGGING": "false"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.forks", address],
+            cwd=Path(__file__).parents[1],
+            env={**kept, **quiet, "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        assert self.process.stdout is not None and self.process.stdout.readline() == b"ready\n"
+        self.address = address
+
+
+SERVER = ForkServer()
+"""The one of this process; in a forked process, the one that it was forked from."""
+
+
+def popen(command: Sequence[str], **given: Any) -> Any:
+    """As psutil.Popen, but forks a trainer that trains alone."""
+    if list(command[:3]) == [sys.executable, "-m", "gptcore.train"]:
+        return SERVER.trainer(*command[3:], environment=given["env"], log=given["stdout"])
+    return _popen(command, **given)
+
+
+_popen = psutil.Popen
+
+
+def main(address: str) -> None:
+    """Forks what is asked for at the address, and tells who asked how it ended, until standard input is closed."""
+    for name in PRELOADED:
+        import_module(name)
+    import_module("sqlalchemy.orm").configure_mappers()
+    SERVER.address = address
+    psutil.Popen = popen
+    vars(import_module("gptcore.judging.dossier")).update(pictures.UNDRAWN)
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(address)
+    listener.listen(64)
+    wakes, waking = os.pipe()
+    os.set_blocking(waking, False)
+    signal.set_wakeup_fd(waking)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    assert threading.active_count() == 1, threading.enumerate()
+    gc.collect()
+    gc.freeze()  # a collection in a child would write to, and so copy, all that was imported
+    print("ready", flush=True)
+    asking: dict[int, socket.socket] = {}
+    while True:
+        ready, _, _ = select.select([0, listener, wakes], [], [])
+        if wakes in ready:
+            os.read(wakes, 4096)
+            _report(asking)
+        if listener in ready:
+            connection, _ = listener.accept()
+            child = _fork(connection, [listener, *asking.values()], (wakes, waking))
+            asking[child] = connection
+            connection.sendall(b"%d\n" % child)
+        if 0 in ready:
+            Path(address).unlink()
+            Path(address).parent.rmdir()
+            return
+
+
+def _report(asking: dict[int, socket.socket]) -> None:
+    """Tells those whose children have ended."""
+    for child in list(asking):
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            with suppress(OSError), asking.pop(child) as connection:
+                connection.sendall(b"%d\n" % os.waitstatus_to_exitcode(status))
+
+
+def _fork(connection: socket.socket, sockets: list[socket.socket], pipe: tuple[int, int]) -> int:
+    body, files, _, _ = socket.recv_fds(connection, 1 << 16, _NUM_FILES)
+    while not body.endswith(b"\n"):
+        body += connection.recv(1 << 16)
+    child = os.fork()
+    if child == 0:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for each in (connection, *sockets):
+            each.close()
+        for number in pipe:
+            os.close(number)
+        _become(**json.loads(body), files=files)
+    for file in files:
+        os.close(file)
+    return child
+
+
+def _become(
+    program: str, arguments: list[str], directory: str, environment: dict[str, str], is_leader: bool, files: list[int]
+) -> NoReturn:
+    """Lets this process, the child, be the program from here to its end."""
+    if is_leader:
+        os.setsid()
+    for number, file in enumerate(files):
+        os.dup2(file, number)
+        os.close(file)
+    os.chdir(directory)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.path[:] = [path for path in sys.path if path]  # the working directory is no place to import from
+    sys.argv = [program, *arguments]
+    code = 1
+    try:
+        code = int(PROGRAMS[program]() or 0)
+    except SystemExit as end:
+        code = int(end.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    # What Python does at its end, without taking apart what was imported.
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    # As the module that children import, so that SERVER and popen exist once.
+    import_module("tests.forks").main(sys.argv[1])

@@ -3,9 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 NIGHTS ?= 50
-PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile --constraint constraints.txt
-# pip compiles on one core.
-COMPILE := $(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null || true
+INSTALL := $(BIN)/python .ci/install.py
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 # Hundreds of processes start in the tests; each would compile our modules again.
 unexport PYTHONDONTWRITEBYTECODE
@@ -49,18 +47,17 @@ $(VENV)/bin/python:
 
 $(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "installing into $(VENV), once: a minute or two"
-	$(PIP) --editable .
-	@$(COMPILE)
+	$(INSTALL) --editable .
+	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null || true
 	@touch $@
 
 # Each tier of tests installs what it needs in one go, what the tiers below it need included.
 $(VENV)/installed-dev $(VENV)/installed-test-all $(VENV)/installed-test-deep: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(PIP) --editable ".[$(@:$(VENV)/installed-%=%)]"
-	@$(COMPILE)
+	$(INSTALL) --editable ".[$(@:$(VENV)/installed-%=%)]"
 	@touch $(VENV)/installed $(VENV)/installed-dev $@
 
 # litgpt asks for an older huggingface-hub than transformers can use; what takes part of it works without its own.
 $(VENV)/installed-bench: $(VENV)/installed
-	$(PIP) --editable ".[bench]"
-	$(PIP) --no-deps litgpt
+	$(INSTALL) --editable ".[bench]"
+	$(INSTALL) --no-deps litgpt
 	@touch $@

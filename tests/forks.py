@@ -93,8 +93,8 @@ class _TimeoutExpired(subprocess.TimeoutExpired, psutil.TimeoutExpired):
 class ForkServer:
     """The process that forks, started with the first child that is asked for; it ends with this process."""
 
-    def __init__(self, address: str = "") -> None:
-        self.address = address
+    def __init__(self) -> None:
+        self.address = ""
         self.process: subprocess.Popen[bytes] | None = None
 
     def command(

@@ -225,6 +225,8 @@ class Up:
         self.log = project / "up.log"
         self.more: list[str] = []
         """Further options."""
+        self.cold = False
+        """Whether `gptflow up` itself is started as users start it, and not forked."""
         self.process: Process | None = None
 
     def arguments(self) -> list[str]:
@@ -236,7 +238,7 @@ class Up:
 
     def start(self, **environment: str) -> "Up":
         """Starts it, and returns when everything is healthy."""
-        self.process = begin(self.project, self.log, *self.arguments(), **environment)
+        self.process = begin(self.project, self.log, *self.arguments(), cold=self.cold, **environment)
         wait_for(lambda: self.process.poll() is not None or "is healthy" in self.log.read_text(), 120)
         assert self.process.poll() is None, self.log.read_text()
         return self

@@ -11,7 +11,6 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests import databases
 from tests.fixtures import write_project
 from tests.flows.servers import Up
 
@@ -51,11 +50,13 @@ def browser(chromium: str) -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="module")
-def up(browser: Browser, migrated: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
-    """`gptflow up` with the pipeline `tiny`. It asks for the browser first: without one nothing needs to start."""
-    project = write_project(tmp_path_factory.mktemp("project"))
-    databases.give(project / "mlruns", migrated)
-    up = Up(project)
+def up(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+    """`gptflow up` with the pipeline `tiny`, cold and on a fresh state root, as a user's first one.
+
+    It asks for the browser first: without one nothing needs to start.
+    """
+    up = Up(write_project(tmp_path_factory.mktemp("project")))
+    up.cold = True
     try:
         yield up.start()
     finally:

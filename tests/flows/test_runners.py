@@ -1,9 +1,11 @@
 """The key task_runner: what it may be, and that Dask and Ray make the same bytes, whoever of theirs is killed."""
 
 import importlib.util
+import json
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -80,29 +82,28 @@ def test_a_scheduler_that_is_not_there_is_an_error_at_once() -> None:
 @pytest.fixture
 def scheduler(tmp_path: Path) -> Iterator[str]:
     """A Dask scheduler and two workers of one thread, each a process of its own."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    address = f"tcp://127.0.0.1:{port}"
+    log = (tmp_path / "dask.log").open("w")
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(*command: str) -> None:
+        options = {"cwd": ROOT, "stderr": log, "start_new_session": True}
+        started.append(subprocess.Popen([sys.executable, "-m", "dask", *command, "--no-dashboard"], **options))
+
     place = ["--host", "127.0.0.1"]
-    commands = [["scheduler", *place, "--port", str(port), "--no-dashboard"]]
+    scheduler = tmp_path / "scheduler.json"
+    start("scheduler", *place, "--port", "0", "--scheduler-file", str(scheduler))
+    while not (scheduler.exists() and scheduler.read_text().rstrip().endswith("}")):
+        assert started[0].poll() is None, (tmp_path / "dask.log").read_text()
+        time.sleep(0.1)
+    address = json.loads(scheduler.read_text())["address"]
     for number in range(2):
-        scratch = str(tmp_path / f"worker{number}")
-        commands.append(["worker", address, *place, "--nthreads", "1", "--no-dashboard", "--local-directory", scratch])
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-m", "dask", *command],
-            cwd=ROOT,
-            stderr=(tmp_path / f"{number}.log").open("w"),
-            start_new_session=True,
-        )
-        for number, command in enumerate(commands)
-    ]
+        start("worker", address, *place, "--nthreads", "1", "--local-directory", str(tmp_path / f"worker{number}"))
     yield address
     for process in started:
         process.terminate()
     for process in started:
         process.wait(20)
+    log.close()
 
 
 def worked_on(task_runner: str, cfg: CorpusConfig, directory: Path) -> tuple[dict[str, bytes], list[str]]:

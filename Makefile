@@ -1,11 +1,11 @@
-# `make run` and `make test` each set up everything they need on a machine with Python 3.11+ and a package index.
+# `make run` and `make test` each install everything they need. They require Python 3.11+ and a package index.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 NIGHTS ?= 50
 INSTALL := $(BIN)/python .ci/install.py
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
-# Hundreds of processes start in the tests; each would compile our modules again.
+# The tests start hundreds of processes. With this variable, each of them would compile our modules again.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: run test test-all test-deep soak bench lint clean
@@ -16,19 +16,19 @@ run: $(VENV)/installed
 test: lint
 	$(PYTEST) -m "not slow and not deep"
 
-# Real kills, servers and browsers as well.
+# All tests of `make test`, and tests with real kills, servers and browsers.
 test-all: $(VENV)/installed-test-all lint
 	$(PYTEST) -m "not deep" --durations 12
 
-# What is too long or too heavy for every change.
+# The tests that are too long or too heavy for every change.
 test-deep: $(VENV)/installed-test-deep
 	$(PYTEST) -m deep --durations 0
 
-# Many nights of retraining with kills at random moments: about half a minute a night.
+# Many nights of retraining, with kills at random moments. A night takes about half a minute.
 soak: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.soak --nights $(NIGHTS) --seed 1 --json build/soak.json
 
-# Beside its peers, about ten minutes: steps of training, generation, tokenising.
+# Training steps, generation and tokenising, compared with other implementations. Takes about ten minutes.
 bench: $(VENV)/installed-bench
 	$(BIN)/python -m bench --json build/bench/bench.json
 
@@ -51,12 +51,12 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null || true
 	@touch $@
 
-# Each tier of tests installs what it needs in one go, what the tiers below it need included.
+# Each tier of tests installs all its packages in one call, including those of the tiers below it.
 $(VENV)/installed-dev $(VENV)/installed-test-all $(VENV)/installed-test-deep: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(INSTALL) --editable ".[$(@:$(VENV)/installed-%=%)]"
 	@touch $(VENV)/installed $(VENV)/installed-dev $@
 
-# litgpt asks for an older huggingface-hub than transformers can use; what takes part of it works without its own.
+# litgpt requires an older huggingface-hub than transformers can use. The benchmark works without the older one.
 $(VENV)/installed-bench: $(VENV)/installed
 	$(INSTALL) --editable ".[bench]"
 	$(INSTALL) --no-deps litgpt

@@ -2,9 +2,9 @@
 
     python .ci/install.py --editable ".[dev]"
 
-uv does not read pip's settings. Those that name an index, a directory of wheels, a certificate, a constraint or a
-time-out are handed to it. If there is any other setting that decides what is installed or how a server is reached, or
-if uv cannot be installed or fails, pip installs: behind a mirror this never reaches further than pip does.
+uv does not read pip's settings, so this script passes them on: index, directory of wheels, certificate, constraint and
+time-out. If another setting decides which packages are installed or how a server is reached, pip installs. pip also
+installs if uv cannot be installed or fails. So behind a mirror, this script contacts no server that pip would not.
 """
 
 import ast
@@ -20,7 +20,7 @@ OPTIONS = {
     "constraint": "--constraint",
     "trusted-host": "--allow-insecure-host",
 }
-"""Settings of pip that uv has as options; each may hold several values."""
+"""uv's option for each of these settings of pip. Each setting may have several values."""
 VARIABLES = {"cert": "SSL_CERT_FILE", "timeout": "UV_HTTP_TIMEOUT", "default-timeout": "UV_HTTP_TIMEOUT"}
 HARMLESS = {
     *("disable-pip-version-check", "no-input", "no-color", "no-cache-dir", "cache-dir", "progress-bar", "quiet"),
@@ -30,7 +30,7 @@ PIP = [sys.executable, "-m", "pip"]
 
 
 def pip_settings() -> dict[str, str]:
-    """Return what pip's files and variables set for `install`, the more specific over the more general."""
+    """Return the settings of pip's files and variables for `install`. More specific settings win."""
     listed = subprocess.run([*PIP, "config", "list"], check=True, capture_output=True, text=True).stdout
     scopes: dict[str, dict[str, str]] = {"global": {}, "install": {}, ":env:": {}}
     for line in listed.splitlines():
@@ -42,10 +42,10 @@ def pip_settings() -> dict[str, str]:
 
 
 def uv_command(settings: dict[str, str]) -> tuple[list[str], dict[str, str]] | None:
-    """Return uv's command and variables for these settings of pip, or None if it might do something else."""
+    """Return uv's command and variables for these settings of pip, or None if uv might install something else."""
     if not set(settings) <= {*OPTIONS, *VARIABLES, *HARMLESS} or shutil.which("keyring"):
         return None
-    # The best version of all indexes, as pip takes it.
+    # Take the best version of all indexes, as pip does.
     command = ["pip", "install", "--quiet", "--no-config", "--index-strategy", "unsafe-best-match"]
     for key, option in OPTIONS.items():
         for value in settings.get(key, "").split():
@@ -54,7 +54,7 @@ def uv_command(settings: dict[str, str]) -> tuple[list[str], dict[str, str]] | N
 
 
 def install(arguments: list[str]) -> int:
-    """Install what the arguments of `pip install` name, into the environment of this Python."""
+    """Install the packages that the arguments name, as for `pip install`, into the environment of this Python."""
     wanted = ["--constraint", "constraints.txt", *arguments]
     pip = [*PIP, "install", "-qq", "--disable-pip-version-check"]
     if (made := uv_command(pip_settings())) is not None:

@@ -1,14 +1,14 @@
-"""gptcore beside its peers on this machine: training steps, generation, tokenising and the loader.
+"""gptcore compared with its peers on this machine: training steps, generation, tokenising and the loader.
 
     python -m bench --json build/bench/bench.json
     python -m bench --shapes S M --only step --rounds 10
     python -m bench --quick
 
-Every contender works in a process of its own and is asked in turn; tables hold medians and, what counts on a machine
-that is shared, ratios within this run. peers.py says who they are. Peers that are not installed are left out, with a
-word about it. The exit code is 1 where a peer of the same architecture that began from our weights has other losses.
+Every contender runs in its own process, and they take turns. Tables hold medians and, because a shared machine changes
+its speed, ratios within this run. peers.py describes the contenders. Peers that are not installed are left out with a
+message. The exit code is 1 if a peer of the same architecture that began from our weights has other losses.
 
-How much a recipe learns for its time is measured by bench.learning, what saving costs by bench.checkpoints.
+bench.learning measures how much a recipe learns in its time, and bench.checkpoints what saving costs.
 """
 
 import argparse
@@ -42,7 +42,7 @@ _MB, _GENERATION_ROUNDS, _TOKENIZING_ROUNDS, _DROPOUT_ROUNDS, _LOADER_ROUNDS = 5
 
 
 def main() -> int:
-    """The command line."""
+    """Run the benchmarks of the command line; return the exit code."""
     asked = _arguments()
     names = _available(asked)
     if len(names) == 1:
@@ -75,7 +75,7 @@ def main() -> int:
 
 
 def machine(threads: int) -> dict[str, Any]:
-    """What the figures depend on."""
+    """Return what the figures depend on: the machine, Python and the versions of packages."""
     versions = {package: importlib.metadata.version(package) for package in _PACKAGES if _is_installed(package)}
     gigabytes = round(psutil.virtual_memory().total / 1e9)
     return {"cpu": _cpu(), "threads": threads, "memory_gb": gigabytes, "python": platform.python_version(), **versions}
@@ -122,7 +122,7 @@ def _loader(asked: argparse.Namespace) -> dict[str, Any]:
 
 
 def _available(asked: argparse.Namespace) -> list[str]:
-    """Of the contenders asked for, those that are there."""
+    """Return the requested contenders that can run here."""
     names = list(asked.contenders or CONTENDERS)
     if asked.nanogpt and not asked.contenders:
         names.append(peers.NANOGPT)

@@ -3,8 +3,8 @@
     python -m bench.checkpoints --saves 5
 
 The state is that of a training in progress: weights, both moments of AdamW, the best weights so far, random states. The
-model is the seed's, whose output head is a matrix of its own, so that GPT-2's 124M parameters are 163M here. It needs
-8 GB of memory, and disk for three checkpoints of 2.6 GB.
+model has an output head of its own, so GPT-2's 124M parameters are 163M here. The benchmark needs 8 GB of memory, and
+disk for three checkpoints of 2.6 GB.
 """
 
 import argparse
@@ -22,42 +22,42 @@ import torch
 
 from gptcore import manifest
 from gptcore.config import ModelConfig, TrainConfig
-from gptcore.learning import checkpoint
-from gptcore.learning.state import TrainState
+from gptcore.training import checkpoint
+from gptcore.training.state import TrainState
 
 GPT2_VOCABULARY = 50257
 
 
 @dataclass(frozen=True)
 class Cost:
-    """One save, in seconds. The parts are summed over threads, several of which work at once."""
+    """The times of one save, in seconds. Writing, hashing and flushing are summed over threads that work at once."""
 
     total: float
     cpu: float
-    """Of all cores together, the system's part included."""
+    """Processor seconds of all cores together, including system time."""
     writing: float
     hashing: float
     flushing: float
     num_bytes: int
 
     def share(self, interval: float) -> float:
-        """Of the time between the ends of two saves, the part that is spent saving."""
+        """Return the share of the time between the ends of two saves that is spent saving."""
         return self.total / (interval + self.total)
 
 
 def state_in_progress(model: ModelConfig, train: TrainConfig) -> TrainState:
-    """After one update of random gradients and one evaluation."""
-    state = TrainState.initial(model.for_vocabulary(GPT2_VOCABULARY), train)
+    """Return the state after one update of random gradients and one evaluation."""
+    state = TrainState.initial(model.build_cfg(GPT2_VOCABULARY), train)
     for parameter in state.model.parameters():
         parameter.grad = torch.randn_like(parameter)
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
-    state.note_evaluation(1.0, 1.0)
+    state.record_evaluation(1.0)
     return state
 
 
 def save_timed(checkpoints: Path, state: TrainState, keep: int) -> Cost:
-    """Saves once."""
+    """Save once and measure it."""
     with (
         timed(checkpoint, "save_file") as writing,
         timed(manifest, "sha256_of_file") as hashing,
@@ -72,7 +72,7 @@ def save_timed(checkpoints: Path, state: TrainState, keep: int) -> Cost:
 
 @contextmanager
 def timed(module: Any, name: str) -> Iterator[list[float]]:
-    """Collects the seconds of each call of `module.name`."""
+    """Collect the seconds of each call of `module.name`."""
     inner: Callable[..., Any] = getattr(module, name)
     seconds: list[float] = []
 
@@ -91,7 +91,7 @@ def timed(module: Any, name: str) -> Iterator[list[float]]:
 
 
 def measure(saves: int, size: str, root: Path) -> list[Cost]:
-    """The cost of each of `saves` saves, one after the other."""
+    """Return the cost of each of `saves` saves, one after the other."""
     train = TrainConfig(device="cpu", precision="fp32", threads=torch.get_num_threads())
     state = state_in_progress(ModelConfig.model_validate({"size": size}), train)
     costs = []
@@ -102,7 +102,7 @@ def measure(saves: int, size: str, root: Path) -> list[Cost]:
 
 
 def main() -> None:
-    """Prints each save, the median, and its share at the default interval."""
+    """Print each save, the median, and its share at the default interval."""
     parser = argparse.ArgumentParser(prog="python -m bench.checkpoints", description="What saving costs.")
     parser.add_argument("--saves", type=int, default=5)
     parser.add_argument("--size", default="gpt2")
@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     interval = TrainConfig().checkpoint_seconds
-    assert interval is not None, "there is a default"
+    assert interval is not None, "checkpoint_seconds has a default"
     with tempfile.TemporaryDirectory(dir=given.dir) as root:
         costs = measure(given.saves, given.size, Path(root) / "checkpoints")
     for cost in costs:

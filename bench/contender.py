@@ -1,7 +1,7 @@
-"""One contender in a process of its own, or the machine itself: `python -m bench.contender SPEC`, asked over pipes.
+"""One contender in its own process, or the machine itself: `python -m bench.contender SPEC`, with requests over pipes.
 
 SPEC is JSON: the contender's name, the shape, drop_rate, threads, whether it trains, and the path of a nanoGPT checkout
-where there is one. The name `machine` measures what the processor and the memory can do at most.
+if there is one. The name `machine` measures what the processor and the memory can do at most.
 """
 
 import json
@@ -19,8 +19,8 @@ import torch
 from bench import peers
 from bench.shapes import SEED, Shape
 from bench.workers import Answers, serve
-from gptcore import memory
-from gptcore.data import Batches
+from gptcore.training import memory
+from gptcore.training.batches import Batches
 
 MACHINE = "machine"
 MATMUL = 2048
@@ -30,14 +30,14 @@ _LOADER_TOKENS = 4_000_000
 
 
 def seconds_of(work: Callable[[], object]) -> float:
-    """How long one call takes."""
+    """Return the seconds that one call takes."""
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
 
 
 def machine() -> Answers:
-    """The arithmetic and the memory traffic that this machine manages, with as many threads as the contenders have."""
+    """Measure the arithmetic and memory traffic of this machine, with as many threads as the contenders have."""
     left, right = torch.rand(MATMUL, MATMUL), torch.rand(MATMUL, MATMUL)
     out = torch.empty(MATMUL, MATMUL)
     matrix: list[torch.Tensor] = []
@@ -56,7 +56,7 @@ def machine() -> Answers:
 
 
 def contender(name: str, shape: Shape, drop_rate: float, nanogpt: str | None) -> Answers:
-    """Steps, texts and, of ours, the loader's batches."""
+    """Answer requests for steps, texts and, for ours only, batches of the loader."""
     made = peers.make(name, shape, drop_rate, nanogpt)
     loaders: list[Batches] = []
 
@@ -77,13 +77,16 @@ def contender(name: str, shape: Shape, drop_rate: float, nanogpt: str | None) ->
     def load(first: int, count: int) -> dict[str, Any]:
         loader = loaders[0] if loaders else _loader(shape)
         loaders[:] = [loader]
-        return {"seconds": seconds_of(lambda: [loader.batch(step) for step in range(first, first + count)]) / count}
+        return {
+            "seconds": seconds_of(lambda: [loader.make_micro_batches(step) for step in range(first, first + count)])
+            / count
+        }
 
     return {"step": step, "generate": generate, "load": load}
 
 
 def _loader(shape: Shape) -> Batches:
-    """Over a token file, as the trainer has it."""
+    """Return batches of a token file, as the trainer reads them."""
     file = Path(tempfile.mkdtemp()) / "train.bin"
     np.random.default_rng(SEED).integers(shape.vocab_size, size=_LOADER_TOKENS).astype(np.uint16).tofile(file)
     tokens = np.memmap(file, dtype=np.uint16, mode="r")
@@ -98,7 +101,7 @@ def _prepared() -> Answers:
     if spec["name"] == MACHINE:
         return machine()
     if spec["name"] == peers.OURS and spec["trains"]:
-        memory.keep_freed()  # as the trainer begins
+        memory.keep_freed_memory()  # as the trainer does at its start
     return contender(spec["name"], Shape(**spec["shape"]), spec["drop_rate"], spec["nanogpt"])
 
 

@@ -1,13 +1,13 @@
-"""One way of turning a text into GPT-2's token ids, in a process of its own: `python -m bench.encoders SPEC`.
+"""One way of turning a text into GPT-2's token ids, in its own process: `python -m bench.encoders SPEC`.
 
-- ours: `gptcore.text.tokens.tokenize` with as many processes as the benchmark has threads: reads the text from disk
+- ours: `gptcore.tokens.files.tokenize` with as many processes as the benchmark has threads: reads the text from disk
   and writes token files.
 - tiktoken: `encode_ordinary` of the whole text, to a list of ints, in one thread.
 - tiktoken+numpy: its `encode_to_numpy`.
-- hf: the fast tokenizer of Hugging Face's tokenizers, from the same vocabulary, in as many threads as it likes. It is
-  given pieces that are cut where the ids are the same, since a single text is encoded by a single thread.
+- hf: the fast tokenizer of Hugging Face's tokenizers, from the same vocabulary, in as many threads as it chooses. The
+  text is cut into pieces where this does not change the ids, because one thread encodes a single text.
 
-All get the same two texts and must give the same ids. Torch is not imported, so that its memory does not count.
+All get the same two texts and must return the same ids. Torch is not imported, so its memory does not count.
 """
 
 import functools
@@ -24,14 +24,15 @@ from typing import Any
 import numpy as np
 
 from bench.workers import Answers, serve
-from gptcore.text.tokens import SIDES, tokenize
-from gptcore.tokenizer import pieces, tiktoken_encoding
+from gptcore.tokens.directory import SIDES
+from gptcore.tokens.files import tokenize
+from gptcore.tokens.tokenizer import cut_into_pieces, load_tiktoken_encoding
 
 OURS, TIKTOKEN, NUMPY, HF = "ours", "tiktoken", "tiktoken+numpy", "hf"
 _PIECES_AT_ONCE = 64
 
 Encode = Callable[[str], Any]
-"""A text to its ids."""
+"""A function that turns a text into its ids."""
 
 
 def _ours(snapshot: Path, processes: int) -> dict[str, Any]:
@@ -63,7 +64,7 @@ def _hugging_face() -> Encode:
     tokenizer = ByteLevelBPETokenizer(str(data / "encoder.json"), str(data / "vocab.bpe"))
 
     def encode(text: str) -> list[int]:
-        cut, ids = list(pieces(text)), []
+        cut, ids = list(cut_into_pieces(text)), []
         for begin in range(0, len(cut), _PIECES_AT_ONCE):
             for one in tokenizer._tokenizer.encode_batch_fast(cut[begin : begin + _PIECES_AT_ONCE]):
                 ids += one.ids
@@ -78,8 +79,8 @@ def _prepared() -> Answers:
     if spec["name"] == OURS:
         return {"tokenize": functools.partial(_ours, snapshot, spec["threads"])}
     makers: dict[str, Callable[[], Encode]] = {
-        TIKTOKEN: lambda: tiktoken_encoding("gpt2").encode_ordinary,
-        NUMPY: lambda: tiktoken_encoding("gpt2").encode_to_numpy,
+        TIKTOKEN: lambda: load_tiktoken_encoding("gpt2").encode_ordinary,
+        NUMPY: lambda: load_tiktoken_encoding("gpt2").encode_to_numpy,
         HF: _hugging_face,
     }
     return {"tokenize": functools.partial(_peer, makers[spec["name"]](), snapshot)}

@@ -1,9 +1,9 @@
-"""Greedy generation of every contender in turn, beside what the memory allows.
+"""Greedy generation by every contender in turn, compared with what the memory allows.
 
-Each new token of one text needs every weight once, so the bytes of the weights over the speed at which memory is read
-bound the tokens per second; of several texts written together, the arithmetic may be the bound instead. Every contender
-continues the same 16 tokens, one text by 200, of several texts each by 60. The plain one has no cache and takes long:
-it continues one text of 114 tokens by 4, among which the mean length is the same, and several of 44.
+Each new token of one text reads every weight once. The speed of memory divided by the bytes of the weights is therefore
+a bound of the tokens per second. If several texts are written together, the arithmetic may be the bound instead. Every
+contender continues the same 16 tokens: one text by 200 tokens, several texts by 60 each. The plain one has no cache and
+is slow. It writes 4 tokens after 114 for one text, which gives the same mean length, and after 44 for several texts.
 """
 
 import statistics
@@ -27,13 +27,13 @@ _WARM_UP = {"batch": 1, "prompt": 4, "new": 4}
 
 @dataclass(frozen=True)
 class Written:
-    """One contender's texts."""
+    """The speed and the text of one contender."""
 
     name: str
     rates: tuple[float, ...]
     """Tokens per second in each round, of all texts together."""
     same_tokens: int | None
-    """How many of the first text's tokens are ours, from the start; None where that need not be."""
+    """The number of tokens at the start of the first text that equal ours; None if they may differ."""
 
     @property
     def median(self) -> float:
@@ -50,11 +50,11 @@ class Generation:
     contenders: tuple[Written, ...]
     """Ours first."""
     int8: Written
-    """Ours with rounded weights, which writes other texts."""
+    """Ours with rounded weights, whose texts differ."""
 
     @property
     def limit(self) -> float | None:
-        """Tokens per second at which the weights could be read, for a single text."""
+        """Return the tokens per second at which the weights can be read, for a single text."""
         return self.read_gb_per_second * 1e9 / self.shape.weight_bytes if self.batch == 1 else None
 
     @property
@@ -63,22 +63,22 @@ class Generation:
 
     @property
     def best(self) -> Written:
-        """The fastest peer."""
+        """Return the fastest peer."""
         return max(self.contenders[1:], key=lambda one: one.median)
 
     @property
     def ratio(self) -> float:
-        """How many times as many tokens ours writes as the fastest peer, by the medians."""
+        """Return the ratio of our median tokens per second to that of the fastest peer."""
         return self.ours.median / self.best.median
 
     @property
     def ratio_by_round(self) -> float:
-        """The same as the median of the rounds' own ratios."""
+        """Return the same ratio as the median of the ratios of the rounds."""
         return statistics.median(ours / theirs for ours, theirs in zip(self.ours.rates, self.best.rates))
 
     @property
     def int8_ratio(self) -> float:
-        """How many times as many tokens rounded weights write, as the median of the rounds' own ratios."""
+        """Return the ratio of tokens with rounded weights to ours, as the median of the ratios of the rounds."""
         return statistics.median(rounded / ours for rounded, ours in zip(self.int8.rates, self.ours.rates))
 
     def to_json(self) -> dict[str, Any]:
@@ -98,8 +98,7 @@ class Generation:
 def measure_generation(
     shape: Shape, names: Sequence[str], rounds: int, threads: int, new: int | None = None
 ) -> list[Generation]:
-    """Asks those of CONTENDERS that are in `names`, in turn, for each of BATCHES. `new` is what there is instead of the
-    usual number of tokens."""
+    """Measure the CONTENDERS in `names`, in turn, for each of BATCHES. `new` replaces the usual number of tokens."""
     taking_part = [name for name in CONTENDERS if name in names]
     asked = (*taking_part, OURS_INT8)
     specs = {name: spec_of(name, shape, 0.0, threads, None, trains=False) for name in (*asked, MACHINE)}

@@ -1,13 +1,13 @@
-"""How much a recipe learns for the time that its training takes, beside another one in the same run.
+"""How much a recipe learns in the time that its training takes, compared with another one in the same run.
 
     python -m bench.learning bytes input.txt --seeds 1 2 3 --json learning.json
     python -m bench.learning bpe input.txt --seeds 1 2 3
 
-A small model (4 layers, 4 heads, width 128) learns the first 90 percent of a text; its loss is over all of the rest, in
-nats per token. Of bytes: context 64, batches of 12, and the yardstick is GPT-2's architecture with AdamW for 2,000
-steps. Of GPT-2's vocabulary: context 128, batches of 16, and the yardstick has AdamW for 100 steps at the rate that was
-best for it. Beside it stands the modern recipe, with Muon, for far fewer. Recipes take turns, seed by seed. Seconds are
-those of the updates alone, which is what `seconds` of a training counts.
+A small model (4 layers, 4 heads, width 128) learns the first 90 percent of a text. Its loss is over all of the rest, in
+nats per token. With bytes, the context is 64 and the batch 12; the baseline is GPT-2's architecture with AdamW for
+2,000 steps. With GPT-2's vocabulary, the context is 128 and the batch 16; the baseline has AdamW for 100 steps at its
+best learning rate. The modern recipe, with Muon, has far fewer steps. Recipes take turns, seed by seed. Seconds are
+those of the updates alone, as in `seconds` of a training.
 """
 
 import argparse
@@ -23,12 +23,15 @@ from typing import Any
 
 import torch
 
-from gptcore import memory
 from gptcore.config import CorpusConfig, ModelConfig, TrainConfig
-from gptcore.corpus import ingest
-from gptcore.data import Batches, Tokens, eval_batches, tokenize
-from gptcore.learning.state import TrainState
-from gptcore.train import mean_loss, resolve, training
+from gptcore.corpus.ingest import ingest
+from gptcore.tokens.directory import Tokens
+from gptcore.tokens.files import tokenize
+from gptcore.training import memory
+from gptcore.training.batches import Batches, make_eval_batches
+from gptcore.training.loop import compute_mean_loss, run_updates
+from gptcore.training.resolve import resolve
+from gptcore.training.state import TrainState
 
 SHAPE = {"emb_dim": 128, "n_heads": 4, "n_layers": 4}
 GPT2 = {"init": "gpt2", "tied": True}
@@ -40,7 +43,7 @@ MUON = {"optimizer": "muon", "learning_rate": 0.02, "schedule": "linear", "weigh
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is trained, and for how long."""
+    """A model and the settings of its training."""
 
     name: str
     model: dict[str, Any]
@@ -49,7 +52,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Contest:
-    """Recipes beside each other on the same tokens, the yardstick first."""
+    """Recipes that are compared on the same tokens, the baseline first."""
 
     tokenizer: str
     context: int
@@ -80,31 +83,33 @@ CONTESTS = {
 
 @dataclass(frozen=True)
 class Learned:
-    """What one training came to."""
+    """The result of one training."""
 
     recipe: str
     seed: int
     loss: float
     """Nats per token over the whole val split."""
     seconds: float
-    """In updates."""
+    """Seconds in updates."""
 
 
 def learn(recipe: Recipe, contest: Contest, tokens: Tokens, seed: int) -> Learned:
-    """Trains once, in this process."""
+    """Train once, in this process."""
     model = ModelConfig(**SHAPE, **recipe.model, context_length=contest.context)
     train = resolve(TrainConfig(batch_size=contest.batch_size, eval_batches=None, **recipe.train, seed=seed))
     torch.set_num_threads(int(train.threads))
-    state = TrainState.initial(model.for_vocabulary(tokens.n_vocab), train)
+    state = TrainState.initial(model.build_cfg(tokens.n_vocab), train)
     batches = Batches(tokens.side("train"), contest.context, 1, contest.batch_size, 1, seed)
-    for _ in training(state, batches, train):
+    for _ in run_updates(state, batches, train):
         pass
-    held_out = eval_batches(tokens.side("val"), contest.context, 64, None)
-    return Learned(recipe.name, seed, round(mean_loss(state.model, held_out, state.device), 4), round(state.seconds, 2))
+    held_out = make_eval_batches(tokens.side("val"), contest.context, 64, None)
+    return Learned(
+        recipe.name, seed, round(compute_mean_loss(state.model, held_out, state.device), 4), round(state.seconds, 2)
+    )
 
 
 def table(learned: Sequence[Learned]) -> str:
-    """Medians over the seeds, and the time beside that of the first recipe."""
+    """Return medians over the seeds, and the time compared with that of the first recipe."""
     of: dict[str, list[Learned]] = defaultdict(list)
     for one in learned:
         of[one.recipe].append(one)
@@ -117,14 +122,14 @@ def table(learned: Sequence[Learned]) -> str:
 
 
 def main() -> int:
-    """The command line."""
+    """Run the contest of the command line; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("contest", choices=CONTESTS)
     parser.add_argument("text", help="a text of about a megabyte, such as Shakespeare's plays")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--json", type=Path, help="where every training is written")
     asked = parser.parse_args()
-    memory.keep_freed()
+    memory.keep_freed_memory()
     contest = CONTESTS[asked.contest]
     with tempfile.TemporaryDirectory() as made:
         split: dict[str, Any] = {"split": "contiguous", "val_fraction": 0.1, "holdout_fraction": 0.0}

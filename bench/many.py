@@ -1,11 +1,11 @@
-"""Hundreds of pipelines in one pipelines.yaml: what reading, registering, scheduling and looking at them costs.
+"""Hundreds of pipelines in one pipelines.yaml: what it costs to read, register, schedule and look at them.
 
     python -m bench.many --pipelines 500
     python -m bench.many --pipelines 500 --database postgresql://postgres@127.0.0.1:5432
 
-A real Prefect and a real MLflow server, on SQLite or each on a database of its own of a PostgreSQL server. Every
-pipeline has a nightly cron schedule and two triggers, and some are due every minute; their runs find a pipeline's lock
-taken, which costs a whole flow run but no training. Beside it, concurrent writers ask the server to create runs.
+It starts a real Prefect and a real MLflow server, on SQLite or each on its own database of a PostgreSQL server. Every
+pipeline has a nightly cron schedule and two triggers, and some are due every minute. Their runs find the lock of the
+pipeline taken, which costs a whole flow run but no training. Another part lets concurrent writers create runs.
 """
 
 import argparse
@@ -34,12 +34,12 @@ QUIET = {"DO_NOT_TRACK": "true", "MLFLOW_DISABLE_TELEMETRY": "true", "PREFECT_SE
 PREFECT, MLFLOW = 4801, 5801
 DUE_EACH_MINUTE = 4
 _BACKLOG_SECONDS = 60
-"""In the first minute the runner has at hand what became due while nobody was there."""
+"""In the first minute the runner works on runs that became due before it started."""
 _PAGES = ("deployments", "runs", "dashboard")
 
 
 def main() -> None:
-    """Measures, and prints a line of JSON after each part."""
+    """Run the measurements; print a line of JSON after each part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pipelines", type=int, default=500)
     parser.add_argument("--database", help="postgresql://USER@HOST:PORT of a server on which databases may be made")
@@ -61,14 +61,14 @@ def main() -> None:
             say(commands=bench.commands())
         if "lag" in asked.only:
             say(lag=bench.lag(asked.minutes, servers))
-        if "writers" in asked.only:  # last: a server on SQLite may not get over them
+        if "writers" in asked.only:  # last: a server on SQLite may not recover from them
             for count in asked.writers:
                 say(writers=bench.writers(count))
         say(memory={name: _mb(process) for name, process in servers.items()}, bytes=bench.bytes())
 
 
 def say(**found: Any) -> None:
-    """One line of JSON, at once."""
+    """Print one line of JSON at once."""
     print(json.dumps(found), flush=True)
 
 
@@ -93,7 +93,7 @@ class Bench:
         }
 
     def write(self, due_each_minute: int) -> None:
-        """The file; as many pipelines as said are due every minute, the others at night."""
+        """Write pipelines.yaml: `due_each_minute` pipelines are due every minute, the others at night."""
         pipelines = {}
         for index, name in enumerate(self.names):
             cron = "* * * * *" if index < due_each_minute else f"{index % 60} {index // 60 % 6} * * *"
@@ -109,8 +109,8 @@ class Bench:
         self.path.write_text(yaml.safe_dump({"watch_seconds": 3600, "pipelines": pipelines}))
 
     def file(self) -> dict[str, float]:
-        """Seconds to read the file, and to check every pipeline in it."""
-        from flows.pipelines import PipelinesFile
+        """Return the seconds to read the file and to check every pipeline in it."""
+        from flows.config.pipelines import PipelinesFile
 
         began = time.perf_counter()
         read = PipelinesFile(self.path)
@@ -121,7 +121,7 @@ class Bench:
 
     @contextmanager
     def servers(self) -> Iterator[dict[str, psutil.Process]]:
-        """Prefect and MLflow, healthy."""
+        """Start Prefect and MLflow, and wait until they are healthy."""
         prefect, mlflow = f"sqlite+aiosqlite:///{self.directory}/prefect.db", f"sqlite:///{self.directory}/mlflow.db"
         if self.database:
             for name in ("prefect", "mlflow"):
@@ -148,7 +148,7 @@ class Bench:
             yield running
 
     def sql(self, *statements: str) -> list[Any]:
-        """What the last of the statements answers."""
+        """Execute the statements; return the rows of the last one."""
         import psycopg2
 
         connection = psycopg2.connect(f"{self.database}/postgres")
@@ -159,7 +159,7 @@ class Bench:
             return cursor.fetchall() if cursor.description else []
 
     def register(self) -> dict[str, Any]:
-        """Seconds of `gptflow deploy` for a new file, for the same again, and for one pipeline of it changed."""
+        """Return the seconds of `gptflow deploy` for a new file, the same file, and one changed pipeline."""
         from prefect.workers.process import ProcessWorker
 
         template = ProcessWorker.get_default_base_job_template()
@@ -175,13 +175,13 @@ class Bench:
         return took
 
     def lag(self, minutes: float, servers: dict[str, psutil.Process]) -> dict[str, Any]:
-        """Some pipelines are due every minute, under `gptflow serve`: seconds from due to running."""
-        from flows import lock
+        """Return the seconds from due to running of pipelines that are due every minute under `gptflow serve`."""
+        from flows.state import locks
 
         self.write(DUE_EACH_MINUTE)
         with ExitStack() as stack:
             for name in self.names[:DUE_EACH_MINUTE]:
-                stack.enter_context(lock.hold(self.home / "locks" / f"{name}.lock"))
+                stack.enter_context(locks.hold(self.home / "locks" / f"{name}.lock"))
             log = stack.enter_context((self.directory / "serve.log").open("w+"))
             began = time.perf_counter()
             process = subprocess.Popen(
@@ -201,7 +201,7 @@ class Bench:
         runs = self.ask("flow_runs/filter", {"sort": "EXPECTED_START_TIME_DESC", "limit": 200, **_HAVE_BEGUN})
         times = [(_seconds(run["expected_start_time"]), _seconds(run["start_time"])) for run in runs]
         lags = [start - due for due, start in times if due > ready_at + _BACKLOG_SECONDS]
-        assert lags, "no run has begun: see serve.log"
+        assert lags, "no run has started: see serve.log"
         return {
             "all are taken from the pool after": ready,
             "runs": len(lags),
@@ -212,7 +212,7 @@ class Bench:
         }
 
     def pages(self) -> dict[str, float]:
-        """Seconds until a page of Prefect's UI has asked for everything and shows it, in a browser; second visits."""
+        """Return the seconds until a browser has loaded a page of Prefect's UI completely, on a second visit."""
         from playwright.sync_api import sync_playwright
 
         took = {}
@@ -222,13 +222,13 @@ class Bench:
             for name in (*_PAGES, *_PAGES):
                 began = time.perf_counter()
                 page.goto(f"http://127.0.0.1:{PREFECT}/{name}", wait_until="networkidle", timeout=120_000)
-                took[name] = time.perf_counter() - began - 0.5  # for so long the network has to be idle
+                took[name] = time.perf_counter() - began - 0.5  # the network has to be idle for so long
             browser.close()
         return took
 
     def writers(self, count: int, seconds: float = 8.0) -> dict[str, Any]:
-        """Flow runs created by `count` clients at once: how many, how slowly, and how many were refused."""
-        flow = self.flow  # before a server that is drowned in writes says nothing any more
+        """Let `count` clients create flow runs at once; return how many, how slowly, and how many were refused."""
+        flow = self.flow  # before the writes overload the server and it stops answering
         until = time.perf_counter() + seconds
 
         def write(_: int) -> list[tuple[float, bool]]:
@@ -257,11 +257,11 @@ class Bench:
 
     @cached_property
     def flow(self) -> str:
-        """Id of a flow whose runs are only written down."""
+        """Return the id of a flow whose runs are only recorded."""
         return str(self.ask("flows/", {"name": "bench"})["id"])
 
     def commands(self) -> dict[str, float]:
-        """Seconds of commands that look at everything."""
+        """Return the seconds of commands that read all pipelines."""
         took = {}
         for name in ("models", "doctor"):
             began = time.perf_counter()
@@ -270,7 +270,7 @@ class Bench:
         return took
 
     def bytes(self) -> dict[str, int]:
-        """Of both databases."""
+        """Return the sizes of both databases."""
         if self.database:
             asked = "select pg_database_size('bench_prefect'), pg_database_size('bench_mlflow')"
             ((prefect, mlflow),) = self.sql(asked)
@@ -279,7 +279,7 @@ class Bench:
         return {name: sum(path.stat().st_size for path in paths) for name, paths in sizes.items()}
 
     def locked(self) -> int:
-        """How often Prefect's log speaks of a database that is locked."""
+        """Return how often Prefect's log reports a locked database."""
         return (self.directory / "prefect.log").read_text().count("database is locked")
 
     def gptflow(self, *arguments: str, may_fail: bool = False) -> None:
@@ -306,7 +306,7 @@ def _seconds(text: str) -> float:
 
 
 def _mb(process: psutil.Process) -> float:
-    """Resident memory of the process and all below it."""
+    """Return the resident memory of the process and its descendants."""
     return sum(one.memory_info().rss for one in (process, *process.children(recursive=True))) / 1e6
 
 

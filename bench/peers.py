@@ -1,21 +1,21 @@
-"""The contenders: gptcore's own training step and generation, and how others do the same.
+"""The contenders: the training step and generation of gptcore and of other projects.
 
-Each is built from gptcore's first weights and makes the same step: loss, backward, gradient clipped to norm 1, AdamW,
+Each is built from gptcore's initial weights and makes the same step: loss, backward, gradient clipped to norm 1, AdamW,
 the loss as a number. Each gets its best setting, which for all but the plain one includes AdamW's fused kernel:
 
 - ours: `gptcore.train.update` as the trainer calls it, in a process that keeps the memory it frees, as the trainer's
-  does; and generation with its cache. `ours+int8` is the same with weights of 8 bits, and only generates.
-- plain: plain.py with AdamW as `torch.optim.AdamW(...)` gives it.
+  does. It generates with a KV cache. `ours+int8` is the same with 8-bit weights, and only generates.
+- plain: plain.py with AdamW in the default form of `torch.optim.AdamW(...)`.
 - hf: GPT2LMHeadModel of Hugging Face's transformers with its own loss, fused attention and PyTorch's GELU kernel.
 - litgpt: its GPT and its own loss. It has no learned positions, so a quarter of each head is rotated (its default,
-  which costs about as little), and it begins from its own weights: its losses are not comparable. Its vocabulary is
-  padded to a multiple of 64, which it offers. It has no dropout.
-- nanogpt: model.py of a checkout, with the tanh form of GELU, for the sake of equal losses. It generates without a
-  cache, as plain does, and is left out there.
+  which costs about as little). It begins from its own weights, so its losses are not comparable. Its vocabulary is
+  padded to a multiple of 64, which is an option of litgpt. It has no dropout.
+- nanogpt: model.py of a checkout, with the tanh form of GELU, so that the losses are equal. It generates without a
+  cache, as plain does, and is not measured in generation.
 
-Of hf and nanogpt there are variants, which take part when they are named. `hf+padded` has a vocabulary padded with
-zeros to a multiple of 64, as nanoGPT's trainer has it: its losses are a little higher, its head may be faster.
-`hf+compiled` goes through torch.compile, which takes most of a minute before the first step.
+hf and nanogpt have variants, which take part when they are named. `hf+padded` has a vocabulary padded with zeros to a
+multiple of 64, as in nanoGPT's trainer: its losses are a little higher, and its head may be faster. `hf+compiled` uses
+torch.compile, which takes most of a minute before the first step.
 """
 
 import functools
@@ -30,23 +30,23 @@ from torch import Tensor, nn
 
 from bench import plain
 from bench.shapes import GRAD_CLIP, LEARNING_RATE, SEED, WEIGHT_DECAY, Shape, adamw
-from gptcore import memory
 from gptcore.config import TrainConfig
-from gptcore.exchange.layout import to_huggingface
-from gptcore.generate import generate_batch
-from gptcore.learning.state import TrainState
-from gptcore.model import GPTModel
-from gptcore.train import update
-from gptcore.writing.quantize import quantize
-from gptcore.writing.sampling import Sampling
+from gptcore.generation.generate import generate_batch
+from gptcore.generation.quantize import quantize
+from gptcore.generation.sampling import Sampling
+from gptcore.huggingface.weight_names import to_huggingface
+from gptcore.model.gpt import GPTModel
+from gptcore.training import memory
+from gptcore.training.loop import update_weights
+from gptcore.training.state import TrainState
 
 OURS, PLAIN, HF, LITGPT, NANOGPT = "ours", "plain", "hf", "litgpt", "nanogpt"
 OURS_INT8 = "ours+int8"
 PACKAGES = {HF: "transformers", LITGPT: "litgpt"}
-"""What has to be installed for a peer."""
+"""The package that a peer needs."""
 PADDED, COMPILED = "padded", "compiled"
 VARIANTS = (PADDED, COMPILED)
-"""Of hf and nanogpt, written after a plus sign."""
+"""Variants of hf and nanogpt, written after a plus sign."""
 _MULTIPLE = 64
 _EMBEDDING = "transformer.wte.weight"
 
@@ -55,17 +55,17 @@ class Contender(Protocol):
     """One model in training."""
 
     def step(self, inputs: Tensor, targets: Tensor) -> float:
-        """Makes one update of the weights and returns the loss before it. Ids (batch, tokens)."""
+        """Update the weights once with ids (batch, tokens) and return the loss before the update."""
 
     def generate(self, idx: Tensor, max_new_tokens: int) -> Tensor:
-        """Continues ids (batch, tokens) greedily: ids (batch, tokens + max_new_tokens)."""
+        """Continue ids (batch, tokens) greedily; return ids (batch, tokens + max_new_tokens)."""
 
 
 class Ours:
     """gptcore."""
 
     def __init__(self, shape: Shape, drop_rate: float) -> None:
-        memory.keep_freed()
+        memory.keep_freed_memory()
         self.train = TrainConfig(
             learning_rate=LEARNING_RATE,
             weight_decay=WEIGHT_DECAY,
@@ -80,7 +80,7 @@ class Ours:
         self.state = TrainState.initial(shape.cfg(drop_rate), self.train)
 
     def step(self, inputs: Tensor, targets: Tensor) -> float:
-        return update(self.state, [(inputs, targets)], LEARNING_RATE, self.train)[0]
+        return update_weights(self.state, [(inputs, targets)], LEARNING_RATE, self.train)[0]
 
     def generate(self, idx: Tensor, max_new_tokens: int) -> Tensor:
         new = generate_batch(self.state.model, idx.tolist(), max_new_tokens, Sampling(temperature=0))
@@ -96,7 +96,7 @@ class OursInt8(Ours):
 
 
 class Peer:
-    """Somebody else's model, in the training loop that all of them have in common."""
+    """The model of another project, in the training loop that all peers share."""
 
     def __init__(self, model: nn.Module, fused: bool = True, compiled: bool = False) -> None:
         self.optimizer = adamw(model.parameters(), fused)
@@ -237,7 +237,7 @@ class NanoGPT(Peer):
 
 
 def make(name: str, shape: Shape, drop_rate: float, nanogpt: str | None) -> Contender:
-    """The contender of that name. `nanogpt` is the path of a checkout."""
+    """Return the contender of that name. `nanogpt` is the path of a checkout."""
     base, *variants = name.split("+")
     kinds: dict[str, Callable[..., Contender]] = {OURS: Ours, OURS_INT8: OursInt8, PLAIN: Plain, LITGPT: LitGPT}
     if name in kinds:
@@ -252,7 +252,7 @@ def make(name: str, shape: Shape, drop_rate: float, nanogpt: str | None) -> Cont
 
 
 def is_known(name: str) -> bool:
-    """Whether there is such a contender, whatever is installed."""
+    """Whether the name is that of a contender, even if its package is not installed."""
     base, *variants = name.split("+")
     if base in (HF, NANOGPT):
         return set(variants) <= set(VARIANTS)
@@ -260,21 +260,21 @@ def is_known(name: str) -> bool:
 
 
 def has_our_losses(name: str) -> bool:
-    """Whether the contender is the same function of the same weights, so that its losses must be ours."""
+    """Whether the contender is the same function of the same weights, so that its losses must equal ours."""
     base, *variants = name.split("+")
     return base != LITGPT and PADDED not in variants
 
 
 def first_weights(shape: Shape) -> dict[str, Tensor]:
-    """Those that ours begins with."""
+    """Return the initial weights of ours."""
     torch.manual_seed(SEED)
     return GPTModel(shape.cfg(0.0)).state_dict()
 
 
 def as_gpt2(weights: Mapping[str, Tensor], padding: int, transposed: bool) -> dict[str, Tensor]:
-    """gptcore's weights under the names of GPT-2's published ones, whose matrices of the blocks are `transposed`.
+    """Rename gptcore's weights as GPT-2's published ones; `transposed` turns the matrices of the blocks.
 
-    `padding` rows of zeros follow the embedding's.
+    `padding` rows of zeros are added to the embedding.
     """
     named = to_huggingface(dict(weights))
     named[_EMBEDDING] = F.pad(named[_EMBEDDING], (0, 0, 0, padding))
@@ -285,7 +285,7 @@ def as_gpt2(weights: Mapping[str, Tensor], padding: int, transposed: bool) -> di
 
 
 def load(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Loads all that a GPT-2 learns. Its head is its embedding and has no entry of its own."""
+    """Load all weights that a GPT-2 learns. Its head is its embedding and has no entry of its own."""
     found = model.load_state_dict(weights, strict=False)
     missing = set(found.missing_keys) - {"lm_head.weight"}
     assert not missing and not found.unexpected_keys, (missing, found.unexpected_keys)

@@ -4,12 +4,12 @@
     python -m bench.pipeline --tracked quickstart --seconds 180
 
 Each round runs the pipeline three times in a state root of its own: fresh, with changed text, and unchanged, which is
-skipped. The phases are read from outside, and nothing in the product is there for it: when children appear, listen and
-end; the states of the flow run in Prefect's database; what `--json` says of each step; and the times of the run
-directory's files. A phase is the median over the rounds.
+skipped. The phases are measured from outside, without any code in the product. Their sources are the times at which
+child processes start, listen and end, the states of the flow run in Prefect's database, the seconds of each step in
+`--json`, and the times of the files in the run directory. A phase is the median over the rounds.
 
-With `--tracked` it says instead what a training loses to those who follow it: the flow and its server are stopped and
-continued in turn while one training goes on.
+`--tracked` measures instead what the flow and its server cost a training: both are suspended and resumed in turn while
+one training runs.
 """
 
 import argparse
@@ -34,18 +34,18 @@ from typing import Any
 import psutil
 
 from bench.project import COMMAND, PIPELINE, Project
-from flows.state import OPT_OUTS
+from flows.state.root import OPT_OUTS
 
 KINDS = ("fresh", "changed", "skipped")
 _LOOK_SECONDS = 0.02
 _SETTLING_SECONDS, _WINDOW_SECONDS = 1.0, 6.0
 Phases = dict[str, float]
-"""Seconds by phase, in order; together the whole run."""
+"""Seconds by phase, in order. Their sum is the whole run."""
 
 
 @dataclass
 class Seen:
-    """What was seen of one run from outside: seconds since the epoch by event."""
+    """The events of one run that are visible from outside, in seconds since the epoch."""
 
     began: float
     server_started: float = 0.0
@@ -57,7 +57,7 @@ class Seen:
 
 
 def watched(project: Project, *arguments: str) -> Seen:
-    """Runs the pipeline to its end, and looks at its children every few hundredths of a second."""
+    """Run the pipeline to its end, and look at its child processes every 0.02 seconds."""
     output = project.directory / "outcome.json"
     command = [*COMMAND, "run", PIPELINE, "--json", *arguments]
     with output.open("w") as file:
@@ -81,7 +81,7 @@ def _look(process: psutil.Process, seen: Seen) -> None:
     commands: list[list[str]] = []
     with suppress(psutil.Error):
         commands = [child.cmdline() for child in process.children()]
-    server = next((command for command in commands if "flows.service.temporary" in command), None)
+    server = next((command for command in commands if "flows.deployments.ephemeral_server" in command), None)
     trains = any("gptcore.train" in command for command in commands)
     if server and not seen.server_started:
         seen.server_started = now
@@ -100,13 +100,13 @@ def _listens(port: str) -> bool:
 
 
 def environment() -> dict[str, str]:
-    """This process's, without what would lead a run elsewhere, and with byte code written as everywhere else."""
+    """Return this process's environment without variables that redirect a run or keep Python from writing byte code."""
     prefixes = ("PREFECT_", "MLFLOW_", "GPTFLOW_", "PYTHONDONTWRITEBYTECODE")
     return {**{key: value for key, value in os.environ.items() if not key.startswith(prefixes)}, **OPT_OUTS}
 
 
 def phases(project: Project, seen: Seen) -> Phases:
-    """The run from process start to exit. What stands between two events belongs to the later one."""
+    """Return the phases from process start to exit. The time between two events belongs to the later one."""
     states = _states(project)
     steps = {name: took for name, took in seen.outcome["seconds"].items() if name not in ("start", "total")}
     flow = states["ended"] - states["running"]
@@ -124,7 +124,7 @@ def phases(project: Project, seen: Seen) -> Phases:
 
 
 def _training(project: Project, seen: Seen, took: float) -> Phases:
-    """The step `train`: the trainer's start, its updates, what else it does, its end; and the rest of the step."""
+    """Divide the step `train` into the trainer's start, updates, other work and end, and the rest of the step."""
     run = Path(seen.outcome["run_directory"])
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     imported, committed = (run / "lock").stat().st_mtime, (run / "final").stat().st_mtime
@@ -139,7 +139,7 @@ def _training(project: Project, seen: Seen, took: float) -> Phases:
 
 
 def _states(project: Project) -> dict[str, float]:
-    """When the newest flow run was created, began to run and ended."""
+    """Return when the newest flow run was created, began to run and ended."""
     database = project.root.prefect / "ephemeral" / "prefect.db"
     query = """SELECT type, timestamp FROM flow_run_state WHERE flow_run_id =
                (SELECT flow_run_id FROM flow_run_state ORDER BY timestamp DESC LIMIT 1)"""
@@ -150,7 +150,7 @@ def _states(project: Project) -> dict[str, float]:
 
 
 def rounds_of(count: int) -> dict[str, list[Phases]]:
-    """The phases of each kind of run, round by round."""
+    """Return the phases of each kind of run, round by round."""
     found: dict[str, list[Phases]] = {kind: [] for kind in KINDS}
     for number in range(count):
         with tempfile.TemporaryDirectory() as directory:
@@ -163,12 +163,12 @@ def rounds_of(count: int) -> dict[str, list[Phases]]:
 
 
 def tracked(pipeline: str, seconds: float) -> dict[str, list[float]]:
-    """Seconds per update of one training, window by window: while nobody else of the pipeline moves, and while all do.
+    """Measure the seconds per update of one training, window by window, with the flow and its server and without them.
 
-    Two trainings one after the other would say less: what a machine that is shared gives drifts by more than is looked
-    for. Whoever follows the training, which is the flow and its server, is stopped and continued in turn; the first
-    second of a window, in which is done what has waited, does not count. Beside it the processor time that they take,
-    as a share of one core.
+    Two trainings one after the other would say less: the speed of a shared machine drifts by more than the difference
+    in question. The flow and its server, which follow the training, are therefore suspended and resumed in turn. The
+    first second of a window does not count, because they catch up in it. The processor time of both is a share of one
+    core.
     """
     found: dict[str, list[float]] = {"alone": [], "under the flow": [], "share of a core": []}
     with tempfile.TemporaryDirectory() as directory:
@@ -194,7 +194,7 @@ def tracked(pipeline: str, seconds: float) -> dict[str, list[float]]:
 
 
 def _windows(followers: Sequence[psutil.Process], seconds: float) -> Iterator[tuple[str, float, float, float]]:
-    """What it is called, begin and end of each window, and the share of a core that the followers took."""
+    """Return the name, begin and end of each window, and the share of a core that the followers took."""
     until = time.time() + seconds
     while time.time() < until:
         for name in ("alone", "under the flow"):
@@ -208,7 +208,7 @@ def _windows(followers: Sequence[psutil.Process], seconds: float) -> Iterator[tu
 
 
 def _first_metrics(directory: Path, process: "subprocess.Popen[bytes]") -> Path:
-    """The training's metrics, once there are some seconds of them."""
+    """Return the training's metrics file after it has been filled for some seconds."""
     while process.poll() is None:
         for path in directory.glob("mlruns/runs/*/*/metrics.jsonl"):
             if path.stat().st_size:
@@ -228,10 +228,10 @@ def _cpu_seconds(processes: Sequence[psutil.Process]) -> float:
 
 
 def tracked_sentence(found: Mapping[str, Sequence[float]]) -> str:
-    """The medians, and the median of the pairs' ratios with its standard error."""
+    """Return a sentence with the medians, and the median ratio of the pairs with its standard error."""
     alone, flow = (statistics.median(found[name]) for name in ("alone", "under the flow"))
     ratios = [with_flow / without - 1 for without, with_flow in zip(found["alone"], found["under the flow"])]
-    error = 1.25 * statistics.stdev(ratios) / len(ratios) ** 0.5  # of a median, for normal deviations
+    error = 1.25 * statistics.stdev(ratios) / len(ratios) ** 0.5  # standard error of a median, for normal deviations
     return (
         f"alone {1000 * alone:.2f} ms an update, under the flow {1000 * flow:.2f} ms; by pairs of windows "
         f"{statistics.median(ratios):+.1%} +- {error:.1%} ({len(ratios)} pairs); the flow and its server take "
@@ -240,12 +240,12 @@ def tracked_sentence(found: Mapping[str, Sequence[float]]) -> str:
 
 
 def median(found: Sequence[Phases]) -> Phases:
-    """The median of each phase over the rounds."""
+    """Return the median of each phase over the rounds."""
     return {name: statistics.median(one[name] for one in found) for name in found[0]}
 
 
 def table(found: Mapping[str, Sequence[Phases]]) -> str:
-    """Medians as markdown, one column per kind of run."""
+    """Return the medians as Markdown, one column per kind of run."""
     columns = {kind: median(rounds) for kind, rounds in found.items()}
     names = list(dict.fromkeys(name for column in columns.values() for name in column if name != "total"))
     lines = [f"| seconds | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]

@@ -1,7 +1,7 @@
-"""A GPT-2 written the plain way, as a careful first version is: what the seed of gptflow describes.
+"""A GPT-2 written in the plain way, like a careful first version.
 
 Names and structure are those of Raschka's "Build a Large Language Model (From Scratch)", chapters 3 and 4, so gptcore's
-weights load here. Attention keeps a mask and all weights, norms and GELU are written out, the loss is taken from the
+weights load here. Attention keeps a mask and all weights, norms and GELU are written out, the loss comes from the
 logits of the whole batch, and text is generated without a cache. Nothing of gptcore is used.
 """
 
@@ -80,7 +80,7 @@ class TransformerBlock(nn.Module):
 
 
 class GPTModel(nn.Module):
-    """Ids (batch, tokens) -> logits (batch, tokens, vocab_size), the head tied to the embedding."""
+    """Turns ids (batch, tokens) into logits (batch, tokens, vocab_size). The head is tied to the embedding."""
 
     def __init__(self, cfg: Mapping[str, Any]) -> None:
         super().__init__()
@@ -99,13 +99,13 @@ class GPTModel(nn.Module):
 
 
 def loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy in nats."""
+    """Return the mean cross-entropy in nats."""
     return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
 
 
 @torch.no_grad()
 def generate(model: GPTModel, idx: Tensor, max_new_tokens: int) -> Tensor:
-    """Continues ids (batch, tokens) greedily, reading all of them again for each new one."""
+    """Continue ids (batch, tokens) greedily. Each new token reads all ids again."""
     for _ in range(max_new_tokens):
         logits = model(idx[:, -model.context_length :])[:, -1]
         idx = torch.cat((idx, logits.argmax(dim=-1, keepdim=True)), dim=1)

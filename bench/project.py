@@ -1,7 +1,7 @@
-"""A small project that is retrained for many nights: its text as the nights change it, and its `gptflow up`.
+"""A small project that is retrained for many nights: its text, the changes of each night, and its `gptflow up`.
 
 Everything is done from outside, as people and schedules do it: the command line, Prefect over REST, signals, and the
-runner's log, in which each step of a retraining says what came out of it.
+runner's log, in which each step of a retraining reports its result.
 """
 
 import json
@@ -22,18 +22,18 @@ from typing import Any
 import psutil
 import yaml
 
-from flows.attempt import current
-from flows.service.servers import recorded
-from flows.state import OPT_OUTS, StateRoot
+from flows.retrain.attempts import read_current
+from flows.state.root import OPT_OUTS, StateRoot
+from flows.state.servers import read_servers
 
 COMMAND = (sys.executable, "-P", "-c", "from flows.cli import main; main()")
-"""As the installed `gptflow`: the working directory is no place to import from."""
+"""Like the installed `gptflow`, it imports nothing from the working directory."""
 PIPELINE, MODEL, KEEP = "tiny", "gpt-tiny", 3
 UNCHANGED = "unchanged"
 CHANGES = {"grown": 4, "edited": 3, "lost a document": 1, UNCHANGED: 2}
-"""What a night does to the text, and how often in ten."""
+"""The changes of the text in a night, and how often each happens in ten nights."""
 STEPS = tuple("start ingest compare tokenize train evaluate sample plot register gate report".split())
-"""Of a retraining, in order. At the start the flow's process is being made; the report follows the verdict."""
+"""The steps of a retraining, in order. `start` is the start of the flow's process; `report` follows the verdict."""
 ENDS = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 _PATIENCE_SECONDS = 180.0
 _FIRST_DOCUMENTS = 12
@@ -63,7 +63,7 @@ _SETTINGS = {
 
 
 def prose(draw: random.Random, num_sentences: int) -> str:
-    """Made-up English in paragraphs, with some words of its own: what was learned before goes out of date."""
+    """Return made-up English in paragraphs, with some new words, so that older models become out of date."""
     own = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(3, 8))) for _ in range(5)]
     words = [*_WORDS, *own]
     sentences = (" ".join(draw.choices(words, k=draw.randint(5, 15))).capitalize() for _ in range(num_sentences))
@@ -71,7 +71,7 @@ def prose(draw: random.Random, num_sentences: int) -> str:
 
 
 class Text:
-    """The documents of the project, changed by a seeded draw."""
+    """The documents of the project, changed by a seeded random generator."""
 
     def __init__(self, directory: Path, draw: random.Random) -> None:
         self.directory, self.draw, self.count = directory, draw, 0
@@ -84,7 +84,7 @@ class Text:
         (self.directory / f"{self.count:03}.txt").write_text(prose(self.draw, 80))
 
     def live(self, change: str) -> None:
-        """What one night does: a key of CHANGES."""
+        """Make the change of one night, a key of CHANGES."""
         documents = sorted(self.directory.iterdir())
         if change == "grown":
             self.grow()
@@ -98,7 +98,7 @@ class Text:
 
 
 class Project:
-    """A directory with text and pipelines.yaml, whose `gptflow up` is started, asked, hurt and stopped."""
+    """A directory with text and pipelines.yaml, whose `gptflow up` is started, queried, damaged and stopped."""
 
     def __init__(self, directory: Path, draw: random.Random) -> None:
         self.directory, self.root = directory, StateRoot(directory / "mlruns")
@@ -109,7 +109,7 @@ class Project:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Starts `gptflow up`, and returns when it says that everything is healthy."""
+        """Start `gptflow up`, and return when it reports that everything is healthy."""
         command = [*COMMAND, "up", "--prefect-port", str(self.prefect_port), "--mlflow-port", str(self.mlflow_port)]
         begin = self.log.stat().st_size if self.log.exists() else 0
         with self.log.open("ab") as log:
@@ -124,19 +124,19 @@ class Project:
         return self.process is not None and self.process.poll() is None
 
     def stop(self) -> None:
-        """Stops it as Ctrl-C does."""
+        """Stop `gptflow up` as Ctrl-C does."""
         if self.process is not None and self.is_up():
             self.process.terminate()
             self.process.wait(_PATIENCE_SECONDS)
 
     def command(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
-        """Runs `gptflow` in the project to its end."""
+        """Run `gptflow` in the project to its end."""
         return subprocess.run(
             [*COMMAND, *arguments], cwd=self.directory, env=_environment(), capture_output=True, text=True, timeout=600
         )
 
     def ask(self, path: str, body: object = None) -> Any:
-        """What Prefect answers to a GET, or to a POST of `body`, as soon as it is there and not busy."""
+        """Return Prefect's answer to a GET, or to a POST of `body`; retry until the server is up and not busy."""
         data = None if body is None else json.dumps(body).encode()
         url = f"http://127.0.0.1:{self.prefect_port}/api/{path}"
         deadline = time.monotonic() + _PATIENCE_SECONDS
@@ -152,7 +152,7 @@ class Project:
             time.sleep(0.5)
 
     def trigger(self, deployment: str, key: str) -> str:
-        """Asks for a run of `flow/deployment` and returns its id. The same key asks for the same run."""
+        """Request a run of `flow/deployment` and return its id. The same key requests the same run."""
         identity = self.ask(f"deployments/name/{deployment}")["id"]
         return str(self.ask(f"deployments/{identity}/create_flow_run", {"idempotency_key": key})["id"])
 
@@ -163,27 +163,27 @@ class Project:
         return self.runner_log.stat().st_size
 
     def step(self, run: str, begin: int) -> str | None:
-        """The step that a retraining is in, by what the runner's log says from `begin` on; None when it is over."""
-        said = _tail(self.runner_log, begin).partition(run)[2]  # before its id stands the end of the run before
+        """Return the current step of a retraining from the runner's log after `begin`, or None when it is over."""
+        said = _tail(self.runner_log, begin).partition(run)[2]  # the end of the previous run comes before its id
         if f"Flow run '{PIPELINE}' - Finished in state" in said:
             return None
         told = re.findall(rf"Flow run '{PIPELINE}' - (\w+): ", said)
         steps = [step for step in told if step in STEPS]
         if not steps:
             return "start"
-        if "goes on with" in said and steps[-1] == "compare":
-            return "train"  # a training that an earlier night began needs neither ingest nor tokenize
+        if "resumes" in said and steps[-1] == "compare":
+            return "train"  # a resumed training of an earlier night needs neither ingest nor tokenize
         return STEPS[STEPS.index(steps[-1]) + 1]
 
     def updates(self) -> int:
-        """How many updates the training that the pipeline works on has made."""
+        """Return the number of updates of the pipeline's current training."""
         directory = self.root.path / "runs" / PIPELINE
         with suppress(FileNotFoundError):
-            return (directory / current(directory)["own"] / "metrics.jsonl").read_bytes().count(b"\n")
+            return (directory / read_current(directory)["own"] / "metrics.jsonl").read_bytes().count(b"\n")
         return 0
 
     def processes(self, kind: str, run: str = "") -> list[psutil.Process]:
-        """Who is meant by a kind of kill; nobody where there is no such process at the moment."""
+        """Return the processes that a kind of kill is for; an empty list if none exists at the moment."""
         assert self.process is not None
         own = psutil.Process(self.process.pid)
         if kind == "up":
@@ -192,7 +192,7 @@ class Project:
             return [one for one in own.children(recursive=True) if _flow_run_of(one) == run]
         if kind == "trainer":
             return [one for one in psutil.process_iter() if self._is_trainer(one)]
-        servers = recorded(self.root.path)
+        servers = read_servers(self.root.path)
         pid, created = servers.processes.get(kind, (0, 0.0)) if servers else (0, 0.0)
         with suppress(psutil.NoSuchProcess):
             if pid and abs(psutil.Process(pid).create_time() - created) < 1:
@@ -206,7 +206,7 @@ class Project:
         return False
 
     def left_over(self) -> list[str]:
-        """Processes that work in the project, whoever is their parent."""
+        """List the processes that work in the project, whatever their parent is."""
         found = []
         for process in psutil.process_iter():
             with suppress(psutil.Error):
@@ -218,7 +218,7 @@ class Project:
 
 
 def wait_for(is_true: Callable[[], object], seconds: float, every: float = 0.2) -> bool:
-    """Whether it became true within that time."""
+    """Wait until `is_true()`; return whether that happened within `seconds`."""
     deadline = time.monotonic() + seconds
     while not is_true():
         if time.monotonic() > deadline:

@@ -1,4 +1,4 @@
-"""What `python -m bench` found: tables that people and Markdown read, and a plot."""
+"""The results of `python -m bench`: tables that are readable as text and as Markdown, and a plot."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ OURS_COLOUR, PEER_COLOUR = "#d1495b", "#8d99ae"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Markdown, aligned: the first column to the left, all others to the right."""
+    """Return an aligned Markdown table: the first column to the left, all others to the right."""
     widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
 
     def line(cells: Sequence[str]) -> str:
@@ -24,12 +24,12 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def title_of(steps: Steps) -> str:
-    """The shape in words."""
+    """Describe the shape in words."""
     return f"{steps.shape.name}, dropout {steps.drop_rate:g}" if steps.drop_rate else steps.shape.name
 
 
 def steps_summary(measured: Sequence[Steps]) -> str:
-    """A line for each shape."""
+    """Return a table with a line for each shape."""
     head = ("shape", "ours", "best peer", "", "ratio", "by round", "memory", "GFLOP/s", "of matmul", "losses")
     rows = [
         (
@@ -50,7 +50,7 @@ def steps_summary(measured: Sequence[Steps]) -> str:
 
 
 def steps_table(steps: Steps) -> str:
-    """A line for each contender at one shape."""
+    """Return a table with a line for each contender at one shape."""
     head = (title_of(steps), "a step", "of ours", "peak memory", "GFLOP/s", "of matmul", "loss differs by")
     rows = [
         (
@@ -68,7 +68,7 @@ def steps_table(steps: Steps) -> str:
 
 
 def losses_differ(measured: Sequence[Steps]) -> list[str]:
-    """What is to be said of contenders whose losses should be ours and are not."""
+    """Return a sentence for each contender whose losses should equal ours and do not."""
     return [
         f"{title_of(steps)}: the losses of {one.name} differ from ours by {difference:.1e} of them, "
         f"more than {LOSS_TOLERANCE:.0e}"
@@ -79,7 +79,7 @@ def losses_differ(measured: Sequence[Steps]) -> list[str]:
 
 
 def generation_table(measured: Sequence[Generation]) -> str:
-    """A line for each shape and number of texts, tokens per second."""
+    """Return a table of tokens per second with a line for each shape and number of texts."""
     names = [one.name for one in measured[0].contenders]
     head = (
         "tokens per second",
@@ -114,7 +114,7 @@ def generation_table(measured: Sequence[Generation]) -> str:
 
 
 def tokenizing_table(made: Tokenizing) -> str:
-    """A line for each contender."""
+    """Return a table with a line for each contender."""
     rows = [
         (one.name, f"{one.mb_per_second:.1f}", f"{one.peak_mb:.0f} MB", "yes" if one.same_ids else "NO")
         for one in made.contenders
@@ -123,7 +123,7 @@ def tokenizing_table(made: Tokenizing) -> str:
 
 
 def loader_line(loader: Loader) -> str:
-    """What a batch costs, in a sentence."""
+    """Return a sentence about the cost of a batch."""
     return (
         f"At {loader.shape.name} the batch of a step takes {loader.batch_seconds * 1e6:.0f} us beside "
         f"{_ms(loader.step_seconds)} for the step: {loader.share:.3%} of both."
@@ -131,7 +131,7 @@ def loader_line(loader: Loader) -> str:
 
 
 def plot(measured: Sequence[Steps], path: Path) -> None:
-    """Time and memory of a step of every contender, relative to the fastest peer's, as a PNG."""
+    """Draw time and memory of a step of every contender, relative to the fastest peer's, as a PNG."""
     import matplotlib
 
     matplotlib.use("agg")

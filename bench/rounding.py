@@ -1,9 +1,9 @@
-"""What rounded weights cost and give: bits per byte of a trained model on its holdout, and tokens per second.
+"""What rounded weights cost and gain: bits per byte of a trained model on its holdout, and tokens per second.
 
     python -m bench.rounding BUNDLE SNAPSHOT
 
-Both are directories in the state root: the bundle of a version (what `mlflow artifacts download` gives), and the text
-that it was judged on, mlruns/corpora/*.
+Both are directories: the bundle of a version (from `mlflow artifacts download`), and the snapshot that it was judged on
+(mlruns/corpora/* in the state root).
 """
 
 import argparse
@@ -16,17 +16,17 @@ import torch
 
 import gptcore
 from bench.report import table
-from gptcore.bundle import Loaded
-from gptcore.corpus import blocks
-from gptcore.evaluate import evaluate_blocks
-from gptcore.generate import generate
-from gptcore.writing.quantize import quantize
+from gptcore.bundle import LoadedModel
+from gptcore.corpus.snapshot import read_blocks
+from gptcore.evaluation.bits_per_byte import evaluate_blocks
+from gptcore.generation.generate import generate
+from gptcore.generation.quantize import quantize
 
 _NEW, _ROUNDS = 100, 5
 
 
 def main() -> None:
-    """The command line."""
+    """Measure the bundle with its own weights and with rounded ones, and print both."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("snapshot", type=Path)
@@ -35,7 +35,7 @@ def main() -> None:
     torch.set_num_threads(asked.threads)
     plain, rounded = gptcore.load(asked.bundle), gptcore.load(asked.bundle)
     quantize(rounded.model)
-    held_out = list(blocks(asked.snapshot, "holdout"))
+    held_out = list(read_blocks(asked.snapshot, "holdout"))
     rates: tuple[list[float], list[float]] = ([], [])
     for _ in range(_ROUNDS):
         for loaded, rate in zip((plain, rounded), rates):
@@ -49,7 +49,7 @@ def main() -> None:
     print(table((size, "bits per byte", "likeliest is right", "tokens per second"), rows))
 
 
-def _tokens_per_second(loaded: Loaded) -> float:
+def _tokens_per_second(loaded: LoadedModel) -> float:
     began = time.perf_counter()
     for _ in generate(loaded.model, [loaded.tokenizer.eot], _NEW, temperature=0):
         pass

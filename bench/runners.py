@@ -1,16 +1,17 @@
 """Snapshot and tokens of a large corpus by each task runner: `python -m bench.runners --megabytes 10 100 1000`.
 
-The text is made (see tokenizing.py), in documents of a few KB to some MB, one file each. Every engine works on it in a
-process of its own, two workers each on two cores:
+The text is made up (see tokenizing.py), in documents of a few KB to some MB, one file each. Every engine works on it in
+its own process, with two workers on two cores:
 
-- whole: without shards, as small corpora are: one process makes the snapshot, two encode it;
+- whole: without shards, as for small corpora: one process makes the snapshot, two encode it;
 - processes: the plain processes of gptcore, over shards;
-- dask, ray: a cluster of their own, each shard a task of a Prefect flow run on a temporary server, which is started
-  before and not counted: a run of gptflow has one in any case.
+- dask, ray: a cluster of their own. Each shard is a task of a Prefect flow run on a temporary server. The start of the
+  server is not counted, because a run of gptflow has one in any case.
 
-Where the seconds go: `start` until the cluster is there; `work` inside the functions, summed over the shards and
-divided by the workers; `between` is the rest of the mapping, which is what an engine costs: serialising, scheduling,
-Prefect's records, imports in the workers, and waiting for the last shard; `merge` is what one process does.
+The seconds have four parts. `start` lasts until the cluster is up. `work` is the time inside the functions, summed over
+the shards and divided by the workers. `between` is the rest of the mapping, which is the cost of the engine:
+serialising, scheduling, Prefect's records, imports in the workers, and waiting for the last shard. `merge` is the work
+of a single process.
 """
 
 import argparse
@@ -30,17 +31,17 @@ from typing import Any
 
 from bench.tokenizing import _reference, made_up
 from bench.workers import peak_mb
-from gptcore import corpus
 from gptcore.config import CorpusConfig
-from gptcore.text import guard, tokens
-from gptcore.text.workers import by_processes, cpus
+from gptcore.corpus import contamination, ingest
+from gptcore.corpus.workers import count_cpus, map_in_processes
+from gptcore.tokens import files
 
 ENGINES = ("whole", "processes", "dask", "ray")
 _WHOLE = 1 << 60
 
 
 def write_texts(directory: Path, megabytes: int) -> int:
-    """Documents of made-up text, of some KB each in the median and of 4 MB at most. Returns their bytes."""
+    """Write documents of made-up text, of some KB in the median and 4 MB at most; return their bytes."""
     draw, text = random.Random(megabytes), made_up(_reference(), min(megabytes, 50) * 1_000_000)
     total = 0
     for number in range(10**6):
@@ -49,7 +50,7 @@ def write_texts(directory: Path, megabytes: int) -> int:
         size = min(int(draw.lognormvariate(math.log(12_000), 1.5)), 4_000_000)
         start = draw.randrange(max(1, len(text) - size))
         words = text[start : start + size].split(" ")
-        draw.shuffle(words)  # so that no run stands in two documents
+        draw.shuffle(words)  # so that no run of words is in two documents
         written = " ".join(words).encode()
         (directory / f"{number:06d}.txt").write_bytes(written)
         total += len(written)
@@ -57,14 +58,14 @@ def write_texts(directory: Path, megabytes: int) -> int:
 
 
 def timed(function: Callable[[Any], Any], shard: Any) -> tuple[Any, float, float]:
-    """A shard's result, its seconds, and the peak of its process in MB."""
+    """Return a shard's result, its seconds, and the peak memory of its process in MB."""
     began = time.perf_counter()
     result = function(shard)
     return result, time.perf_counter() - began, peak_mb(os.getpid())
 
 
 class _Watched:
-    """A map that notes where its seconds go."""
+    """A map that records where its seconds go."""
 
     def __init__(self, mapped: Any, start: Callable[[], object]) -> None:
         self._mapped, self._start = mapped, start
@@ -85,22 +86,22 @@ class _Watched:
 
 
 def measure(engine: str, texts: Path) -> dict[str, Any]:
-    """One engine's work on the texts."""
-    for room in (corpus, guard, tokens):
+    """Measure the work of one engine on the texts."""
+    for room in (ingest, contamination, files):
         room.WHOLE_BYTES = _WHOLE if engine == "whole" else 0  # type: ignore[attr-defined]
     if engine in ("dask", "ray"):
         return _in_a_flow(engine, texts)
-    return _worked_on(_Watched(by_processes, lambda: None), texts)
+    return _worked_on(_Watched(map_in_processes, lambda: None), texts)
 
 
 def _worked_on(watched: _Watched, texts: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=texts.parent) as name:
         began = time.perf_counter()
-        made = corpus.ingest(CorpusConfig(sources=(str(texts),)), Path(name) / "corpora", texts, watched)
+        made = ingest.ingest(CorpusConfig(sources=(str(texts),)), Path(name) / "corpora", texts, watched)
         ingested = time.perf_counter()
-        encoded = tokens.tokenize(made.path, "gpt2", Path(name) / "tokens", mapped=watched)
+        encoded = files.tokenize(made.path, "gpt2", Path(name) / "tokens", mapped=watched)
         total = time.perf_counter() - began
-        work = watched.work / cpus()
+        work = watched.work / count_cpus()
         return {
             "total": total,
             "ingest": ingested - began,
@@ -118,7 +119,7 @@ def _worked_on(watched: _Watched, texts: Path) -> dict[str, Any]:
 def _in_a_flow(engine: str, texts: Path) -> dict[str, Any]:
     from prefect import flow, task
 
-    from flows.clusters import Cluster
+    from flows.retrain.clusters import Cluster
 
     @task
     def work(watched: Any) -> dict[str, Any]:
@@ -127,14 +128,14 @@ def _in_a_flow(engine: str, texts: Path) -> dict[str, Any]:
     @flow
     def measured() -> dict[str, Any]:
         with Cluster(engine, None) as cluster:
-            return work(_Unsent(_Watched(cluster, cluster.begin)))
+            return work(_Unsent(_Watched(cluster, cluster.start)))
 
     flow(lambda: None, name="server-starts")()
     return measured()
 
 
 class _Unsent:
-    """Stays here: Prefect sends a task's parameters along with the tasks that it calls."""
+    """A value that stays in this process: Prefect sends a task's parameters along with the tasks that it calls."""
 
     def __init__(self, it: Any) -> None:
         self.it = it
@@ -145,21 +146,21 @@ class _Unsent:
 
 @contextlib.contextmanager
 def _quiet_prefect(home: str) -> Iterator[dict[str, str]]:
-    from flows.state import OPT_OUTS
+    from flows.state.root import OPT_OUTS
 
     own = {"PREFECT_HOME": home, "PREFECT_LOGGING_LEVEL": "ERROR", "OMP_NUM_THREADS": "1"}
     yield {**os.environ, **OPT_OUTS, **own, "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120"}
 
 
 def main() -> None:
-    """Prints a table per size, and one line of JSON per measurement."""
+    """Print a table per size, and one line of JSON per measurement."""
     parser = argparse.ArgumentParser(prog="python -m bench.runners")
     parser.add_argument("--megabytes", nargs="+", type=int, default=[10, 100])
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
     parser.add_argument("--texts", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.texts:
-        from bench import runners  # whose functions other processes find, unlike those of __main__
+        from bench import runners  # other processes find its functions, unlike those of __main__
 
         print(json.dumps(runners.measure(given.engines[0], given.texts)))
         return

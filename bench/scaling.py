@@ -1,11 +1,11 @@
 """How training scales over the processes of one machine: `python -m bench.scaling`.
 
-One model, one global batch, the cores divided evenly. Per number of processes, once as copies and once as parts: the
-median time of an update, and the bytes that one rank sent in it, beside what a ring needs at least: for copies an
-all-reduce of the gradients, 2 (n - 1) / n of them; for parts two all-gathers of the weights and a reduce-scatter of the
-gradients, 3 (n - 1) / n (Rajbhandari et al. 2020, "ZeRO", arXiv:1910.02054, section 7). gloo, which has no
-reduce-scatter, sends a whole all-reduce in its place. Bytes are those of a loopback interface that nobody else uses, in
-a network namespace of its own, which needs Linux and root.
+All runs have the same model and global batch, and divide the cores evenly. Each number of processes is measured with
+copies of the model and with shards of its tensors. The results are the median time of an update, and the bytes that one
+rank sent in it, compared with the least that a ring needs. Copies need an all-reduce of the gradients, 2 (n - 1) / n of
+their bytes. Shards need two all-gathers of the weights and a reduce-scatter of the gradients, 3 (n - 1) / n
+(Rajbhandari et al. 2020, "ZeRO", arXiv:1910.02054, section 7). gloo has no reduce-scatter and sends a whole all-reduce
+instead. Bytes are those of the loopback interface in a separate network namespace, which needs Linux and root.
 """
 
 import argparse
@@ -24,10 +24,10 @@ import torch
 
 from bench.workers import ROOT
 from gptcore.config import TrainConfig
-from gptcore.data import Batches
-from gptcore.learning.ranks import joined
-from gptcore.learning.state import TrainState
-from gptcore.train import update
+from gptcore.training.batches import Batches
+from gptcore.training.distributed import join_ranks
+from gptcore.training.loop import update_weights
+from gptcore.training.state import TrainState
 
 CFG = {"vocab_size": 8192, "context_length": 256, "emb_dim": 384, "n_heads": 6, "n_layers": 6, "drop_rate": 0.0}
 MODEL = {**CFG, "qkv_bias": False, "tied": True, "init": "gpt2"}
@@ -38,21 +38,21 @@ _FLOAT_BYTES = 4
 
 @dataclass(frozen=True)
 class Scaled:
-    """One number of processes."""
+    """The measurement of one number of processes."""
 
     processes: int
     shard: bool
     seconds: float
-    """Median of an update."""
+    """The median of an update."""
     mb_sent: float | None
-    """By each rank in one update; None where nobody else's bytes could be kept out."""
+    """Sent by each rank in one update; None if the bytes of other programs could not be excluded."""
     mb_at_least: float
     loss: float
-    """Of the last update: the same for all, if they do the same."""
+    """The loss of the last update. It is the same for all measurements if they do the same."""
 
 
 def measure(processes: int, shard: bool, optimizer: str, steps: int) -> Scaled:
-    """Starts torchrun, alone on a network of its own, and reads what its first rank found."""
+    """Start torchrun in a separate network namespace, and read the figures of rank 0."""
     asked = json.dumps({"shard": shard, "optimizer": optimizer, "steps": steps})
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = [sys.executable, *launcher, "-m", "bench.scaling", "--rank", asked]
@@ -74,25 +74,25 @@ def measure(processes: int, shard: bool, optimizer: str, steps: int) -> Scaled:
 
 
 def rank(shard: bool, optimizer: str, steps: int) -> dict[str, Any]:
-    """What one of the processes does: the same updates as all others."""
+    """Make the updates of one rank, which are the same as those of all others, and return its figures."""
     train = TrainConfig(
         batch_size=BATCH_SIZE, shard=shard, optimizer=optimizer, device="cpu", precision="fp32", compile=False
     )
     tokens = np.random.default_rng(0).integers(0, MODEL["vocab_size"], 200_000).astype(np.uint16)
-    with joined() as ranks:
+    with join_ranks() as ranks:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks.size))
         state = TrainState.initial(MODEL, train, ranks)
-        share = (ranks.rank, ranks.size)
-        batches = Batches(tokens, MODEL["context_length"], MODEL["context_length"], BATCH_SIZE, 1, 0, share)
+        context = MODEL["context_length"]
+        batches = Batches(tokens, context, context, BATCH_SIZE, 1, 0, rank=ranks.rank, num_ranks=ranks.size)
         seconds = []
         for step in range(WARM_UP + steps):
             if step == WARM_UP:
-                ranks.all(lambda: None)
+                ranks.run_on_all_ranks(lambda: None)
                 sent = _sent()
             began = time.perf_counter()
-            loss, _ = update(state, batches.batch(step), 1e-3, train)
+            loss, _ = update_weights(state, batches.make_micro_batches(step), 1e-3, train)
             seconds.append(time.perf_counter() - began)
-        ranks.all(lambda: None)
+        ranks.run_on_all_ranks(lambda: None)
         return {
             "rank": ranks.rank,
             "seconds": seconds[WARM_UP:],
@@ -108,7 +108,7 @@ def _sent() -> int:
 
 
 def main() -> None:
-    """Prints a table as Markdown."""
+    """Print a table as Markdown."""
     parser = argparse.ArgumentParser(prog="python -m bench.scaling", description=__doc__)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--optimizer", default="adamw", choices=("adamw", "muon"))

@@ -1,11 +1,12 @@
-"""Many clients at once: `gptflow serve-model` under load, beside a loop that answers one request after the other.
+"""Many clients at once: `gptflow serve-model` under load, compared with a loop that answers one request at a time.
 
     python -m bench.serving --seconds 60 --json build/bench/serving.json
     python -m bench.serving gpt-quickstart@champion
 
-Without a model, one of shape M with random weights is registered in a state root of its own. Every client asks again as
-soon as it is answered: for 64 tokens after 8 to 48, streamed. The loop calls `gptcore.generate` for the same requests
-in this process, before and after, while nothing else runs. Any request that fails ends the measurement.
+If no model is named, one of shape M with random weights is registered in a temporary state root. Every client sends its
+next request as soon as it is answered: for 64 tokens after 8 to 48, streamed. The loop calls
+`gptcore.generation.generate` for the same requests in this process, before and after, while nothing else runs. A failed
+request ends the measurement.
 """
 
 import argparse
@@ -30,14 +31,14 @@ import torch
 from bench.pipeline import environment
 from bench.project import COMMAND
 from bench.shapes import SHAPES
-from flows.releases import imported, loading, registry
-from flows.state import StateRoot, state_root
-from gptcore.bundle import Loaded
-from gptcore.exchange.checkpoints import Checkpoint
-from gptcore.generate import generate
-from gptcore.model import GPTModel
-from gptcore.tokenizer import get_tokenizer
-from gptcore.writing.quantize import quantize
+from flows.registry import import_, loading, versions
+from flows.state.root import StateRoot, state_root
+from gptcore.bundle import LoadedModel
+from gptcore.generation.generate import generate
+from gptcore.generation.quantize import quantize
+from gptcore.huggingface.import_ import Checkpoint
+from gptcore.model.gpt import GPTModel
+from gptcore.tokens.tokenizer import get_tokenizer
 
 NEW_TOKENS = 64
 PROMPT_TOKENS = (8, 48)
@@ -49,17 +50,17 @@ _START_SECONDS = 120.0
 
 @dataclass(frozen=True)
 class Answered:
-    """One request."""
+    """The times and tokens of one request."""
 
     first_seconds: float
-    """From asking to the first piece of text."""
+    """From the request to the first text."""
     seconds: float
     num_tokens: int
 
 
 @dataclass(frozen=True)
 class Measured:
-    """All requests of one way to serve them."""
+    """All requests of one way to serve."""
 
     answered: Sequence[Answered]
     seconds: float
@@ -70,7 +71,7 @@ class Measured:
         return sum(one.num_tokens for one in self.answered) / self.seconds
 
     def percentiles(self, name: str) -> list[float]:
-        """Of a field of the requests, at PERCENTILES."""
+        """Return the PERCENTILES of a field of the requests."""
         values = sorted(getattr(one, name) for one in self.answered)
         return [values[min(len(values) - 1, len(values) * percent // 100)] for percent in PERCENTILES]
 
@@ -81,25 +82,25 @@ class Measured:
 
 
 def prompts(n_vocab: int, seed: int) -> Iterator[list[int]]:
-    """Ids at random, without end."""
+    """Yield random ids without end."""
     draw = random.Random(seed)
     while True:
         yield [draw.randrange(n_vocab) for _ in range(draw.randint(*PROMPT_TOKENS))]
 
 
 def register_random(root: StateRoot) -> str:
-    """Registers a model of shape M that has learned nothing; returns its name and alias."""
+    """Register an untrained model of shape M; return its name and alias."""
     shape, tokenizer = SHAPES["M"], get_tokenizer("gpt2")
     torch.manual_seed(1)
     cfg = shape.cfg(0.0)
     checkpoint = Checkpoint(cfg, GPTModel(cfg).state_dict(), tokenizer, "random weights", {}, 0)
-    imported.register(root, _NAME, checkpoint, by="the benchmark")
+    import_.register(root, _NAME, checkpoint, by="the benchmark")
     return f"{_NAME}@champion"
 
 
 @contextmanager
 def served(root: StateRoot, uri: str, options: Sequence[str]) -> Iterator[str]:
-    """The endpoint's address while it is up. Raises RuntimeError if it does not come up, or does not end in order."""
+    """Run the endpoint and yield its address. Raise RuntimeError if it does not start or does not stop in order."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -131,7 +132,7 @@ def _wait_until_it_answers(url: str, process: "subprocess.Popen[bytes]") -> None
 
 
 async def load(url: str, model: str, n_vocab: int, clients: int, seconds: float) -> Measured:
-    """Lets `clients` ask for so long. Raises what a failed request raises."""
+    """Let `clients` send requests for `seconds`. Raise the error of a failed request."""
     answered: list[Answered] = []
     began = time.perf_counter()
 
@@ -148,7 +149,7 @@ async def load(url: str, model: str, n_vocab: int, clients: int, seconds: float)
 
 
 async def ask(http: httpx.AsyncClient, url: str, model: str, ids: Sequence[int], seed: int) -> Answered:
-    """One request, streamed."""
+    """Send one streamed request."""
     body = {"model": model, "prompt": ids, "max_tokens": NEW_TOKENS, "seed": seed, "stream": True}
     body["stream_options"] = {"include_usage": True}
     began, first, usage = time.perf_counter(), 0.0, None
@@ -164,8 +165,8 @@ async def ask(http: httpx.AsyncClient, url: str, model: str, ids: Sequence[int],
     return Answered(first, time.perf_counter() - began, usage["completion_tokens"])
 
 
-def loop(loaded: Loaded, seconds: float) -> Measured:
-    """The same requests, one after the other, for so long."""
+def loop(loaded: LoadedModel, seconds: float) -> Measured:
+    """Answer the same requests, one after the other, for `seconds`."""
     answered: list[Answered] = []
     asking, began = prompts(loaded.tokenizer.n_vocab, 0), time.perf_counter()
     while time.perf_counter() - began < seconds:
@@ -177,7 +178,7 @@ def loop(loaded: Loaded, seconds: float) -> Measured:
 
 
 def table(columns: Mapping[str, Measured]) -> str:
-    """Markdown, one column for each way."""
+    """Return a Markdown table with one column for each way."""
     percents = ", ".join(f"{percent} %" for percent in PERCENTILES)
 
     def row(name: str, cells: Sequence[str]) -> str:
@@ -199,8 +200,8 @@ def table(columns: Mapping[str, Measured]) -> str:
 
 
 def measure(root: StateRoot, uri: str, asked: argparse.Namespace) -> dict[str, Measured]:
-    """The loop, the endpoint and the loop again."""
-    loaded = loading.load(root, registry.resolve(root, f"models:/{uri.removeprefix('models:/')}"))
+    """Measure the loop, the endpoint and the loop again."""
+    loaded = loading.load(root, versions.resolve(root, f"models:/{uri.removeprefix('models:/')}"))
     options = ["--max-concurrent", str(asked.max_concurrent), "--max-queue", str(asked.clients)]
     if asked.quantize:
         quantize(loaded.model, asked.quantize)
@@ -220,12 +221,12 @@ def main() -> None:
     asked = _arguments()
     with ExitStack() as stack:
         if asked.uri is None:
-            os.environ.pop("MLFLOW_TRACKING_URI", None)  # nothing of this is to be found in somebody's registry
+            os.environ.pop("MLFLOW_TRACKING_URI", None)  # keeps the model out of the user's registry
             directory = stack.enter_context(tempfile.TemporaryDirectory())
-            root = StateRoot(Path(directory) / "mlruns").create()
+            root = StateRoot(Path(directory) / "mlruns").prepare()
         else:
-            root = state_root().create()
-        root.enter()
+            root = state_root().prepare()
+        root.set_environment()
         found = measure(root, asked.uri or register_random(root), asked)
     print(table(found))
     if asked.json:

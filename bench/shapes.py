@@ -1,4 +1,4 @@
-"""The models that are compared, what they learn from, and how much arithmetic and memory traffic they need at least.
+"""The models that are compared, their training data, and the least arithmetic and memory traffic that they need.
 
 Every contender of `python -m bench` gets the same shape, the same batches and the same settings of AdamW.
 """
@@ -17,7 +17,7 @@ _FLOAT_BYTES = 4
 
 @dataclass(frozen=True)
 class Shape:
-    """A GPT-2 with a tied head and biases everywhere but in the head, and what it is given in one step."""
+    """A GPT-2 with a tied head and biases everywhere but in the head, and the batch of one step."""
 
     name: str
     n_layers: int
@@ -27,36 +27,42 @@ class Shape:
     batch_size: int
     vocab_size: int
     rounds: int
-    """Timed steps of each contender by default, after two to warm up: few where a step takes seconds."""
+    """The default number of timed steps of each contender, after two for warm-up: few if a step takes seconds."""
 
     def cfg(self, drop_rate: float) -> dict[str, Any]:
-        """What gptcore's GPTModel is built from."""
+        """Return the configuration from which gptcore's GPTModel is built."""
         keys = ("n_layers", "n_heads", "emb_dim", "context_length", "vocab_size")
         parts = {"drop_rate": drop_rate, "qkv_bias": True, "tied": True, "init": "gpt2"}
         return {**{key: getattr(self, key) for key in keys}, **parts}
 
     @property
     def num_weights(self) -> int:
-        """Of the matrices that every token is multiplied by: 12 d^2 in each block, and the head."""
+        """Count the weights of the matrices that multiply every token: 12 d^2 in each block, and the head."""
         return 12 * self.n_layers * self.emb_dim**2 + self.vocab_size * self.emb_dim
 
     @property
     def step_flops(self) -> int:
-        """Floating-point operations of one training step, matmuls only: two for each weight and token, and two for each
-        feature and pair of tokens in both products of attention, half of whose pairs are masked; backward costs twice
-        as much as forward (Chowdhery et al. 2022, "PaLM", appendix B, but for the mask)."""
+        """Count the floating-point operations of one training step, matmuls only.
+
+        They are two for each weight and token, and two for each feature and pair of tokens in both products of
+        attention, in which half of the pairs are masked. Backward costs twice as much as forward (Chowdhery et al.
+        2022, "PaLM", appendix B, which ignores the mask).
+        """
         tokens = self.batch_size * self.context_length
         attention = self.n_layers * self.emb_dim * self.context_length
         return 6 * tokens * (self.num_weights + attention)
 
     @property
     def weight_bytes(self) -> int:
-        """What has to be read from memory for each generated token."""
+        """Count the bytes that each generated token reads from memory."""
         return _FLOAT_BYTES * self.num_weights
 
     def batch(self, index: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets (batch, tokens) of the step of that number: made-up ids, small ones the more frequent
-        (with probability about 1 / id, as words are), so that there is something to learn."""
+        """Return inputs and targets (batch, tokens) of step `index`.
+
+        The ids are random with probability about 1 / id, like the words of a language, so the model can learn
+        something.
+        """
         generator = torch.Generator().manual_seed(SEED + index)
         uniform = torch.rand(self.batch_size, self.context_length + 1, generator=generator)
         ids = (self.vocab_size**uniform).long() - 1
@@ -73,11 +79,11 @@ SHAPES = {
         Shape("c", 4, 4, 128, 64, 12, 65, rounds=40),
     )
 }
-"""L is GPT-2's smallest size, with a context of 256. C and c are models of characters."""
+"""L is GPT-2's smallest size with a context of 256. C and c are models of characters."""
 
 
 def adamw(parameters: Iterable[nn.Parameter], fused: bool) -> torch.optim.AdamW:
-    """AdamW as every contender uses it: weight decay acts on what has two dimensions."""
+    """Return AdamW as every contender uses it: weight decay acts on parameters with two dimensions."""
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for parameter in parameters:
         groups[parameter.dim() >= 2].append(parameter)

@@ -2,10 +2,10 @@
 
     python -m bench.soak --nights 50 --seed 1 --json soak.json
 
-Every night the text grows, is edited, loses a document or stays as it is, and the pipeline is retrained; some nights
+Every night the text grows, is edited, loses a document or stays as it is, and the pipeline is retrained. On some nights
 retention runs as well. On most nights something is killed with SIGKILL: the trainer, the flow run, the runner, a
-server, or everything at once, which is then started again. What was killed is left to the next night. In the end one
-night is lived in peace, and then soak_checks.py says what should not be. Exit code 1 if anything is.
+server, or everything at once. After a kill of everything, `gptflow up` is restarted; other recovery is left to the next
+night. The last night has no kill, and then soak_checks.py lists violations. The exit code is 1 if there are any.
 """
 
 import argparse
@@ -39,20 +39,20 @@ from bench.soak_checks import (
     too_much,
     unlike_twin,
 )
-from flows.attempt import current
-from flows.releases import registry
-from flows.releases.champion import moves
-from flows.state import OPT_OUTS
+from flows.registry import versions as registry
+from flows.registry.champion import read_moves, settle
+from flows.retrain.attempts import read_current
+from flows.state.root import OPT_OUTS
 
 KINDS = ("trainer", "flow run", "runner", "mlflow", "prefect", "up")
-"""What is killed; `up` is the whole of it."""
+"""What is killed; `up` is `gptflow up` with all its processes."""
 MORTAL = ("flow run", "runner", "prefect", "up")
-"""Kills that a retraining does not outlive. From the others it recovers by itself."""
+"""Kills that end a retraining. It recovers from the others by itself."""
 SPANS = {"start": 9.0, "plot": 3.0, "register": 1.0, "gate": 1.2, "prune": 0.3}
-"""Seconds after the beginning of a step within which a kill falls, at the latest when that step is over. In training
-updates are counted instead; in the others it falls at once."""
+"""A kill comes within so many seconds after the start of a step, or at its end if that is earlier. In training, updates
+are counted instead. In all other steps the kill comes at once."""
 UPDATES = 200
-"""Within which a kill in training falls: some before the end, which is soon there on a fast machine."""
+"""A kill in training comes within so many updates: before the end, which a fast machine reaches soon."""
 PRUNE = "prune"
 NOTHING = "nothing"
 PRUNE_EVERY = 4
@@ -62,18 +62,18 @@ _END_SECONDS = 300.0
 
 @dataclass(frozen=True)
 class Kill:
-    """What is killed, and at which moment."""
+    """What is killed, and when."""
 
     kind: str
     step: str
-    """The step of the flow that it is meant for, or PRUNE; it may come too late, and then falls into a later one."""
+    """The planned step of the flow, or PRUNE. The kill may be late and come in a later step."""
     share: float
-    """How far into the step's span, from 0 to 1."""
+    """The position in the step's span, from 0 to 1."""
 
 
 @dataclass(frozen=True)
 class Night:
-    """What is to happen."""
+    """The plan of a night."""
 
     number: int
     change: str
@@ -83,33 +83,33 @@ class Night:
 
 @dataclass
 class Lived:
-    """What happened."""
+    """The events of a night."""
 
     number: int
     change: str
     outcome: str = ""
     seconds: float = 0.0
-    """From the trigger to the end of the retraining, a restart included, retention not."""
+    """From the trigger to the end of the retraining, with a restart and without retention."""
     kill: str | None = None
     fell: str | None = None
-    """The step that the kill fell into; NOTHING if all was over."""
+    """The step in which the kill came; NOTHING if the run was over."""
     bytes: int = 0
     files_bytes: int = 0
-    """Without databases and logs."""
+    """Bytes without databases and logs."""
 
 
 @dataclass
 class Soak:
-    """Everything that a soak found."""
+    """The results of a soak."""
 
     nights: int
     seed: int
     lived: list[Lived] = field(default_factory=list)
     violations: list[str] = field(default_factory=list)
     killed_in_training: set[str] = field(default_factory=set)
-    """Names of run directories."""
+    """The names of run directories whose training was killed."""
     twins: list[str] = field(default_factory=list)
-    """Those of them that were trained again, undisturbed, and compared."""
+    """The run directories that were trained again without a kill, and compared."""
     versions: int = 0
     promotions: int = 0
     looks: int = 0
@@ -119,13 +119,13 @@ class Soak:
     seconds: float = 0.0
 
     def as_dict(self) -> dict[str, object]:
-        """As JSON, with the machine's class."""
+        """Return the results for JSON, with a description of the machine."""
         machine = {"processors": os.cpu_count(), "system": platform.system(), "python": platform.python_version()}
         return {**asdict(self), "killed_in_training": sorted(self.killed_in_training), "machine": machine}
 
 
 def planned(nights: int, seed: int, kill_share: float) -> Iterator[Night]:
-    """The nights, one after the other. Kinds of kill are dealt from a shuffled deck: each comes as often."""
+    """Plan the nights, one after the other. Kinds of kill come from a shuffled deck, so each is as frequent."""
     draw = random.Random(seed)
     deck: list[str] = []
     for number in range(1, nights + 1):
@@ -138,7 +138,7 @@ def planned(nights: int, seed: int, kill_share: float) -> Iterator[Night]:
 
 
 def _dealt(deck: list[str], change: str) -> str:
-    """Takes the next kind from the deck; the trainer waits there while there is nothing to train."""
+    """Take the next kind from the deck. The trainer stays in the deck on a night without training."""
     is_absent = change == UNCHANGED and deck[-1] == "trainer" and len(deck) > 1
     return deck.pop(-2 if is_absent else -1)
 
@@ -146,14 +146,14 @@ def _dealt(deck: list[str], change: str) -> str:
 def _drawn(kind: str, change: str, prunes: bool, draw: random.Random) -> Kill:
     step = "train" if kind == "trainer" else draw.choice(STEPS)
     if change == UNCHANGED and kind != "trainer":
-        step = "start"  # the run is over before it comes to the others
+        step = "start"  # the run ends before the later steps
     if prunes and kind != "trainer" and draw.random() < 0.25:
         step = PRUNE
     return Kill(kind, step, draw.random())
 
 
 def soak(directory: Path, nights: int, seed: int, kill_share: float = 0.75, minutes: float = math.inf) -> Soak:
-    """Lives the nights, or as many of them as fit, in a new project in `directory`, and checks everything."""
+    """Run the nights, or as many as fit into `minutes`, in a new project in `directory`, and check everything."""
     began = time.monotonic()
     done = Soak(nights, seed)
     project = Project(directory, random.Random(seed))
@@ -178,7 +178,7 @@ def soak(directory: Path, nights: int, seed: int, kill_share: float = 0.75, minu
 
 
 def _live(project: Project, night: Night, done: Soak) -> None:
-    """One night: the text changes, the pipeline is retrained, retention runs, and something may be killed."""
+    """Run one night: the text changes, the pipeline is retrained, retention runs, and something may be killed."""
     lived = Lived(night.number, night.change, kill=night.kill.kind if night.kill else None)
     done.lived.append(lived)
     project.text.live(night.change)
@@ -197,7 +197,7 @@ def _live(project: Project, night: Night, done: Soak) -> None:
 
 
 def _compare_twin(project: Project, done: Soak, most: int) -> None:
-    """Before retention comes: a version killed in training against the same training left in peace."""
+    """Compare a version that was killed in training with the same training without a kill, before retention runs."""
     if len(done.twins) < most:
         name, violations = unlike_twin(project, done.killed_in_training - set(done.twins))
         done.twins += [name] if name else []
@@ -205,7 +205,7 @@ def _compare_twin(project: Project, done: Soak, most: int) -> None:
 
 
 def _run(project: Project, deployment: str, key: str, kill: Kill | None, lived: Lived, done: Soak) -> str:
-    """Triggers a run, kills what is to be killed, and returns the name of the state that the run ended in."""
+    """Trigger a run, kill what is planned, and return the name of the state in which the run ended."""
     begin = project.log_size()
     run = project.trigger(deployment, key)
     if kill is not None:
@@ -227,14 +227,14 @@ def _has_ended(project: Project, run: str, done: Soak) -> bool:
 
 
 def _strike(project: Project, kill: Kill, run: str, begin: int, done: Soak) -> str:
-    """Kills at the moment that was drawn. Returns the step that it fell into."""
+    """Kill at the planned moment. Return the step in which the kill came."""
     is_prune = kill.step == PRUNE
     victims = _victims_at_the_moment(project, kill, run, begin)
     fell = PRUNE if is_prune else project.step(run, begin)
     is_over = fell is None or (is_prune and project.state(run)["type"] in ENDS)
     struck = [process for process in victims if _killed(process)]
     if fell == "train" and struck and kill.kind != "mlflow":
-        done.killed_in_training.add(current(project.root.path / "runs" / PIPELINE).get("own", ""))
+        done.killed_in_training.add(read_current(project.root.path / "runs" / PIPELINE).get("own", ""))
     if kill.kind == "up":
         assert project.process is not None
         project.process.wait()
@@ -243,13 +243,13 @@ def _strike(project: Project, kill: Kill, run: str, begin: int, done: Soak) -> s
 
 
 def _victims_at_the_moment(project: Project, kill: Kill, run: str, begin: int) -> list[psutil.Process]:
-    """Waits for the moment that was drawn, or for the end of its step, and for whom to kill."""
+    """Wait for the planned moment or the end of its step; return the processes to kill."""
     if kill.step == PRUNE:
         wait_for(lambda: project.state(run)["type"] not in ("SCHEDULED", "PENDING"), _END_SECONDS, every=0.1)
     else:
         wait_for(lambda: _has_come(project.step(run, begin), kill.step), _END_SECONDS, every=0.05)
     due = time.monotonic() + kill.share * SPANS.get(kill.step, 0.0)
-    if kill.kind == "trainer":  # it is looked for before the moment: on a fast machine that is soon over
+    if kill.kind == "trainer":  # search before the moment: a fast machine soon ends the training
         wait_for(lambda: project.processes(kill.kind) or project.step(run, begin) != "train", _END_SECONDS, every=0.05)
     victims = project.processes(kill.kind) if kill.kind == "trainer" else []
 
@@ -259,7 +259,7 @@ def _victims_at_the_moment(project: Project, kill: Kill, run: str, begin: int) -
         return time.monotonic() >= due or (kill.step != PRUNE and project.step(run, begin) != kill.step)
 
     wait_for(is_due, _END_SECONDS, every=0.02)
-    if kill.kind != "trainer":  # a flow run may be still to come, and a server that died be about to be back
+    if kill.kind != "trainer":  # a flow run may not have started, and a dead server may be restarting
         wait_for(lambda: project.processes(kill.kind, run) or project.state(run)["type"] in ENDS, 60, every=0.1)
         victims = project.processes(kill.kind, run)
     return victims
@@ -277,8 +277,9 @@ def _has_come(step: str | None, wanted: str) -> bool:
 
 
 def _judge(project: Project, watch: ChampionWatch, done: Soak) -> None:
-    """What should not be, while everything is still up."""
+    """Check for violations while everything is still up."""
     root = project.root
+    settle(root, MODEL)
     last = done.lived[-1]
     if last.outcome not in ("Promoted", "Kept champion"):
         done.violations.append(f"the last night, which nobody disturbed, ended as {last.outcome}")
@@ -287,8 +288,8 @@ def _judge(project: Project, watch: ChampionWatch, done: Soak) -> None:
     _compare_twin(project, done, MOST_TWINS + 1)
     if done.killed_in_training and not done.twins:
         done.violations.append("no version that was killed in training is left to be compared with a twin")
-    done.versions = max(int(version.version) for version in registry.versions(root, MODEL))
-    done.promotions = sum(move.kind == "promoted" for move in moves(root, MODEL))
+    done.versions = max(int(version.version) for version in registry.list_versions(root, MODEL))
+    done.promotions = sum(move.kind == "promoted" for move in read_moves(root, MODEL))
     done.looks, done.busy_looks = watch.looks, watch.busy
     done.files_bound, done.databases_bound = files_bound(root), databases_bound(done.nights)
 
@@ -300,7 +301,7 @@ def _line(lived: Lived) -> str:
 
 
 def summary(done: Soak) -> str:
-    """The table that is printed in the end."""
+    """Return the table that is printed at the end."""
     outcomes = Counter(lived.outcome for lived in done.lived)
     struck = [lived for lived in done.lived if lived.kill]
     hit = [lived for lived in struck if lived.fell != NOTHING]
@@ -329,7 +330,7 @@ def _counts(counter: "Counter[str]") -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line. Keeps the project where something is wrong."""
+    """Run the soak of the command line; return the exit code. A project with violations is kept."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nights", type=int, default=50)
     parser.add_argument("--seed", type=int, default=1)

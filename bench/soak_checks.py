@@ -1,4 +1,4 @@
-"""What must hold after, and during, a soak. Each check returns violations: sentences, none where all is well."""
+"""What must hold during and after a soak. Each check returns violations as sentences, or an empty list."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -9,30 +9,32 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from bench.project import KEEP, MODEL, Project, wait_for
-from flows.metrics import LOGGED
-from flows.releases import loading, registry
-from flows.releases.champion import moves
-from flows.releases.moves import chain
-from flows.state import StateRoot
+from flows.registry import loading
+from flows.registry import versions as registry
+from flows.registry.champion import read_moves
+from flows.registry.moves import trace_champions
+from flows.state.root import StateRoot
+from flows.tracking.metrics import LOGGED
 
 VERSION_BYTES = 5_000_000
-"""The most that one version's files take: run directory, artifacts, snapshot and tokens."""
+"""The largest size of one version's files: run directory, artifacts, snapshot and tokens."""
 DATABASE_BYTES = 15_000_000
 DATABASE_NIGHT_BYTES = 1_250_000
-"""Databases and logs: at first, and what a night adds. Retention does not free them: MLflow keeps every metric, Prefect
-every decision card, and events for a week. A quarter more than was measured, so only a change for the worse shows."""
+"""The size of databases and logs at the start, and their growth per night. Retention does not free them: MLflow keeps
+all metrics, and Prefect keeps all decision cards, and events for a week. The bounds are a quarter above the measured
+sizes, so only a change for the worse exceeds them."""
 _OPEN = ["RUNNING", "PENDING", "CANCELLING"]
 
 
 class ChampionWatch(Thread):
-    """Resolves and loads the champion every second, and writes down when that fails."""
+    """Resolves and loads the champion every second, and records failures."""
 
     def __init__(self, root: StateRoot) -> None:
         super().__init__(daemon=True)
         self.root, self.done = root, Event()
         self.looks = self.busy = 0
         self.seen: set[str] = set()
-        """Versions that were champion at some look."""
+        """Versions that were champion when it looked."""
         self.failures: list[str] = []
 
     def run(self) -> None:
@@ -47,7 +49,7 @@ class ChampionWatch(Thread):
                     self.failures.append(f"look {self.looks} at the champion: {type(error).__name__}: {error}")
 
     def look(self) -> None:
-        champion = registry.champion_of(self.root, MODEL)
+        champion = registry.find_champion(self.root, MODEL)
         if champion is not None:
             loading.load(self.root, champion)
             self.seen.add(str(champion.version))
@@ -60,7 +62,7 @@ class ChampionWatch(Thread):
 
 
 def orphans_in_prefect(project: Project) -> list[str]:
-    """Flow runs that Prefect calls under way, though nothing is."""
+    """List flow runs that Prefect reports as running although nothing runs."""
     asked = {"flow_runs": {"state": {"type": {"any_": _OPEN}}}}
     wait_for(lambda: not project.ask("flow_runs/filter", asked), 30)
     found = project.ask("flow_runs/filter", asked)
@@ -68,13 +70,13 @@ def orphans_in_prefect(project: Project) -> list[str]:
 
 
 def orphans_in_mlflow(root: StateRoot) -> list[str]:
-    """Runs that MLflow calls running, though nothing is."""
+    """List runs that MLflow reports as running although nothing runs."""
     return [f"MLflow run {run.info.run_id} is RUNNING" for run in _runs(root) if run.info.status == "RUNNING"]
 
 
 def doubles(root: StateRoot) -> list[str]:
-    """Trainings with two versions or two MLflow runs, and metrics with two points at one step."""
-    versions = Counter((one.tags["run_key"], one.tags["attempt"]) for one in registry.versions(root, MODEL))
+    """List trainings with two versions or two MLflow runs, and metrics with two points at one step."""
+    versions = Counter((one.tags["run_key"], one.tags["attempt"]) for one in registry.list_versions(root, MODEL))
     runs = Counter((run.data.tags["run_key"], run.data.tags["attempt"]) for run in _runs(root) if _is_kept(run))
     found = [f"{count} versions of {key[0][:16]}-{key[1]}" for key, count in versions.items() if count > 1]
     found += [f"{count} MLflow runs of {key[0][:16]}-{key[1]}" for key, count in runs.items() if count > 1]
@@ -90,8 +92,8 @@ def _doubled_points(root: StateRoot, run: Run) -> Iterator[str]:
 
 
 def too_much(root: StateRoot, nights: int) -> list[str]:
-    """Versions and bytes that retention should have freed, and databases that grow faster than they did."""
-    kept, reachable = len(registry.versions(root, MODEL)), len(chain(moves(root, MODEL)))
+    """List versions and bytes that retention should have freed, and databases that grow faster than before."""
+    kept, reachable = len(registry.list_versions(root, MODEL)), len(trace_champions(read_moves(root, MODEL)))
     found = {
         "registered versions": (kept, KEEP + reachable + 1),
         "bytes of what retention frees": (files_bytes(root), files_bound(root)),
@@ -101,23 +103,26 @@ def too_much(root: StateRoot, nights: int) -> list[str]:
 
 
 def files_bytes(root: StateRoot) -> int:
-    """Of what belongs to versions and trainings."""
+    """Return the size of the files of versions and trainings."""
     return sum(map(bytes_of, (root.artifacts, root.corpora, root.tokens, root.path / "runs")))
 
 
 def files_bound(root: StateRoot) -> int:
-    """What those may take after a prune, however many nights there were."""
-    return (KEEP + len(chain(moves(root, MODEL))) + 1) * VERSION_BYTES
+    """Return the largest allowed size of these files after a prune, for any number of nights."""
+    return (KEEP + len(trace_champions(read_moves(root, MODEL))) + 1) * VERSION_BYTES
 
 
 def databases_bound(nights: int) -> int:
-    """What databases and logs may take."""
+    """Return the largest allowed size of databases and logs."""
     return DATABASE_BYTES + nights * DATABASE_NIGHT_BYTES
 
 
 def unlike_twin(project: Project, killed: set[str]) -> tuple[str | None, list[str]]:
-    """Trains the newest version again whose run directory is among `killed`, undisturbed; returns that name as well."""
-    versions = sorted(registry.versions(project.root, MODEL), key=lambda version: -int(version.version))
+    """Train the newest version of the run directories `killed` again, without a kill.
+
+    Return the name of its run directory, and the violations.
+    """
+    versions = sorted(registry.list_versions(project.root, MODEL), key=lambda version: -int(version.version))
     for version in versions:
         name = f"{version.tags['run_key'][:16]}-{version.tags['attempt']}"
         if name in killed and "verdict" in version.tags:
@@ -128,7 +133,7 @@ def unlike_twin(project: Project, killed: set[str]) -> tuple[str | None, list[st
 
 
 def bytes_of(path: Path) -> int:
-    """Of all files below, some of which may go while they are counted."""
+    """Return the size of all files in a directory. Files may disappear while they are counted."""
     total = 0
     for file in path.rglob("*"):
         try:

@@ -1,7 +1,7 @@
-"""One training step of every contender in turn, round after round, beside the machine's fastest matmul.
+"""One training step of every contender in turn, round after round, compared with the machine's fastest matmul.
 
-A machine that others share gets faster and slower while it is measured. What counts are therefore ratios between steps
-that were made one after the other, and medians over the rounds.
+A shared machine gets faster and slower while it is measured. The result is therefore ratios between steps that follow
+each other, and medians over the rounds.
 """
 
 import statistics
@@ -16,22 +16,22 @@ from bench.workers import workers
 
 MODULE = "bench.contender"
 WARM_UP = 2
-"""Steps of each contender that are not timed; their losses count."""
+"""Steps of each contender that are not timed. Their losses are compared."""
 LOSS_TOLERANCE = 1e-4
 _LOADS = 50
 
 
 @dataclass(frozen=True)
 class Timed:
-    """One contender at one shape."""
+    """The steps of one contender at one shape."""
 
     name: str
     seconds: tuple[float, ...]
-    """Of each round's step."""
+    """The seconds of the step of each round."""
     losses: tuple[float, ...]
     """Nats per token before each step, those of the warm-up first."""
     peak_mb: float
-    """The most memory that its process had resident, libraries included."""
+    """The peak of resident memory of its process, including libraries."""
 
     @property
     def median(self) -> float:
@@ -45,7 +45,7 @@ class Steps:
     shape: Shape
     drop_rate: float
     matmul_gflops: tuple[float, ...]
-    """What a large matmul reached in each round."""
+    """The speed of a large matmul in each round."""
     contenders: tuple[Timed, ...]
     """Ours first."""
 
@@ -55,26 +55,26 @@ class Steps:
 
     @property
     def best(self) -> Timed:
-        """The fastest peer."""
+        """Return the fastest peer."""
         return min(self.contenders[1:], key=lambda one: one.median)
 
     @property
     def ratio(self) -> float:
-        """How many times as long as ours the fastest peer takes, by the medians."""
+        """Return the ratio of the fastest peer's median time to ours."""
         return self.best.median / self.ours.median
 
     @property
     def ratio_by_round(self) -> float:
-        """The same as the median of the rounds' own ratios."""
+        """Return the same ratio as the median of the ratios of the rounds."""
         return statistics.median(theirs / ours for theirs, ours in zip(self.best.seconds, self.ours.seconds))
 
     @property
     def memory_share(self) -> float:
-        """Our peak of memory over that of the fastest peer."""
+        """Return the ratio of our peak memory to that of the fastest peer."""
         return self.ours.peak_mb / self.best.peak_mb
 
     def gflops(self, one: Timed) -> float:
-        """Arithmetic that counts, by formula, in 10^9 operations per second."""
+        """Return the 10^9 operations per second, by the formula for the arithmetic that a step needs."""
         return self.shape.step_flops / one.median / 1e9
 
     @property
@@ -82,7 +82,7 @@ class Steps:
         return statistics.median(self.matmul_gflops)
 
     def loss_difference(self, one: Timed) -> float | None:
-        """The largest relative difference of a loss from ours; None where they need not be the same."""
+        """Return the largest relative difference of a loss from ours, or None if the losses may differ."""
         if self.drop_rate or not has_our_losses(one.name):
             return None
         return max(abs(theirs - ours) / abs(ours) for theirs, ours in zip(one.losses, self.ours.losses))
@@ -114,7 +114,7 @@ class Steps:
 def measure_steps(
     shape: Shape, names: Sequence[str], drop_rate: float, rounds: int, threads: int, nanogpt: str | None
 ) -> Steps:
-    """Starts every contender of `names`, ours first, and asks them in turn."""
+    """Start every contender of `names`, ours first, and measure them in turn."""
     taking_part = [name for name in names if not (drop_rate and name == LITGPT)]
     specs = {name: spec_of(name, shape, drop_rate, threads, nanogpt) for name in (*taking_part, MACHINE)}
     answers: dict[str, list[dict[str, Any]]] = {name: [] for name in specs}
@@ -138,7 +138,7 @@ def measure_steps(
 
 @dataclass(frozen=True)
 class Loader:
-    """What the batch of a training step costs, beside the step."""
+    """The cost of the batch of a training step, compared with the step."""
 
     shape: Shape
     batch_seconds: float
@@ -146,7 +146,7 @@ class Loader:
 
     @property
     def share(self) -> float:
-        """Of a step and its batch, the part that the batch takes."""
+        """Return the share of the batch in the time of a step and its batch."""
         return self.batch_seconds / (self.batch_seconds + self.step_seconds)
 
     def to_json(self) -> dict[str, Any]:
@@ -154,7 +154,7 @@ class Loader:
 
 
 def measure_loader(shape: Shape, rounds: int, threads: int) -> Loader:
-    """Steps and batches of ours in turn: medians. Batches are read from a token file, as the trainer reads them."""
+    """Measure medians of our steps and batches in turn. Batches come from a token file, as in the trainer."""
     with workers(MODULE, {OURS: spec_of(OURS, shape, 0.0, threads, None)}) as started:
         ours = started[OURS]
         steps, loads = [], []
@@ -167,6 +167,6 @@ def measure_loader(shape: Shape, rounds: int, threads: int) -> Loader:
 def spec_of(
     name: str, shape: Shape, drop_rate: float, threads: int, nanogpt: str | None, trains: bool = True
 ) -> dict[str, Any]:
-    """What a contender's process is told."""
+    """Return the specification for the process of a contender."""
     about = {"name": name, "shape": asdict(shape), "drop_rate": drop_rate}
     return {**about, "threads": threads, "nanogpt": nanogpt, "trains": trains}

@@ -1,8 +1,9 @@
-"""Batches of tokens streamed over HTTP beside those of a memory map: `python -m bench.streaming`.
+"""Batches of tokens streamed over HTTP, compared with those of a memory map: `python -m bench.streaming`.
 
-The store is a small web server of this script that answers each request after a delay, as object stores do, with any
-number side by side. Made-up token ids; batches in the random order of training; seconds for one batch, in the median,
-while nothing is computed. `cold`: hardly a window lies in a block that was kept. `kept`: all of them do.
+The store is a small web server of this script. It answers each request after a delay, as object stores do, and any
+number of requests at once. The token ids are made up, and batches come in the random order of training. The result is
+the median seconds of a batch while nothing is computed. `cold`: hardly any window is in a cached block. `kept`: all
+windows are.
 """
 
 import argparse
@@ -17,12 +18,12 @@ from pathlib import Path
 
 import numpy as np
 
-from gptcore.data import Batches
-from gptcore.text.streamed import BLOCK_BYTES, MAX_BLOCKS, StreamedIds
+from gptcore.tokens.stream import BLOCK_BYTES, MAX_BLOCKS, StreamedIds
+from gptcore.training.batches import Batches
 
 
 class _Store(BaseHTTPRequestHandler):
-    """One object, in ranges."""
+    """Serves ranges of one object."""
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
@@ -48,22 +49,22 @@ class _Store(BaseHTTPRequestHandler):
         self.wfile.write(part)
 
     def log_message(self, *_: object) -> None:
-        """Nobody reads it."""
+        """Discard the log."""
 
 
 def seconds(batches: Batches, steps: range) -> float:
-    """Of one batch, in the median."""
+    """Return the median seconds of one batch."""
     took = []
     for step in steps:
         began = time.perf_counter()
-        for _ in batches.batch(step):
+        for _ in batches.make_micro_batches(step):
             pass
         took.append(time.perf_counter() - began)
     return statistics.median(took)
 
 
 def main() -> None:
-    """Prints a table as Markdown."""
+    """Print a table as Markdown."""
     parser = argparse.ArgumentParser(prog="python -m bench.streaming", description=__doc__)
     parser.add_argument("--megabytes", type=int, default=2000)
     parser.add_argument("--batch-size", type=int, default=32)
@@ -87,7 +88,7 @@ def main() -> None:
 
 
 def measure(name: str, ids: "np.ndarray | StreamedIds", asked: argparse.Namespace, block: int) -> None:
-    """Prints a line: steps that nobody read before, and then the same again."""
+    """Print a line of the table: steps that were not read before, and then the same steps again."""
     batches = Batches(ids, asked.context, asked.context, asked.batch_size, 1, seed=0)  # type: ignore[arg-type]
     steps = range(min(asked.steps, MAX_BLOCKS // asked.batch_size // 2))
     cold, kept = seconds(batches, steps), seconds(batches, steps)

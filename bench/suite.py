@@ -2,8 +2,8 @@
 
     python -m bench.suite -m "not deep" --numprocesses 2 --dist loadfile
 
-runs pytest with these arguments and prints two tables: seconds by what they are spent on, and processes by kind. What
-a process that is killed spent after its imports is counted with its parent's children only.
+runs pytest with these arguments and prints two tables: the causes of the seconds, and processes by kind. If a process
+is killed, its time after its imports is counted only with its parent's children.
 """
 
 import json
@@ -19,7 +19,7 @@ from typing import Any
 
 KINDS = {
     "gptcore.train": "trainer",
-    "flows.service.temporary": "Prefect's temporary server",
+    "flows.deployments.ephemeral_server": "Prefect's temporary server",
     "prefect server": "Prefect server",
     "prefect.server": "Prefect server",
     "prefect.engine": "flow run of a runner or worker",
@@ -32,7 +32,7 @@ KINDS = {
     "pytest": "pytest",
     "bench.": "benchmark",
 }
-"""Part of a command line, and what it is."""
+"""A part of a command line, and the kind of its process."""
 Event = Mapping[str, Any]
 
 
@@ -42,7 +42,7 @@ def kind_of(command: Iterable[str]) -> str:
 
 
 def by_processor(events: list[Event]) -> list[tuple[str, int, float, float]]:
-    """What seconds were spent on: name, how often, seconds of a processor, seconds that passed."""
+    """Return imports and migrations: name, count, processor seconds, elapsed seconds."""
     found: dict[str, list[float]] = defaultdict(lambda: [0, 0.0, 0.0])
     for event in events:
         if event["kind"] in ("import", "migration"):
@@ -54,7 +54,7 @@ def by_processor(events: list[Event]) -> list[tuple[str, int, float, float]]:
 
 
 def by_kind(events: list[Event]) -> list[tuple[str, int, float, float]]:
-    """Processes: kind, how many were started, seconds of a processor of those that ended by themselves, their sleep."""
+    """Return processes: kind, count, processor seconds of those that ended by themselves, their seconds of sleep."""
     kinds = {event["pid"]: kind_of(event["command"]) for event in events if event["kind"] == "start"}
     started = Counter(kinds.values())
     cpu: Counter[str] = Counter()
@@ -69,7 +69,7 @@ def by_kind(events: list[Event]) -> list[tuple[str, int, float, float]]:
 
 
 def main() -> int:
-    """Runs pytest and prints the tables."""
+    """Run pytest and print the tables; return pytest's exit code."""
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory) / "events.jsonl"
         path = os.pathsep.join(filter(None, [str(Path(__file__).parent / "traced"), os.environ.get("PYTHONPATH")]))

@@ -1,7 +1,7 @@
-"""How fast a text becomes token ids, and in how much memory: ours and others in turn, each in a process of its own.
+"""How fast a text becomes token ids, and with how much memory: ours and others in turn, each in its own process.
 
-The text is made: words of a given one, or of the reference that ships inside Python, drawn at random with the white
-space that follows them. So it may be of any length, has the words and lengths of real text, and no long repetitions.
+The text is made up of random words of a given text, or of the reference that ships with Python, each with the white
+space that follows it. So it can have any length, has the words and word lengths of real text, and no long repetitions.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from bench.encoders import HF, NUMPY, OURS, TIKTOKEN
 from bench.shapes import SEED
 from bench.workers import Worker, peak_mb, workers
 from gptcore.config import CorpusConfig
-from gptcore.corpus import ingest
+from gptcore.corpus.ingest import ingest
 
 CONTENDERS = (OURS, TIKTOKEN, NUMPY, HF)
 PACKAGES = {HF: "tokenizers"}
@@ -33,15 +33,15 @@ _POLL_SECONDS = 0.05
 
 @dataclass(frozen=True)
 class Encoded:
-    """One contender."""
+    """The result of one contender."""
 
     name: str
     mb_per_second: float
-    """Megabytes of text: the median of the rounds."""
+    """Megabytes of text per second: the median of the rounds."""
     peak_mb: float
-    """The most memory resident, summed over the process and its children, which counts what they share twice."""
+    """The peak of resident memory, summed over the process and its children. Shared memory counts twice."""
     same_ids: bool
-    """Whether they are ours."""
+    """Whether the ids equal ours."""
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,12 @@ class Tokenizing:
 
     @property
     def best(self) -> Encoded:
-        """The fastest peer."""
+        """Return the fastest peer."""
         return max(self.contenders[1:], key=lambda one: one.mb_per_second)
 
     @property
     def ratio(self) -> float:
-        """How many times as fast ours is as the fastest peer."""
+        """Return the ratio of our speed to that of the fastest peer."""
         return self.contenders[0].mb_per_second / self.best.mb_per_second
 
     def to_json(self) -> dict[str, Any]:
@@ -69,7 +69,7 @@ class Tokenizing:
 def measure_tokenizing(
     names: Sequence[str], num_bytes: int, rounds: int, threads: int, text: Path | None
 ) -> Tokenizing:
-    """Has a text of about `num_bytes` encoded by each in turn."""
+    """Let each contender in turn encode a text of about `num_bytes`."""
     with tempfile.TemporaryDirectory() as made:
         source = Path(made) / "text.txt"
         source.write_text(made_up(text.read_text() if text else _reference(), num_bytes))
@@ -98,7 +98,7 @@ def measure_tokenizing(
 
 
 def made_up(text: str, num_bytes: int) -> str:
-    """About as many bytes of random words of `text`, as frequent as they are there. The same ones every time."""
+    """Return about `num_bytes` of random words, as frequent as in `text`. The result is the same every time."""
     words = re.findall(r"\S+\s+", text)
     draw = random.Random(SEED)
     parts: list[str] = []
@@ -117,7 +117,7 @@ def _reference() -> str:
 
 @contextlib.contextmanager
 def _watched(worker: Worker) -> Iterator[dict[int, float]]:
-    """Collects the peak in MB of a worker and of each of its children while something is done."""
+    """Collect the peak memory in MB of a worker and of each of its children while the context lasts."""
     peaks: dict[int, float] = {}
     done = threading.Event()
 

@@ -1,7 +1,7 @@
-"""Processes that do one thing each when asked, and say how long it took: lines of JSON over pipes.
+"""Worker processes that do one thing per request and report how long it took, in lines of JSON over pipes.
 
-Contenders that share no process share no allocator, no threads and no peak of memory, and can be asked in turn. A
-worker ends when its input does, so none outlives the benchmark. Linux only: memory is read from /proc.
+Contenders in separate processes share no allocator, no threads and no peak of memory, and can take turns. A worker ends
+when its input ends, so no worker outlives the benchmark. Linux only: memory is read from /proc.
 """
 
 import contextlib
@@ -20,10 +20,10 @@ Answers = Mapping[str, Callable[..., dict[str, Any]]]
 
 
 class Worker:
-    """The side of the one who asks."""
+    """The side of the benchmark, which sends the requests."""
 
     def __init__(self, module: str, spec: dict[str, Any]) -> None:
-        """Starts `python -m module SPEC`, which need not be ready yet."""
+        """Start `python -m module SPEC` without waiting until it is ready."""
         self.about = f"{module} {json.dumps(spec)}"
         self._process = subprocess.Popen(
             [sys.executable, "-m", module, json.dumps(spec)],
@@ -36,7 +36,7 @@ class Worker:
         self.pid = self._process.pid
 
     def ask(self, do: str, **details: Any) -> dict[str, Any]:
-        """The answer to one request. Raises RuntimeError where the process ended instead of answering."""
+        """Return the answer to one request. Raise RuntimeError if the process ended instead."""
         assert self._process.stdin is not None and self._process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps({"do": do, **details}) + "\n")
@@ -47,11 +47,11 @@ class Worker:
         return dict(json.loads(line))
 
     def peak_mb(self) -> float:
-        """The most memory that the process ever had resident, in MB."""
+        """Return the peak of resident memory of the process, in MB."""
         return peak_mb(self.pid)
 
     def close(self) -> None:
-        """Returns when the process is gone."""
+        """End the process, and return when it is gone."""
         assert self._process.stdin is not None and self._process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
@@ -65,7 +65,7 @@ class Worker:
 
 @contextlib.contextmanager
 def workers(module: str, specs: Mapping[str, dict[str, Any]]) -> Iterator[dict[str, Worker]]:
-    """One worker for each spec, by name, started together and all ready. They are gone on exit."""
+    """Start one worker for each spec, by name, all at once, and wait until they are ready. End them on exit."""
     started = {name: Worker(module, spec) for name, spec in specs.items()}
     try:
         for worker in started.values():
@@ -77,7 +77,7 @@ def workers(module: str, specs: Mapping[str, dict[str, Any]]) -> Iterator[dict[s
 
 
 def serve(prepare: Callable[[], Answers]) -> None:
-    """The side of the one who is asked: a worker's whole life. What libraries print goes to standard error."""
+    """Answer requests until the input ends: the whole life of a worker. Output of libraries goes to standard error."""
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     answers = prepare()
@@ -88,7 +88,7 @@ def serve(prepare: Callable[[], Answers]) -> None:
 
 
 def peak_mb(pid: int) -> float:
-    """VmHWM of a process in MB. `getrusage` would not do: its peak is inherited from the parent across exec."""
+    """Return VmHWM of a process in MB. The peak of `getrusage` is inherited from the parent across exec."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024 / 1e6

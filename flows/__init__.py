@@ -1,26 +1,29 @@
-"""Prefect flows, MLflow tracking and registry, and the command line around gptcore."""
+"""Prefect flows, MLflow tracking and registry, and the command line around gptcore. `flows.load` loads a version."""
 
 import atexit
 import gc
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from gptcore.bundle import Loaded
+    from gptcore.bundle import LoadedModel
 
-# Torch, MLflow and Prefect are half a million objects that stay to the end. By default Python walks through them again
-# and again while they are imported, about 1 s, and three times more when it ends, about 2 s.
+# Torch, MLflow and Prefect create half a million objects that live until the process ends. By default the garbage
+# collector scans them again and again during the import (about 1 s), and three times more at exit (about 2 s).
 gc.set_threshold(50_000, 20, 50)
 atexit.register(gc.freeze)
 
 
-def load(uri: str, device: str = "cpu") -> "Loaded":
-    """The model and the tokenizer of a registered version, such as models:/gpt-quickstart@champion.
+def load(uri: str, device: str = "cpu") -> "LoadedModel":
+    """Load the model and the tokenizer of a registered version, for example models:/gpt-quickstart@champion.
 
-    The state root is GPTFLOW_HOME, else `mlruns/` in the working directory. Only safetensors and JSON are read. Raises
-    UnknownVersion, and RegistryError if the version is damaged.
+    The state root is GPTFLOW_HOME, else `mlruns/` in the working directory. Only safetensors and JSON files are read. A
+    password in a database's URL in the environment is moved to PGPASSWORD. Raises UnknownVersion, and RegistryError if
+    the version is damaged.
     """
-    from flows.releases import loading, registry
-    from flows.state import state_root
+    from flows.registry import loading, versions
+    from flows.state.backends import export_passwords
+    from flows.state.root import state_root
 
+    export_passwords()
     root = state_root()
-    return loading.load(root, registry.resolve(root, uri), device)
+    return loading.load(root, versions.resolve(root, uri), device)

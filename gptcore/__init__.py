@@ -1,28 +1,32 @@
-"""A GPT and everything that learns from text.
+"""Train, evaluate and use a GPT.
 
-The names below are the seed's API, `from gptcore import GPTModel, train_model_simple, ...`, and `load`, which opens a
-bundle's directory. Each is loaded from its module when it is first asked for, so that `import gptcore.config` loads
-neither torch nor anything else. Everything beyond the seed is imported from its own module.
+The names below are the API of the book, Sebastian Raschka's "Build a Large Language Model (From Scratch)", as in
+`from gptcore import GPTModel, train_model_simple`, and `load`, which loads a bundle. Python imports the module of a
+name when the name is first used, so `import gptcore.config` does not import torch. Import everything else from its own
+module.
 """
 
+import sys
 from importlib import import_module
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gptcore.attention import MultiHeadAttention
     from gptcore.bundle import load
-    from gptcore.data import GPTDatasetV1, create_dataloader_v1
-    from gptcore.evaluate import evaluate_model
-    from gptcore.generate import (
+    from gptcore.evaluation.bits_per_byte import evaluate_model
+    from gptcore.evaluation.plots import plot_losses
+    from gptcore.generation.generate import (
         generate_and_print_sample,
         generate_text_simple,
         text_to_token_ids,
         token_ids_to_text,
     )
-    from gptcore.loss import calc_loss_batch, calc_loss_loader
-    from gptcore.model import GELU, FeedForward, GPTModel, LayerNorm, TransformerBlock
-    from gptcore.plots import plot_losses
+    from gptcore.model.attention import MultiHeadAttention
+    from gptcore.model.gpt import GELU, FeedForward, GPTModel, LayerNorm, TransformerBlock
+    from gptcore.model.loss import calc_loss_batch, calc_loss_loader
     from gptcore.train import train_model_simple
+    from gptcore.training.batches import GPTDatasetV1, create_dataloader_v1
 
 __all__ = [
     "GELU",
@@ -47,13 +51,18 @@ __all__ = [
 
 _HOMES = {
     "bundle": ("load",),
-    "data": ("GPTDatasetV1", "create_dataloader_v1"),
-    "evaluate": ("evaluate_model",),
-    "generate": ("generate_and_print_sample", "generate_text_simple", "text_to_token_ids", "token_ids_to_text"),
-    "loss": ("calc_loss_batch", "calc_loss_loader"),
-    "attention": ("MultiHeadAttention",),
-    "model": ("GELU", "FeedForward", "GPTModel", "LayerNorm", "TransformerBlock"),
-    "plots": ("plot_losses",),
+    "training.batches": ("GPTDatasetV1", "create_dataloader_v1"),
+    "evaluation.bits_per_byte": ("evaluate_model",),
+    "generation.generate": (
+        "generate_and_print_sample",
+        "generate_text_simple",
+        "text_to_token_ids",
+        "token_ids_to_text",
+    ),
+    "model.loss": ("calc_loss_batch", "calc_loss_loader"),
+    "model.attention": ("MultiHeadAttention",),
+    "model.gpt": ("GELU", "FeedForward", "GPTModel", "LayerNorm", "TransformerBlock"),
+    "evaluation.plots": ("plot_losses",),
     "train": ("train_model_simple",),
 }
 _HOME = {name: f"gptcore.{module}" for module, names in _HOMES.items() for name in names}
@@ -68,3 +77,30 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+_MOVED = {
+    "gptcore.generate": "gptcore.generation.generate",
+    "gptcore.writing": "gptcore.generation",
+    "gptcore.writing.sampling": "gptcore.generation.sampling",
+}
+
+
+class _MovedModules:
+    """Finds a module by an earlier name. Versions that earlier releases registered import modules by these names.
+
+    MLflow gives such a version the gptcore that was stored with it, unless this one has been imported before.
+    """
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        return ModuleSpec(name, self, is_package=name == "gptcore.writing") if name in _MOVED else None  # type: ignore[arg-type]
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        moved = vars(import_module(_MOVED[module.__name__]))
+        vars(module).update({name: value for name, value in moved.items() if not name.startswith("__")})
+
+
+sys.meta_path.append(_MovedModules())  # last: it is asked only for modules that do not exist

@@ -1,18 +1,19 @@
-"""The bundle: a directory that holds a whole model, and from which it is used anywhere.
+"""The bundle: a directory with everything that is needed to use a model anywhere.
 
     model.safetensors   the weights
-    config.json         the seed's dict of seven keys
-    tokenizer/          the vocabulary (gptcore.tokenizer)
-    lineage.json        where the model comes from, if it was released by a pipeline
-    README.md           the model card, for people, where there is one
+    config.json         the book's dict, from which GPTModel is built
+    tokenizer/          the vocabulary (gptcore.tokens.tokenizer)
+    lineage.json        where the model comes from, if a pipeline released it
+    README.md           the model card, if there is one
 
-Only safetensors and JSON are read: no file of a bundle can run code.
+`load` reads only safetensors and JSON, so no file of a bundle can run code. Registering a bundle is up to
+flows/registry.
 """
 
 import json
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,20 +23,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from gptcore.errors import CheckpointError, ConfigError
-from gptcore.model import GPTModel
-from gptcore.tokenizer import Tokenizer
+from gptcore.model.gpt import GPTModel
+from gptcore.tokens.tokenizer import Tokenizer
 
 WEIGHTS, CARD = "model.safetensors", "README.md"
+_EMBEDDINGS = ("tok_emb.weight", "pos_emb.weight")
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedModel:
     """A model in eval mode and its tokenizer."""
 
     model: GPTModel
     tokenizer: Tokenizer
     cfg: dict[str, Any]
-    """What the model is built from: the seed's dict."""
+    """The book's dict, from which the model was built (see GPTModel)."""
 
 
 def write_bundle(
@@ -46,7 +48,11 @@ def write_bundle(
     lineage: Mapping[str, Any],
     card: str | None = None,
 ) -> None:
-    """Fills `directory`, which must exist. `weights` is a safetensors file of a GPTModel(cfg), `card` markdown."""
+    """Write the bundle into `directory`, which must exist.
+
+    `cfg` is the book's dict, `weights` a safetensors file of a GPTModel(cfg), `lineage` an object for JSON, and `card`
+    markdown.
+    """
     shutil.copyfile(weights, directory / WEIGHTS)
     (directory / "config.json").write_text(json.dumps(dict(cfg), indent=1) + "\n")
     (directory / "lineage.json").write_text(json.dumps(dict(lineage), indent=1) + "\n")
@@ -55,8 +61,15 @@ def write_bundle(
         (directory / CARD).write_text(card, encoding="utf-8")
 
 
-def load(directory: str | Path, device: str = "cpu") -> Loaded:
-    """Loads a bundle. Raises CheckpointError if a file is missing or damaged, TokenizerError for the vocabulary."""
+def load(directory: str | Path, device: str = "cpu") -> LoadedModel:
+    """Load a bundle: the model in eval mode on `device`, its tokenizer and its cfg.
+
+    Raises CheckpointError if a file is missing or damaged, and TokenizerError if that is the vocabulary. Example:
+
+        loaded = load("bundle")
+        ids = torch.tensor([loaded.tokenizer.encode("The")])
+        logits = loaded.model(ids)  # (1, tokens, vocab_size)
+    """
     directory = Path(directory)
     try:
         cfg = json.loads((directory / "config.json").read_text())
@@ -69,35 +82,38 @@ def load(directory: str | Path, device: str = "cpu") -> Loaded:
     if tokenizer.n_vocab > cfg["vocab_size"]:
         raise CheckpointError(
             f"the bundle {directory} cannot be loaded: its tokenizer has {tokenizer.n_vocab} ids, its model "
-            f"{cfg['vocab_size']}."
+            f"has {cfg['vocab_size']}."
         )
-    return Loaded(model=model.to(torch.device(device)).eval(), tokenizer=tokenizer, cfg=cfg)
+    return LoadedModel(model=model.to(torch.device(device)).eval(), tokenizer=tokenizer, cfg=cfg)
 
 
 def _check_shape(cfg: Any, weights: Path) -> None:
-    """Raises ValueError if the file does not hold what `cfg` describes: a model is not made larger than its weights."""
+    """Raise ValueError if the weights file does not hold the shapes in `cfg`.
+
+    Without this check, a wrong config.json could ask for a model of any size before the weights are read.
+    """
     if not isinstance(cfg, dict):
         raise ValueError(f"config.json holds {type(cfg).__name__}, not an object")
     with safe_open(weights, framework="pt") as file:
         names = set(file.keys())
-        found = {
-            "vocab_size": _rows(file, names, "tok_emb.weight", 0),
-            "emb_dim": _rows(file, names, "tok_emb.weight", 1),
+        shapes = {name: file.get_slice(name).get_shape() for name in _EMBEDDINGS if name in names}
+        sizes = {
+            "vocab_size": _size_along(0, shapes.get("tok_emb.weight", [])),
+            "emb_dim": _size_along(1, shapes.get("tok_emb.weight", [])),
             "n_layers": sum(name.startswith("trf_blocks.") and name.endswith(".W_query.weight") for name in names),
         }
         if cfg.get("positions", "learned") == "learned":  # other positions have no weights
-            found["context_length"] = _rows(file, names, "pos_emb.weight", 0)
-    for key, number in found.items():
-        if key in cfg and cfg[key] != number:
-            raise ValueError(f"{key} is {cfg[key]!r:.40} in config.json and {number} in {WEIGHTS}")
+            sizes["context_length"] = _size_along(0, shapes.get("pos_emb.weight", []))
+    for key, size in sizes.items():
+        if key in cfg and cfg[key] != size:
+            raise ValueError(f"{key} is {cfg[key]!r:.40} in config.json and {size} in {WEIGHTS}")
 
 
-def _rows(file: Any, names: set[str], name: str, dimension: int) -> int:
-    shape = file.get_slice(name).get_shape() if name in names else []
+def _size_along(dimension: int, shape: Sequence[int]) -> int:
     return int(shape[dimension]) if len(shape) == 2 else 0
 
 
-def num_parameters(weights: Path) -> int:
-    """How many numbers a safetensors file holds. Reads its header only."""
+def count_parameters(weights: Path) -> int:
+    """Count the numbers in a safetensors file. Reads the file's header only."""
     with safe_open(weights, framework="pt") as file:
         return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118

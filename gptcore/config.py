@@ -1,8 +1,9 @@
-"""What can be configured: the one schema behind pipelines.yaml, the command line and the form in the Prefect UI.
+"""The schema of the configuration: of pipelines.yaml, the command line and the form in the Prefect UI.
 
-Each section is a frozen pydantic model that refuses unknown keys. The string under a field is its documentation: it
-becomes the help of `gptflow run --help` and the text beside the field in the form. Nothing here imports torch, so that
-a wrong value is answered at once.
+Each section is a frozen pydantic model that refuses unknown keys. The string under a field is its documentation, which
+`gptflow run --help` and the form show with the default. An empty field is `null` in pipelines.yaml. This module does
+not import torch, so a wrong value is reported within a moment. Sections that only the flows read are in flows/config
+and flows/notifications.
 """
 
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from gptcore.recipes import RECIPES
+from gptcore.components import RECIPES
 from gptcore.sections import Section
 
 SizeName = Literal["nano", "mini", "small", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]
@@ -29,7 +30,7 @@ SIZES: dict[str, dict[str, int]] = {
         "gpt2-xl": (1024, 1600, 25, 48),
     }.items()
 }
-"""The named model sizes."""
+"""Context length, width, heads and layers of each named model size."""
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -37,319 +38,350 @@ Count = Annotated[int, Field(ge=1, le=2**48)]
 
 
 class CorpusConfig(Section):
-    """Which text is learned from, how it becomes tokens, and how it is split."""
+    """The text to learn from, how it becomes tokens, and how it is split into train, val and holdout."""
 
     sources: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)] = ("python-docs",)
-    """Where text comes from: a file, a directory, a glob, an http(s) URL (append #sha256=HEX to have it checked),
-    anything fsspec opens (s3://, gs://, hf://), or python-docs, the reference that ships inside Python. Formats by
-    suffix: .txt .md .jsonl .csv .parquet, each also .gz or .zst; tables need a column named text. Links inside a
-    directory must not lead out of it, nor a server's redirections into a narrower network: name such places here."""
+    """Where text comes from: a file, a directory, a glob, an http(s) URL (append #sha256=HEX to check the download),
+    anything that fsspec opens (s3://, gs://, hf://), or python-docs, the reference that ships inside Python. The suffix
+    names the format: .txt .md .jsonl .csv .parquet, each also .gz or .zst. Tables need a column named text. Links that
+    lead out of a directory, and redirections from the internet into a private network, are refused: list their targets
+    here instead."""
     tokenizer: Annotated[str, Field(pattern=r"^(bytes|bpe:[0-9]{3,6}|[A-Za-z][A-Za-z0-9_.\-]*)$")] = "gpt2"
-    """gpt2 or another tiktoken name; bpe:N, a vocabulary of N entries trained on the train split; or bytes."""
+    """How text becomes tokens. gpt2 or another name in tiktoken: that published vocabulary. bpe:N: a vocabulary of N
+    entries, from 257 to 200000, that is trained on the train split; it suits text unlike English and small models.
+    bytes: one token per byte."""
     split: Literal["hash", "contiguous"] = "hash"
-    """hash: every block of text belongs to train, val or holdout by its content alone, so the corpus may grow and
-    yesterday's holdout stays unseen. contiguous: the first part is train, then val, then holdout."""
+    """hash: the content of each block of text decides whether it belongs to train, val or holdout. So the corpus may
+    grow, and text held out in an earlier run stays unseen. contiguous: the beginning of the text is train, then comes
+    val, then holdout."""
     block_bytes: Annotated[int, Field(ge=256, le=1_048_576)] = 2048
-    """About how many bytes of a long document stay together on one side of the split."""
+    """Average size, in bytes, of the blocks into which a long document is cut. Every block is in train, val or
+    holdout as a whole."""
     val_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
-    """Share of the text that chooses the best checkpoint."""
+    """Share of the text, between 0 and 1, on which the best checkpoint is chosen."""
     holdout_fraction: Fraction = 0.05
-    """Share of the text that no training or selection sees: it gives the reported scores. With 0, scores come from
-    val and are marked as also used for selection."""
+    """Share of the text that neither training nor the choice of the checkpoint sees, and that the reported scores are
+    measured on. With 0, the scores are measured on val and marked as such."""
     errors: Literal["strict", "replace"] = "strict"
-    """What to do about bytes that are not UTF-8: refuse the file and say where, or replace them by U+FFFD."""
+    """What to do with bytes that are not UTF-8. strict: refuse the file and report where they are. replace: put U+FFFD
+    in their place."""
 
     @model_validator(mode="after")
-    def _fractions_leave_something_to_train(self) -> Self:
+    def _check_fractions_and_tokenizer(self) -> Self:
         if self.val_fraction + self.holdout_fraction >= 1:
             raise ValueError(
                 f"val_fraction {self.val_fraction} and holdout_fraction {self.holdout_fraction} add up to 1 or more: "
                 "nothing is left to train on; lower one of them"
             )
-        if (kind := self.tokenizer).startswith("bpe:") and not 257 <= int(kind[4:]) <= 200_000:
-            raise ValueError(f"tokenizer {kind!r}: N of bpe:N must lie between 257 and 200000")
+        if self.tokenizer.startswith("bpe:") and not 257 <= int(self.tokenizer[4:]) <= 200_000:
+            raise ValueError(f"tokenizer {self.tokenizer!r}: N of bpe:N must be between 257 and 200000")
         return self
 
 
 class ModelConfig(Section):
-    """The model's architecture. `size` gives a shape, and the other fields override it one by one."""
+    """The model's architecture. `size` gives a shape and `recipe` the components; other fields override them."""
 
     size: SizeName = "mini"
-    """A named size: nano (context 64, width 128, 4 layers), mini (128, 128, 4), small (256, 384, 6), or GPT-2's
-    four published sizes (context 1024)."""
+    """A named size: nano (context 64, width 128, 4 layers), mini (128, 128, 4), small (256, 384, 6), or one of GPT-2's
+    four published sizes (context 1024). Larger models learn more from much text and take longer."""
     context_length: Annotated[int, Field(ge=1, le=1_048_576)] | None = None
-    """Tokens the model sees at once. Left empty: the size's."""
+    """Tokens that the model sees at once. Empty: the size's."""
     emb_dim: Annotated[int, Field(ge=1, le=65_536)] | None = None
-    """Width of the embeddings and of every block. Must be divisible by n_heads. Left empty: the size's."""
+    """Width of the embeddings and of every block. Must be divisible by n_heads. Empty: the size's."""
     n_heads: Annotated[int, Field(ge=1, le=1024)] | None = None
-    """Attention heads per block. Left empty: the size's."""
+    """Attention heads per block. Empty: the size's."""
     n_layers: Annotated[int, Field(ge=1, le=1024)] | None = None
-    """Transformer blocks. Left empty: the size's."""
+    """Number of transformer blocks. Empty: the size's."""
     drop_rate: Fraction = 0.0
-    """Dropout probability. The seed's configuration uses 0.1; on a CPU dropout in attention costs speed."""
+    """Dropout probability. The book uses 0.1, which helps if a small text is read many times. On a CPU, dropout in
+    attention makes training slower."""
     qkv_bias: bool = False
     """Whether the query, key and value projections have a bias."""
     recipe: Literal["gpt2", "modern"] = "gpt2"
-    """Which parts the model is made of, where the fields below are left empty. gpt2: learned positions, layer norms,
-    GELU and biases. modern: rotary positions, RMS norms, normed embeddings, queries and keys, squared ReLU, no biases,
-    and blocks that begin as the identity; it learns faster, most of all with train.optimizer: muon."""
+    """The components of the model, as far as the fields below are empty. gpt2: learned positions, layer norms, GELU and
+    biases. modern: rotary positions, RMS norms, normed embeddings, queries and keys, squared ReLU, no biases, and
+    blocks that begin as the identity. modern learns faster, most of all with train.optimizer: muon."""
     positions: Literal["learned", "rotary"] | None = None
-    """How a token's place is told: by a vector learned for each, or by turning queries and keys, whose heads must then
-    have an even width. Empty: the recipe's."""
+    """How the model knows a token's position. learned: a learned vector per position. rotary: queries and keys are
+    rotated by an angle that depends on the position; heads must have an even width. Empty: the recipe's."""
     norm: Literal["layer", "rms"] | None = None
-    """Layer norms with gains and shifts, or RMS norms without any. Empty: the recipe's."""
+    """layer: layer norms with learned gains and shifts. rms: RMS norms with nothing learned. Empty: the recipe's."""
     activation: Literal["gelu", "relu2"] | None = None
-    """GELU or the squared ReLU between the feed-forward layers. Empty: the recipe's."""
+    """Activation between the feed-forward layers: GELU, or the square of ReLU (relu2). Empty: the recipe's."""
     qk_norm: bool | None = None
     """Whether the queries and keys of each head are normed. Empty: the recipe's."""
     emb_norm: bool | None = None
-    """Whether embeddings are normed. Empty: the recipe's."""
+    """Whether the embeddings are normed. Empty: the recipe's."""
     bias: bool | None = None
-    """Whether the blocks' other linear layers have biases. Empty: the recipe's."""
+    """Whether the linear layers of the blocks have biases, apart from queries, keys and values. Empty: the recipe's."""
     tied: bool | None = None
-    """Whether the output head is the token embedding, as in GPT-2's published weights: one matrix less to store and to
-    learn. Empty: the recipe's."""
+    """Whether the output head and the token embedding are one matrix, as in GPT-2's published weights. That is one
+    matrix less to store and to learn. Empty: the recipe's."""
     init: Literal["pytorch", "gpt2", "zero"] | None = None
-    """First weights: PyTorch's own, GPT-2's, or blocks that begin as the identity. Empty: the recipe's."""
+    """Initial weights: PyTorch's (pytorch), GPT-2's (gpt2), or blocks that begin as the identity (zero). Empty: the
+    recipe's."""
 
     def shape(self) -> dict[str, int]:
-        """context_length, emb_dim, n_heads and n_layers with the size's values filled in."""
+        """Return context_length, emb_dim, n_heads and n_layers, with the size's value for each empty field."""
         return {key: getattr(self, key) or SIZES[self.size][key] for key in _SHAPE}
 
-    def for_vocabulary(self, vocab_size: int) -> dict[str, Any]:
-        """What GPTModel is built from: the seed's dict of seven keys, and whatever parts are not the seed's."""
-        seven = {"vocab_size": vocab_size, **self.shape(), "drop_rate": self.drop_rate, "qkv_bias": self.qkv_bias}
-        seeds = RECIPES["gpt2"]
-        return {**seven, **{key: value for key, value in self.parts().items() if value != seeds[key]}}
+    def build_cfg(self, vocab_size: int) -> dict[str, Any]:
+        """Return the book's dict, from which GPTModel is built.
 
-    def parts(self) -> dict[str, Any]:
-        """The parts, with the recipe's filled in."""
-        recipe = RECIPES[self.recipe]
-        return {part: recipe[part] if (given := getattr(self, part)) is None else given for part in recipe}
+        It has the seven keys of the book (vocab_size, context_length, emb_dim, n_heads, n_layers, drop_rate, qkv_bias)
+        and every component that differs from the book's. Example for size nano and norm rms:
+
+            {"vocab_size": 257, "context_length": 64, "emb_dim": 128, "n_heads": 4, "n_layers": 4, "drop_rate": 0.0,
+             "qkv_bias": False, "norm": "rms"}
+        """
+        cfg = {"vocab_size": vocab_size, **self.shape(), "drop_rate": self.drop_rate, "qkv_bias": self.qkv_bias}
+        book = RECIPES["gpt2"]
+        return {**cfg, **{key: value for key, value in self.components().items() if value != book[key]}}
+
+    def components(self) -> dict[str, Any]:
+        """Return the option of each component, with the recipe's option for each empty field."""
+        given = {key: getattr(self, key) for key in RECIPES[self.recipe]}
+        return {key: default if given[key] is None else given[key] for key, default in RECIPES[self.recipe].items()}
 
     @model_validator(mode="after")
-    def _heads_divide_the_width(self) -> Self:
+    def _check_width_of_heads(self) -> Self:
         width, heads = self.shape()["emb_dim"], self.shape()["n_heads"]
         if width % heads:
             raise ValueError(
-                f"emb_dim {width} is not divisible by n_heads {heads}; the nearest widths that are: "
+                f"emb_dim {width} is not divisible by n_heads {heads}; the nearest widths that are divisible: "
                 f"{max(width // heads, 1) * heads} and {(width // heads + 1) * heads}"
             )
-        if self.parts()["positions"] == "rotary" and width // heads % 2:
+        if self.components()["positions"] == "rotary" and width // heads % 2:
             raise ValueError(
                 f"emb_dim {width} and n_heads {heads} make heads {width // heads} wide; rotary positions need an even "
-                "width: choose another n_heads, or positions: learned"
+                "width. Choose another n_heads, or positions: learned"
             )
         return self
 
 
 class TrainConfig(Section):
-    """How the model learns. Several budgets may be given; the first one reached ends the training."""
+    """How the model learns. With several budgets (max_...), training ends when the first one is used up."""
 
     max_steps: Count | None = 1000
-    """Updates of the weights. Not applied where only another budget is given."""
+    """Budget: updates of the weights. The default does not apply if another budget is given."""
     max_epochs: Count | None = None
-    """Passes over the train split."""
+    """Budget: passes over the train split."""
     max_tokens: Count | None = None
-    """Tokens trained on."""
+    """Budget: tokens trained on."""
     max_seconds: Annotated[Finite, Field(gt=0)] | None = None
-    """Seconds spent in updates, over every attempt. A run with this budget is not repeatable bit for bit."""
+    """Budget: seconds spent in updates, over all attempts. A training with this budget cannot be repeated bit for
+    bit."""
     session_seconds: Annotated[Finite, Field(gt=0)] | None = None
-    """Seconds after which a run saves and pauses, evaluations and saving included; the next one goes on. It makes one
-    update at least. Sessions do not change the weights. Empty: a run trains to the end."""
+    """Seconds after which a run saves a checkpoint and pauses; the next run resumes the training. The time includes
+    evaluations and saving, and a run makes at least one update. Set it to train in a time window, such as at night. It
+    does not change the weights. Empty: a run trains to the end."""
     batch_size: Annotated[int, Field(ge=1, le=65_536)] = 16
-    """Windows per forward pass."""
+    """Windows per forward pass; each window has context_length tokens. Lower it if memory runs out."""
     accumulation: Annotated[int, Field(ge=1, le=65_536)] = 1
-    """Forward passes per update: gradients of accumulation x batch_size windows are averaged."""
+    """Forward passes per update: the gradients of accumulation x batch_size windows are averaged. Raise it to learn
+    from larger batches than fit into memory."""
     stride: Annotated[int, Field(ge=1, le=1_048_576)] | None = None
-    """Tokens between the starts of two windows. Left empty: the context length, so that windows do not overlap."""
+    """Tokens between the starts of two windows. Empty: the context length, so that windows do not overlap."""
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """adamw, or muon: Muon for the matrices of the blocks and AdamW for the rest, at one learning rate."""
+    """adamw: AdamW for all weights. muon: Muon for the matrices of the blocks and AdamW for the rest, with the same
+    learning rate; it learns more from each update."""
     learning_rate: Annotated[Finite, Field(gt=0, le=10)] = 1e-3
-    """The highest learning rate of the schedule."""
+    """Highest learning rate of the schedule. Lower it if the loss diverges."""
     weight_decay: Annotated[Finite, Field(ge=0, le=10)] = 0.1
-    """Decoupled weight decay. It acts on matrices, embeddings included, and not on biases and gains."""
+    """Decoupled weight decay. Applies to matrices, including embeddings, and not to biases and gains."""
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
-    """How the learning rate falls after the warm-up: not at all, or to zero along a cosine or a line."""
+    """How the learning rate falls after the warm-up: not at all (constant), or to zero along a cosine or a line."""
     warmup_steps: Annotated[int, Field(ge=0, le=2**48)] = 0
-    """Updates over which the learning rate rises from near zero. With 0 it starts at its highest, except in a warm
-    start, which then takes the first 5 percent of the updates."""
+    """Updates over which the learning rate rises from near zero. With 0, training begins at the highest rate, but a
+    warm start (see start_from) warms up over the first 5 percent of the updates."""
     grad_clip: Annotated[Finite, Field(ge=0)] = 1.0
-    """Largest norm of the gradient; longer ones are scaled down to it. 0 switches clipping off."""
+    """Largest norm of the gradient: a gradient with a larger norm is scaled down to it. 0 turns clipping off."""
     eval_every: Count = 25
-    """Updates between two evaluations. The first is after update 1, and there is one after the last."""
+    """Updates between two evaluations. The model is also evaluated after the first update and after the last."""
     eval_batches: Count | None = 20
-    """Batches per evaluation, the same ones every time, from train and from val. Empty: the whole val split."""
+    """Batches per evaluation from each of train and val, the same batches every time. Empty: the whole val split."""
     patience: Count | None = None
-    """Stop after this many evaluations in a row without a new best validation loss. Empty: never."""
+    """Evaluations in a row without a new best val loss after which training stops. Empty: it never stops early."""
     checkpoint_seconds: Annotated[Finite, Field(gt=0)] | None = 300.0
-    """Seconds between two checkpoints. Empty: none by time."""
+    """Seconds between two checkpoints. A killed training loses about this much work at most. Empty: no checkpoints by
+    time."""
     checkpoint_steps: Count | None = None
-    """Updates between two checkpoints. Empty: none by steps."""
+    """Updates between two checkpoints. Empty: no checkpoints by updates."""
     keep_checkpoints: Annotated[int, Field(ge=1, le=1000)] = 2
-    """How many of the newest checkpoints are kept while training."""
+    """Number of the newest checkpoints that are kept during training."""
     start_from: Annotated[str, Field(pattern=r"^(scratch|champion|models:/[^/@]+(@[^/@]+|/[0-9]+))$")] = "scratch"
-    """Which weights training starts from: scratch (random ones), champion (the present champion's), or those of
-    models:/NAME/VERSION or models:/NAME@ALIAS. A warm start takes over the weights alone, with their tokenizer, and
-    the learning rate warms up again."""
+    """Weights from which training starts: scratch (random weights), champion (the current champion's), or
+    models:/NAME/VERSION or models:/NAME@ALIAS (those of a registered version). A warm start, which is any but scratch,
+    takes only the weights and their tokenizer; the learning rate warms up again."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 123
-    """Seed of the initial weights, the batch order and dropout."""
+    """Random seed of the initial weights, the order of the batches and dropout."""
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:[0-9]+)?)$")] = "auto"
-    """auto (cuda, else mps, else cpu), cpu, cuda, cuda:N or mps."""
+    """Device to train on: cpu, cuda, cuda:N, mps, or auto (cuda if available, else mps, else cpu)."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Arithmetic of the forward and backward pass. Weights and optimiser stay fp32. auto: bf16 on cuda, else fp32."""
+    """Number format of the forward and backward pass. The weights and the optimizer stay in fp32. auto: bf16 on cuda,
+    else fp32."""
     compile: Literal["auto", True, False] = "auto"
-    """Whether torch.compile fuses the blocks. auto: on cuda only; on a CPU it costs half a minute and gains nothing."""
+    """Whether torch.compile compiles the blocks. auto: on cuda only, because on a CPU it takes half a minute and makes
+    no update faster."""
     threads: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"] = "auto"
-    """CPU threads of the training on one machine; several processes there share them. auto: the cores this process may
-    use."""
+    """CPU threads of the training on one machine, which its processes share. auto: as many as the cores that this
+    process may use."""
     processes: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"] = 1
-    """Processes of this machine that train together, each on its share of every batch: batch_size must be divisible by
-    them. auto: one per GPU where device is cuda, else one. The same model is learned with any number of them, up to
-    rounding, so it may change while a training is unfinished."""
+    """Processes of this machine that train together, each on an equal share of every batch. batch_size must be
+    divisible by their number. auto: one per GPU if device is cuda, else one. Any number of processes learns the same
+    model, up to rounding, so the number may change while a training is unfinished."""
     shard: bool = False
-    """Whether several processes share out weights, gradients and optimiser, for a model that is too large for one GPU,
-    instead of each holding a copy."""
+    """Whether each of several processes holds a shard of weights, gradients and optimizer state instead of a copy. Set
+    it for a model that is too large for one GPU."""
 
     @model_validator(mode="before")
     @classmethod
-    def _another_budget_replaces_the_default_steps(cls, given: Any) -> Any:
+    def _drop_default_steps_for_another_budget(cls, given: Any) -> Any:
         if not isinstance(given, Mapping) or "max_steps" in given:
             return given
         has_other = any(given.get(key) is not None for key in ("max_epochs", "max_tokens", "max_seconds"))
         return {**given, "max_steps": None} if has_other else given
 
     @model_validator(mode="after")
-    def _some_budget_is_given(self) -> Self:
+    def _check_budget(self) -> Self:
         if self.max_steps is self.max_epochs is self.max_tokens is self.max_seconds is None:
             raise ValueError("no budget: give at least one of max_steps, max_epochs, max_tokens, max_seconds")
         return self
 
     @model_validator(mode="after")
-    def _processes_share_the_batch_and_have_devices(self) -> Self:
+    def _check_processes(self) -> Self:
         if self.processes in ("auto", 1):
             return self
-        if (wrong := uneven(self.batch_size, int(self.processes), "processes")) is not None:
-            raise ValueError(wrong)
+        if (problem := explain_uneven(self.batch_size, int(self.processes), "processes")) is not None:
+            raise ValueError(problem)
         if self.device.startswith(("mps", "cuda:")):
             raise ValueError(
-                f"processes {self.processes} and device {self.device}: one GPU is for one process; choose device: "
-                "cuda, which gives each process one, or processes: 1"
+                f"processes {self.processes} and device {self.device}: one GPU is for one process. Choose device: "
+                "cuda, which gives each process a GPU, or processes: 1"
             )
         return self
 
 
-def uneven(batch_size: int, processes: int, name: str) -> str | None:
-    """Why so many processes cannot share a batch; None where they can. `name` is what says how many they are."""
+def explain_uneven(batch_size: int, processes: int, name: str) -> str | None:
+    """Return why `processes` cannot share a batch evenly, or None if they can.
+
+    `name` is the setting that gives their number, for the message.
+    """
     if batch_size % processes == 0:
         return None
     below = next(n for n in range(min(processes, batch_size), 0, -1) if batch_size % n == 0)
     return (
-        f"batch_size {batch_size} is not divisible by {name} {processes}, which are to share it; the nearest that "
-        f"are: {name} {below}, or batch_size {-(-batch_size // processes) * processes}"
+        f"batch_size {batch_size} is not divisible by {name} {processes}, and each process needs an equal share. "
+        f"Set {name} {below}, or batch_size {-(-batch_size // processes) * processes}"
     )
 
 
 EXECUTION_KEYS = frozenset(
     {"checkpoint_seconds", "checkpoint_steps", "keep_checkpoints", "session_seconds", "processes", "shard"}
 )
-"""Keys of `train` that say how a training is carried out, not what is learned: when it is saved and paused, and by how
-many processes. They may change from one attempt to the next, and are no part of what names a training. (Other numbers
-of processes round sums differently: equal to the last bit are only trainings by as many.)"""
+"""Keys of `train` that say when a training saves and pauses and how many processes run it, but not what it learns.
+
+They may change from one attempt to the next and are not part of the run key. Weights are equal to the last bit only
+for equal numbers of processes, because another number rounds sums differently."""
 
 
 class SampleConfig(Section):
-    """Which texts the trained model writes for people to read."""
+    """The texts that the trained model writes for people to read."""
 
     prompts: Annotated[tuple[str, ...], Field(max_length=64)] = ("The", "In", "When")
-    """What the model continues. An empty prompt starts a new document."""
+    """Texts that the model continues. An empty prompt begins a new document."""
     temperatures: Annotated[tuple[Annotated[Finite, Field(ge=0, le=100)], ...], Field(min_length=1, max_length=16)] = (
         0.0,
         0.8,
     )
-    """Each prompt is continued once at each temperature; 0 takes the likeliest token every time."""
+    """Temperatures of sampling: each prompt is continued once at each. 0 always takes the most likely token; higher
+    temperatures give more varied text."""
     max_new_tokens: Annotated[int, Field(ge=1, le=100_000)] = 100
-    """Tokens written per sample."""
+    """Largest number of tokens per sample."""
     top_k: Count | None = 50
-    """Draw among this many likeliest tokens only. Empty: all."""
+    """Draws each token from this many most likely tokens only. Empty: from all tokens."""
     top_p: Annotated[Finite, Field(gt=0, le=1)] = 1.0
-    """Draw among the likeliest tokens that together reach this probability."""
+    """Draws each token from the most likely tokens that together reach this probability. 1: from all tokens."""
 
 
 class GateConfig(Section):
-    """When a new version replaces the champion: both are scored on the same held-out blocks, clean for both."""
+    """When a new version, the challenger, replaces the champion, which is the version in use.
+
+    Both are scored on the same held-out blocks, and neither was trained on any of them.
+    """
 
     margin: Annotated[Finite, Field(ge=0, le=8)] = 0.005
-    """Bits per byte by which the challenger has to be better. 0: by anything at all."""
+    """Bits per byte by which the challenger must be better. Raise it to change the champion less often. 0: any
+    improvement is enough."""
     confidence: Annotated[Finite, Field(ge=0.5, le=0.999)] = 0.95
-    """How sure of that one has to be: the one-sided confidence of a paired bootstrap over the blocks."""
+    """Confidence, between 0.5 and 0.999, with which the challenger must be better by more than the margin. It is the
+    one-sided confidence of a paired bootstrap over the blocks."""
 
 
 class RetrainConfig(Section):
-    """When a run has a reason to train, and how long the traces of a training are kept.
+    """When a run has a reason to train, and how many versions are kept.
 
-    Each run compares the text with what the newest finished training learned from, whatever became of that one. Other
-    settings are always a reason.
+    Each run compares the text with the text of the newest finished training, whether or not its model was promoted.
+    Changed settings are always a reason to train.
     """
 
     when: Literal["change", "share", "drift", "always"] = "change"
-    """What is a reason to train: any change of the text; a share of new text above min_new_share; a champion that
-    is worse on the new text than on its own holdout, by more than drift_margin; or always one."""
+    """The reason to train. change: the text changed. share: the share of new text is above min_new_share. drift: the
+    champion is worse on the new text than on its own holdout by more than drift_margin. always: every run trains."""
     min_new_share: Fraction = 0.05
-    """For when: share. The part of the text that has to be new."""
+    """With when: share. The share of the text, between 0 and 1, that must be new."""
     drift_margin: Annotated[Finite, Field(ge=0, le=8)] = 0.1
-    """For when: drift. Bits per byte by which the champion has to be worse on the new text."""
+    """With when: drift. Bits per byte by which the champion must be worse on the new text."""
     unfinished: Literal["finish", "restart"] = "finish"
-    """What to do about a training that was paused or interrupted while the text has changed since: finish it, on the
-    text that it began with, or leave it and start anew."""
+    """What to do with a paused or interrupted training if the text has changed since. finish: complete it on the text
+    that it began with. restart: leave it and train on the changed text."""
     keep: Annotated[int, Field(ge=1, le=10_000)] = 10
-    """How many of the model's newest versions keep their files. `gptflow prune` frees those of older versions, except
-    for the champion's, of what a rollback may reach, and of what kept versions were made from."""
+    """Number of the model's newest versions that keep their files. `gptflow prune` deletes the files of older versions,
+    except those of the champion, of versions that a rollback can reach, and of versions that kept versions were made
+    from."""
 
 
 class Start(Section):
-    """The weights of a registered version, from which a training starts."""
+    """The registered version with whose weights a training starts."""
 
     uri: Annotated[str, Field(pattern=r"^models:/[^/@]+/[0-9]+$")]
-    """Names the version, for people: models:/NAME/VERSION."""
+    """The version for people to read: models:/NAME/VERSION."""
     weights_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-    """Of RUN_DIR/start.safetensors."""
+    """sha256 of RUN_DIR/start.safetensors."""
 
 
 class RunConfig(Section):
-    """What RUN_DIR/config.json says: all that `python -m gptcore.train RUN_DIR` has to know."""
+    """RUN_DIR/config.json: everything that `python -m gptcore.train RUN_DIR` needs to know."""
 
     training_version: int
-    """Raised when the arithmetic of training changes; a trainer of another version refuses the directory."""
+    """Number that grows when the arithmetic of training changes. A trainer of another version refuses the directory."""
     tokens: str
-    """The token directory, absolute or relative to RUN_DIR, or a URL from which it is streamed, as in s3://BUCKET/NAME.
-    Whoever prepares the directory may have it anywhere, as on a disk that several machines share; only the files of
-    `tokens_sha256` are trained on."""
+    """The token directory: a path, absolute or relative to RUN_DIR, or a URL such as s3://BUCKET/NAME, from which the
+    tokens are streamed. The directory may be anywhere, for example on a disk that several machines share. The trainer
+    refuses files that do not match `tokens_sha256`."""
     tokens_sha256: str
-    """Identity of the token directory, compared before training."""
+    """Identity of the token directory, checked before training."""
     model: ModelConfig
     """The architecture."""
     vocab_size: Annotated[int, Field(ge=2)]
-    """Entries of the tokenizer's vocabulary."""
+    """Number of entries in the tokenizer's vocabulary."""
     train: TrainConfig
-    """Device, precision, compile, threads and processes are resolved: no auto."""
+    """Settings of the training. device, precision, compile, threads and processes are resolved, so none is auto."""
     start: Start | None = None
-    """What train.start_from was resolved to. Empty: training starts from scratch."""
+    """The version that train.start_from names. Empty: training starts from scratch."""
     run_key: str
-    """Names the training: equal keys train equal weights."""
+    """Identity of the training: trainings with equal keys learn equal weights."""
 
     @model_validator(mode="after")
-    def _nothing_is_left_to_choose(self) -> Self:
-        if open_keys := [
-            key
-            for key in ("device", "precision", "compile", "threads", "processes")
-            if getattr(self.train, key) == "auto"
-        ]:
+    def _check_resolved(self) -> Self:
+        resolved = ("device", "precision", "compile", "threads", "processes")
+        if open_keys := [key for key in resolved if getattr(self.train, key) == "auto"]:
             raise ValueError(
-                f"train.{open_keys[0]} is auto: a run directory names what was chosen, so that resuming keeps it"
+                f"train.{open_keys[0]} is auto, but a run directory must hold the resolved value, so that a resumed "
+                "training keeps it"
             )
         return self
 
     def cfg(self) -> dict[str, Any]:
-        """The seed's dict of seven keys."""
-        return self.model.for_vocabulary(self.vocab_size)
+        """Return the book's dict, from which GPTModel is built (see ModelConfig.build_cfg)."""
+        return self.model.build_cfg(self.vocab_size)

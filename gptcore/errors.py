@@ -1,20 +1,20 @@
-"""What can go wrong, by whose fault it is.
+"""The errors that a user can cause or meet.
 
-Every error that a user can cause or meet is one of these classes; the command line prints its message without a
-traceback and ends with its `exit_code`. A message says what is wrong, where, which two values disagree, and the cure.
-Mistakes of our own are `assert`s and other exceptions, and keep their tracebacks. `as_plain` and `from_plain` carry an
-error from one process to another.
+The command line prints the message of such an error without a traceback and exits with its `exit_code`. A message says
+what is wrong, where, which two values disagree, and how to fix it. Bugs of this package raise `AssertionError` or
+another exception and keep their tracebacks. `error_to_json` and `error_from_json` carry an error from one process to
+another. Only the flows raise the errors in flows/tracking/errors.py.
 """
 
 from typing import Any
 
 
 class GPTCoreError(Exception):
-    """The root. `exit_code` is 2 where the user's input is wrong and 1 otherwise."""
+    """The root of all errors here. `exit_code` is 2 if the user's input is wrong and 1 otherwise."""
 
     exit_code = 1
-    ends_at_once = False
-    """Whether a command ends without what libraries still want to do then."""
+    exits_at_once = False
+    """Whether a command exits without waiting for work that libraries do at exit."""
 
 
 class ConfigError(GPTCoreError):
@@ -30,7 +30,7 @@ class CorpusError(GPTCoreError):
 
 
 class SourceUnavailable(GPTCoreError):
-    """A remote source did not answer. The input may be right, so trying again later can help."""
+    """A remote source did not answer. The input may be right, so a retry can help."""
 
 
 class TokenizerError(GPTCoreError):
@@ -42,39 +42,39 @@ class CheckpointError(GPTCoreError):
 
 
 class ExchangeError(GPTCoreError):
-    """A model cannot be expressed in the other library's format, or its files are not what they say."""
+    """A model cannot be written in the other library's format, or its files contradict what they declare."""
 
     exit_code = 2
 
 
 class NewerFormat(CheckpointError):
-    """A newer release made it, in a format that this one does not know. It is not damaged."""
+    """A newer release wrote the directory in a format that this release does not know. The directory is not damaged."""
 
 
 class DiskFull(GPTCoreError):
-    """A file could not be written for want of space. What was committed before is intact."""
+    """The disk had no space for a file. Every directory that was committed before is intact."""
 
 
 class TrainingDiverged(GPTCoreError):
-    """The loss or a gradient is infinite or not a number. Raised before the update: the weights are still finite."""
+    """The loss or a gradient is infinite or not a number. Raised before the update, so the weights are still finite."""
 
     def __init__(self, message: str, step: int) -> None:
         super().__init__(message)
         self.step = step
-        """Updates completed before the one that would have diverged."""
+        """Number of updates completed before the one that would have diverged."""
 
 
 class RankLost(GPTCoreError):
-    """Another process of the same training died or cannot be reached. Starting all of them again helps."""
+    """Another process of the same training died or cannot be reached. Restarting all processes helps."""
 
 
-def as_plain(error: GPTCoreError) -> dict[str, Any]:
-    """The error as JSON."""
+def error_to_json(error: GPTCoreError) -> dict[str, Any]:
+    """Return the error as an object for JSON: class name, message and, for TrainingDiverged, the step."""
     return {"error": type(error).__name__, "message": str(error), "step": getattr(error, "step", None)}
 
 
-def from_plain(body: dict[str, Any]) -> GPTCoreError:
-    """The inverse of `as_plain`; an error of a class that is not one of these is a plain GPTCoreError."""
+def error_from_json(body: dict[str, Any]) -> GPTCoreError:
+    """Return the error that `error_to_json` wrote. A class that this module does not define becomes GPTCoreError."""
     if body["error"] == TrainingDiverged.__name__:
         return TrainingDiverged(body["message"], body["step"])
     kind = globals().get(body["error"])

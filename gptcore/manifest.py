@@ -1,11 +1,19 @@
 """Directories that are complete or do not exist.
 
-Every step of the pipeline leaves a directory behind: a corpus snapshot, token files, a checkpoint, an evaluation. Each
-is filled under a temporary name beside its goal; its manifest (size and sha256 of every file) is written last; all of
-it is flushed to disk; and one rename commits it. A process killed in between leaves a `.tmp-` directory that nobody
-reads and that the next one sweeps up. No step needs clean-up code to be correct.
+Every step of the pipeline writes a directory: a corpus snapshot, token files, a checkpoint, an evaluation. The step
+fills it under a temporary name in the same parent directory. `commit` then writes the manifest, which has the size and
+sha256 of every file, flushes everything to disk, and renames the directory. A killed process leaves a `.tmp-` directory
+that nothing reads and that the next process removes. So no step needs clean-up code to be correct. Example:
 
-    {"format": 7, "sha256": of this text without the digest, "files": {name: {"bytes", "sha256"}}, "about": {...}}
+    with manifest.stage(parent) as staged:
+        (staged / "scores.json").write_text(scores)
+        manifest.commit(staged, parent / name, {"kind": "evaluation"})
+
+The manifest, whose own sha256 is that of its text without the digest:
+
+    {"format": 7, "sha256": "...", "files": {"scores.json": {"bytes": 12, "sha256": "..."}}, "about": {...}}
+
+What each directory holds is up to the modules that write it.
 """
 
 import contextlib
@@ -25,60 +33,64 @@ from gptcore.errors import CheckpointError, DiskFull, NewerFormat
 
 MANIFEST = "manifest.json"
 FORMAT = 7
-"""What is written. One flipped bit makes no larger digit of a 7, and no 1: damage never passes for another format."""
+"""The format that this release writes. A flipped bit turns a 7 neither into a 1 nor into a larger digit, so a damaged
+manifest never passes for one of another format."""
 _UNSEALED = 1
-"""The only earlier format, without a checksum of the manifest itself. It is still read."""
+"""The only earlier format: it has no checksum of the manifest itself. This release still reads it."""
 TEMPORARY = ".tmp-"
-"""How the names of half-made directories begin."""
+"""Prefix of the names of incomplete directories."""
 _STALE_SECONDS = 24 * 3600
 
 
 def sha256_of(value: Any) -> str:
-    """Hex sha256 of `value` as canonical JSON (sorted keys, no spaces): equal values have equal hashes."""
+    """Return the hex sha256 of `value` as canonical JSON (sorted keys, no spaces). Equal values have equal hashes."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def sha256_of_file(path: Path) -> str:
-    """Hex sha256 of a file's bytes, read in pieces."""
+    """Return the hex sha256 of a file's bytes. Reads a little of the file at a time."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager
-def staging(parent: Path) -> Iterator[Path]:
-    """A temporary directory inside `parent`, removed on exit unless `commit` has renamed it away.
+def stage(parent: Path) -> Iterator[Path]:
+    """Make a temporary directory inside `parent`, and remove it on exit unless `commit` or `adopt` has renamed it.
 
-    Raises DiskFull, with the bytes written and free, if what fills the directory runs out of space.
+    Raises DiskFull, with the bytes written and the bytes free, if the code inside runs out of disk space.
     """
     parent.mkdir(parents=True, exist_ok=True)
     directory = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=parent))
     try:
-        with full_disk_named(directory):
+        with report_full_disk(directory):
             yield directory
     finally:
         shutil.rmtree(directory, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def full_disk_named(directory: Path) -> Iterator[None]:
-    """Turns the lack of space into DiskFull, with the bytes that `directory` holds so far and those that are free."""
+def report_full_disk(directory: Path) -> Iterator[None]:
+    """Raise DiskFull, with the bytes that `directory` holds so far and the bytes free, if the code inside lacks space.
+
+    Other exceptions pass.
+    """
     try:
         yield
     except Exception as error:
         if is_out_of_space(error):
-            raise DiskFull(_out_of_space(directory)) from None
+            raise DiskFull(_describe_full_disk(directory)) from None
         raise
 
 
 def is_out_of_space(error: BaseException) -> bool:
-    """Whether the system had no room for what was to be written."""
-    # safetensors reports the operating system's errors in its own class, by number.
+    """Whether the error says that the disk or the quota is full."""
+    # safetensors reports the operating system's errors in its own class, with their numbers.
     by_number = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     return by_number or f"os error {errno.ENOSPC}" in str(error)
 
 
-def _out_of_space(directory: Path) -> str:
+def _describe_full_disk(directory: Path) -> str:
     written = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
     free = shutil.disk_usage(directory.parent).free
     return (
@@ -88,25 +100,26 @@ def _out_of_space(directory: Path) -> str:
 
 
 def commit(staged: Path, goal: Path, about: Mapping[str, Any]) -> Path:
-    """Writes the manifest into `staged`, flushes everything and renames it to `goal`.
+    """Write the manifest into `staged`, flush everything to disk, rename `staged` to `goal` and return `goal`.
 
-    `about` is what the directory is about, as JSON; it is kept in the manifest. If `goal` exists already, it was made
-    from the same inputs: it stays, and what was staged is dropped by `staging`.
+    `about` describes the directory as an object for JSON; the manifest keeps it. If `goal` exists already, it was made
+    from the same inputs: `goal` stays, and `stage` removes `staged`.
     """
     files = sorted(path for path in staged.rglob("*") if path.is_file())
-    with ThreadPoolExecutor() as threads:  # hashing keeps a core busy and flushing the disk
-        entries = list(threads.map(_flushed_entry, files))
+    with ThreadPoolExecutor() as threads:  # hashing uses the CPU while flushing uses the disk
+        entries = list(threads.map(_flush_and_hash, files))
     listed = {path.relative_to(staged).as_posix(): entry for path, entry in zip(files, entries)}
-    (staged / MANIFEST).write_text(_sealed({"files": listed, "about": dict(about)}))
+    (staged / MANIFEST).write_text(_seal({"files": listed, "about": dict(about)}))
     for path in [staged / MANIFEST, *(p for p in staged.rglob("*") if p.is_dir()), staged]:
         flush(path)
     return _publish(staged, goal)
 
 
 def adopt(staged: Path, goal: Path) -> Path:
-    """Renames `staged`, a copy of a committed directory from elsewhere with its manifest, to `goal`.
+    """Check and flush `staged`, rename it to `goal` and return `goal`.
 
-    Raises CheckpointError, and publishes nothing, if a file is not what the manifest says.
+    `staged` is a copy of a directory that was committed elsewhere, with its manifest. Raises CheckpointError, and
+    publishes nothing, if a file differs from the manifest.
     """
     verify(staged)
     for path in [*(p for p in staged.rglob("*")), staged]:
@@ -126,18 +139,18 @@ def _publish(staged: Path, goal: Path) -> Path:
     return goal
 
 
-def _flushed_entry(path: Path) -> dict[str, Any]:
+def _flush_and_hash(path: Path) -> dict[str, Any]:
     flush(path)
     return {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
 
 
-def _sealed(body: Mapping[str, Any]) -> str:
+def _seal(body: Mapping[str, Any]) -> str:
     text = json.dumps({"format": FORMAT, "sha256": "", **body}, indent=1, allow_nan=False) + "\n"
     return text.replace('"sha256": ""', f'"sha256": "{hashlib.sha256(text.encode()).hexdigest()}"', 1)
 
 
 def flush(path: Path) -> None:
-    """fsync of a file or a directory."""
+    """Force a file or a directory to disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -146,17 +159,20 @@ def flush(path: Path) -> None:
 
 
 def is_committed(directory: Path) -> bool:
-    """Whether `directory` was published whole. (The rename is the commit, so the manifest's presence is enough.)"""
+    """Whether `directory` is complete. The rename is the commit, so the presence of the manifest is enough."""
     return (directory / MANIFEST).is_file()
 
 
-def about(directory: Path) -> dict[str, Any]:
-    """What the manifest says the directory is about. Raises CheckpointError where there is no readable manifest."""
+def read_about(directory: Path) -> dict[str, Any]:
+    """Return the `about` that was given to `commit`. Raises CheckpointError if no manifest can be read."""
     return _read(directory)["about"]
 
 
-def names(directory: Path) -> list[str]:
-    """The files that the manifest lists. Raises CheckpointError as `about` does, and if one leads out of it."""
+def list_files(directory: Path) -> list[str]:
+    """Return the names of the files that the manifest lists, relative to `directory`.
+
+    Raises CheckpointError if no manifest can be read, or if a name leads out of the directory.
+    """
     listed = list(_read(directory)["files"])
     for name in listed:
         _check_inside(directory, name)
@@ -164,9 +180,10 @@ def names(directory: Path) -> list[str]:
 
 
 def verify(directory: Path) -> dict[str, Any]:
-    """Checks size and sha256 of every file against the manifest and returns `about`.
+    """Check size and sha256 of every file against the manifest and return its `about`.
 
-    Raises CheckpointError naming the first file that is missing or altered. Files that are not listed do not count.
+    Raises CheckpointError with the first file that is missing or altered. Ignores files that the manifest does not
+    list.
     """
     body = _read(directory)
     for name, listed in body["files"].items():
@@ -194,14 +211,14 @@ def _read(directory: Path) -> dict[str, Any]:
         if (number := body["format"]) > FORMAT:
             raise NewerFormat(
                 f"{path} has format {number}, this release reads formats {_UNSEALED} and {FORMAT}: a newer release "
-                "made it. Use that one."
+                "made it. Use the newer release."
             )
         if number != _UNSEALED:
             _check_seal(data, body)
         if not isinstance(body["files"], dict) or not isinstance(body["about"], dict):
             raise TypeError("'files' and 'about' must be objects")
     except (FileNotFoundError, NotADirectoryError):
-        raise CheckpointError(f"{directory} has no {MANIFEST}: it was never completed.") from None
+        raise CheckpointError(f"{directory} has no {MANIFEST}: the directory was never completed.") from None
     except (ValueError, KeyError, TypeError, RecursionError, IsADirectoryError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from None
     return body
@@ -209,14 +226,14 @@ def _read(directory: Path) -> dict[str, Any]:
 
 def _check_seal(data: bytes, body: Mapping[str, Any]) -> None:
     if body["format"] != FORMAT:
-        raise ValueError(f"there is no format {body['format']}")
+        raise ValueError(f"format {body['format']} does not exist")
     digest = hashlib.sha256(data.replace(str(body["sha256"]).encode(), b"", 1)).hexdigest()
     if digest != body["sha256"]:
-        raise ValueError(f"its text has sha256 {digest}, and says {body['sha256']}")
+        raise ValueError(f"its text has sha256 {digest}, but it says {body['sha256']}")
 
 
 def remove(directory: Path) -> None:
-    """Removes a committed directory such that it is whole or gone at every instant."""
+    """Remove a committed directory. At every instant the directory is complete or gone."""
     doomed = directory.with_name(f"{TEMPORARY}removed-{directory.name}")
     shutil.rmtree(doomed, ignore_errors=True)
     directory.rename(doomed)
@@ -224,19 +241,19 @@ def remove(directory: Path) -> None:
 
 
 def sweep(parent: Path, older_than_seconds: float = _STALE_SECONDS) -> None:
-    """Removes what killed processes left half-made inside `parent`, from a certain age on."""
-    for leftover in stale(parent, older_than_seconds):
+    """Remove what killed processes left incomplete inside `parent`, if it is old enough."""
+    for leftover in list_stale(parent, older_than_seconds):
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
         else:
             leftover.unlink(missing_ok=True)
 
 
-def stale(parent: Path, older_than_seconds: float = _STALE_SECONDS) -> list[Path]:
-    """What `sweep` would remove."""
-    found = []
+def list_stale(parent: Path, older_than_seconds: float = _STALE_SECONDS) -> list[Path]:
+    """List what `sweep` would remove."""
+    leftovers = []
     for leftover in parent.glob(f"{TEMPORARY}*"):
         with contextlib.suppress(OSError):
             if time.time() - leftover.stat().st_mtime >= older_than_seconds:
-                found.append(leftover)
-    return found
+                leftovers.append(leftover)
+    return leftovers

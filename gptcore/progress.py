@@ -1,6 +1,7 @@
-"""How far a step over a large text has come, said every few seconds through Python's logging.
+"""Progress of a step over a large text, logged every 5 seconds.
 
-Whoever runs the step decides where the records of the logger `gptcore.progress` are shown; a small text gives none.
+The records go to the logger `gptcore.progress`. The caller of the step decides where they are shown. A step that takes
+less than 5 seconds logs nothing.
 """
 
 import logging
@@ -9,27 +10,30 @@ import time
 LOGGER = logging.getLogger("gptcore.progress")
 
 _SECONDS = 5.0
-"""Between two records, and before the first."""
+"""Seconds between two records, and before the first one."""
 
 
 class Progress:
-    """One pass over a text, told of each piece."""
+    """One pass over a text. Counts bytes and logs records such as `read 200 of 1,000 MB, 40.0 MB/s, 20 s left`."""
 
     def __init__(self, step: str, doing: str, total_bytes: int | None = None) -> None:
-        """`doing` begins the sentence, as in `read`; `total_bytes` where it is known beforehand."""
+        """Start the clock. `step` is an attribute of each record; `doing` is the first word of its text, as in `read`.
+
+        `total_bytes` is None if it is not known beforehand.
+        """
         self._step, self._doing, self._total = step, doing, total_bytes
         self._done = 0
-        self._began = self._said = time.monotonic()
+        self._started = self._last_logged = time.monotonic()
 
     def add(self, num_bytes: int) -> None:
-        """So many bytes more are done."""
+        """Count `num_bytes` more bytes as done, and log a record if one is due."""
         self._done += num_bytes
         now = time.monotonic()
-        if now - self._said >= _SECONDS:
-            self._said = now
-            LOGGER.info(self._sentence(now - self._began), extra={"step": self._step})
+        if now - self._last_logged >= _SECONDS:
+            self._last_logged = now
+            LOGGER.info(self._describe(now - self._started), extra={"step": self._step})
 
-    def _sentence(self, seconds: float) -> str:
+    def _describe(self, seconds: float) -> str:
         rate = self._done / seconds
         if self._total is None:
             return f"{self._doing} {self._done / 1e6:,.0f} MB, {rate / 1e6:,.1f} MB/s"

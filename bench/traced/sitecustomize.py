@@ -1,7 +1,7 @@
-"""Records what every Python process of a run of the tests spends its time on. See bench/suite.py.
+"""Records how every Python process of a run of the tests spends its time. See bench/suite.py.
 
 Python imports a module of this name at its start. Each event is one line that is appended at once to the file that
-SUITE_TRACE names, so that a process that is killed has told what it did until then.
+SUITE_TRACE names, so the events of a killed process are recorded up to the kill.
 """
 
 import atexit
@@ -22,11 +22,11 @@ WATCHED = {
 _slept = 0.0
 _being_found: set[str] = set()
 _within: list[list[float]] = []
-"""Wall and processor seconds of imports inside each import that is under way."""
+"""Wall and processor seconds of the imports inside each unfinished import."""
 
 
 def tell(kind: str, **values: Any) -> None:
-    """Appends one event."""
+    """Append one event."""
     line = json.dumps({"kind": kind, "pid": os.getpid(), **values}) + "\n"
     file = os.open(FILE, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     os.write(file, line.encode())
@@ -34,7 +34,7 @@ def tell(kind: str, **values: Any) -> None:
 
 
 class Watcher:
-    """Finds the modules to be watched, and times their execution without that of others among them."""
+    """Finds the watched modules, and times their execution without that of other watched modules inside them."""
 
     @staticmethod
     def find_spec(name: str, path: Any = None, target: Any = None) -> Any:

@@ -1,0 +1,248 @@
+"""The decision card: one page of Markdown that says what a retraining decided, and why.
+
+It has two kinds of readers. Those who only want to know what happened find plain words and a picture at the top. Those
+who doubt the verdict find the numbers and their sources below. A card is a function of its arguments: nothing is looked
+up here. retrain/decision_card.py gathers the arguments and stores the card.
+"""
+
+import re
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from flows.cards.verdict import SOURCES_OVERRIDDEN, WITHDRAWN, Verdict
+from gptcore.config import GateConfig
+from gptcore.evaluation.compare import MIN_BLOCKS
+from gptcore.evaluation.run_report import Scores
+from gptcore.evaluation.samples import Sample
+from gptcore.training.run_directory import Result
+
+Rows = Sequence[tuple[str, str]]
+
+FACTS = ("tokenizer", "parameters", "training", "corpus")
+"""Facts about each model in the comparison, besides its score."""
+_MOST_CHARS = 600
+"""Most characters of a sample on the card; samples.json has the whole text."""
+_SAMPLE_WIDTH, _VALUE_WIDTH, _FACT_WIDTH = 36, 72, 30
+"""Characters per line. Prefect's UI breaks no line inside a table, and cuts off what is too wide."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two models: a column of the card."""
+
+    version: str
+    link: str
+    """Markdown link to the version."""
+    facts: dict[str, str]
+    """Those of `FACTS` that are known."""
+    samples: Sequence[Sample]
+    problem: str = ""
+    """Why facts or samples are missing; empty if they are not."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """All that the card shows."""
+
+    model_name: str
+    verdict: Verdict
+    gate: GateConfig
+    challenger: Side
+    champion: Side | None
+    """None for a first version."""
+    changes: Rows | None
+    """What changed in the corpus since the previous training; None for the first training."""
+    scores: Scores
+    result: Result
+    pictures: Sequence[tuple[str, Path]]
+    """A heading and a PNG each."""
+    links: Rows
+    """Names with values in Markdown."""
+
+    @property
+    def title(self) -> str:
+        """Return model, version and verdict."""
+        return f"{self.model_name} version {self.challenger.version}: {_decision(self.verdict)}"
+
+
+def list_scores(scores: Scores) -> list[tuple[str, str]]:
+    """List the reported bits per byte, and the scores of simple models on the same text."""
+    reported, simple = scores.reported, scores.baselines
+    note = " (also used for selection)" if reported.also_used_for_selection else ""
+    primed = "with the training text" if simple.primed_bytes else "primed"
+    return [
+        (f"{reported.side} bits per byte", f"{reported.bits_per_byte:.4f}{note}"),
+        ("xz -9e, primed " + primed, f"{simple.xz_primed_bits_per_byte:.4f}"),
+        ("xz -9e alone", f"{simple.xz_bits_per_byte:.4f}"),
+        ("unigram model", f"{simple.unigram_bits_per_byte:.4f}"),
+        ("uniform model", f"{simple.uniform_bits_per_byte:.4f}"),
+    ]
+
+
+def list_details(scores: Scores, result: Result) -> list[tuple[str, str]]:
+    """List how the model was trained, and its score in other units."""
+    reported = scores.reported
+    return [
+        ("loss, perplexity", f"{reported.loss:.4f} nats per token, {reported.perplexity:,.1f}"),
+        ("top-1, top-5 accuracy", f"{reported.top1:.1%}, {reported.top5:.1%}"),
+        ("scored", f"{reported.tokens:,} tokens, {reported.bytes:,} bytes, {reported.blocks:,} blocks"),
+        ("best val loss", f"{result.best_val_loss:.4f} nats per token at step {result.best_step:,}"),
+        ("trained", f"{result.tokens_seen:,} tokens, {result.steps:,} steps, {result.seconds:.1f} s in updates"),
+        ("ended by", result.stopped_by),
+    ]
+
+
+def explain_verdict(verdict: Verdict, version: str) -> str:
+    """Explain verdict and reason in one or two sentences for readers who know none of the terms."""
+    new, old = f"Version {version}", f"version {verdict.champion_version}"
+    stays = f"{old} stays champion" if verdict.champion_version else "there is still no champion"
+    loses = f"{new} does not become champion, the version in use."
+    difference = _format_difference(verdict)
+    sentences = {
+        "beats unigram": f"{new} is the first champion, the version in use. It predicts unseen text better than word "
+        "frequencies alone do.",
+        "does not beat unigram": f"{loses} It predicts unseen text no better than word frequencies alone do.",
+        "better": f"{new} is the new champion, the version in use. It predicts unseen text better than {old}"
+        f"{difference}, and chance hardly explains the difference.",
+        "worse": f"{loses} It predicts unseen text worse than {old}{difference}.",
+        "tie within noise": f"{loses} It predicts unseen text about as well as {old}{difference}, so the "
+        "difference may be chance.",
+        "not finite": f"{loses} Its score is not a finite number, so it cannot be compared and {stays}.",
+        "insufficient evidence": f"{loses} Too little text that neither model has learned from is left to tell which "
+        f"is better, so {stays}.",
+        SOURCES_OVERRIDDEN: f"{new} was an experiment with other text than the pipeline's own, so it did not compete "
+        f"to be the version in use: {stays}.",
+        WITHDRAWN: f"{loses} A person has already withdrawn the same model by a rollback, so {stays}.",
+    }
+    return sentences.get(verdict.kind, f"{new} was {_decision(verdict)}: {verdict.kind}.")
+
+
+def render_card(card: Card, address: Callable[[Path], str]) -> str:
+    """Render the card as Markdown. `address` returns the link to the picture at a path."""
+    parts = [
+        f"# {escape(card.title)}",
+        f"**{escape(explain_verdict(card.verdict, card.challenger.version))}**",
+        escape(card.verdict.reason[:1].upper() + card.verdict.reason[1:]) + ".",
+        "## Challenger against champion" if card.champion else "## The first version",
+        _render_comparison(card),
+        _render_pairs("what the verdict rests on", _list_evidence(card)),
+        *_render_changes(card),
+        *(f"## {heading}\n\n![{heading}]({address(path)})" for heading, path in card.pictures),
+        "## Samples",
+        _render_samples(card),
+        "## Compared with simple models",
+        _render_pairs("on all held-out text", list_scores(card.scores)),
+        "## In detail",
+        _render_pairs("the training and its score", list_details(card.scores, card.result)),
+        "## Where things are",
+        render_table(("what", "where"), card.links),
+    ]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def escape(plain: str, width: int | None = None) -> str:
+    """Escape plain text, so that Markdown shows it letter by letter, also in a table. Breaks lines at `width`.
+
+    For example, `escape("a | b")` returns `a \\| b`.
+    """
+    lines = re.split(r"\r\n|\r|\n", plain)
+    if width:
+        lines = [part for line in lines for part in textwrap.wrap(line, width, drop_whitespace=False) or [""]]
+    escaped = (re.sub(r"([\\`*_\[\]#|~$])", r"\\\1", line) for line in lines)
+    return "<br>".join(line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;") for line in escaped)
+
+
+def render_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Render a Markdown table. The cells are Markdown already. Returns an empty string if there are no rows."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
+    return "\n".join(lines) if rows else ""
+
+
+def _render_pairs(heading: str, rows: Rows) -> str:
+    """Render a table of names and values, both plain text."""
+    return render_table((heading, ""), [(escape(name), escape(value, _VALUE_WIDTH)) for name, value in rows])
+
+
+def _render_changes(card: Card) -> list[str]:
+    """Render the section about the corpus; no section if its changes are not known."""
+    heading = "## What changed in the corpus"
+    if card.changes is None:
+        return [] if card.champion else [heading, "This is the first training, so there is nothing to compare with."]
+    return [heading, _render_pairs("since the previous training", card.changes) or "Nothing."]
+
+
+def _decision(verdict: Verdict) -> str:
+    return "promoted" if verdict.promoted else "rejected"
+
+
+def _format_difference(verdict: Verdict) -> str:
+    """Format the relative difference of the scores, for example " (5.3% fewer bits to encode it)"."""
+    if not verdict.champion_bits_per_byte:
+        return ""
+    share = 1 - verdict.bits_per_byte / verdict.champion_bits_per_byte
+    return f" ({abs(share):.1%} {'fewer' if share >= 0 else 'more'} bits to encode it)"
+
+
+def _render_comparison(card: Card) -> str:
+    """Render a table with a column for each model."""
+    verdict, sides = card.verdict, [side for side in (card.challenger, card.champion) if side]
+    score = verdict.champion_bits_per_byte
+    scores = [f"{verdict.bits_per_byte:.4f}", "not compared" if score is None else f"{score:.4f}"]
+    rows = [
+        ("version", *(side.link for side in sides)),
+        ("bits per byte, lower is better", *scores[: len(sides)]),
+        *((fact, *(escape(side.facts.get(fact, "unknown"), _FACT_WIDTH) for side in sides)) for fact in FACTS),
+    ]
+    return render_table(("", "challenger", "champion")[: 1 + len(sides)], rows)
+
+
+def _list_evidence(card: Card) -> list[tuple[str, str]]:
+    """List the numbers that the verdict rests on."""
+    verdict, rows = card.verdict, []
+    if verdict.champion_bits_per_byte is not None:
+        gain = verdict.champion_bits_per_byte - verdict.bits_per_byte
+        condition = f"to win, the whole interval must be above {card.gate.margin:g}"
+        rows.append(("improvement", f"{gain:.4f} bits per byte; {condition}"))
+    if verdict.low is not None and verdict.high is not None:
+        confidence = f"each bound with {card.gate.confidence:.4g} confidence"
+        rows.append(("interval", f"from {verdict.low:.4f} to {verdict.high:.4f}, {confidence}"))
+    elif verdict.champion_bits_per_byte is not None:
+        rows.append(("interval", f"none: it needs at least {MIN_BLOCKS} blocks and finite scores"))
+    if verdict.blocks:
+        which = "that neither model has trained on" if card.champion else "that the model has not trained on"
+        rows.append(("scored on", f"{verdict.blocks:,} blocks, {verdict.bytes:,} bytes of text {which}"))
+    if verdict.champion_bits_per_byte is not None:
+        why = "held-out text that one of the models may have trained on, or that shares 200 bytes with such text"
+        rows.append(("left out", f"{verdict.excluded_bytes:,} bytes: {why}"))
+    if verdict.unknown:
+        rows.append(("unknown", f"what {verdict.unknown}"))
+    return rows
+
+
+def _render_samples(card: Card) -> str:
+    """Render a column of samples for each model, made with the same prompts, temperatures and seeds."""
+    champion = card.champion
+    champion_samples = champion.samples if champion else ()
+    names = [f"version {card.challenger.version}"]
+    if champion and champion_samples:
+        names.append(f"version {champion.version}")
+    rows = [
+        [
+            f"{escape(sample.prompt, _FACT_WIDTH) or 'a new document'}<br>temperature {sample.temperature:g}",
+            *(_render_sample(column) for column in (sample, *champion_samples[number : number + 1])),
+        ]
+        for number, sample in enumerate(card.challenger.samples)
+    ]
+    parts = [render_table(("prompt", *names), rows)]
+    if champion and champion.problem:
+        parts.append(f"The champion's samples are missing: {escape(champion.problem)}.")
+    return "\n\n".join(filter(None, parts))
+
+
+def _render_sample(sample: Sample) -> str:
+    if not sample.text.strip():
+        return "*only white space*" if sample.text else "*ended at once*"
+    more = " …" if len(sample.text) > _MOST_CHARS else ""
+    return escape(sample.text[:_MOST_CHARS], _SAMPLE_WIDTH) + more

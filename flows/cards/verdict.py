@@ -1,0 +1,64 @@
+"""The gate's verdict on a challenger, as plain values that the cards and the registry share.
+
+flows/registry/gate.py decides the verdict, and decision.py explains it to people.
+"""
+
+from dataclasses import dataclass, field
+
+from gptcore.evaluation.compare import Comparison
+
+SOURCES_OVERRIDDEN = "sources overridden"
+"""Kind of an experiment's verdict: the version learned from other sources than its pipeline's."""
+WITHDRAWN = "withdrawn"
+"""Kind of the verdict on a version whose weights a person has rolled back."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the gate decided about a challenger, and why."""
+
+    promoted: bool
+    kind: str
+    """One of better, worse, tie within noise, not finite, insufficient evidence, sources overridden, withdrawn. For a
+    first version: beats unigram, does not beat unigram, not finite."""
+    reason: str
+    """A sentence with the numbers."""
+    bits_per_byte: float
+    """The challenger's score. NaN if no block was clean for both models."""
+    champion_bits_per_byte: float | None = None
+    """The champion's score on the same text; None if it was not scored."""
+    champion_version: str | None = None
+    low: float | None = None
+    """Lower bound of the improvement in bits per byte, one-sided at the configured confidence."""
+    high: float | None = None
+    """Upper bound of the improvement, one-sided at the same confidence."""
+    blocks: int = 0
+    bytes: int = 0
+    """Bytes of text that were scored."""
+    excluded_bytes: int = 0
+    """Bytes of held-out text that one of the two models may have learned from."""
+    unknown: str = ""
+    """The training text that could not be checked, and why; empty if all of it was checked."""
+    comparison: Comparison | None = field(default=None, repr=False, compare=False)
+    """The comparison, if this process has scored champion and challenger."""
+    gains: tuple[float, ...] = field(default=(), repr=False, compare=False)
+    """Bits per byte that the challenger saves on each block. The version's tags do not keep them."""
+
+    def to_tags(self) -> dict[str, str]:
+        """Return the tags that keep the verdict on the version."""
+        numbers = {
+            "gate_bits_per_byte": self.bits_per_byte,
+            "gate_champion_bits_per_byte": self.champion_bits_per_byte,
+            "gate_low": self.low,
+            "gate_high": self.high,
+        }
+        return {
+            "reason": self.reason,
+            "gate_kind": self.kind,
+            "gate_champion_version": self.champion_version or "",
+            **{key: "" if value is None else f"{value:.6f}" for key, value in numbers.items()},
+            "gate_blocks": str(self.blocks),
+            "gate_bytes": str(self.bytes),
+            "gate_excluded_bytes": str(self.excluded_bytes),
+            "gate_unknown": self.unknown,
+        }

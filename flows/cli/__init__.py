@@ -1,0 +1,267 @@
+"""The command line `gptflow`: the commands that train, serve and generate.
+
+Each command imports what it needs when it runs, so that help and wrong input are answered at once. See registry.py and
+exchange.py for the commands about registered versions, and exit.py for error messages and exit codes.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from flows.cli import exchange, exit, registry
+from flows.cli.options import (
+    FILE,
+    JSON,
+    LIMIT,
+    QUANTIZE,
+    SET,
+    RunCommand,
+    load_pipeline,
+    load_pipelines_file,
+    open_state_root,
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="gptflow")
+def cli() -> None:
+    """Retrain GPT models when their text changes, and use the best version so far: the champion.
+
+    The champion of a model is the version that the alias @champion names, as in models:/gpt-quickstart@champion. After
+    each training the gate compares the new version with the champion, and promotes it if it is clearly better. Both are
+    measured in bits per byte on the holdout. The holdout is text that neither version was trained on. Bits per byte say
+    how many bits a model needs to encode one byte of text: fewer are better.
+
+    Begin with `gptflow run quickstart`.
+    """
+
+
+for _command in (*registry.COMMANDS, *exchange.COMMANDS):
+    cli.add_command(_command)
+
+
+@cli.command("run", cls=RunCommand, short_help="Retrain a pipeline now.")
+@click.argument("pipeline", default="quickstart")
+@SET
+@click.option("--force", is_flag=True, help="Train again even if nothing has changed.")
+@FILE
+@JSON
+def retrain(pipeline: str, overrides: tuple[str, ...], force: bool, file: str | None, json: bool) -> None:
+    """Retrain PIPELINE now: read its text, then train a model, evaluate it and register it as a version.
+
+    PIPELINE is a name in pipelines.yaml (default: quickstart). The run ends at once if there is no reason to train,
+    such as new text or new settings.
+
+    Example: gptflow run quickstart --set train.max_steps=100
+    """
+    from flows.cli.run import launch
+    from flows.config.pipelines import overrides_sources
+
+    loaded, root = load_pipeline(pipeline, overrides, file)
+    launch(loaded, root, force, json, overrides_sources(overrides))
+
+
+@cli.command(short_help="Run all pipelines by their schedules, on an existing server.")
+@LIMIT
+@FILE
+@click.option("--reconcile", is_flag=True, hidden=True, help="End runs of this state root that a crash left.")
+def serve(limit: int, file: str | None, reconcile: bool) -> None:
+    """Register the deployments of all pipelines at PREFECT_API_URL, and run them on this machine until Ctrl-C.
+
+    A deployment lets Prefect start runs of a pipeline: by its schedule, by a trigger, or from Prefect's UI.
+    """
+    pipelines, root = load_pipelines_file(file, run_here=True)
+    root.set_environment()
+    if "PREFECT_API_URL" not in os.environ:
+        raise click.UsageError("PREFECT_API_URL is not set: name a Prefect server, or start one with `gptflow up`")
+    from flows.deployments.serve import serve as serve_pipelines
+
+    serve_pipelines(pipelines, root, limit, reconcile)
+
+
+@cli.command(short_help="Let the workers of a Prefect work pool run all pipelines.")
+@click.option("--work-pool", required=True, metavar="POOL", help="Work pool whose workers run the deployments.")
+@click.option("--image", help="Container image with gptflow installed, which the pool's workers start.")
+@FILE
+def deploy(work_pool: str, image: str | None, file: str | None) -> None:
+    """Register the deployments of all pipelines at PREFECT_API_URL, so that the workers of a work pool run them.
+
+    A deployment lets Prefect start runs of a pipeline: by its schedule, by a trigger, or from Prefect's UI.
+    """
+    pipelines, root = load_pipelines_file(file)
+    if "PREFECT_API_URL" not in os.environ:
+        raise click.UsageError("PREFECT_API_URL is not set: name the Prefect server that has the work pool")
+    root.set_environment()
+    from flows.deployments.work_pool import deploy as deploy_pipelines
+
+    deploy_pipelines(pipelines, root, work_pool, image)
+
+
+@cli.command(short_help="Start all servers, and run all pipelines by their schedules.")
+@click.option(
+    "--prefect-port", default=4200, show_default=True, type=click.IntRange(1, 65535), help="Port of Prefect's server."
+)
+@click.option(
+    "--mlflow-port", default=5000, show_default=True, type=click.IntRange(1, 65535), help="Port of MLflow's server."
+)
+@click.option(
+    "--database",
+    metavar="URL",
+    help="PostgreSQL database for the tables of Prefect and MLflow: postgresql://USER@HOST/NAME. "
+    "Set its password as PGPASSWORD.",
+)
+@click.option("--artifacts", metavar="URL", help="Object store for the files of versions and runs: s3://BUCKET/PREFIX.")
+@LIMIT
+@FILE
+def up(
+    prefect_port: int, mlflow_port: int, database: str | None, artifacts: str | None, limit: int, file: str | None
+) -> None:
+    """Start Prefect's server, MLflow's server and the deployments of all pipelines, and run them until Ctrl-C.
+
+    A deployment lets Prefect start runs of a pipeline: by its schedule, by a trigger, or from Prefect's UI. The state
+    root (the directory mlruns, which holds all results) remembers --database and --artifacts, also when they are given
+    as GPTFLOW_DATABASE and GPTFLOW_ARTIFACTS. The value `local` goes back to files in the state root.
+    """
+    from flows.state import backends
+
+    backends.apply_options(database, artifacts)
+    pipelines, root = load_pipelines_file(file, run_here=True)
+    from flows.deployments.up import Options
+    from flows.deployments.up import up as supervise
+
+    supervise(root, Options(pipelines.path, prefect_port, mlflow_port, limit))
+
+
+@cli.command("prepare", short_help="Prepare a directory for a training by hand.")
+@click.argument("pipeline")
+@click.argument("directory", type=click.Path(path_type=Path))
+@SET
+@FILE
+def prepare_directory(pipeline: str, directory: Path, overrides: tuple[str, ...], file: str | None) -> None:
+    """Write the settings and the tokens of PIPELINE into DIRECTORY, for a training by hand.
+
+    The training is then `python -m gptcore.train DIRECTORY`, for example under a job scheduler or in a container.
+    """
+    loaded, root = load_pipeline(pipeline, overrides, file)
+    from flows.cli.prepare import prepare
+
+    tokens = prepare(loaded, root, directory)
+    counts = tokens.counts
+    click.echo(f"{directory}: {counts['train']:,} train and {counts['val']:,} val tokens, {tokens.tokenizer}")
+    click.echo(f"train it with: python -m gptcore.train {directory}")
+
+
+@cli.command("doctor", short_help="Check the installation, the servers and the champions.")
+@FILE
+@JSON
+def check_project(file: str | None, json: bool) -> None:
+    """Check packages, servers, disk, registry and schedules, and print a fix for each failure.
+
+    The command changes nothing. The exit code is 1 if a check fails.
+    """
+    from flows.cli.doctor import print_checks
+
+    sys.exit(print_checks(file, json))
+
+
+@cli.command("generate", short_help="Continue a prompt with a registered version.")
+@click.argument("uri")
+@click.option("--prompt", default="", help="The text to continue. Default: begin a new document.")
+@click.option(
+    "--max-new-tokens", default=100, show_default=True, type=click.IntRange(1), help="Maximum length of a text."
+)
+@click.option(
+    "--temperature",
+    default=0.8,
+    show_default=True,
+    type=click.FloatRange(0),
+    help="Randomness of the choice of tokens. 0 always takes the likeliest token.",
+)
+@click.option("--top-k", type=click.IntRange(1), help="Choose among this number of likeliest tokens.")
+@click.option(
+    "--top-p",
+    default=1.0,
+    show_default=True,
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Choose among the likeliest tokens that together have this probability.",
+)
+@click.option(
+    "--min-p",
+    default=0.0,
+    show_default=True,
+    type=click.FloatRange(0, 1),
+    help="Choose among tokens with at least this share of the likeliest token's probability.",
+)
+@click.option(
+    "--repetition-penalty",
+    default=1.0,
+    show_default=True,
+    type=click.FloatRange(0, min_open=True),
+    help="A value above 1 makes tokens less likely that have occurred before.",
+)
+@click.option("--stop", multiple=True, metavar="TEXT", help="End before this text. May be given several times.")
+@click.option("--seed", type=click.IntRange(0), help="The same seed gives the same texts. Default: a new seed.")
+@click.option("--num-samples", default=1, show_default=True, type=click.IntRange(1), help="Number of texts.")
+@QUANTIZE
+@FILE
+def generate_texts(uri: str, file: str | None, **options: Any) -> None:
+    """Continue a prompt with the version URI. The text appears token by token.
+
+    The champion is the version that the alias @champion names.
+
+    Example: gptflow generate models:/gpt-quickstart@champion --prompt "The assert statement"
+    """
+    root = open_state_root(file)
+    from flows.cli.generate import print_texts
+
+    print_texts(root, uri, **options)
+
+
+@cli.command("serve-model", short_help="Serve a registered version over OpenAI's API.")
+@click.argument("uri", metavar="MODEL@ALIAS|MODEL/VERSION")
+@click.option(
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="Address to listen at. Beyond this machine, anyone who can reach the address can use the server.",
+)
+@click.option("--port", default=8000, show_default=True, type=click.IntRange(1, 65535), help="Port to listen at.")
+@click.option(
+    "--max-concurrent",
+    default=16,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Maximum number of texts generated at once. Each text takes memory for a context.",
+)
+@click.option(
+    "--max-queue",
+    default=64,
+    show_default=True,
+    type=click.IntRange(0),
+    help="Maximum number of texts that wait. More of them are answered with 429.",
+)
+@click.option(
+    "--max-tokens", default=4096, show_default=True, type=click.IntRange(1), help="Maximum length of a text in tokens."
+)
+@QUANTIZE
+@FILE
+def serve_model(uri: str, file: str | None, **options: Any) -> None:
+    """Serve a registered version over OpenAI's completions API until Ctrl-C.
+
+    An alias is followed: as soon as it names another version, new requests get that version.
+
+    Example: gptflow serve-model gpt-quickstart@champion --port 8000
+    """
+    root = open_state_root(file)
+    from flows.endpoint.server import Options
+    from flows.endpoint.server import serve as serve_version
+
+    serve_version(root, uri, Options(**options))
+
+
+def main() -> None:
+    """Run a command as the installed program `gptflow` does, and exit."""
+    exit.run_and_exit(lambda: cli(standalone_mode=False))

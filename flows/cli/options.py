@@ -1,0 +1,136 @@
+"""What several commands share: options, checks of their values, and opening the project.
+
+Nothing here imports torch, Prefect or MLflow, so that help and wrong input are answered at once.
+"""
+
+import os
+import re
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from flows.config.pipelines import Pipeline, PipelinesFile
+    from flows.state.root import StateRoot
+
+
+def check_reason(_context: click.Context, _option: click.Parameter, text: str) -> str:
+    """Return the reason without spaces around it. Raise BadParameter if it is empty."""
+    if not text.strip():
+        raise click.BadParameter("say why: people will look for the reason in the log")
+    return text.strip()
+
+
+def check_model_name(_context: click.Context, _option: click.Parameter, name: str) -> str:
+    """Return the name. Raise BadParameter if a registered model cannot have it."""
+    from flows.config.pipelines import NAME
+
+    if not re.fullmatch(NAME, name):
+        raise click.BadParameter(
+            f"{name!r} is not a model's name: use at most 64 letters, digits, '.', '_' and '-', as in gpt-notes"
+        )
+    return name
+
+
+FILE = click.option("--file", metavar="PATH", help="The pipelines.yaml to use. Default: the one in this directory.")
+REASON = click.option(
+    "--reason",
+    required=True,
+    type=click.STRING,
+    callback=check_reason,
+    help='Why, for example "reads better". `gptflow show` prints it.',
+)
+LIMIT = click.option(
+    "--limit", default=2, show_default=True, type=click.IntRange(1), help="Maximum number of runs at once."
+)
+JSON = click.option("--json", is_flag=True, help="Print the result as JSON.")
+QUANTIZE = click.option(
+    "--quantize",
+    type=click.Choice(["int8"]),
+    help="Round the weights to 8 bits. Generation is then at least twice as fast on a CPU.",
+)
+SET = click.option(
+    "--set",
+    "overrides",
+    metavar="KEY=VALUE",
+    multiple=True,
+    help="Override a key of the pipeline, for example train.max_steps=50. May be given several times.",
+)
+
+
+class RunCommand(click.Command):
+    """`gptflow run`, whose help lists every key of the configuration."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        from flows.config.pipelines import SECTIONS, Pipeline
+
+        for section in SECTIONS:
+            fields = Pipeline.model_fields[section].annotation.model_fields  # type: ignore[union-attr]
+            with formatter.section(f"Keys of {section}"):
+                formatter.write_dl(
+                    [(f"{section}.{key}", f"{field.description} [{field.default}]") for key, field in fields.items()]
+                )
+
+
+def load_pipeline(name: str, overrides: tuple[str, ...], file: str | None) -> "tuple[Pipeline, StateRoot]":
+    """Return the pipeline and a writable state root.
+
+    Every mistake that can be found without heavy imports is an error here: ConfigError or GPTCoreError.
+    """
+    from flows.config.pipelines import PipelinesFile, find_pipelines_file
+    from flows.retrain import task_runners
+    from flows.state.root import state_root
+    from gptcore.corpus import sources
+    from gptcore.tokens import tokenizer
+    from gptcore.training import memory
+
+    path = find_pipelines_file(file)
+    pipeline = PipelinesFile(path).pipeline(name, overrides)
+    sources.check(pipeline.corpus.sources, path.parent)
+    tokenizer.check(pipeline.corpus.tokenizer)
+    task_runners.check(pipeline.task_runner)
+    memory.check(pipeline.model, pipeline.train)
+    return pipeline, state_root(path).prepare()
+
+
+def load_pipelines_file(file: str | None, run_here: bool = False) -> "tuple[PipelinesFile, StateRoot]":
+    """Return the file and a writable state root. Raise ConfigError if any of the file's pipelines is wrong.
+
+    With `run_here`, the task runners of the pipelines must be installed on this machine.
+    """
+    from flows.config.pipelines import PipelinesFile, find_pipelines_file
+    from flows.retrain import task_runners
+    from flows.state.root import state_root
+
+    path = find_pipelines_file(file)
+    pipelines = PipelinesFile(path)
+    for name in pipelines.names():
+        pipeline = pipelines.pipeline(name)
+        if run_here:
+            task_runners.check(pipeline.task_runner)
+    return pipelines, state_root(path).prepare()
+
+
+def open_state_root(file: str | None) -> "StateRoot":
+    """Return the state root for a command that reads the registry. Call this before importing MLflow."""
+    from flows.config.pipelines import find_pipelines_file
+    from flows.state.root import state_root
+
+    root = state_root(find_pipelines_file(file) if file else None).prepare()
+    root.set_environment()
+    redirect_library_logs(root)
+    return root
+
+
+def redirect_library_logs(root: "StateRoot") -> None:
+    """Write the logs and warnings of libraries to a file instead of the screen. Call this before importing them."""
+    import logging
+
+    os.environ.setdefault("MLFLOW_CONFIGURE_LOGGING", "false")
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+    os.environ.setdefault("PREFECT_INTERNAL_LOGGING_LEVEL", "CRITICAL")
+    logging.raiseExceptions = False  # a log line that cannot be sent must not print a traceback
+    handler = logging.FileHandler(root.logs / "libraries.log", delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s"))
+    logging.getLogger().addHandler(handler)
+    logging.captureWarnings(True)

@@ -1,1 +1,0 @@
-"""What the commands of `gptflow` do and print."""

@@ -1,0 +1,1 @@
+"""The file pipelines.yaml: pipelines, their schedules and their triggers, read and checked without heavy imports."""

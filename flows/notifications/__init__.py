@@ -1,0 +1,1 @@
+"""Messages to people (notify.py) and to Prefect's server (events.py)."""

@@ -1,0 +1,1 @@
+"""Operations on versions that people start: promotion, rollback, retention, reproduction."""

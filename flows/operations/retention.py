@@ -1,0 +1,322 @@
+"""Retention: find files of the state root that are no longer needed, and delete them.
+
+Of every model that pipelines.yaml names, these versions stay:
+
+- the newest ones, the champion, and every version that a rollback may go back to
+- versions with an alias
+- versions that a kept one was made from or is a copy of
+- versions that no pipeline trained here
+
+Retention deletes all files of a dropped version: its run directory, the artifacts of the model and those of the MLflow
+run. The run's params and metrics stay. Then it deletes abandoned trainings, and the snapshots and token files that no
+kept version or training names.
+
+A version is removed from the registry before its files. So if the process is killed in between, all kept versions are
+complete. A tag of the MLflow run records that its files are still to be deleted, and the next call deletes them.
+"""
+
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+
+from flows.registry import artifacts
+from flows.registry.champion import hold_champion
+from flows.registry.moves import trace_champions
+from flows.registry.versions import RegistryError
+from flows.retrain import mirror
+from flows.retrain.attempts import read_current
+from flows.state import postgres_lock
+from flows.state.locks import try_lock
+from flows.state.object_store import Store
+from flows.state.root import StateRoot
+from gptcore import manifest
+from gptcore.errors import CheckpointError, ConfigError
+from gptcore.training.run_directory import RunDirectory
+
+STARTED_FROM = "started_from"
+"""Tag of a version: the URI of the version whose weights its training started from."""
+_PRUNED = "pruned"
+"""Tag of an MLflow run whose version was dropped. First "intent", then "done"."""
+_PRUNED_KEY = "pruned_run_key"
+"""Tag that holds the dropped run's key. Under another name than `run_key`, so that a new training ignores the run."""
+
+Versions = list[ModelVersion]
+
+
+@dataclass
+class Freed:
+    """What a call deleted or, in a dry run, would delete."""
+
+    versions: list[str] = field(default_factory=list)
+    """URIs of the dropped versions."""
+    paths: dict[str, int] = field(default_factory=dict)
+    """Size of each directory in bytes."""
+    busy: list[str] = field(default_factory=list)
+    """Running pipelines. While any pipeline runs, snapshots and token files stay."""
+
+    @property
+    def bytes(self) -> int:
+        """Total size in bytes."""
+        return sum(self.paths.values())
+
+    def lines(self) -> list[str]:
+        """Return one line of text for each version and each directory."""
+        return [
+            *(f"{'version':>15}  {uri}" for uri in self.versions),
+            *(f"{n:>15,}  {p}" for p, n in self.paths.items()),
+        ]
+
+    def summary(self, dry_run: bool) -> str:
+        """Return a sentence with the numbers of versions, directories and bytes."""
+        would = "would be " if dry_run else ""
+        stay = f"; while {', '.join(self.busy)} runs, snapshots and token files stay" if self.busy else ""
+        return f"{len(self.versions)} versions, {len(self.paths)} directories, {self.bytes:,} bytes {would}freed{stay}"
+
+
+def prune(root: StateRoot, keep: Mapping[str, int], dry_run: bool = False) -> Freed:
+    """Delete what is no longer needed. `keep` is the number of newest versions to keep, for each registered model.
+
+    Raises RegistryError if MLflow does not answer. The next call then continues.
+    """
+    try:
+        return _Pruning(root, keep, dry_run).run()
+    except MlflowException as error:
+        raise RegistryError(f"the registry at {root.tracking_address} does not answer: {error}") from None
+
+
+class _Pruning:
+    """One call of `prune`: its parameters, and what it has deleted so far."""
+
+    def __init__(self, root: StateRoot, keep: Mapping[str, int], dry_run: bool) -> None:
+        self.root, self.keep, self.dry_run = root, keep, dry_run
+        self.client = MlflowClient(root.tracking_uri)
+        self.freed = Freed()
+
+    def run(self) -> Freed:
+        """Delete what is no longer needed, or list it in a dry run. Champions cannot change meanwhile."""
+        with ExitStack() as held:
+            models = {model.name for model in _fetch_all(self.client.search_registered_models)}
+            pruned = sorted(models & self.keep.keys())
+            reachable = {
+                name: set(trace_champions(held.enter_context(hold_champion(self.root, name)))) for name in pruned
+            }
+            every = _fetch_all(self.client.search_model_versions)
+            kept, dropped = self.select(every, reachable)
+            for version in dropped:
+                self.drop(version)
+        for run in self.find_runs_to_free(kept, dropped):
+            self.free_run(run)
+        self.free_abandoned(every)
+        self.free_shared(kept)
+        self.sweep()
+        return self.freed
+
+    def select(self, every: Versions, reachable: Mapping[str, set[str | None]]) -> tuple[Versions, Versions]:
+        """Return the versions to keep, and those to drop."""
+        aliased = {(name, str(number)) for name in reachable for number in self.find_aliased(name)}
+        kept: Versions = []
+        rest: Versions = []
+        left = dict(self.keep)
+        for version in sorted(every, key=lambda version: -int(version.version)):
+            name, number = version.name, str(version.version)
+            is_ours = name in reachable and {"run_key", "verdict"} <= version.tags.keys()
+            is_new = left.get(name, 0) > 0
+            left[name] = left.get(name, 0) - 1
+            stays = not is_ours or is_new or number in reachable[name] or (name, number) in aliased
+            (kept if stays else rest).append(version)
+        return self.add_origins(kept, rest)
+
+    def add_origins(self, kept: Versions, rest: Versions) -> tuple[Versions, Versions]:
+        """Move to `kept` the versions that a kept one was made from or shares an MLflow run with."""
+        starts = set(self.find_starts())
+        while True:
+            runs = {version.run_id for version in kept}
+            named = starts | {uri for v in kept for uri in (v.source, v.tags.get(STARTED_FROM))}
+            needed = [v for v in rest if v.run_id in runs or f"models:/{v.name}/{v.version}" in named]
+            if not needed:
+                return kept, rest
+            kept = kept + needed
+            rest = [version for version in rest if version not in needed]
+
+    def find_aliased(self, name: str) -> set[str]:
+        """Return the versions of a model that have an alias."""
+        return {str(number) for number in self.client.get_registered_model(name).aliases.values()}
+
+    def drop(self, version: ModelVersion) -> None:
+        """Record on the version's MLflow run that its files are to be deleted, then delete the version."""
+        self.freed.versions.append(f"models:/{version.name}/{version.version}")
+        if self.dry_run:
+            return
+        key, run_id = version.tags["run_key"], version.run_id or ""
+        with suppress(MlflowException):  # somebody has deleted the run; delete its version anyway
+            self.client.set_tag(run_id, _PRUNED_KEY, key)
+            self.client.set_tag(run_id, _PRUNED, "intent")
+            self.client.delete_tag(run_id, "run_key")
+        self.client.delete_model_version(version.name, str(version.version))
+
+    def find_runs_to_free(self, kept: Versions, dropped: Versions) -> list[Run]:
+        """Return the MLflow runs of versions that this call, or an earlier call that was killed, has dropped."""
+        runs = [self.find_run(version) for version in dropped]
+        experiments = [experiment.experiment_id for experiment in self.client.search_experiments()]
+        runs += self.client.search_runs(experiments, f"tags.{_PRUNED} = 'intent'")
+        needed = {version.run_id for version in kept}
+        return list({run.info.run_id: run for run in runs if run and run.info.run_id not in needed}.values())
+
+    def find_run(self, version: ModelVersion) -> Run | None:
+        """Return the MLflow run that made the version. None if somebody has deleted the run."""
+        with suppress(MlflowException):
+            return self.client.get_run(version.run_id or "")
+        return None
+
+    def free_run(self, run: Run) -> None:
+        """Delete the run directory, the logged models and the artifacts of an MLflow run."""
+        key = run.data.tags.get(_PRUNED_KEY) or run.data.tags["run_key"]
+        for directory in (self.root.path / "runs").glob(f"*/{key[:16]}-{run.data.tags['attempt']}"):
+            with try_lock(directory / "lock") as is_free:
+                if not is_free:
+                    return  # a process uses it; the next call tries again
+                if not self.is_restarted(run, key):
+                    self.free(directory)
+        for output in run.outputs.model_outputs if run.outputs else ():
+            with suppress(MlflowException):  # deleted by a call that was killed
+                self.free_artifacts(self.client.get_logged_model(output.model_id).artifact_location)
+                if not self.dry_run:
+                    self.client.delete_logged_model(output.model_id)
+        self.free_artifacts(run.info.artifact_uri)
+        if not self.dry_run:
+            with suppress(MlflowException):  # somebody has deleted the run
+                self.client.set_tag(run.info.run_id, _PRUNED, "done")
+
+    def free_abandoned(self, every: Versions) -> None:
+        """Delete the run directories of trainings that were never registered and that no pipeline works on any more."""
+        registered = {(v.tags.get("run_key", "")[:16], v.tags.get("attempt")) for v in every}
+        for directory in sorted((self.root.path / "runs").glob("*/*-*/")):
+            key, _, attempt = directory.name.rpartition("-")
+            if (key, attempt) in registered or not (directory / "config.json").exists():
+                continue
+            with self.root.try_lock(self.root.lock_path(directory.parent.name)) as is_free:
+                if is_free and directory.name not in read_current(directory.parent).values():
+                    self.free(directory)
+
+    def find_starts(self) -> Iterator[str]:
+        """Yield the URI of the version that each unfinished training of a pipeline started from."""
+        for pipeline in (self.root.path / "runs").glob("*/"):
+            for name in read_current(pipeline).values():
+                with suppress(ConfigError):
+                    if (start := RunDirectory(pipeline / name).read_config().start) is not None:
+                        yield start.uri
+
+    def is_restarted(self, run: Run, key: str) -> bool:
+        """Whether the same training was started again after its version was dropped."""
+        runs = self.client.search_runs([run.info.experiment_id], f"tags.run_key = '{key}'")
+        return any(other.info.run_id != run.info.run_id for other in runs)
+
+    def free_artifacts(self, uri: str) -> None:
+        """Delete artifacts, and their parent directory if it is empty afterwards."""
+        path = None if artifacts.is_remote(uri) else artifacts.local_path(self.root, uri)
+        if path is None and not artifacts.is_remote(uri):
+            return
+        self.freed.paths[str(path or uri)] = _measure_size(path) if path else 0
+        if self.dry_run:
+            return
+        artifacts.free(self.root, uri)
+        if path is not None:
+            with suppress(OSError):
+                path.parent.rmdir()
+
+    def free_shared(self, kept: Versions) -> None:
+        """Delete snapshots and token files that no kept version or run directory names, unless a pipeline runs."""
+        with ExitStack() as locked:
+            for path in self.list_locks():
+                if not locked.enter_context(self.root.try_lock(path)):
+                    self.freed.busy.append(path.stem)
+            if self.freed.busy:
+                return
+            tokens = {version.tags.get("tokens_sha256", "")[:16] for version in kept}
+            corpora = {version.tags.get("corpus_sha256", "")[:16] for version in kept}
+            tokens |= set(self.find_tokens_in_use())
+            corpora |= {sha256 for name in tokens if (sha256 := self.find_corpus(name)) is not None}
+            for parent, needed in ((self.root.tokens, tokens), (self.root.corpora, corpora)):
+                for directory in sorted(parent.iterdir()) if parent.exists() else ():
+                    if directory.name not in needed and manifest.is_committed(directory):
+                        self.free(directory)
+            if (store := self.root.store) is not None:
+                self.free_mirrored(store, tokens, corpora)
+
+    def list_locks(self) -> list[Path]:
+        """Return the lock paths of all pipelines, including those that run only on other machines."""
+        directory, shared = self.root.path / "locks", self.root.database
+        elsewhere = postgres_lock.list_locks(shared) if shared else ()
+        names = {name for name in elsewhere if name.endswith(".lock")} - {"mlflow.lock"}
+        return sorted({*directory.glob("*.lock"), *(directory / name for name in names)})
+
+    def free_mirrored(self, store: Store, tokens: set[str], corpora: set[str]) -> None:
+        """Delete the same directories from the object store, except those that trainings of other machines need."""
+        runs, used_tokens = mirror.find_in_use(store)
+        corpora = corpora | {mirror.find_corpus(store, name) for name in used_tokens}
+        unused = [f"tokens/{name}" for name in store.list_directories("tokens") if name not in tokens | used_tokens]
+        unused += [f"corpora/{name}" for name in store.list_directories("corpora") if name not in corpora]
+        unused += sorted(mirror.list_runs(store) - runs)
+        for directory in unused:
+            self.freed.paths[f"{store.url}/state/{directory}"] = 0
+            if not self.dry_run:
+                store.remove(directory)
+        if not self.dry_run:
+            store.sweep()
+
+    def find_tokens_in_use(self) -> Iterator[str]:
+        """Yield the token directory that each run directory names, except run directories that a dry run lists."""
+        for path in (self.root.path / "runs").glob("*/*/config.json"):
+            if str(path.parent) not in self.freed.paths and not path.parent.name.startswith(manifest.TEMPORARY):
+                with suppress(ConfigError):
+                    yield RunDirectory(path.parent).read_config().tokens_sha256[:16]
+
+    def find_corpus(self, tokens: str) -> str | None:
+        """Return the name of the snapshot that a token directory was made from. None if the directory is incomplete."""
+        with suppress(CheckpointError):
+            return manifest.read_about(self.root.tokens / tokens)["corpus_sha256"][:16]
+        return None
+
+    def sweep(self) -> None:
+        """Delete incomplete directories that killed processes left."""
+        runs = self.root.path / "runs"
+        own = (self.root.imports, self.root.tokens, self.root.corpora, self.root.mirror)
+        for parent in (*own, *runs.glob("*/"), *runs.glob("*/*/")):
+            for leftover in manifest.list_stale(parent):
+                self.free(leftover)
+
+    def free(self, path: Path) -> None:
+        """Delete a file or directory. At every instant, a directory is either complete or gone under its own name."""
+        self.freed.paths[str(path)] = _measure_size(path)
+        if self.dry_run:
+            return
+        if path.is_file():
+            path.unlink()
+        elif path.name.startswith(manifest.TEMPORARY):
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            manifest.remove(path)
+
+
+def _measure_size(path: Path) -> int:
+    """Return the size of a file, or of all files below a directory, in bytes."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.lstat().st_size for file in files if not file.is_dir())
+
+
+def _fetch_all(search: Any) -> list[Any]:
+    """Return the results of all pages of a search."""
+    page = search()
+    results = list(page)
+    while page.token:
+        page = search(page_token=page.token)
+        results += page
+    return results

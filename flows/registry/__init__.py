@@ -1,0 +1,1 @@
+"""Registered versions: lineage, gate, champion, promotion and rollback."""

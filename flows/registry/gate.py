@@ -1,0 +1,236 @@
+"""The gate: it decides whether a registered version, the challenger, becomes the champion.
+
+The gate scores champion and challenger on the same held-out blocks, each with its own tokenizer. It uses only blocks
+that neither of them can have learned by heart. It stores the verdict and its numbers as tags of the version. See
+gptcore.evaluation.compare for how two models are compared, gptcore.corpus.clean_blocks for which blocks are clean, and
+register.py for how a version is registered.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
+
+from flows.cards.verdict import SOURCES_OVERRIDDEN, WITHDRAWN, Verdict
+from flows.registry.ancestry import check_training_texts, read_ancestry
+from flows.registry.champion import GATE, explain_withdrawal, promote, settle
+from flows.registry.loading import load
+from flows.registry.versions import RegistryError, find_champion, resolve
+from flows.state import postgres_lock
+from flows.state.root import StateRoot
+from gptcore import manifest
+from gptcore.bundle import LoadedModel
+from gptcore.config import GateConfig
+from gptcore.corpus.clean_blocks import CleanBlocks, find_clean_blocks
+from gptcore.corpus.snapshot import Block, Snapshot, read_blocks
+from gptcore.errors import CheckpointError
+from gptcore.evaluation.bits_per_byte import evaluate_blocks
+from gptcore.evaluation.compare import MIN_BLOCKS, Comparison, compare, compute_gains
+from gptcore.evaluation.run_report import Scores, reported_side
+
+
+def judge(
+    root: StateRoot,
+    model_name: str,
+    version: str,
+    snapshot: Snapshot,
+    scores: Scores,
+    cfg: GateConfig,
+    sources_overridden: bool,
+) -> Verdict:
+    """Decide whether a version becomes champion, and promote it if it does.
+
+    A first version must have a finite score and beat the unigram model. Raises CheckpointError if the snapshot was
+    altered on disk, and RegistryError if the champion cannot be loaded. Then nothing is promoted and the version's tags
+    say why. The version stays undecided, so that the next run decides about it when the damage is fixed.
+
+    The tag `verdict` is written last. If a run is killed before that, the next one reads the numbers of a promotion
+    that took place from the other tags. If the tag exists, the next run returns the recorded verdict.
+    """
+    client = MlflowClient(root.tracking_uri)
+    own_tags = resolve(root, f"models:/{model_name}/{version}").tags
+    if "verdict" in own_tags and own_tags.get("gate_kind") != SOURCES_OVERRIDDEN:
+        return _read_verdict(own_tags)
+    settle(root, model_name)  # completes a promotion that was killed half-way
+    withdrawal = explain_withdrawal(root, model_name, version)
+    champion = find_champion(root, model_name)
+    is_champion = champion is not None and str(champion.version) == version
+    if champion is not None and is_champion and "gate_kind" in champion.tags:
+        verdict = _read_verdict(champion.tags)
+    else:
+        opponent = None if is_champion else champion
+        try:
+            if withdrawal or (opponent is not None and sources_overridden):
+                verdict = _reject_without_comparison(opponent, scores, withdrawal)
+            else:
+                verdict = _compare_with_champion(root, model_name, version, opponent, snapshot, scores, cfg)
+        except (CheckpointError, RegistryError) as error:
+            kind = "model damaged" if isinstance(error, RegistryError) else "holdout altered"
+            _set_tags(client, model_name, version, {"reason": str(error)[:4000], "gate_kind": kind})
+            raise
+        _set_tags(client, model_name, version, verdict.to_tags())
+        if verdict.promoted:
+            promote(root, model_name, version, verdict.reason, GATE, over=verdict.champion_version)
+    postgres_lock.ensure_held()
+    _set_tags(client, model_name, version, {"verdict": "promoted" if verdict.promoted else "rejected"})
+    return verdict
+
+
+def judge_first(bits_per_byte: float, scores: Scores) -> Verdict:
+    """Return the verdict on a version without a champion to beat: it must be finite and beat the unigram model.
+
+    `bits_per_byte` is the version's score. Version and unigram model learned from the same training text, so they are
+    compared on every block.
+    """
+    simple, reported = scores.baselines.unigram_bits_per_byte, scores.reported
+    is_better = bits_per_byte < simple
+    sign = "<" if is_better else ">=" if bits_per_byte >= simple else "is not comparable with"
+    kind = "beats unigram" if is_better else "does not beat unigram" if math.isfinite(bits_per_byte) else "not finite"
+    reason = (
+        f"first version: {bits_per_byte:.4f} bits per byte {sign} {simple:.4f} of the unigram model on the same "
+        f"{reported.blocks} blocks ({reported.bytes:,} bytes)"
+    )
+    return Verdict(is_better, kind, reason, bits_per_byte, blocks=reported.blocks, bytes=reported.bytes)
+
+
+def decide(
+    comparison: Comparison, cfg: GateConfig, champion_version: str, excluded_bytes: int = 0, unknown: str = ""
+) -> Verdict:
+    """Return the verdict on a comparison. A challenger wins only if it is better by more than the margin."""
+    kind = comparison.classify(cfg.margin)
+    scored = (
+        f"{comparison.challenger:.4f} bits per byte against {comparison.champion:.4f} of version {champion_version} on "
+        f"the same {comparison.blocks} blocks ({comparison.bytes:,} bytes scored, {excluded_bytes:,} excluded)"
+    )
+    gain = f"improvement {comparison.improvement:.4f}"
+    if comparison.low is not None and comparison.high is not None:
+        gain += f", from {comparison.low:.4f} to {comparison.high:.4f}"
+    sure = f"above the margin of {cfg.margin:g} with {cfg.confidence:.4g} confidence, drawn by {comparison.drawn_by}s"
+    conclusion = {
+        "better": f"{gain}, is {sure}",
+        "worse": f"{gain}, so it is worse",
+        "tie within noise": f"{gain}, is not {sure}",
+        "not finite": "a score that is not finite does not win",
+        "insufficient evidence": f"fewer than {MIN_BLOCKS} blocks clean for both are no sufficient evidence",
+    }[kind]
+    note = f"; some training text is unknown: {unknown}" if unknown else ""
+    return Verdict(
+        promoted=kind == "better",
+        kind=kind,
+        reason=f"{kind}: {scored}: {conclusion}{note}",
+        bits_per_byte=comparison.challenger,
+        champion_bits_per_byte=comparison.champion,
+        champion_version=champion_version,
+        low=comparison.low,
+        high=comparison.high,
+        blocks=comparison.blocks,
+        bytes=comparison.bytes,
+        excluded_bytes=excluded_bytes,
+        unknown=unknown,
+    )
+
+
+def _compare_with_champion(
+    root: StateRoot,
+    model_name: str,
+    version: str,
+    champion: ModelVersion | None,
+    snapshot: Snapshot,
+    scores: Scores,
+    cfg: GateConfig,
+) -> Verdict:
+    """Score champion and challenger on clean blocks and decide. Without a champion, judge the version by itself."""
+    _verify_snapshot(snapshot)
+    side = reported_side(snapshot)
+    challenger = resolve(root, f"models:/{model_name}/{version}")
+    if champion is None:
+        scored = _score_blocks(load(root, challenger), list(read_blocks(snapshot.path, side)), side)
+        total = sum(block["nats"] for block in scored) / math.log(2) / sum(block["bytes"] for block in scored)
+        return judge_first(total, scores)
+    champion_model = load(root, champion)
+    clean, unknown = _find_clean_blocks(root, snapshot, side, challenger, champion)
+    champion_scores = _score_blocks(champion_model, clean.blocks, side)
+    challenger_scores = _score_blocks(load(root, challenger), clean.blocks, side)
+    comparison = compare(challenger_scores, champion_scores, cfg.confidence)
+    verdict = decide(comparison, cfg, str(champion.version), clean.excluded_bytes, unknown)
+    return replace(verdict, comparison=comparison, gains=compute_gains(challenger_scores, champion_scores))
+
+
+def _reject_without_comparison(champion: ModelVersion | None, scores: Scores, withdrawal: str | None) -> Verdict:
+    """Return the verdict on a version that does not compete.
+
+    The version was rolled back (`withdrawal` says why), or it learned from other sources than the pipeline's.
+    """
+    own = scores.reported
+    kind, why = (WITHDRAWN, withdrawal) if withdrawal else (SOURCES_OVERRIDDEN, "corpus.sources were overridden")
+    number = None if champion is None else str(champion.version)
+    stays = f"version {number} stays champion without a comparison" if number else "there is still no champion"
+    score = f"{own.bits_per_byte:.4f} bits per byte on {own.side}, {own.bytes:,} bytes"
+    return Verdict(
+        promoted=False,
+        kind=kind,
+        reason=f"{kind}: {why}; {stays}. Its own score: {score}",
+        bits_per_byte=own.bits_per_byte,
+        champion_version=number,
+    )
+
+
+def _verify_snapshot(snapshot: Snapshot) -> None:
+    """Raise CheckpointError, with both hashes, if the snapshot was altered since it was ingested."""
+    try:
+        manifest.verify(snapshot.path)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"the gate does not score on this snapshot, and nothing is promoted: {error} Delete the directory "
+            f"{snapshot.path}; the next run makes it again from the sources."
+        ) from None
+
+
+def _find_clean_blocks(
+    root: StateRoot, snapshot: Snapshot, side: str, challenger: ModelVersion, champion: ModelVersion
+) -> tuple[CleanBlocks, str]:
+    """Return the blocks that are clean for both versions and their ancestors, and what is unknown about that.
+
+    If a training text was deleted, altered, or never on this machine, the comparison ignores it and says so.
+    """
+    learned = {snapshot.path: ""}
+    for version in (champion, challenger):
+        learned |= dict(check_training_texts(root, read_ancestry(root, version)))
+    unknown = "; ".join(filter(None, learned.values()))
+    return find_clean_blocks(snapshot.path, side, [path for path, problem in learned.items() if not problem]), unknown
+
+
+def _score_blocks(loaded: LoadedModel, chosen: Sequence[Block], side: str) -> Sequence[dict[str, Any]]:
+    """Return a model's scores of each block, in the order of the blocks."""
+    return evaluate_blocks(loaded.model, loaded.tokenizer, chosen, "cpu", side).per_block if chosen else ()
+
+
+def _set_tags(client: MlflowClient, model_name: str, version: str, tags: dict[str, str]) -> None:
+    for key, value in tags.items():
+        client.set_model_version_tag(model_name, version, key, value)
+
+
+def _read_verdict(tags: dict[str, str]) -> Verdict:
+    """Return the verdict that an earlier run stored in a version's tags.
+
+    Without the tag `verdict` the run was killed after the promotion: the version is champion, so it was promoted.
+    """
+    numbers = {key: float(tags[key]) if tags[key] else None for key in ("gate_low", "gate_high")}
+    champion = tags["gate_champion_bits_per_byte"]
+    return Verdict(
+        promoted=tags.get("verdict", "promoted") == "promoted",
+        kind=tags["gate_kind"],
+        reason=tags["reason"],
+        bits_per_byte=float(tags["gate_bits_per_byte"]),
+        champion_bits_per_byte=float(champion) if champion else None,
+        champion_version=tags["gate_champion_version"] or None,
+        low=numbers["gate_low"],
+        high=numbers["gate_high"],
+        blocks=int(tags["gate_blocks"]),
+        bytes=int(tags["gate_bytes"]),
+        excluded_bytes=int(tags["gate_excluded_bytes"]),
+        unknown=tags["gate_unknown"],
+    )

@@ -1,0 +1,34 @@
+"""Loading a registered version as a model, after its files have been compared with the registered hash.
+
+The installed gptcore reads the files, which are safetensors and JSON only. This module is separate from versions.py
+because it imports torch, which takes seconds that look-ups need not wait for.
+"""
+
+from mlflow.entities.model_registry import ModelVersion
+
+from flows.registry.versions import RegistryError, locate_bundle, uri_of
+from flows.state.root import StateRoot
+from gptcore import manifest
+from gptcore.bundle import WEIGHTS, LoadedModel
+from gptcore.bundle import load as load_bundle
+from gptcore.errors import CheckpointError, TokenizerError
+
+
+def load(root: StateRoot, version: ModelVersion, device: str = "cpu") -> LoadedModel:
+    """Load the version's model and tokenizer. Raises RegistryError if the files cannot be loaded or were altered."""
+    try:
+        return load_verified(root, version, device)
+    except (CheckpointError, TokenizerError) as error:
+        raise RegistryError(
+            f"{uri_of(version)} cannot be loaded, and nothing is promoted: {error} Restore its artifacts from a "
+            "backup, or promote another version."
+        ) from None
+
+
+def load_verified(root: StateRoot, version: ModelVersion, device: str = "cpu") -> LoadedModel:
+    """Load like `load`, but raise CheckpointError or TokenizerError, whose messages say nothing of a promotion."""
+    bundle = locate_bundle(root, version.name, str(version.version))
+    weights, expected = bundle / WEIGHTS, version.tags.get("weights_sha256")
+    if expected and weights.exists() and (digest := manifest.sha256_of_file(weights)) != expected:
+        raise CheckpointError(f"{weights} has sha256 {digest}, registered was {expected}: the file was altered.")
+    return load_bundle(bundle, device)

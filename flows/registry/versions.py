@@ -1,0 +1,190 @@
+"""Look-ups in the model registry: versions, the champion, bundles and lineage.
+
+Nothing here writes: register.py, gate.py and champion.py change the registry. All files of a version are safetensors
+or JSON.
+"""
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import mlflow
+from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+
+from flows.cards.verdict import SOURCES_OVERRIDDEN
+from flows.config.pipelines import Pipeline
+from flows.state.root import StateRoot
+from gptcore.errors import GPTCoreError
+
+CHAMPION = "champion"
+BUNDLE = "bundle"
+
+
+class RegistryError(GPTCoreError):
+    """A version's files are missing or damaged, or the registry does not answer."""
+
+
+class UnknownVersion(GPTCoreError):
+    """The registry has no such model or version."""
+
+    exit_code = 2
+
+
+def find(root: StateRoot, model_name: str, run_key: str, attempt: int | None = None) -> ModelVersion | None:
+    """Return the newest version with this run key, and with this attempt if one is given. None without one."""
+    query = f"name = '{model_name}' and tags.run_key = '{run_key}'"
+    if attempt is not None:
+        query += f" and tags.attempt = '{attempt}'"
+    matches = MlflowClient(root.tracking_uri).search_model_versions(query)
+    return max(matches, key=lambda version: int(version.version), default=None)
+
+
+def find_champion(root: StateRoot, model_name: str) -> ModelVersion | None:
+    """Return the version that the alias `champion` names. None if there is no champion."""
+    try:
+        return MlflowClient(root.tracking_uri).get_model_version_by_alias(model_name, CHAMPION)
+    except MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return None
+        raise
+
+
+def resolve(root: StateRoot, uri: str) -> ModelVersion:
+    """Return the version that models:/NAME@ALIAS or models:/NAME/VERSION names. Raises UnknownVersion."""
+    match = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/([0-9]+))", uri)
+    if match is None:
+        raise UnknownVersion(f"{uri!r} is not a model URI: write models:/NAME@champion or models:/NAME/VERSION")
+    name, alias, number = match.groups()
+    client = MlflowClient(root.tracking_uri)
+    try:
+        if alias:
+            return client.get_model_version_by_alias(name, alias)
+        return client.get_model_version(name, number)
+    except MlflowException:
+        known = ", ".join(sorted(model.name for model in client.search_registered_models())) or "none yet"
+        raise UnknownVersion(
+            f"{uri} does not exist in {root.tracking_address}. Registered models: {known}; `gptflow models` lists "
+            "versions."
+        ) from None
+
+
+def locate_bundle(root: StateRoot, name: str, version: str, file: str = "") -> Path:
+    """Return the local path of the version's bundle, or of its file `file`, after a download if it is remote.
+
+    Raises RegistryError if the files are missing.
+    """
+    mlflow.set_tracking_uri(root.tracking_uri)
+    try:
+        inside = "/".join(filter(None, ("artifacts", BUNDLE, file)))
+        return Path(mlflow.artifacts.download_artifacts(f"models:/{name}/{version}/{inside}"))
+    except (MlflowException, OSError) as error:
+        raise RegistryError(
+            f"the files of models:/{name}/{version} cannot be read: {error}. Restore the artifacts from a backup, or "
+            "promote another version."
+        ) from None
+
+
+def uri_of(version: ModelVersion) -> str:
+    """Return the URI models:/NAME/VERSION."""
+    return f"models:/{version.name}/{version.version}"
+
+
+def find_newest_finished(root: StateRoot, pipeline: Pipeline) -> ModelVersion | None:
+    """Return the pipeline's newest version with any verdict, None without one. Ignore experiments on other sources."""
+    candidates = MlflowClient(root.tracking_uri).search_model_versions(f"name = '{pipeline.model_name}'")
+    own = (
+        version
+        for version in candidates
+        if "verdict" in version.tags
+        and version.tags.get("pipeline") == pipeline.name
+        and version.tags.get("gate_kind") != SOURCES_OVERRIDDEN
+    )
+    return max(own, key=lambda version: int(version.version), default=None)
+
+
+def describe(root: StateRoot, version: ModelVersion) -> dict[str, Any]:
+    """Return a version's tags and whole lineage as one JSON object."""
+    name, number = version.name, str(version.version)
+    return {
+        **summarize(root, version),
+        **read_lineage(root, name, number),
+        "mlflow_run_id": version.run_id,
+        "uri": f"models:/{name}/{number}",
+    }
+
+
+def address(root: StateRoot, name: str, version: str) -> str | None:
+    """Return the URL of the version's page in MLflow's UI. None if no server shows it."""
+    ui = root.find_mlflow_ui()
+    return f"{ui}/#/models/{name}/versions/{version}" if ui else None
+
+
+def read_lineage(root: StateRoot, name: str, version: str) -> dict[str, Any]:
+    """Return the contents of the version's lineage.json. Raises RegistryError if the file is missing or damaged."""
+    path = locate_bundle(root, name, version, "lineage.json")
+    try:
+        lineage: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise RegistryError(
+            f"models:/{name}/{version} has no readable lineage, {path}: {error}. Restore its artifacts from a backup."
+        ) from None
+    return lineage
+
+
+def summarize(root: StateRoot, version: ModelVersion) -> dict[str, Any]:
+    """Return what a version's tags and aliases say, with the keys of `describe`."""
+    aliases = MlflowClient(root.tracking_uri).get_registered_model(version.name).aliases
+    tags = version.tags
+    return {
+        "model": version.name,
+        "version": int(version.version),
+        "aliases": sorted(alias for alias, number in aliases.items() if str(number) == str(version.version)),
+        "weights_sha256": tags.get("weights_sha256"),
+        "holdout_bits_per_byte": _parse_float(tags.get("holdout_bits_per_byte")),
+        "corpus_sha256": tags.get("corpus_sha256"),
+        "tokenizer": tags.get("tokenizer"),
+        "seed": int(tags["seed"]) if "seed" in tags else None,
+        "code_commit": tags.get("code_commit"),
+        "parent_version": tags.get("parent_version") or None,
+        "prefect_flow_run_id": tags.get("prefect_flow_run_id") or None,
+        "mlflow_run_id": version.run_id,
+        "verdict": tags.get("verdict"),
+        "reason": tags.get("reason"),
+        "withdrawn": tags.get("withdrawn"),
+        "gate_bits_per_byte": _parse_float(tags.get("gate_bits_per_byte")),
+        "gate_champion_bits_per_byte": _parse_float(tags.get("gate_champion_bits_per_byte")),
+        "gate_champion_version": tags.get("gate_champion_version") or None,
+        "gate_kind": tags.get("gate_kind"),
+        "gate_low": _parse_float(tags.get("gate_low")),
+        "gate_high": _parse_float(tags.get("gate_high")),
+        "gate_blocks": _parse_int(tags.get("gate_blocks")),
+        "gate_bytes": _parse_int(tags.get("gate_bytes")),
+        "gate_excluded_bytes": _parse_int(tags.get("gate_excluded_bytes")),
+        "gate_unknown": tags.get("gate_unknown") or None,
+        "created_ms": version.creation_timestamp,
+    }
+
+
+def list_versions(root: StateRoot, model_name: str | None = None) -> list[ModelVersion]:
+    """Return all versions of one model or of all models, by model and number. Raises UnknownVersion."""
+    client = MlflowClient(root.tracking_uri)
+    # A quote would end the string in the filter, and a registered model's name cannot have one.
+    is_possible = "'" not in (model_name or "")
+    matches = client.search_model_versions(f"name = '{model_name}'" if model_name else None) if is_possible else []
+    if model_name and not matches:
+        known = ", ".join(sorted(model.name for model in client.search_registered_models())) or "none yet"
+        raise UnknownVersion(f"there is no registered model {model_name!r}. Registered models: {known}.")
+    return sorted(matches, key=lambda version: (version.name, int(version.version)))
+
+
+def _parse_float(text: str | None) -> float | None:
+    """Return a number, or None if the text is empty or the number is not finite, which JSON cannot express."""
+    return value if text and math.isfinite(value := float(text)) else None
+
+
+def _parse_int(text: str | None) -> int | None:
+    return int(text) if text else None

@@ -1,0 +1,180 @@
+"""Attempts: one training of a pipeline on one text, its run directory, and what an earlier run left unfinished.
+
+A run directory is named by run key and attempt, so that a run with the same training finds it. Before a training
+starts, current.json records its run directory. So the next run finds it, even if the text has changed meanwhile.
+
+    runs/<pipeline>/current.json   {"own": "<run key>-<attempt>", "overridden": ...}
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlflow.entities.model_registry import ModelVersion
+
+from flows.cards import verdict
+from flows.config.pipelines import Pipeline
+from flows.registry import ancestry, versions
+from flows.registry.ancestry import Ancestor, WarmStart
+from flows.registry.lineage import run_key
+from flows.state.files import read_json, write_atomically
+from flows.state.root import StateRoot
+from flows.tracking import runs
+from gptcore import manifest
+from gptcore.config import RunConfig, Start
+from gptcore.corpus.snapshot import Snapshot, load_snapshot
+from gptcore.errors import CheckpointError, ConfigError, TrainingDiverged
+from gptcore.tokens.directory import Tokens
+from gptcore.tokens.files import load_tokens
+from gptcore.training.resolve import TRAINING_VERSION
+from gptcore.training.run_directory import RunDirectory
+
+CURRENT = "current.json"
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A training whose run directory exists."""
+
+    run: RunDirectory
+    run_key: str
+    number: int
+    """From 1. The same training is tried again only with --force."""
+    snapshot: Snapshot
+    tokens: Tokens
+    ancestors: tuple[Ancestor, ...]
+    """The version that the training starts from, and that version's own ancestors. Empty from scratch."""
+
+
+def next_number(
+    root: StateRoot, pipeline: Pipeline, tokens: Tokens, start: WarmStart | None, force: bool, sources_overridden: bool
+) -> int | None:
+    """Return the number of the attempt to work on. None if an earlier one has its verdict and `force` is not set."""
+    newest = versions.find(root, pipeline.model_name, _run_key(pipeline, tokens, start))
+    if newest is None:
+        return 1
+    number = int(newest.tags["attempt"])
+    if not _is_done(root, newest, sources_overridden):
+        return number
+    return number + 1 if force else None
+
+
+def prepare(
+    root: StateRoot,
+    pipeline: Pipeline,
+    snapshot: Snapshot,
+    tokens: Tokens,
+    start: WarmStart | None,
+    number: int,
+    sources_overridden: bool = False,
+) -> Attempt:
+    """Make the run directory of an attempt, and record it in current.json."""
+    key = _run_key(pipeline, tokens, start)
+    run = RunDirectory(root.run_directory(pipeline.name, key, number))
+    configure(run, pipeline, tokens, f"../../../tokens/{tokens.path.name}", start)
+    write_current(run.path, sources_overridden)
+    return Attempt(run, key, number, snapshot, tokens, start.ancestors if start else ())
+
+
+def configure(run: RunDirectory, pipeline: Pipeline, tokens: Tokens, tokens_path: str, start: WarmStart | None) -> None:
+    """Write the training's config.json into the run directory. `tokens_path` is written to it as given.
+
+    Raises CheckpointError if the directory belongs to another training.
+    """
+    began_with = Start(uri=start.uri, weights_sha256=start.weights_sha256) if start else None
+    run.prepare(_run_config(pipeline, tokens, tokens_path, began_with), start.weights if start else None)
+
+
+def find_unfinished(root: StateRoot, pipeline: Pipeline, sources_overridden: bool = False) -> Attempt | None:
+    """Find the training that an earlier run began with the same settings, on any text, and did not complete.
+
+    Return None if there is no such training, if it diverged (it would diverge again), or if its text or the weights
+    that it started from were deleted.
+    """
+    path = _current_run_directory(root.path / "runs" / pipeline.name, sources_overridden)
+    if path is None:
+        return None
+    try:
+        run = RunDirectory(path)
+        config = run.read_config()
+        tokens = load_tokens(run.tokens_path())
+        snapshot = load_snapshot(root.fetch_corpus(manifest.read_about(tokens.path)["corpus_sha256"]))
+        ancestors = _ancestors(root, config.start)
+    except (ConfigError, CheckpointError, versions.UnknownVersion, versions.RegistryError):
+        return None
+    number = int(path.name.rpartition("-")[2])
+    same = _run_key(pipeline, tokens, config.start) == config.run_key
+    found = versions.find(root, pipeline.model_name, config.run_key, number)
+    is_done = found is not None and _is_done(root, found, sources_overridden)
+    has_diverged = isinstance(run.read_failure(), TrainingDiverged)
+    if not same or is_done or has_diverged or not _is_start(root, pipeline, config.start):
+        return None
+    run.prepare(_run_config(pipeline, tokens, config.tokens, config.start))
+    return Attempt(run, config.run_key, number, snapshot, tokens, ancestors)
+
+
+def read_current(directory: Path) -> dict[str, str]:
+    """Read current.json from a pipeline's `directory` of run directories: names by "own" or "overridden"."""
+    names = read_json(directory / CURRENT)
+    return {key: name for key, name in names.items() if isinstance(name, str)} if isinstance(names, dict) else {}
+
+
+def _run_config(pipeline: Pipeline, tokens: Tokens, tokens_path: str, start: Start | None) -> RunConfig:
+    return RunConfig(
+        training_version=TRAINING_VERSION,
+        tokens=tokens_path,
+        tokens_sha256=tokens.sha256,
+        model=pipeline.model,
+        vocab_size=tokens.n_vocab,
+        train=pipeline.train,
+        run_key=_run_key(pipeline, tokens, start),
+        start=start,
+    )
+
+
+def _run_key(pipeline: Pipeline, tokens: Tokens, start: WarmStart | Start | None) -> str:
+    return run_key(pipeline, tokens, TRAINING_VERSION, start.weights_sha256 if start else None)
+
+
+def _is_done(root: StateRoot, version: ModelVersion, sources_overridden: bool) -> bool:
+    """Whether the version has its verdict, and its MLflow run has all the evidence."""
+    # If the text of an experiment becomes the text of the pipeline, its version has yet to compete.
+    has_yet_to_compete = version.tags.get("gate_kind") == verdict.SOURCES_OVERRIDDEN and not sources_overridden
+    return "verdict" in version.tags and not has_yet_to_compete and runs.is_finished(root, version.run_id or "")
+
+
+def _is_start(root: StateRoot, pipeline: Pipeline, began_with: Start | None) -> bool:
+    """Whether `train.start_from` still allows the version that the training began with. Any champion is allowed."""
+    asked = pipeline.train.start_from
+    if asked == versions.CHAMPION:
+        return True
+    if asked == ancestry.SCRATCH or began_with is None:
+        return asked == ancestry.SCRATCH and began_with is None
+    return began_with.uri == versions.uri_of(versions.resolve(root, asked))
+
+
+def _ancestors(root: StateRoot, began_with: Start | None) -> tuple[Ancestor, ...]:
+    return tuple(ancestry.read_ancestry(root, versions.resolve(root, began_with.uri))) if began_with else ()
+
+
+def is_judged(root: StateRoot, pipeline: Pipeline, key: str, run: str, sources_overridden: bool) -> bool:
+    """Whether the run directory named `run`, of this key, became a version with a verdict and all its evidence."""
+    found = versions.find(root, pipeline.model_name, key, int(run.rpartition("-")[2]))
+    return found is not None and _is_done(root, found, sources_overridden)
+
+
+def write_current(run: Path, sources_overridden: bool) -> None:
+    """Record in current.json that the pipeline works on this run directory."""
+    body: dict[str, Any] = {**read_current(run.parent), current_key(sources_overridden): run.name}
+    write_atomically(run.parent / CURRENT, json.dumps(body) + "\n")
+
+
+def _current_run_directory(directory: Path, sources_overridden: bool) -> Path | None:
+    name = read_current(directory).get(current_key(sources_overridden))
+    return directory / name if name and Path(name).name == name != ".." else None
+
+
+def current_key(sources_overridden: bool) -> str:
+    """Return the key of current.json for a run of the pipeline's own sources, or of overridden ones."""
+    return "overridden" if sources_overridden else "own"

@@ -1,0 +1,426 @@
+"""The retraining flow: ingest -> compare -> tokenize -> train -> evaluate -> sample -> plot -> register -> gate.
+
+Every step finds what an earlier run completed, so a run after a failure resumes where the failed one stopped. The
+MLflow run and the registered version are found by the run key. If an earlier run left a training unfinished, the next
+run finishes that training first, on its own text. Without a reason to train (policy.py) the run ends as Completed with
+the name Skipped, and a training longer than its session with the name Paused. tasks.py has the steps themselves.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from prefect import State, flow, get_run_logger
+from prefect.runtime import flow_run
+from prefect.states import Completed
+
+from flows.cards.decision import list_details, list_scores
+from flows.cards.model_card import Evidence
+from flows.cards.verdict import Verdict
+from flows.config.pipelines import Pipeline
+from flows.config.task_runner import TaskRunnerName
+from flows.notifications.notify import NotifyConfig, notify_failure, notify_promotion
+from flows.registry import ancestry, register, versions
+from flows.registry.lineage import lineage, settings_key
+from flows.retrain import attempts, decision_card, last_success, mirror, parameters, task_runners, tasks
+from flows.retrain.attempts import Attempt
+from flows.retrain.decision_card import JudgedRetraining
+from flows.retrain.parameters import Request
+from flows.retrain.policy import Reason, measure_divergence
+from flows.state import lock_holder, postgres_lock
+from flows.state.root import StateRoot, state_root
+from flows.tracking import errors, reconcile, runs
+from flows.tracking.metrics import MetricsLog
+from gptcore import manifest
+from gptcore.config import CorpusConfig, GateConfig, ModelConfig, RetrainConfig, SampleConfig, TrainConfig
+from gptcore.corpus.snapshot import Snapshot
+from gptcore.corpus.workers import Map
+from gptcore.errors import TrainingDiverged
+from gptcore.evaluation.run_report import Scores, read_samples, read_scores
+from gptcore.tokens.directory import Tokens
+from gptcore.training import memory
+from gptcore.training.batches import check_sizes
+from gptcore.training.resolve import resolve
+from gptcore.training.run_directory import Paused, Result
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a retraining ended."""
+
+    pipeline: str
+    verdict: str
+    """promoted, rejected, skipped, or paused."""
+    reason: str
+    """The reason, in a sentence."""
+    uri: str
+    """The version that the run is about."""
+    rows: tuple[tuple[str, str], ...] = ()
+    """The result table."""
+    changes: tuple[tuple[str, str], ...] = ()
+    """What changed in the text since the previous training, with numbers."""
+    plots: str = ""
+    run_directory: str = ""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Duration of each step."""
+
+
+# Prefect would check each section by itself, but a deployed run's sections are complete only after they are merged with
+# those of its deployment. parameters.py merges and checks them.
+@flow(
+    name="retrain",
+    flow_run_name="{pipeline}",
+    persist_result=False,
+    validate_parameters=False,
+    on_failure=[notify_failure],
+    on_crashed=[notify_failure],
+    on_completion=[notify_promotion],
+)
+def retrain(
+    pipeline: str,
+    model_name: str,
+    corpus: CorpusConfig,
+    model: ModelConfig,
+    train: TrainConfig,
+    sample: SampleConfig,
+    gate: GateConfig,
+    retrain: RetrainConfig,
+    force: bool = False,
+    sources_overridden: bool = False,
+    overlap: lock_holder.Overlap = "skip",
+    task_runner: TaskRunnerName = "processes",
+    notify: tuple[NotifyConfig, ...] = (),
+) -> State[Outcome]:
+    """Train a GPT on the current corpus, and make it champion if it is the best so far.
+
+    Args:
+        pipeline: Name of the pipeline, as in pipelines.yaml.
+        model_name: Registered model that the new version belongs to.
+        corpus: Which text the model learns from, how it becomes tokens, and how it is split.
+        model: The model's architecture.
+        train: How the model learns.
+        sample: Which texts the trained model writes for people to read.
+        gate: When the new version replaces the champion.
+        retrain: What is a reason to train, and what happens to an unfinished training.
+        force: Train again even if nothing has changed.
+        sources_overridden: corpus.sources are not the pipeline's own: register a version, but leave an existing
+            champion alone.
+        overlap: While another run of the pipeline is active: skip, or wait for its end.
+        task_runner: Processes the shards of a large corpus: processes, dask, ray, or a cluster's address.
+        notify: Receivers of a message if the run fails or there is a new champion. The flow's hooks read it.
+    """
+    request = parameters.read_request() or Request(
+        Pipeline(
+            name=pipeline,
+            model_name=model_name,
+            corpus=corpus,
+            model=model,
+            train=train,
+            sample=sample,
+            gate=gate,
+            retrain=retrain,
+            overlap=overlap,
+            task_runner=task_runner,
+        )
+    )
+    requested = request.pipeline
+    root = state_root().prepare()
+    try:
+        with (
+            errors.translate_errors(root),
+            root.hold(root.lock_path(requested.name), str(flow_run.id), requested.overlap) as died,
+        ):
+            if died is not None and died.flow_run != str(flow_run.id) and (line := reconcile.end_dead_run(died)):
+                get_run_logger().warning(line)
+            state = _Retraining(requested, root, force, sources_overridden or request.has_other_sources).run()
+            last_success.record(root, requested.name, state.name or "", str(flow_run.id))
+            return state
+    except lock_holder.LockHeld as held:
+        outcome = Outcome(requested.name, "skipped", str(held), uri=_champion_uri(requested))
+        return Completed(name="Skipped", message=outcome.reason, data=outcome)
+
+
+class _Step:
+    """A step of the flow, while it runs."""
+
+    def __init__(self) -> None:
+        self.description = ""
+
+    def describe(self, description: str) -> None:
+        """Set the text that the log reports as the step's result."""
+        self.description = description
+
+
+class _Retraining:
+    """One run of the flow: its request, and the results so far."""
+
+    def __init__(self, requested: Pipeline, root: StateRoot, force: bool, sources_overridden: bool) -> None:
+        self.pipeline = requested.model_copy(update={"train": resolve(requested.train)})
+        self.settings = settings_key(requested)  # with `auto` as it is, not with what it means on this machine
+        self.root, self.force, self.sources_overridden = root, force, sources_overridden
+        self.changes: tuple[tuple[str, str], ...] = ()
+        self.seconds: dict[str, float] = {}
+
+    def run(self) -> State[Outcome]:
+        """Resume an unfinished training or prepare a new one, and work on it. Skip if there is no reason to train."""
+        runs.open_database(self.root)
+        runs.close_leftovers(self.root, self.pipeline.name)
+        for parent in (self.root.corpora, self.root.tokens, self.root.mirror):
+            manifest.sweep(parent)
+        attempt = self.resume_unfinished() or self.start_new()
+        return self.skip(attempt) if isinstance(attempt, str) else self.work_on(attempt)
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[_Step]:
+        """Time a step and log its description in one line."""
+        began = time.perf_counter()
+        postgres_lock.ensure_not_lost()
+        step = _Step()
+        with tasks.relay_progress(get_run_logger()):
+            yield step
+        self.seconds[name] = round(time.perf_counter() - began, 2)
+        get_run_logger().info("%s: %s  (%.1f s)", name, step.description, self.seconds[name], extra={"step": name})
+
+    def resume_unfinished(self) -> Attempt | None:
+        """Return the training that an earlier run, here or on another machine, did not finish."""
+        if self.pipeline.retrain.unfinished == "restart":
+            return None
+        if (name := mirror.download_training(self.root, self.pipeline, self.sources_overridden)) is not None:
+            get_run_logger().info("another machine started %s", name, extra={"step": "unfinished"})
+        attempt = attempts.find_unfinished(self.root, self.pipeline, self.sources_overridden)
+        if attempt is not None:
+            get_run_logger().info("resumes %s", attempt.run.path.name, extra={"step": "unfinished"})
+            reason = self.compare(attempt.snapshot)
+            self.collect_changes(reason, attempt.tokens, attempt.snapshot)
+        return attempt
+
+    def start_new(self) -> Attempt | str:
+        """Prepare a training on the current text. Return a sentence instead if there is no reason to train."""
+        with task_runners.open_task_runner(self.pipeline.task_runner) as map_shards:
+            return self.prepare(map_shards)
+
+    def prepare(self, map_shards: Map) -> Attempt | str:
+        """Ingest and tokenize the text, with `map_shards` for its shards, and make the run directory."""
+        pipeline, root = self.pipeline, self.root
+        with self.step("ingest") as step:
+            snapshot = tasks.ingest(cfg=pipeline.corpus, corpora=root.corpora, base=Path.cwd(), map_shards=map_shards)
+            step.describe(tasks.describe_snapshot(snapshot))
+        reason = self.compare(snapshot)
+        if not (reason.must_train or self.force or self.sources_overridden):
+            return f"{reason.text}; --force trains again"
+        start = ancestry.resolve_start(root, pipeline)
+        with self.step("tokenize") as step:
+            tokens = tasks.tokenize(
+                snapshot=snapshot.path,
+                name=pipeline.corpus.tokenizer,
+                tokens_root=root.tokens,
+                vocabulary=start.load_tokenizer() if start else None,
+                mapped=map_shards,
+            )
+            step.describe(tasks.describe_tokens(tokens))
+        self.check_fits(tokens)
+        number = attempts.next_number(
+            root,
+            pipeline,
+            tokens,
+            start,
+            force=self.force or pipeline.retrain.when == "always",
+            sources_overridden=self.sources_overridden,
+        )
+        if number is None:
+            return f"{pipeline.model_name} has a version already that learned exactly this; --force trains again"
+        self.collect_changes(reason, tokens, snapshot)
+        return attempts.prepare(root, pipeline, snapshot, tokens, start, number, self.sources_overridden)
+
+    def compare(self, snapshot: Snapshot) -> Reason:
+        """Compare text and settings with those of the previous training."""
+        with self.step("compare") as step:
+            reason = tasks.compare(root=self.root, pipeline=self.pipeline, settings=self.settings, snapshot=snapshot)
+            step.describe(tasks.describe_reason(reason))
+        return reason
+
+    def collect_changes(self, reason: Reason, tokens: Tokens, snapshot: Snapshot) -> None:
+        """Keep what changed since the previous training, for the decision card and the outcome."""
+        self.changes = reason.changes
+        if reason.since is not None:
+            self.changes += measure_divergence(self.root, self.pipeline, reason.since, tokens, snapshot)
+
+    def check_fits(self, tokens: Tokens) -> None:
+        """Raise an error if the text is too short for the batches, or the model too large for the memory."""
+        train, context = self.pipeline.train, self.pipeline.model.shape()["context_length"]
+        check_sizes(tokens, context, train.stride or context, train.batch_size * train.accumulation)
+        memory.check(self.pipeline.model, train, tokens.n_vocab)
+
+    def work_on(self, attempt: Attempt) -> State[Outcome]:
+        """Train and judge an attempt inside its MLflow run, which gets the error's status if a step fails."""
+        tags = {"prefect_flow_run_id": str(flow_run.id), "corpus_sha256": attempt.snapshot.sha256}
+        mlflow_run_id = runs.open_run(self.root, self.pipeline, attempt.run_key, attempt.number, tags)
+        try:
+            outcome = self.train(attempt, mlflow_run_id)
+        except BaseException as error:
+            runs.close_interrupted_run(self.root, mlflow_run_id, _mlflow_status(error), _failure_tags(error))
+            raise
+        names = {"promoted": "Promoted", "rejected": "Kept champion", "paused": "Paused"}
+        return Completed(name=names[outcome.verdict], message=outcome.reason, data=outcome)
+
+    def train(self, attempt: Attempt, mlflow_run_id: str) -> Outcome:
+        """Train the model, and release it unless its session ended before the training."""
+        runs.log_dataset(self.root, mlflow_run_id, self.pipeline, attempt.snapshot)
+        with mirror.BackgroundUpload(self.root, attempt, self.sources_overridden) as upload:
+            with self.step("train") as step:
+                result = tasks.train(root=self.root, run=attempt.run, mlflow_run_id=mlflow_run_id)
+                step.describe(tasks.describe_training(result))
+            upload.finish()
+        if isinstance(result, Paused):
+            return self.pause(attempt, result, mlflow_run_id)
+        return self.release(attempt, result, mlflow_run_id)
+
+    def release(self, attempt: Attempt, result: Result, mlflow_run_id: str) -> Outcome:
+        """Evaluate, register and judge a trained model, and publish all evidence."""
+        run = attempt.run
+        with self.step("evaluate") as step:
+            evaluation = tasks.evaluate(run=run, snapshot=attempt.snapshot, tokens=attempt.tokens)
+            step.describe(tasks.describe_evaluation(evaluation))
+        with self.step("sample") as step:
+            samples = tasks.sample(run=run, snapshot=attempt.snapshot, tokens=attempt.tokens, cfg=self.pipeline.sample)
+            step.describe(tasks.describe_samples(samples))
+        with self.step("plot") as step:
+            plots = tasks.plot(run=run, evaluation=evaluation)
+            step.describe(tasks.describe_plots(plots))
+        scores = read_scores(evaluation)
+        evidence = Evidence(result, scores, read_samples(samples))
+        candidate = self.build_candidate(attempt, evidence, mlflow_run_id)
+        with self.step("register") as step:
+            version = tasks.register(root=self.root, run=run, tokens=attempt.tokens, candidate=candidate)
+            step.describe(self.version_uri(version))
+        done = JudgedRetraining(
+            pipeline=self.pipeline,
+            run=run,
+            snapshot=attempt.snapshot,
+            result=result,
+            scores=scores,
+            version=version,
+            verdict=self.judge(version, attempt.snapshot, scores),
+            mlflow_run_id=mlflow_run_id,
+            flow_run_id=str(flow_run.id),
+            samples=samples,
+            plots=plots,
+        )
+        outcome = self.report(done, evaluation)
+        mirror.remove_training(self.root, attempt)
+        return outcome
+
+    def judge(self, version: str, snapshot: Snapshot, scores: Scores) -> Verdict:
+        """Let the gate decide about a registered version."""
+        with self.step("gate") as step:
+            verdict = tasks.gate(
+                root=self.root,
+                model_name=self.pipeline.model_name,
+                version=version,
+                snapshot=snapshot,
+                scores=scores,
+                cfg=self.pipeline.gate,
+                sources_overridden=self.sources_overridden,
+            )
+            step.describe(tasks.describe_verdict(verdict))
+        return verdict
+
+    def build_candidate(self, attempt: Attempt, evidence: Evidence, mlflow_run_id: str) -> register.Candidate:
+        """Collect what the registration needs, with the version's lineage."""
+        origin = {
+            **lineage(
+                pipeline=self.pipeline,
+                snapshot=attempt.snapshot,
+                tokens=attempt.tokens,
+                run=attempt.run,
+                result=evidence.result,
+                scores=evidence.scores,
+                ancestors=attempt.ancestors,
+            ),
+            "settings_key": self.settings,
+            "prefect_flow_run_id": str(flow_run.id),
+        }
+        return register.Candidate(
+            model_name=self.pipeline.model_name,
+            run_key=attempt.run_key,
+            attempt=attempt.number,
+            mlflow_run_id=mlflow_run_id,
+            lineage=origin,
+            evidence=evidence,
+        )
+
+    def version_uri(self, version: str) -> str:
+        """Return the URI of a version of the pipeline's registered model."""
+        return f"models:/{self.pipeline.model_name}/{version}"
+
+    def skip(self, reason: str) -> State[Outcome]:
+        """End the run without a training."""
+        newest = versions.find_newest_finished(self.root, self.pipeline)
+        uri = versions.uri_of(newest) if newest else _champion_uri(self.pipeline)
+        outcome = Outcome(self.pipeline.name, "skipped", reason, uri, seconds=self.seconds)
+        return Completed(name="Skipped", message=reason, data=outcome)
+
+    def pause(self, attempt: Attempt, ended: Paused, mlflow_run_id: str) -> Outcome:
+        """End the run before the end of its training, which the next run resumes."""
+        # SCHEDULED is MLflow's status for a run that has not ended and that no process works on.
+        runs.close_run(self.root, mlflow_run_id, "SCHEDULED", {"paused_at": str(ended.step)})
+        return Outcome(
+            pipeline=self.pipeline.name,
+            verdict="paused",
+            reason=f"{ended.reason} are over at step {ended.step:,}; the next run resumes from there",
+            uri=_champion_uri(self.pipeline),
+            run_directory=str(attempt.run.path),
+            seconds=self.seconds,
+        )
+
+    def report(self, done: JudgedRetraining, evaluation: Path) -> Outcome:
+        """Log the evidence to the MLflow run, publish the decision card, and close the MLflow run."""
+        began = time.perf_counter()
+        outcome = self.build_outcome(done)
+        card_directories = decision_card.publish_card(self.root, done, self.changes or None)
+        directories = [evaluation, done.samples, done.plots, *card_directories]
+        runs.log_results(self.root, done.mlflow_run_id, _final_metrics(done.scores), directories)
+        MetricsLog(self.root, done.mlflow_run_id, done.run.metrics).send()  # those that MLflow did not accept before
+        tags = {"verdict": outcome.verdict, "reason": outcome.reason}
+        runs.close_run(self.root, done.mlflow_run_id, "FINISHED", tags)
+        self.seconds["report"] = round(time.perf_counter() - began, 2)
+        return outcome
+
+    def build_outcome(self, done: JudgedRetraining) -> Outcome:
+        """Collect what the flow run returns about a judged version."""
+        return Outcome(
+            pipeline=self.pipeline.name,
+            verdict="promoted" if done.verdict.promoted else "rejected",
+            reason=done.verdict.reason,
+            uri=self.version_uri(done.version),
+            rows=(*list_scores(done.scores), *list_details(done.scores, done.result)),
+            changes=self.changes,
+            plots=str(done.plots),
+            run_directory=str(done.run.path),
+            seconds=self.seconds,
+        )
+
+
+def _champion_uri(pipeline: Pipeline) -> str:
+    return f"models:/{pipeline.model_name}@{versions.CHAMPION}"
+
+
+def _final_metrics(scores: Scores) -> dict[str, float]:
+    """Return the metrics of the reported side and of the baselines, such as holdout_bits_per_byte."""
+    reported = scores.reported
+    own = {key: getattr(reported, key) for key in ("loss", "perplexity", "bits_per_byte", "top1", "top5")}
+    simple = {f"baseline_{key}": value for key, value in asdict(scores.baselines).items() if key.endswith("per_byte")}
+    return {**{f"{reported.side}_{key}": value for key, value in own.items()}, **simple}
+
+
+def _mlflow_status(error: BaseException) -> str:
+    return "FAILED" if isinstance(error, Exception) else "KILLED"
+
+
+def _failure_tags(error: BaseException) -> dict[str, str]:
+    tags = {"reason": f"{type(error).__name__}: {error}"[:4000]}
+    if isinstance(error, TrainingDiverged):
+        tags["diverged_at"] = str(error.step)
+    return tags

@@ -1,0 +1,171 @@
+"""Whether a run has a reason to train: it compares text and settings with those of the newest finished training.
+
+The verdict on that training does not matter, so that a rejected or rolled-back training is not repeated every night.
+Changed settings are always a reason. `retrain.when` says when a changed text is a reason. See gptcore.corpus.diff for
+how two snapshots are compared.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mlflow.entities.model_registry import ModelVersion
+
+from flows.config.pipelines import Pipeline
+from flows.registry import versions
+from flows.registry.loading import load
+from flows.state.root import StateRoot
+from flows.tracking.runs import flatten
+from gptcore import manifest
+from gptcore.config import EXECUTION_KEYS
+from gptcore.corpus.diff import Delta, compare_snapshots, pick_new_blocks
+from gptcore.corpus.snapshot import Snapshot
+from gptcore.errors import CheckpointError
+from gptcore.evaluation.bits_per_byte import evaluate_blocks
+from gptcore.tokens.directory import Tokens
+from gptcore.tokens.divergence import compute_train_divergence
+from gptcore.tokens.files import load_tokens
+
+DRIFT_BYTES = 32_768
+"""Maximum of new text that the champion is scored on, in bytes."""
+_MOST_NAMED = 3  # changed settings that a sentence names
+
+Row = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Whether a run trains, and why."""
+
+    must_train: bool
+    text: str
+    """The reason, in a sentence."""
+    since: str | None = None
+    """Version of the newest finished training, which text and settings are compared with."""
+    changes: tuple[Row, ...] = ()
+    """What changed in the text since that training, for people to read."""
+
+
+def weigh(root: StateRoot, pipeline: Pipeline, settings: str, snapshot: Snapshot) -> Reason:
+    """Compare text and settings with those of the newest finished training. `settings` is a settings_key."""
+    newest = versions.find_newest_finished(root, pipeline)
+    if newest is None:
+        return Reason(True, "it is the first training")
+    number = str(newest.version)
+    reason = replace(_compare_text(root, pipeline, snapshot, newest), since=number)
+    if newest.tags.get("settings_key") != settings:
+        return replace(reason, must_train=True, text=_describe_settings(root, pipeline, newest))
+    if pipeline.retrain.when == "always":
+        return replace(reason, must_train=True, text="retrain.when is always")
+    return reason
+
+
+def measure_divergence(
+    root: StateRoot, pipeline: Pipeline, since: str, tokens: Tokens, snapshot: Snapshot
+) -> tuple[Row, ...]:
+    """Measure how far the token distribution of the training text has moved since version `since`.
+
+    Return one row with the Jensen-Shannon divergence in bits. Empty if the text is the same, or if the version's tokens
+    were deleted.
+    """
+    tags = versions.resolve(root, f"models:/{pipeline.model_name}/{since}").tags
+    if tags.get("corpus_sha256") == snapshot.sha256:
+        return ()
+    try:
+        before = load_tokens(root.fetch_tokens(tags.get("tokens_sha256", "")))
+        moved = compute_train_divergence(before, tokens, snapshot.path)
+    except CheckpointError:
+        return ()
+    return (("token distribution", f"Jensen-Shannon divergence {moved:.5f} bits"),)
+
+
+def _compare_text(root: StateRoot, pipeline: Pipeline, snapshot: Snapshot, newest: ModelVersion) -> Reason:
+    """Return whether the text has changed since the newest training, and whether that is a reason to train."""
+    number, sha256 = newest.version, newest.tags.get("corpus_sha256", "")
+    if sha256 == snapshot.sha256:
+        unchanged = (("text", f"the same as version {number} learned from"),)
+        return Reason(False, f"nothing changed since version {number} of {newest.name}", changes=unchanged)
+    before = root.fetch_corpus(sha256)
+    try:
+        manifest.verify(before)
+        delta = compare_snapshots(before, snapshot.path)
+    except CheckpointError as error:
+        return Reason(True, f"the text changed since version {number}; how much is unknown: {error}")
+    drift, drift_row = _measure_drift(root, pipeline, snapshot, newest)
+    rows = (*_build_rows(delta), drift_row)
+    return replace(_apply_policy(pipeline, delta, drift, number), changes=rows)
+
+
+def _apply_policy(pipeline: Pipeline, delta: Delta, drift: float | None, number: Any) -> Reason:
+    """Return whether a changed text is a reason to train, by `retrain.when`. `drift` is in bits per byte."""
+    retrain = pipeline.retrain
+    new = f"{delta.new_share:.1%} of the text is new since version {number}"
+    if retrain.when == "share":
+        above = delta.new_share > retrain.min_new_share
+        sign = "more than" if above else "no more than"
+        return Reason(above, f"{new}, {sign} retrain.min_new_share {retrain.min_new_share:.1%}")
+    if retrain.when == "drift" and drift is not None:
+        above = drift > retrain.drift_margin
+        sign = "more than" if above else "no more than"
+        drifted = f"on new text the champion is worse by {drift:.4f} bits per byte"
+        return Reason(above, f"{drifted}, {sign} retrain.drift_margin {retrain.drift_margin:g}")
+    if retrain.when == "drift" and not delta.new_bytes:
+        return Reason(False, f"no text is new since version {number}, so the drift of the champion is unknown")
+    counts = (delta.documents_added, delta.documents_changed, delta.documents_removed)
+    return Reason(True, f"{new}: {counts[0]:,} documents added, {counts[1]:,} changed, {counts[2]:,} removed")
+
+
+def _measure_drift(
+    root: StateRoot, pipeline: Pipeline, snapshot: Snapshot, newest: ModelVersion
+) -> tuple[float | None, Row]:
+    """Measure how much worse the champion is on new text than on its own holdout, in bits per byte.
+
+    Return the difference and a row that explains it. The difference is None if it is unknown.
+    """
+    label = "champion on the new text"
+    champion = versions.find_champion(root, pipeline.model_name)
+    if champion is None:
+        return None, (label, "there is no champion")
+    seen = root.fetch_corpus(champion.tags.get("corpus_sha256", ""))
+    try:
+        chosen = pick_new_blocks(seen, snapshot.path, DRIFT_BYTES)
+        loaded = load(root, champion)
+    except (CheckpointError, versions.RegistryError) as error:
+        return None, (label, f"unknown: {error}")
+    own = champion.tags.get("holdout_bits_per_byte")
+    if not chosen or own is None:
+        return None, (label, "no text is new" if not chosen else "unknown: the champion has no score of its own")
+    scored = evaluate_blocks(loaded.model, loaded.tokenizer, chosen, "cpu", "new")
+    worse = scored.bits_per_byte - float(own)
+    size = f"{scored.bytes:,} bytes"
+    return worse, (label, f"{scored.bits_per_byte:.4f} bits per byte on {size}, {float(own):.4f} on its own holdout")
+
+
+def _build_rows(delta: Delta) -> tuple[Row, ...]:
+    counts = {
+        "added": delta.documents_added,
+        "changed": delta.documents_changed,
+        "removed": delta.documents_removed,
+        "kept": delta.documents_kept,
+    }
+    new = f"{delta.new_bytes:,} of {delta.bytes:,} bytes, {delta.new_share:.1%}; {delta.removed_bytes:,} bytes removed"
+    return (("documents", ", ".join(f"{count:,} {change}" for change, count in counts.items())), ("new text", new))
+
+
+def _describe_settings(root: StateRoot, pipeline: Pipeline, newest: ModelVersion) -> str:
+    """Return a sentence that names the settings that differ from those of the newest training."""
+    sentence = f"the settings are not those of version {newest.version}"
+    try:
+        then = flatten(versions.read_lineage(root, newest.name, str(newest.version))["config"])
+    except (versions.RegistryError, KeyError):
+        return sentence
+    now = flatten(pipeline.model_dump(mode="json"))
+    outside = ("retrain.", "gate.", "sample.", "corpus.sources", *(f"train.{key}" for key in EXECUTION_KEYS))
+    differing = [
+        f"{key} {then.get(key, 'absent')} -> {now[key]}"
+        for key in now
+        if key in then and then[key] != now[key] and not key.startswith(outside)
+    ]
+    named = ", ".join(differing[:_MOST_NAMED]) + (
+        f" and {len(differing) - _MOST_NAMED} more" if len(differing) > _MOST_NAMED else ""
+    )
+    return f"{sentence}: {named}" if named else sentence

@@ -1,0 +1,221 @@
+"""The trainer process: start the trainer on a run directory, follow it, stop it, and read how it ended.
+
+The trainer is a child process. It has its own memory, so an out-of-memory kill costs a retry and not the flow. It holds
+the other end of a pipe: if this process dies, the child saves and stops, so a run directory never has two writers. If
+train.processes is more than one, the child is torchrun. Its own children are the trainers, and hold the pipe as well.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
+from pathlib import Path
+from uuid import UUID
+
+import psutil
+from prefect import get_run_logger
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
+
+from flows.state import postgres_lock
+from flows.state.console import active_console
+from flows.state.root import StateRoot
+from flows.tracking import errors, runs
+from flows.tracking.metrics import MetricsFollower, MetricsLog
+from gptcore.errors import GPTCoreError
+from gptcore.training import checkpoint
+from gptcore.training.run_directory import STOPPED, MetricsLine, MetricsReader, Paused, Result, RunDirectory
+
+GRACE_SECONDS = 25.0
+"""How long a stopped trainer may take to save. Prefect kills a cancelled flow run after 30 seconds."""
+_POLL_SECONDS = 1.0
+"""Time between two looks at the metrics. The flow's own work while the model trains slows the training down."""
+_ERROR = "error: "
+"""Prefix of the line with which the trainer reports a known error."""
+_MOST_DEATHS = 3
+_LAUNCHER = ("-m", "torch.distributed.run", "--standalone", f"--max-restarts={_MOST_DEATHS}", "--nproc-per-node")
+_RESTART_SECONDS = 1.0
+_PROGRESS_SECONDS = 5.0
+_AWAY_SECONDS = 60.0
+
+
+class TrainerDied(GPTCoreError):
+    """The trainer ended without result or reason: it was killed, or out of memory. To start it again helps."""
+
+
+class TrainerKeepsDying(GPTCoreError):
+    """The trainer died several times without a new checkpoint. To start it once more would not help."""
+
+
+def train(run: RunDirectory, on_metrics: Callable[[list[MetricsLine]], None]) -> Result | Paused:
+    """Train the run directory in a child process, to the end of the training or of its session.
+
+    `on_metrics` receives new lines of metrics.jsonl, about once a second. Raises the trainer's own error, or
+    TrainerDied. If this process is interrupted, the child saves a checkpoint first.
+    """
+    if (result := run.read_result()) is not None:
+        checkpoint.prune(run.checkpoints, keep=0)  # the trainer was killed before it did that
+        on_metrics(run.read_metrics())
+        return result
+    reader = MetricsReader(run.metrics)
+    process = _start(run.path)
+    try:
+        while process.poll() is None:
+            on_metrics(reader.read_new_lines())
+            _wait(process, _POLL_SECONDS)
+        on_metrics(reader.read_new_lines())
+    except BaseException:
+        _stop(process)
+        raise
+    finally:
+        assert process.stdin is not None
+        process.stdin.close()  # if only torchrun died, its trainers still run: they save and stop
+    return _read_outcome(run, process.returncode)
+
+
+def _start(path: Path) -> psutil.Popen:
+    processes = int(RunDirectory(path).read_config().train.processes)
+    trainer = ["-m", "gptcore.train", str(path), "--stop-at-end-of-input"]
+    command = [sys.executable, *trainer] if processes == 1 else [sys.executable, *_LAUNCHER, str(processes), *trainer]
+    environment = {**os.environ} if processes == 1 else _local_environment()
+    with (path / "trainer.log").open("ab") as log:
+        # A session of its own: Ctrl-C in the terminal reaches only this process, which then stops the child properly.
+        # psutil's Popen sleeps until the child ends; subprocess's would check twenty times a second.
+        return psutil.Popen(
+            command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True, env=environment
+        )
+
+
+def _local_environment() -> dict[str, str]:
+    """Return the environment of trainers that communicate over the loopback interface only, with few log lines."""
+    loopback = "lo" if sys.platform == "linux" else "lo0"
+    quiet = {
+        "OMP_NUM_THREADS": "1",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+        "LOGLEVEL": "ERROR",
+    }  # the trainer sets its threads itself
+    return {"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback, **quiet, **os.environ}
+
+
+def _wait(process: psutil.Popen, seconds: float) -> None:
+    with suppress(psutil.TimeoutExpired):
+        process.wait(seconds)
+
+
+def _stop(process: psutil.Popen) -> None:
+    """Let the trainer save and stop. Kill it if that takes longer than GRACE_SECONDS."""
+    # No signal: a container's stop may have signalled every process, and a second signal ends a trainer at once.
+    assert process.stdin is not None
+    process.stdin.close()
+    _wait(process, GRACE_SECONDS)
+    if process.poll() is None:
+        for each in (*process.children(recursive=True), process):  # torchrun's trainers would outlive torchrun
+            with suppress(psutil.NoSuchProcess):
+                each.kill()
+        process.wait()
+
+
+def _read_outcome(run: RunDirectory, code: int) -> Result | Paused:
+    """Return the result or pause of an ended trainer. Raises its error, or TrainerDied if it left none."""
+    if code == 0 and (result := run.read_result()) is not None:
+        return result
+    if code in (0, STOPPED) and (paused := run.read_pause()) is not None:
+        return paused
+    if (failure := run.read_failure()) is not None:
+        raise failure
+    log = run.path / "trainer.log"
+    lines = log.read_text(errors="replace").strip().splitlines()
+    last = lines[-1] if lines else ""
+    if last.startswith("==="):  # the last line of the table that torchrun prints when it gives up
+        last = next((line for line in reversed(lines) if line.startswith(_ERROR)), last)
+    elif code >= 0 and last.startswith(_ERROR):  # the disk had no room for failure.json
+        raise GPTCoreError(last.removeprefix(_ERROR))
+    how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+    raise TrainerDied(f"the trainer {how}; the last line of {log}: {last or '(none)'}")
+
+
+def train_with_restarts(
+    run: RunDirectory, on_metrics: Callable[[list[MetricsLine]], None], warn: Callable[[str], None]
+) -> Result | Paused:
+    """Train like `train`, and start a trainer that died again from its last checkpoint, as long as it gets further.
+
+    `warn` receives a sentence about each death. Raises TrainerKeepsDying, with a diagnosis, at the third death since
+    the same checkpoint.
+    """
+    deaths: Counter[int] = Counter()
+    while True:
+        try:
+            return train(run, on_metrics)
+        except TrainerDied as death:
+            saved = run.saved_step()
+            deaths[saved] += 1
+            if deaths[saved] == _MOST_DEATHS:
+                raise TrainerKeepsDying(_diagnose(run, saved, death)) from None
+            warn(f"{death}. It starts again from step {saved}.")
+        time.sleep(_RESTART_SECONDS)
+
+
+def _diagnose(run: RunDirectory, saved: int, death: TrainerDied) -> str:
+    """Return a text that says when the trainer died, how much memory it had, and which settings may help."""
+    lines = run.read_metrics()
+    last = f"after step {lines[-1]['step']}, holding {lines[-1]['memory_mb']:,.0f} MB" if lines else "before any step"
+    machine = psutil.virtual_memory()
+    return (
+        f"the trainer died {_MOST_DEATHS} times between its checkpoint at step {saved} and the next one, this time "
+        f"{last}: {death}. This machine has {machine.total / 1e6:,.0f} MB, of which {machine.available / 1e6:,.0f} are "
+        "available now. If nobody kills the trainer, it runs out of memory: lower train.batch_size and raise "
+        "train.accumulation as much, or make the model smaller. If it is killed now and then, save more often: "
+        "lower train.checkpoint_seconds. The next run resumes from the checkpoint."
+    )
+
+
+def train_and_report(root: StateRoot, run: RunDirectory, mlflow_run_id: str) -> Result | Paused:
+    """Train with restarts, and show the progress in the MLflow run, in a Prefect artifact, and on the terminal."""
+    log = MetricsLog(root, mlflow_run_id, run.metrics)
+    console, logger = active_console(), get_run_logger()
+
+    def warn(text: str) -> None:
+        logger.warning("train: %s", text, extra={"step": "train"})
+
+    watched, shown = runs.log_system_metrics(root, mlflow_run_id), console.progress_bar() if console else nullcontext()
+    with watched, MetricsFollower(log), shown as bar:
+        artifact = ProgressArtifact(f"{run.path.name}-progress")
+
+        def on_metrics(lines: list[MetricsLine]) -> None:
+            postgres_lock.ensure_not_lost()
+            if lines:
+                artifact.show(lines[-1])
+                if bar:
+                    bar.show(lines[-1])
+
+        return train_with_restarts(run, on_metrics, warn)
+
+
+class ProgressArtifact:
+    """A progress bar in the Prefect UI. It moves every 5 seconds, or pauses for a minute if Prefect is unreachable."""
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+        self.id: UUID | None = None
+        self.due = 0.0
+
+    def show(self, line: MetricsLine) -> None:
+        """Move the bar to the newest update. An error of Prefect does not stop the training."""
+        if time.monotonic() < self.due and line["progress"] < 1.0:
+            return
+        self.due = time.monotonic() + _AWAY_SECONDS
+        with errors.warn_if_prefect_fails("the progress"):
+            self._move(line)
+            self.due = time.monotonic() + _PROGRESS_SECONDS
+
+    def _move(self, line: MetricsLine) -> None:
+        percent = 100.0 * line["progress"]
+        text = f"step {line['step']:,} · loss {line['loss']:.3f} · {line['tokens_per_second']:,.0f} tokens/s"
+        if self.id is not None:
+            update_progress_artifact(self.id, percent, description=text)
+            return
+        created = create_progress_artifact(percent, key=self.key, description=text)
+        assert isinstance(created, UUID), "tasks are synchronous, so this call is"
+        self.id = created

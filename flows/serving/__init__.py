@@ -1,1 +1,0 @@
-"""A registered version behind an OpenAI-compatible endpoint: `gptflow serve-model`."""

@@ -1,0 +1,136 @@
+"""The servers that hold the state instead of local files: a database and an object store.
+
+The user names them by `GPTFLOW_DATABASE` and `GPTFLOW_ARTIFACTS`, by the variables that MLflow documents for the same
+purpose, or by options of `gptflow up`. The state root saves them, without any password, so that every later command
+finds the same state:
+
+    backends.json   {"database": "postgresql://USER@HOST:PORT/NAME", "artifacts": "s3://BUCKET/PREFIX"}
+
+How to talk to them is in postgres.py and object_store.py.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from flows.state import postgres
+from flows.state.files import read_json, write_atomically
+from flows.state.postgres import Database
+from gptcore.errors import ConfigError
+
+ARTIFACTS = "GPTFLOW_ARTIFACTS"
+LOCAL = "local"
+"""The value, in place of an address, that selects local files even if the state root has saved an address."""
+_DATABASES_OF_MLFLOW = ("MLFLOW_TRACKING_URI", "MLFLOW_BACKEND_STORE_URI")
+_ARTIFACTS_OF_MLFLOW = ("MLFLOW_DEFAULT_ARTIFACT_ROOT", "MLFLOW_ARTIFACTS_DESTINATION")
+_FILE = "backends.json"
+
+
+@dataclass(frozen=True)
+class Backends:
+    """The servers that hold the state; None means local files."""
+
+    database: Database | None = None
+    artifacts: str | None = None
+    """s3://BUCKET/PREFIX, without a slash at its end."""
+
+    def variables(self) -> dict[str, str]:
+        """Return the environment variables that name these servers to another process."""
+        values = {postgres.VARIABLE: self.database.url if self.database else None, ARTIFACTS: self.artifacts}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def __str__(self) -> str:
+        return ", ".join(filter(None, (self.database.url if self.database else None, self.artifacts))) or "local files"
+
+
+@dataclass(frozen=True)
+class _Address:
+    """The address of a server, None for local files, and the variable or file that holds it."""
+
+    url: str | None
+    source: str
+
+
+def read_backends(home: Path) -> Backends:
+    """Read which servers hold the state root at `home`: from the environment, else from what it has saved.
+
+    Raises ConfigError if an address cannot be used.
+    """
+    database = _read_variables(postgres.VARIABLE, _DATABASES_OF_MLFLOW, "postgres") or _read_saved(home, "database")
+    artifacts = _read_variables(ARTIFACTS, _ARTIFACTS_OF_MLFLOW, "s3:") or _read_saved(home, "artifacts")
+    return Backends(
+        postgres.parse(database.url, database.source) if database.url else None,
+        _check_store_url(artifacts.url, artifacts.source) if artifacts.url else None,
+    )
+
+
+def export_passwords() -> None:
+    """Move the database's password from the URLs in the environment to PGPASSWORD, and its TLS options likewise.
+
+    After this, no variable of gptflow or MLflow has a password in a PostgreSQL URL. Drivers and child processes read
+    PGPASSWORD. Raises ConfigError if a URL cannot be used, or if two passwords differ.
+    """
+    for variable in (postgres.VARIABLE, *_DATABASES_OF_MLFLOW):
+        if (url := os.environ.get(variable, "")).startswith("postgres"):
+            os.environ[variable] = postgres.export_password(url, variable)
+    chosen = _read_variables(postgres.VARIABLE, _DATABASES_OF_MLFLOW, "postgres")
+    if chosen is not None and chosen.url:
+        postgres.export_tls_options(chosen.url, chosen.source)
+
+
+def apply_options(database: str | None, artifacts: str | None) -> None:
+    """Set the environment variables from the options `--database` and `--artifacts`; None leaves a variable alone.
+
+    Raises ConfigError if the database's address has a password in it.
+    """
+    if database is not None:
+        if database != LOCAL and postgres.has_password(database, "--database"):
+            raise ConfigError(
+                "--database has a password in it, which everybody on this machine can read while the command runs. "
+                "Give the address without the password, and set the password as PGPASSWORD or in ~/.pgpass; "
+                f"{postgres.VARIABLE} may contain it too."
+            )
+        os.environ[postgres.VARIABLE] = database
+    if artifacts is not None:
+        os.environ[ARTIFACTS] = artifacts
+
+
+def read_saved_artifacts(home: Path) -> str | None:
+    """Return the address of the object store that the state root has saved."""
+    return _read_saved(home, "artifacts").url
+
+
+def save_backends(home: Path, backends: Backends) -> None:
+    """Write to the state root at `home` which servers hold it, if that has changed."""
+    body = {"database": backends.database and backends.database.url, "artifacts": backends.artifacts}
+    if body != {key: _read_saved(home, key).url for key in body}:
+        write_atomically(home / _FILE, json.dumps(body) + "\n")
+
+
+def _read_variables(own: str, of_mlflow: tuple[str, ...], scheme: str) -> _Address | None:
+    """Return the address that a variable holds; None if no variable holds one.
+
+    A variable of MLflow counts only if its address begins with `scheme`.
+    """
+    if url := os.environ.get(own):
+        return _Address(None if url == LOCAL else url, own)
+    for variable in of_mlflow:
+        if (url := os.environ.get(variable, "")).startswith(scheme):
+            return _Address(url, variable)
+    return None
+
+
+def _read_saved(home: Path, key: str) -> _Address:
+    body = read_json(home / _FILE)
+    url = body.get(key) if isinstance(body, dict) else None
+    return _Address(url if isinstance(url, str) else None, _FILE)
+
+
+def _check_store_url(url: str, source: str) -> str:
+    parts = urlsplit(url)
+    if parts.scheme != "s3" or not parts.netloc or parts.query or "@" in parts.netloc:
+        # The message does not repeat the URL, which may contain a key.
+        raise ConfigError(f"{source} does not name an object store. Write s3://BUCKET/PREFIX, or {LOCAL}.")
+    return url.rstrip("/")

@@ -1,0 +1,99 @@
+"""The output for a person at a terminal: one line per step, and a progress bar while the model trains.
+
+Tasks log through Prefect's run logger, so that the UI has the same lines; `Console` prints those lines. A log cannot
+contain the progress bar, so the training gets the bar from `active_console()`, which is None if no console is attached.
+The texts of the lines are in flows/retrain/tasks.py.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from rich.console import Console as Terminal
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+_ACTIVE: ContextVar["Console | None"] = ContextVar("console", default=None)
+
+
+class Console(logging.Handler):
+    """Print the lines of the flow's and its tasks' loggers, and own the progress bar."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.terminal = Terminal(highlight=False, soft_wrap=True)
+
+    @contextmanager
+    def attach(self) -> Iterator["Console"]:
+        """Print the lines of the run loggers inside this context, and be the active console."""
+        token = _ACTIVE.set(self)
+        loggers = [logging.getLogger(name) for name in ("prefect.flow_runs", "prefect.task_runs")]
+        for logger in loggers:
+            logger.addHandler(self)
+        try:
+            yield self
+        finally:
+            for logger in loggers:
+                logger.removeHandler(self)
+            _ACTIVE.reset(token)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print the record if it names a step. Prefect's engine logs states, without a step, on the same loggers."""
+        if step := getattr(record, "step", None):
+            self.terminal.print(f"[bold]{step:<9}[/bold]", end="")
+            self.terminal.print(record.getMessage().removeprefix(f"{step}: "), markup=False)
+
+    @contextmanager
+    def progress_bar(self) -> Iterator["Bar"]:
+        """Show a progress bar for one training."""
+        columns: list[ProgressColumn] = [
+            TextColumn("[bold]train    [/bold]"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            _TimeLeft(),
+        ]
+        is_hidden = not self.terminal.is_terminal
+        with Progress(
+            *columns, console=self.terminal, transient=True, refresh_per_second=4, disable=is_hidden
+        ) as progress:
+            yield Bar(progress)
+
+
+class Bar:
+    """The progress bar of one training, which shows lines of metrics.jsonl."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.task = progress.add_task("starting", total=1.0)
+
+    def show(self, line: dict[str, Any]) -> None:
+        """Move the bar to the newest update."""
+        total = round(line["step"] / line["progress"]) if line["progress"] else 0
+        text = f"step {line['step']:,}/{total:,}  loss {line['loss']:.3f}  {line['tokens_per_second']:,.0f} tokens/s"
+        self.progress.update(self.task, completed=line["progress"], description=text, seconds=line["seconds"])
+
+
+class _TimeLeft(ProgressColumn):
+    """The time left, computed from the share of the budget that the training has used."""
+
+    def render(self, task: Any) -> Text:
+        """Return the minutes and seconds left, or an empty text before the first update."""
+        if not task.completed:
+            return Text("")
+        left = task.fields["seconds"] * (1 - task.completed) / task.completed
+        return Text(f"{int(left) // 60}:{int(left) % 60:02d} left", style="cyan")
+
+
+def active_console() -> Console | None:
+    """Return the console that is attached to this run, if there is one."""
+    return _ACTIVE.get()
+
+
+def print_table(table: Table) -> None:
+    """Print the table as wide as the terminal, or with every line whole into a pipe or a file."""
+    console = Terminal(highlight=False)
+    console.print(table) if console.is_terminal else Terminal(highlight=False, width=400).print(table)

@@ -1,0 +1,25 @@
+"""The components of a model, and the recipes that choose among them.
+
+A component is a choice of the architecture, such as how positions are encoded. gptcore.config makes each one a key of
+`model` and documents it; gptcore.model builds it. Nothing here needs torch.
+"""
+
+from typing import Any
+
+COMPONENTS: dict[str, tuple[Any, ...]] = {
+    "positions": ("learned", "rotary"),
+    "norm": ("layer", "rms"),
+    "activation": ("gelu", "relu2"),
+    "qk_norm": (False, True),
+    "emb_norm": (False, True),
+    "bias": (True, False),
+    "tied": (False, True),
+    "init": ("pytorch", "gpt2", "zero"),
+}
+"""The options of each component. The first option is the book's."""
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "gpt2": {component: options[0] for component, options in COMPONENTS.items()},
+    "modern": dict(zip(COMPONENTS, ("rotary", "rms", "relu2", True, True, False, False, "zero"))),
+}
+"""The option that each recipe chooses for each component. gpt2 is the book's model."""

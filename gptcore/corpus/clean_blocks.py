@@ -1,0 +1,47 @@
+"""Select the clean blocks of held-out text: blocks that share no run of 200 bytes with a training text.
+
+ingest.py keeps the training text of one snapshot free of such runs. Nothing does so between two snapshots, such as
+tonight's holdout and the text that an older champion was trained on: a document may have been edited, or a block may
+have changed sides with the split's settings. So the blocks on which two models are compared are selected here.
+contamination.py finds the runs.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from gptcore.corpus import contamination
+from gptcore.corpus.snapshot import Block, read_blocks, side_text
+
+
+@dataclass(frozen=True)
+class CleanBlocks:
+    """The clean blocks of one side, and how much was excluded."""
+
+    blocks: tuple[Block, ...]
+    excluded_blocks: int
+    excluded_bytes: int
+    """Bytes of whole blocks: a block that shares a run is excluded as a whole."""
+
+
+def find_clean_blocks(snapshot: Path, side: str, trained_on: Sequence[Path]) -> CleanBlocks:
+    """Select the blocks of val or holdout of `snapshot` that are in no training text of the snapshots `trained_on`.
+
+    A block shorter than 200 bytes is excluded if a training text contains all of it.
+    """
+    blocks = list(read_blocks(snapshot, side))
+    texts = [block.text.encode() for block in blocks]
+    training_texts = [side_text(path, "train") for path in trained_on]
+    runs = contamination.find_shared_runs(side_text(snapshot, side), training_texts)  # (runs, 2)
+    ends = np.cumsum([len(text) for text in texts])  # (blocks,)
+    starts = ends - [len(text) for text in texts]  # (blocks,)
+    # A block shares a run if more runs begin before its end than end before its start.
+    is_shared = np.searchsorted(runs[:, 1], starts, side="right") < np.searchsorted(runs[:, 0], ends)  # (blocks,)
+    short = {text for text in texts if len(text) < contamination.RUN_BYTES}
+    known = set().union(*(contamination.find_contained(short, text.path) for text in training_texts))
+    is_clean = [not shared and text not in known for shared, text in zip(is_shared, texts)]
+    kept = tuple(block for block, clean in zip(blocks, is_clean) if clean)
+    excluded_bytes = sum(len(text) for text, clean in zip(texts, is_clean) if not clean)
+    return CleanBlocks(kept, len(blocks) - len(kept), excluded_bytes)

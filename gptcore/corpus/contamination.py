@@ -1,0 +1,308 @@
+"""Find contamination: runs of 200 bytes or more that two texts share.
+
+ingest.py removes these runs from the training text, and clean_blocks.py excludes the blocks that hold one from a
+comparison of models. This module only finds the runs.
+
+The method is exact up to collisions of 64-bit hashes, and needs memory for a hundredth of the other text only. Every
+run of 200 bytes holds one whole 101-byte gram that starts at a multiple of 100 in the other text. So only these grams
+are indexed. The text is then read once in chunks with a rolling hash. Where a gram of the text is in the index, all
+windows of 200 bytes around the gram are compared. Hashes are polynomials modulo 2^64 in an odd base, computed as
+differences of prefix sums, over bytes that are first mapped to random 64-bit numbers.
+"""
+
+import functools
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from gptcore.corpus.workers import SHARD_BYTES, WHOLE_BYTES, Map
+
+RUN_BYTES = 200
+"""The shortest run that counts as shared."""
+
+Positions = npt.NDArray[np.int64]
+Hashes = npt.NDArray[np.uint64]
+R = TypeVar("R")
+
+_GRAM_BYTES = 101
+_GRID_BYTES = 100  # _GRID_BYTES - 1 + _GRAM_BYTES == RUN_BYTES
+_CHUNK_BYTES = 1 << 19
+_FILTER_BITS = 23
+_NEEDLE_GRAMS = (96, 48, 24, 12)
+_SEED = 0x6770_7466_6C6F_77
+
+
+@dataclass(frozen=True)
+class PassageFile:
+    """A file whose bytes are passages, one directly after another. A run counts only within one passage."""
+
+    path: Path
+    bounds: Positions
+    """(passages + 1,) the offsets at which the passages begin, from 0, and the end of the last one."""
+
+
+@dataclass(frozen=True)
+class SearchShard:
+    """A range of bytes of a text, searched as one shard, with the arrays that the search needs."""
+
+    path: Path
+    arrays: "Path | dict[str, npt.NDArray[Any]]"
+    """Arrays by name, or the directory in which they are saved."""
+    start: int
+    end: int
+    """A gram or window that begins before `end` may reach beyond it."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Length of the range."""
+        return self.end - self.start
+
+    def load_array(self, name: str) -> npt.NDArray[Any]:
+        """Return one of the arrays, mapped from disk if it is saved."""
+        if isinstance(self.arrays, dict):
+            return self.arrays[name]
+        saved: npt.NDArray[Any] = np.load(self.arrays / f"{name}.npy", mmap_mode="r")
+        return saved
+
+
+def find_shared_runs(text: PassageFile, others: Sequence[PassageFile], map_shards: Map | None = None) -> Positions:
+    """Return (runs, 2): start and end of each run of `text`, at least RUN_BYTES long, that a passage of `others` holds.
+
+    The runs are in order, extended outward to whole UTF-8 characters, and joined where they overlap or touch. A long
+    text is searched in shards, which `map_shards` distributes. The arrays that the shards need are saved in a temporary
+    directory beside the text.
+
+    For example, a passage `b"x" + shared` and another text `shared` of 300 bytes give `[[1, 301]]`.
+    """
+    grams = [_hash_grid_grams(other) for other in others]
+    index = np.unique(np.concatenate([hashes for _, hashes in grams])) if grams else np.empty(0, np.uint64)  # (grams,)
+    if not len(index):
+        return np.empty((0, 2), np.int64)
+    occurrences = _search(text, _find_indexed_grams, {"index": index}, map_shards)
+    ranges = np.concatenate([starts for starts, _ in occurrences])  # (ranges, 2)
+    starts = _merge_ranges(ranges[:, 0], ranges[:, 1])  # (ranges, 2) in which the windows to compare start
+    hits = np.unique(np.concatenate([hashes for _, hashes in occurrences]))  # (hits,) hashes of grams that both hold
+    shared = _hash_windows_around(
+        others, [positions[np.isin(hashes, hits)] for positions, hashes in grams]
+    )  # (windows,)
+    runs = [np.empty((0, 2), np.int64)]
+    if len(shared):
+        arrays = {"bounds": text.bounds, "starts": starts, "shared": shared}
+        runs += _search(text, _find_shared_windows, arrays, map_shards)
+    extended = _extend_to_characters(text.path, np.concatenate(runs))  # (runs, 2)
+    return _merge_ranges(extended[:, 0], extended[:, 1])
+
+
+def _search(
+    text: PassageFile,
+    search: Callable[[SearchShard], R],
+    arrays: dict[str, npt.NDArray[Any]],
+    map_shards: Map | None,
+) -> list[R]:
+    """Return the results of `search` for the shards of the text, in order."""
+    size = text.path.stat().st_size
+    if map_shards is None or size <= WHOLE_BYTES:
+        return [search(SearchShard(text.path, arrays, 0, size))]
+    path = text.path.absolute()
+    with tempfile.TemporaryDirectory(prefix="guard-", dir=path.parent) as name:
+        for array, values in arrays.items():
+            np.save(Path(name) / array, values)
+        starts = range(0, size, SHARD_BYTES)
+        shards = [SearchShard(path, Path(name), start, min(start + SHARD_BYTES, size)) for start in starts]
+        return map_shards("ingest", "decontaminated", search, shards)
+
+
+def find_contained(needles: Collection[bytes], path: Path) -> set[bytes]:
+    """Return the needles, each at most RUN_BYTES long, that the file contains as a whole. Passages do not matter.
+
+    The first 96, 48, 24 or 12 bytes of each needle are looked up in a chunk by hash. Only the needles that the chunk
+    may contain are then searched for.
+    """
+    waiting: dict[int, dict[bytes, int]] = {gram: {} for gram in (*_NEEDLE_GRAMS, 0)}
+    for needle in needles:
+        gram = next((gram for gram in _NEEDLE_GRAMS if gram <= len(needle)), 0)
+        head = np.frombuffer(needle[:gram], np.uint8)
+        waiting[gram][needle] = int(_hash_grams(head, gram)[0]) if gram else 0
+    contained: set[bytes] = set()
+    for _, chunk in _read_chunks(path, RUN_BYTES) if needles else ():
+        data = chunk.tobytes()
+        for gram, hashes in waiting.items():
+            in_chunk = {needle for needle in _select_likely(hashes, chunk, gram) if needle in data}
+            contained |= in_chunk
+            waiting[gram] = {needle: value for needle, value in hashes.items() if needle not in in_chunk}
+    return contained
+
+
+def _select_likely(needles: dict[bytes, int], chunk: npt.NDArray[np.uint8], gram: int) -> list[bytes]:
+    """Return the needles whose first `gram` bytes may be in the chunk; if `gram` is 0, all needles."""
+    if not needles or not gram:
+        return list(needles)
+    wanted = np.fromiter(needles.values(), np.uint64, len(needles))  # (needles,)
+    is_likely = np.zeros(1 << _FILTER_BITS, np.bool_)  # (buckets,)
+    is_likely[_bucket_of(wanted)] = True
+    hashes = _hash_grams(chunk, gram)  # (bytes - gram + 1,)
+    is_present = np.isin(wanted, hashes[is_likely[_bucket_of(hashes)]])  # (needles,)
+    return [needle for needle, present in zip(needles, is_present) if present]
+
+
+def _hash_grid_grams(text: PassageFile) -> tuple[Positions, Hashes]:
+    """Return positions and hashes, (grams,) each, of the grams at every hundredth byte of every passage."""
+    lengths = np.diff(text.bounds)  # (passages,)
+    counts = np.where(lengths >= RUN_BYTES, (lengths - _GRAM_BYTES) // _GRID_BYTES + 1, 0)  # (passages,)
+    firsts = np.cumsum(counts) - counts  # (passages,) number of the first gram of each passage
+    positions = np.repeat(text.bounds[:-1] - firsts * _GRID_BYTES, counts) + np.arange(counts.sum()) * _GRID_BYTES
+    hashes = np.empty(len(positions), np.uint64)  # (grams,)
+    for offset, chunk in _read_chunks(text.path, _GRAM_BYTES):
+        low, high = np.searchsorted(positions, [offset, offset + max(len(chunk) - _GRAM_BYTES + 1, 0)])
+        if low < high:
+            hashes[low:high] = _hash_grams(chunk, _GRAM_BYTES)[positions[low:high] - offset]
+    return positions, hashes
+
+
+def _find_indexed_grams(shard: SearchShard) -> tuple[Positions, Hashes]:
+    """Find the grams of the shard that are in the index.
+
+    Returns (ranges, 2), the ranges in which windows around these grams start, and the grams' distinct hashes. The
+    ranges may begin before the shard.
+    """
+    index = shard.load_array("index")  # (indexed,)
+    is_likely = np.zeros(1 << _FILTER_BITS, np.bool_)  # (buckets,)
+    is_likely[_bucket_of(index)] = True
+    ranges, hit_hashes = [np.empty((0, 2), np.int64)], [np.empty(0, np.uint64)]
+    for offset, chunk in _read_chunks(shard.path, _GRAM_BYTES, np.array([[shard.start, shard.end]])):
+        hashes = _hash_grams(chunk, _GRAM_BYTES)  # (bytes - gram + 1,)
+        likely = np.flatnonzero(is_likely[_bucket_of(hashes)])  # (likely,)
+        hits = likely[_contains(index, hashes[likely])]  # (hits,)
+        if len(hits):
+            ranges.append(_find_window_starts(hits + offset))
+            hit_hashes.append(np.unique(hashes[hits]))
+    joined = np.concatenate(ranges)  # (ranges, 2)
+    return _merge_ranges(joined[:, 0], joined[:, 1]), np.unique(np.concatenate(hit_hashes))
+
+
+def _find_shared_windows(shard: SearchShard) -> Positions:
+    """Return (runs, 2): the shared windows that start in the shard, joined where they overlap."""
+    starts, shared = np.clip(shard.load_array("starts"), shard.start, shard.end), shard.load_array("shared")
+    starts = starts[starts[:, 0] < starts[:, 1]]  # (ranges, 2)
+    runs = [np.empty((0, 2), np.int64)]
+    for positions, hashes in _hash_windows(PassageFile(shard.path, shard.load_array("bounds")), starts):
+        hits = positions[_contains(shared, hashes)]  # (hits,)
+        runs.append(_merge_ranges(hits, hits + RUN_BYTES))
+    return np.concatenate(runs)
+
+
+def _find_window_starts(grams: Positions) -> Positions:
+    """Return (ranges, 2): the ranges in which all windows start that hold one of the grams."""
+    return _merge_ranges(np.maximum(grams - (RUN_BYTES - _GRAM_BYTES), 0), grams + 1)
+
+
+def _hash_windows_around(texts: Sequence[PassageFile], grams: Sequence[Positions]) -> Hashes:
+    """Return the sorted hashes of all windows of the texts that hold one of the grams."""
+    gathered = bytearray()  # grown and then sorted in place: it can be as large as eight times the shared bytes
+    for text, positions in zip(texts, grams):
+        for _, hashes in _hash_windows(text, _find_window_starts(positions)):
+            gathered += hashes.tobytes()
+    shared = np.frombuffer(gathered, np.uint64)
+    shared.sort()
+    return shared
+
+
+def _hash_windows(text: PassageFile, starts: Positions) -> Iterator[tuple[Positions, Hashes]]:
+    """Yield positions and hashes of the windows that start in the ranges `starts` and lie within one passage."""
+    for offset, chunk in _read_chunks(text.path, RUN_BYTES, starts):
+        count = len(chunk) - RUN_BYTES + 1
+        low = np.searchsorted(starts[:, 1], offset, side="right")
+        high = np.searchsorted(starts[:, 0], offset + count)
+        if low >= high or count <= 0:
+            continue
+        edges = np.zeros(count + 1, np.int64)  # (count + 1,) +1 where a range begins, -1 where it ends
+        np.add.at(edges, np.clip(starts[low:high, 0] - offset, 0, count), 1)
+        np.add.at(edges, np.clip(starts[low:high, 1] - offset, 0, count), -1)
+        inside = np.flatnonzero(np.cumsum(edges[:-1]))  # (windows,)
+        ends = text.bounds[np.searchsorted(text.bounds, inside + offset, side="right")]  # (windows,) of their passages
+        inside = inside[inside + offset + RUN_BYTES <= ends]
+        yield inside + offset, _hash_grams(chunk, RUN_BYTES)[inside]
+
+
+def _read_chunks(path: Path, gram: int, ranges: Positions | None = None) -> Iterator[tuple[int, npt.NDArray[np.uint8]]]:
+    """Yield (offset, bytes) of chunks that overlap so that every gram is whole in exactly one chunk.
+
+    With `ranges`, (n, 2), chunks that meet none of the ranges are skipped.
+    """
+    with path.open("rb") as file:
+        size = file.seek(0, 2)
+        for offset in range(0, size, _CHUNK_BYTES):
+            if ranges is not None:
+                following = np.searchsorted(ranges[:, 1], offset, side="right")
+                if following == len(ranges) or ranges[following, 0] >= offset + _CHUNK_BYTES:
+                    continue
+            file.seek(offset)
+            yield offset, np.frombuffer(file.read(_CHUNK_BYTES + gram - 1), np.uint8)
+
+
+@functools.cache
+def _make_hash_tables() -> tuple[Hashes, Hashes, Hashes]:
+    """Return a random number per byte, the powers of the base, and their inverses modulo 2^64."""
+    random = np.random.Generator(np.random.PCG64(_SEED))
+    letters = random.integers(0, 2**64, 256, np.uint64)
+    base = int(random.integers(0, 2**64, dtype=np.uint64)) | 5
+    powers, inverses = (_compute_powers(factor) for factor in (base, pow(base, -1, 2**64)))
+    return letters, powers, inverses
+
+
+def _compute_powers(factor: int) -> Hashes:
+    return np.cumprod(np.full(_CHUNK_BYTES + RUN_BYTES, factor, np.uint64), dtype=np.uint64)
+
+
+def _hash_grams(data: npt.NDArray[np.uint8], gram: int) -> Hashes:
+    """Return (len(data) - gram + 1,): the hashes of all windows of `gram` bytes."""
+    letters, powers, inverses = _make_hash_tables()
+    sums = np.zeros(len(data) + 1, np.uint64)  # (bytes + 1,) prefix sums
+    np.cumsum(letters[data] * powers[: len(data)], out=sums[1:])
+    hashes = sums[gram:] - sums[:-gram]  # (bytes - gram + 1,)
+    hashes *= inverses[: len(hashes)]
+    return hashes
+
+
+def _bucket_of(hashes: Hashes) -> Positions:
+    return (hashes >> np.uint64(64 - _FILTER_BITS)).view(np.int64)
+
+
+def _contains(ordered: Hashes, hashes: Hashes) -> npt.NDArray[np.bool_]:
+    """Return (hashes,): whether each of the hashes is in the sorted array `ordered`."""
+    if not len(ordered):
+        return np.zeros(len(hashes), np.bool_)
+    order = np.argsort(hashes)  # neighbouring look-ups in order are many times faster than scattered ones
+    wanted = hashes[order]
+    answers = np.empty(len(hashes), np.bool_)
+    answers[order] = ordered[np.minimum(np.searchsorted(ordered, wanted), len(ordered) - 1)] == wanted
+    return answers
+
+
+def _merge_ranges(starts: Positions, ends: Positions) -> Positions:
+    """Return (n, 2): the union of ranges whose starts are in order; ranges that touch are joined."""
+    if not len(starts):
+        return np.empty((0, 2), np.int64)
+    reach = np.maximum.accumulate(ends)  # (ranges,)
+    is_first = np.concatenate([[True], starts[1:] > reach[:-1]])  # (ranges,)
+    is_last = np.concatenate([is_first[1:], [True]])  # (ranges,)
+    return np.stack([starts[is_first], reach[is_last]], axis=1)
+
+
+def _extend_to_characters(path: Path, runs: Positions) -> Positions:
+    """Return the runs, (runs, 2), with both ends moved outward to whole UTF-8 characters."""
+    extended = runs.copy()
+    with path.open("rb") as file:
+        for run in extended:
+            file.seek(max(int(run[0]) - 3, 0))
+            before = file.read(min(int(run[0]), 3) + 1)
+            run[0] -= next(back for back in range(len(before)) if before[-1 - back] & 0xC0 != 0x80)
+            file.seek(int(run[1]))
+            after = file.read(3)
+            run[1] += next((on for on, byte in enumerate(after) if byte & 0xC0 != 0x80), len(after))
+    return extended

@@ -1,0 +1,258 @@
+"""Make a snapshot from sources: a directory that holds the text of train, val and holdout and is named by its content.
+
+All documents are first written one after another into a temporary file. So the bytes that are hashed are the bytes that
+are used, and a corpus need not fit into memory. The documents of a large corpus are written in shards, by several
+processes (shards.py, workers.py). The documents are cut into blocks, and split.py assigns the blocks to their sides.
+Then contamination is removed from train: text that val or holdout holds too (contamination.py).
+
+snapshot.py reads snapshots.
+"""
+
+import contextlib
+import tempfile
+from array import array
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+
+from gptcore import manifest
+from gptcore.config import CorpusConfig
+from gptcore.corpus import contamination, shards, sources, split
+from gptcore.corpus.contamination import PassageFile, Positions
+from gptcore.corpus.documents import DocumentStore, Spool, read_chunks
+from gptcore.corpus.shards import ShardDocuments
+from gptcore.corpus.snapshot import DOCUMENTS, TRAIN_BLOCKS, Snapshot, load_snapshot, passage_bounds
+from gptcore.corpus.split import SIDES
+from gptcore.corpus.workers import WHOLE_BYTES, Map, map_in_processes
+from gptcore.errors import CorpusError
+from gptcore.progress import Progress
+
+CORPUS_VERSION = 2
+"""Raised when equal documents would give other blocks, sides or files."""
+
+_DROPPED = (
+    "empty_documents",
+    "duplicate_documents",
+    "duplicate_blocks",
+    "duplicate_bytes",
+    "guard_runs",
+    "guard_bytes",
+)
+_RAW_TRAIN, _RAW_TRAIN_BLOCKS = "train.raw", "train-blocks.raw"
+
+
+def ingest(cfg: CorpusConfig, corpora: Path, base: Path, map_shards: Map = map_in_processes) -> Snapshot:
+    """Read all sources and publish `corpora`/<sha256[:16]>, unless this snapshot exists already.
+
+    Relative sources start at `base`; downloads are kept in `downloads` beside `corpora`. A large corpus is read, cut
+    and searched for contamination in shards, which `map_shards` distributes; the snapshot does not depend on how.
+    Raises CorpusError if the text cannot be used or a side stays empty, SourceUnavailable if a remote source does not
+    answer.
+
+    For example, `ingest(CorpusConfig(sources=("notes",)), Path("state/corpora"), Path("."))`.
+    """
+    sources.check(cfg.sources, base)
+    corpora.mkdir(parents=True, exist_ok=True)
+    manifest.sweep(corpora)
+    downloads = corpora.parent / "downloads"
+    files = list(sources.find_files(cfg.sources, base, downloads))
+    key = manifest.sha256_of([*cfg.sources, str(base), cfg.errors, cfg.block_bytes])
+    if sum(file.num_bytes for file in files) <= WHOLE_BYTES or len(files) == 1:
+        with tempfile.TemporaryFile(dir=corpora) as file:
+            documents = sources.read_documents(files, downloads, cfg.errors)
+            return _make_snapshot(cfg, Spool(file, documents), corpora, map_shards)
+    with shards.lock_work_directory(corpora.absolute(), key) as directory:
+        planned = shards.plan_shards(files, cfg.errors, cfg.block_bytes, directory)
+        shard_directories = map_shards("ingest", "read", shards.read_shard, planned)
+        with contextlib.closing(ShardDocuments(shard_directories)) as shard_documents:
+            return _make_snapshot(cfg, shard_documents, corpora, map_shards)
+
+
+def _make_snapshot(cfg: CorpusConfig, documents: DocumentStore, corpora: Path, map_shards: Map) -> Snapshot:
+    if not documents.entries:
+        raise CorpusError(
+            f"corpus.sources {list(cfg.sources)} hold no text: {documents.dropped['empty_documents']} documents were "
+            "read, all of them empty or whitespace. Name a source with text."
+        )
+    if cfg.split == "hash":
+        documents.entries.sort(key=lambda document: document.sha256)
+    settings = _split_settings(cfg)
+    hashes = [document.sha256 for document in documents.entries]
+    sha256 = manifest.sha256_of({"version": CORPUS_VERSION, "split": settings, "documents": hashes})
+    goal = corpora / sha256[:16]
+    if not manifest.is_committed(goal):
+        about = {"kind": "corpus", "sha256": sha256, "split": settings, "sources": documents.per_source}
+        _publish(cfg, documents, goal, about, map_shards)
+    return load_snapshot(goal)
+
+
+def _split_settings(cfg: CorpusConfig) -> dict[str, Any]:
+    keys = ("split", "block_bytes", "val_fraction", "holdout_fraction")
+    return {key: getattr(cfg, key) for key in keys}
+
+
+@dataclass
+class _SideWriter:
+    """Writes the blocks of one side to its file and index. Neighbouring blocks of one document form a passage."""
+
+    text: IO[bytes]
+    index: IO[str]
+    offset: int = 0
+    block_bytes: "array[int]" = field(default_factory=lambda: array("q"))
+    """Length of each block."""
+    passage_documents: "array[int]" = field(default_factory=lambda: array("q"))
+    """Number of the document of each passage."""
+    passage_bytes: "array[int]" = field(default_factory=lambda: array("q"))
+    """Length of each passage."""
+
+    def add(self, block: split.BlockWithSide, extends_passage: bool) -> None:
+        """Write a block. It extends the last passage or begins a new one."""
+        size = len(block.data)
+        self.text.write(block.data)
+        # As json.dumps of a BlockEntry writes it, in a tenth of the time.
+        entry = f'"document": {block.document}, "offset": {self.offset}, "bytes": {size}, "sha256": "{block.sha256}"'
+        self.index.write(f"{{{entry}}}\n")
+        self.block_bytes.append(size)
+        self.offset += size
+        if extends_passage:
+            self.passage_bytes[-1] += size
+        else:
+            self.passage_documents.append(block.document)
+            self.passage_bytes.append(size)
+
+    def close(self) -> None:
+        """Close both files."""
+        self.text.close()
+        self.index.close()
+
+
+def _publish(cfg: CorpusConfig, documents: DocumentStore, goal: Path, about: dict[str, Any], map_shards: Map) -> None:
+    dropped = Counter(dict.fromkeys(_DROPPED, 0))
+    dropped.update(documents.dropped)
+    with manifest.stage(goal.parent) as staged:
+        sides = _write_sides(cfg, documents, staged, dropped)
+        removed = _remove_contamination(staged, sides, map_shards)
+        dropped.update(guard_runs=len(removed), guard_bytes=int(np.diff(removed).sum()))
+        _write_train_blocks(staged, sides["train"], removed)
+        for raw in (_RAW_TRAIN, _RAW_TRAIN_BLOCKS):
+            (staged / raw).unlink(missing_ok=True)
+        counts = {name: len(sides[name].block_bytes) for name in SIDES}
+        sizes = {name: (staged / f"{name}.txt").stat().st_size for name in SIDES}
+        _check_sides(cfg, counts, sizes, dropped)
+        documents.write_list(staged / DOCUMENTS)
+        totals = {"documents": len(documents.entries), "blocks": counts, "bytes": sizes, "dropped": dict(dropped)}
+        manifest.commit(staged, goal, {**about, **totals})
+
+
+def _write_sides(
+    cfg: CorpusConfig, documents: DocumentStore, staged: Path, dropped: Counter[str]
+) -> dict[str, _SideWriter]:
+    """Write all sides with the lists of their blocks, train as it is before contamination is removed.
+
+    Counts duplicate blocks in `dropped`.
+    """
+    files = {name: (f"{name}.txt", f"{name}.jsonl") for name in SIDES} | {"train": (_RAW_TRAIN, _RAW_TRAIN_BLOCKS)}
+    sides = {
+        name: _SideWriter((staged / text).open("wb"), (staged / index).open("w"))
+        for name, (text, index) in files.items()
+    }
+    last: tuple[int, str] | None = None
+    progress = Progress("ingest", "split", sum(document.bytes for document in documents.entries))
+    for block in split.assign_blocks(cfg, documents):
+        progress.add(len(block.data))
+        place = (block.document, block.side)
+        if block.side in sides:
+            is_joined = block.side == "train" or cfg.split == "contiguous"
+            sides[block.side].add(block, extends_passage=is_joined and place == last)
+        else:
+            dropped.update(duplicate_blocks=1, duplicate_bytes=len(block.data))
+        last = place
+    for side in sides.values():
+        side.close()
+    return sides
+
+
+def _remove_contamination(staged: Path, sides: dict[str, _SideWriter], map_shards: Map) -> Positions:
+    """Write train.txt and its index without the runs that val or holdout hold too.
+
+    Returns (runs, 2), the start and end of each removed run in the file as it was before.
+    """
+    train, val, holdout = (
+        PassageFile(staged / file, passage_bounds(sides[name].passage_bytes))
+        for name, file in (("train", _RAW_TRAIN), ("val", "val.txt"), ("holdout", "holdout.txt"))
+    )
+    removed = contamination.find_shared_runs(train, [val, holdout], map_shards)
+    passages = _list_clean_passages(sides["train"].passage_documents, train.bounds, removed)
+    offset = 0
+    with (staged / "train.jsonl").open("w") as index:
+        for document, start, end in passages:
+            index.write(f'{{"document": {document}, "offset": {offset}, "bytes": {end - start}}}\n')
+            offset += end - start
+    if not len(removed):
+        train.path.rename(staged / "train.txt")
+        return removed
+    with train.path.open("rb") as raw, (staged / "train.txt").open("wb") as text:
+        for _, start, end in passages:
+            for chunk in read_chunks(raw, start, end):
+                text.write(chunk)
+    return removed
+
+
+def _write_train_blocks(staged: Path, train: _SideWriter, removed: Positions) -> None:
+    """Write the list of train's blocks with their offsets in train.txt, None for blocks that are not whole."""
+    # total[n] is the number of bytes in the first n removed runs.
+    ends, total = removed[:, 1], np.concatenate([[0], np.cumsum(np.diff(removed).ravel())])  # (runs,), (runs + 1,)
+    sizes = np.array(train.block_bytes)  # (blocks,)
+    starts = np.cumsum(sizes) - sizes  # (blocks,)
+    before = np.searchsorted(ends, starts, side="right")  # (blocks,) number of runs before each block
+    firsts = np.append(removed[:, 0], np.iinfo(np.int64).max)[before]  # (blocks,) start of the next run
+    is_whole, offsets = firsts >= starts + sizes, starts - total[before]  # (blocks,) each
+    with (staged / _RAW_TRAIN_BLOCKS).open() as raw, (staged / TRAIN_BLOCKS).open("w") as index:
+        for line, is_kept, offset in zip(raw, is_whole.tolist(), offsets.tolist()):
+            document, _, rest = line.split(", ", 2)
+            index.write(f'{document}, "offset": {offset if is_kept else "null"}, {rest}')
+
+
+class _Passage(NamedTuple):
+    document: int
+    start: int
+    end: int
+
+
+def _list_clean_passages(documents: Sequence[int], bounds: Positions, removed: Positions) -> list[_Passage]:
+    """List what is left of each passage when the removed runs, (runs, 2), are cut out.
+
+    `documents` and `bounds` are those of the passages before.
+    """
+    starts = np.unique(np.concatenate([bounds[:-1], removed[:, 1]]))  # (candidates,)
+    starts = starts[starts < bounds[-1]]
+    passages = np.searchsorted(bounds, starts, side="right") - 1  # (candidates,) the passage that each is in
+    runs = np.searchsorted(removed[:, 1], starts, side="right")  # (candidates,) the run that follows each
+    ends = np.minimum(bounds[passages + 1], np.append(removed[:, 0], np.iinfo(np.int64).max)[runs])  # (candidates,)
+    is_left = starts < ends
+    chosen = np.asarray(documents, np.int64)[passages[is_left]]  # (clean passages,)
+    return list(map(_Passage, chosen.tolist(), starts[is_left].tolist(), ends[is_left].tolist()))
+
+
+def _check_sides(cfg: CorpusConfig, counts: dict[str, int], sizes: dict[str, int], dropped: Counter[str]) -> None:
+    """Raise CorpusError if a side that is needed has no text. With holdout_fraction 0, holdout is not needed."""
+    needed = [name for name in SIDES if name != "holdout" or cfg.holdout_fraction > 0]
+    empty = [name for name in needed if not sizes[name]]
+    if not empty:
+        return
+    listed = ", ".join(f"{name} {sizes[name]} bytes in {counts[name]} blocks" for name in SIDES)
+    by_chance = (
+        "Blocks are assigned to a side by the hash of their content, so with few blocks a side can stay empty by "
+        "chance. Lower corpus.block_bytes, give more text, raise the side's fraction, or set corpus.split: contiguous."
+    )
+    fix = by_chance if cfg.split == "hash" else "Give more text or raise the side's fraction."
+    raise CorpusError(
+        f"corpus: nothing is left for {' and '.join(empty)} (each side needs at least 1 block): {listed}. "
+        f"Contamination removed from train: {dropped['guard_bytes']} bytes. Settings: split {cfg.split}, "
+        f"val_fraction {cfg.val_fraction}, holdout_fraction {cfg.holdout_fraction}, block_bytes {cfg.block_bytes}. "
+        f"{fix}"
+    )

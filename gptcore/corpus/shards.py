@@ -1,0 +1,228 @@
+"""Read a large corpus in shards: each shard becomes a committed directory, and these hold the corpus's documents.
+
+    text.bin         the documents that are not blank, one after another
+    blocks.bin       length and sha256 of each of their blocks
+    documents.jsonl  every document: name, source, sha256, offset, bytes, characters, whether it is blank
+
+A shard is a list of files that are read together: about 16 MiB of text at most, unless a single file is larger. The
+name of a shard directory follows from the shard, and its manifest says which bytes it was made from. So the next run
+after a kill reuses the directory if the files are still the same. The shard directories are beside the snapshots while
+a run makes one of them, and are removed afterwards. The shards are read by worker processes (workers.py) or a cluster.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from gptcore import manifest
+from gptcore.corpus.blocks import cut_blocks
+from gptcore.corpus.documents import DocumentEntry, DocumentStore, MeasuredChunks, read_chunks
+from gptcore.corpus.formats import Errors
+from gptcore.corpus.sources import Document, File
+from gptcore.corpus.workers import SHARD_BYTES
+from gptcore.errors import CheckpointError
+
+SHARDS_VERSION = 1
+"""Raised when equal files would give other shard directories."""
+
+_TEXT, _BLOCKS, _DOCUMENTS = "text.bin", "blocks.bin", "documents.jsonl"
+_BLOCK = np.dtype([("bytes", "<u4"), ("sha256", "V32")])
+_MAX_FILES = 1000
+_MAX_OPEN = 256
+_CHUNK_BYTES = 1024 * 1024
+_SCRATCH = "scratch"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Files that are read together."""
+
+    files: tuple[File, ...]
+    errors: Errors
+    block_bytes: int
+    work_directory: Path
+    """Holds the shard directories of one corpus."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the files, compressed or not."""
+        return sum(file.num_bytes for file in self.files)
+
+    @property
+    def directory(self) -> Path:
+        """The directory that the shard becomes."""
+        files = [[file.source, file.name, file.filename, file.location] for file in self.files]
+        return self.work_directory / manifest.sha256_of([SHARDS_VERSION, self.errors, self.block_bytes, files])[:16]
+
+
+def plan_shards(files: Iterable[File], errors: Errors, block_bytes: int, work_directory: Path) -> list[Shard]:
+    """Divide the files, in their order, into shards."""
+    shards: list[list[File]] = []
+    room = 0
+    for file in files:
+        room -= file.num_bytes
+        if not shards or room < 0 or len(shards[-1]) == _MAX_FILES:
+            shards.append([])
+            room = SHARD_BYTES - file.num_bytes
+        shards[-1].append(file)
+    return [Shard(tuple(chosen), errors, block_bytes, work_directory) for chosen in shards]
+
+
+@contextmanager
+def lock_work_directory(parent: Path, key: str) -> Iterator[Path]:
+    """Lock a directory for shard directories inside `parent`, the same one for the same key.
+
+    The directory is removed if the context ends without an error. If another run holds the lock, this waits. The
+    directory of a killed run is swept up after a day.
+    """
+    directory = parent / f"{manifest.TEMPORARY}parts-{key[:16]}"
+    with ExitStack() as stack:
+        stack.enter_context(_lock_directory(directory))
+        yield directory
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextmanager
+def _lock_directory(directory: Path) -> Iterator[None]:
+    while True:
+        directory.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError), (directory / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if os.fstat(lock.fileno()).st_nlink:  # 0 if the former lock holder has removed the directory
+                yield
+                return
+
+
+def read_shard(shard: Shard) -> Path:
+    """Return the shard directory. It is made unless it exists already. Memory does not grow with the shard.
+
+    Raises CorpusError if a file cannot be used, SourceUnavailable if a storage does not answer.
+    """
+    scratch = shard.work_directory / _SCRATCH
+    scratch.mkdir(exist_ok=True)
+    if manifest.is_committed(shard.directory):
+        if _is_current(shard, scratch):
+            return shard.directory
+        manifest.remove(shard.directory)
+    with manifest.stage(shard.work_directory) as staged:
+        states = _write_shard(shard, staged, scratch)
+        manifest.commit(staged, shard.directory, {"kind": "part", "states": states})
+    return shard.directory
+
+
+def _is_current(shard: Shard, scratch: Path) -> bool:
+    try:
+        return manifest.verify(shard.directory)["states"] == [_read_state(file, scratch) for file in shard.files]
+    except CheckpointError:
+        return False
+
+
+def _read_state(file: File, scratch: Path) -> str:
+    """Return what identifies the file's content: the state that its storage gives, or the hash of its bytes."""
+    if file.state:
+        return file.state
+    with file.open(scratch) as content:
+        return _hash_content(content)
+
+
+def _hash_content(content: IO[bytes]) -> str:
+    digest = hashlib.sha256()
+    while chunk := content.read(_CHUNK_BYTES):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _write_shard(shard: Shard, staged: Path, scratch: Path) -> list[str]:
+    """Fill a shard directory. Return the states of the files as they were read."""
+    states = []
+    with (
+        (staged / _TEXT).open("wb") as text,
+        (staged / _BLOCKS).open("wb") as blocks,
+        (staged / _DOCUMENTS).open("w") as lines,
+    ):
+        for file in shard.files:
+            with file.open(scratch) as content:
+                states.append(file.state or _hash_content(content))
+                content.seek(0)
+                for document in file.read_documents(content, shard.errors):
+                    _append_document(document, shard.block_bytes, text=text, blocks=blocks, lines=lines)
+    return states
+
+
+def _append_document(document: Document, block_bytes: int, text: IO[bytes], blocks: IO[bytes], lines: IO[str]) -> None:
+    offset, first_block = text.tell(), blocks.tell()
+    chunks = MeasuredChunks(document.chunks)
+    for data in cut_blocks(chunks, block_bytes):
+        text.write(data)
+        blocks.write(len(data).to_bytes(4, "little") + hashlib.sha256(data).digest())
+    if chunks.is_blank:
+        for file, end in ((text, offset), (blocks, first_block)):
+            file.seek(end)
+            file.truncate()
+    lines.write(json.dumps([*chunks.make_entry(document, offset), chunks.is_blank]) + "\n")
+
+
+class ShardDocuments(DocumentStore):
+    """The documents of several shard directories. Offsets continue from one directory to the next, as in one file."""
+
+    def __init__(self, directories: Sequence[Path]) -> None:
+        super().__init__()
+        self._directories = directories
+        self._offsets: list[int] = []
+        self._open_shards: dict[int, _OpenShard] = {}
+        offset = 0
+        for directory in directories:
+            self._offsets.append(offset)
+            with (directory / _DOCUMENTS).open() as lines:
+                for name, source, sha256, start, size, chars, is_blank in map(json.loads, lines):
+                    self.add(DocumentEntry(name, source, sha256, offset + start, size, chars), is_blank)
+            offset += (directory / _TEXT).stat().st_size
+
+    def read_chunks(self, start: int, end: int) -> Iterator[bytes]:
+        """See `DocumentStore`."""
+        shard, offset = self._open_shard_at(start)
+        return read_chunks(shard.text, start - offset, end - offset)
+
+    def read_blocks(self, document: DocumentEntry, block_bytes: int) -> Iterator[tuple[bytes, bytes]]:
+        """See `DocumentStore`. The blocks were cut when the shard was read."""
+        shard, offset = self._open_shard_at(document.offset)
+        return shard.read_blocks(document.offset - offset, document.bytes)
+
+    def close(self) -> None:
+        """Close all files."""
+        while self._open_shards:
+            self._open_shards.popitem()[1].text.close()
+
+    def _open_shard_at(self, offset: int) -> "tuple[_OpenShard, int]":
+        """Return the shard that holds this offset, open, and the offset at which the shard begins."""
+        number = bisect_right(self._offsets, offset) - 1
+        if number not in self._open_shards:
+            if len(self._open_shards) == _MAX_OPEN:
+                self._open_shards.pop(next(iter(self._open_shards))).text.close()
+            self._open_shards[number] = _OpenShard(self._directories[number])
+        return self._open_shards[number], self._offsets[number]
+
+
+class _OpenShard:
+    """The open text of one shard directory, with the places of its blocks."""
+
+    def __init__(self, directory: Path) -> None:
+        self.text = (directory / _TEXT).open("rb")
+        self._blocks = np.fromfile(directory / _BLOCKS, _BLOCK)
+        self._starts = np.cumsum(self._blocks["bytes"], dtype=np.int64) - self._blocks["bytes"]
+
+    def read_blocks(self, start: int, size: int) -> Iterator[tuple[bytes, bytes]]:
+        first, last = np.searchsorted(self._starts, [start, start + size]).tolist()
+        self.text.seek(start)
+        for length, digest in self._blocks[first:last].tolist():
+            yield self.text.read(length), digest

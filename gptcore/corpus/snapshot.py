@@ -1,0 +1,138 @@
+"""Read snapshots. A snapshot is a committed directory with the text of train, val and holdout, named by its content.
+
+ingest.py writes snapshots.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gptcore import manifest
+from gptcore.corpus import contamination
+from gptcore.corpus.contamination import Positions
+from gptcore.errors import CheckpointError
+
+DOCUMENTS = "documents.jsonl"
+"""The list of a snapshot's documents: name, source, sha256 and bytes of each."""
+TRAIN_BLOCKS = "train-blocks.jsonl"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A committed directory: {train,val,holdout}.txt, their indexes, documents.jsonl, manifest.json.
+
+    The index {side}.jsonl of val and holdout lists their blocks. train.jsonl lists the passages that are left after
+    contamination was removed. train-blocks.jsonl lists the blocks that train was made of.
+    """
+
+    path: Path
+    sha256: str
+    """Hash of the documents and the split settings. The hashes of the files themselves are in the manifest."""
+    documents: int
+    blocks: dict[str, int]
+    """Number of blocks per side; for train, before contamination was removed."""
+    bytes: dict[str, int]
+    """Size of each side's file."""
+    dropped: dict[str, int]
+    """empty_documents, duplicate_documents, duplicate_blocks, duplicate_bytes, guard_runs, guard_bytes. The guard_
+    counts are the runs and bytes of contamination that were removed from train."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """The text of one block: the unit that is scored."""
+
+    document: int
+    """Line of documents.jsonl, from 0."""
+    sha256: str
+    text: str
+
+
+class BlockEntry(NamedTuple):
+    """The place of a block in a side's file."""
+
+    document: int
+    """Line of documents.jsonl, from 0."""
+    offset: int | None
+    """Byte of {side}.txt at which the block begins. None for a train block that lost contamination."""
+    bytes: int
+    """Length of the block, before contamination was removed."""
+    sha256: str
+
+
+def load_snapshot(path: Path) -> Snapshot:
+    """Load the snapshot in a committed directory. Raises CheckpointError if the directory holds none."""
+    about = manifest.read_about(path)
+    return Snapshot(path, *(about[key] for key in ("sha256", "documents", "blocks", "bytes", "dropped")))
+
+
+def read_passages(path: Path, side: str) -> Iterator[str]:
+    """Yield the passages (contiguous text) of one side, in order.
+
+    A passage of train is a sequence of neighbouring blocks of one document. It ends where contamination was removed or
+    where a block of another side came between. In val and holdout each block is a passage; with split contiguous, each
+    document is.
+    """
+    lengths = _read_passage_lengths(path, side)
+    with (path / f"{side}.txt").open("rb") as file:
+        for length in lengths:
+            yield file.read(length).decode()
+
+
+def read_blocks(path: Path, side: str) -> Iterator[Block]:
+    """Yield the blocks of val or holdout, in order."""
+    assert side != "train", "a block of train may have lost contamination"
+    with (path / f"{side}.txt").open("rb") as file:
+        for entry in read_block_entries(path, side):
+            yield Block(entry.document, entry.sha256, file.read(entry.bytes).decode())
+
+
+def read_block_entries(path: Path, side: str) -> Iterator[BlockEntry]:
+    """Yield the blocks of any side without their text, in order, as they were before contamination was removed.
+
+    Raises CheckpointError for train if an earlier release, which kept no list of train blocks, made the snapshot.
+    """
+    index = path / (TRAIN_BLOCKS if side == "train" else f"{side}.jsonl")
+    if not index.is_file():
+        raise CheckpointError(
+            f"{index} is missing: an earlier release made this snapshot, without a list of its train blocks. "
+            "Start a new run: it reads the sources again."
+        )
+    with index.open() as lines:
+        yield from (BlockEntry(**json.loads(line)) for line in lines)
+
+
+def side_text(path: Path, side: str) -> contamination.PassageFile:
+    """Return one side of a snapshot with the bounds of its passages, for a search for contamination."""
+    return contamination.PassageFile(path / f"{side}.txt", passage_bounds(list(_read_passage_lengths(path, side))))
+
+
+def passage_bounds(lengths: Sequence[int]) -> Positions:
+    """Return (passages + 1,): the offsets at which passages of these lengths begin, and the end of the last one."""
+    return np.concatenate([[0], np.cumsum(np.asarray(lengths, np.int64))]).astype(np.int64)
+
+
+def _read_passage_lengths(path: Path, side: str) -> Iterator[int]:
+    is_joined = side != "train" and manifest.read_about(path)["split"]["split"] == "contiguous"
+    return _join_lengths(_read_index(path, side), is_joined)
+
+
+def _read_index(path: Path, side: str) -> Iterator[dict[str, Any]]:
+    with (path / f"{side}.jsonl").open() as lines:
+        yield from map(json.loads, lines)
+
+
+def _join_lengths(index: Iterable[dict[str, Any]], is_joined: bool) -> Iterator[int]:
+    """Yield the length of each entry of the index or, if `is_joined`, of the neighbouring entries of each document."""
+    document, length = None, 0
+    for entry in index:
+        if length and not (is_joined and entry["document"] == document):
+            yield length
+            length = 0
+        document, length = entry["document"], length + entry["bytes"]
+    if length:
+        yield length

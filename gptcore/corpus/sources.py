@@ -1,0 +1,287 @@
+"""Find the text of each entry of corpus.sources, and read its documents, one after another.
+
+An entry is `python-docs`, a file, a directory, a glob, an http(s) address or an address that fsspec opens. Every file
+is first copied in one state, so that an edit during the reading cannot give a text that never existed. A named file or
+directory may be anywhere and may be a link. A file that a directory or a glob leads to must be inside it. A link
+planted there must not turn another file of the machine into training text.
+
+formats.py turns a file's bytes into documents, http.py downloads from the web, and remote.py uses fsspec.
+"""
+
+import io
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO, Literal, cast
+from urllib.parse import unquote, urlsplit
+
+from gptcore.corpus import formats, remote
+from gptcore.corpus import http as web
+from gptcore.corpus.formats import Errors
+from gptcore.errors import CorpusError
+from gptcore.manifest import sha256_of
+
+PYTHON_DOCS = "python-docs"
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*)://(.*)", re.DOTALL)
+_PINNED = re.compile(r"sha256=([0-9a-fA-F]{64})")
+_NO_HOST = re.compile(r"[\s\x00-\x1f\x7f\ud800-\udfff]")
+_DOCS_BYTES = 465_000
+_COPY_BYTES = 1024 * 1024
+_IN_MEMORY_BYTES = 8 * 1024 * 1024
+_TRIES = 2
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text."""
+
+    name: str
+    """Its name in lists: its path or address, with the row if it comes from a table."""
+    source: str
+    """The entry of corpus.sources that it came from."""
+    chunks: Iterator[bytes]
+    """The text, once, as UTF-8 in chunks of at most 1 MiB that end at whole characters."""
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of a source, found but not yet read. It is small, and valid on any machine with the same paths."""
+
+    source: str
+    """The entry of corpus.sources that it was found through."""
+    name: str
+    """Its name in lists and messages."""
+    filename: str
+    """The suffix says the format."""
+    kind: Literal["docs", "local", "web", "remote"]
+    """python-docs, a local file, a download from the web, or an object that fsspec opens."""
+    location: str
+    """The path or the object's name."""
+    num_bytes: int
+    """Size of the file, compressed or not."""
+    state: str = ""
+    """Changes with the content. Empty if that would require reading the file."""
+
+    def open(self, scratch: Path) -> BinaryIO:
+        """Open the file's bytes in one state. A copy of a large file is put into `scratch`, without a name."""
+        if self.kind == "docs":
+            return io.BytesIO()
+        if self.kind == "local":
+            return _copy_file(Path(self.location), scratch)
+        if self.kind == "web":
+            return Path(self.location).open("rb")
+        return remote.download(self.source, self.location, scratch)
+
+    def read_documents(self, content: BinaryIO, errors: Errors) -> Iterator[Document]:
+        """Yield the documents in `content`, in order. Consume the chunks of each before you ask for the next one.
+
+        Raises CorpusError if the text cannot be used.
+        """
+        if self.kind == "docs":
+            yield from _read_python_docs(errors)
+        else:
+            for name, chunks in formats.read_texts(content, self.name, self.filename, errors):
+                yield Document(name, self.source, chunks)
+
+
+def check(sources: Sequence[str], base: Path) -> None:
+    """Raise CorpusError if a source cannot exist. No network is used and no text is read.
+
+    Relative paths start at `base`. The causes are a missing file, a glob without a match, a directory without text, or
+    a malformed address.
+    """
+    for source in sources:
+        if source == PYTHON_DOCS:
+            continue
+        if (scheme := scheme_of(source)) is None:
+            find_local_paths(source, base)
+        elif scheme in ("http", "https"):
+            parse_address(source)
+        else:
+            remote.check(source, scheme)
+
+
+def find_files(sources: Sequence[str], base: Path, downloads: Path) -> Iterator[File]:
+    """Yield the files of all sources, in order. Files on the web are downloaded into `downloads`; no other is read.
+
+    Relative paths start at `base`. Raises CorpusError if a source cannot be used, and SourceUnavailable if a remote
+    source does not answer.
+    """
+    downloads.mkdir(parents=True, exist_ok=True)
+    for source in sources:
+        if source == PYTHON_DOCS:
+            yield File(source, source, source, "docs", source, _DOCS_BYTES, state=sys.version)
+        else:
+            yield from _find_files_of(source, base, downloads)
+
+
+def read_documents(files: Iterable[File], scratch: Path, errors: Errors) -> Iterator[Document]:
+    """Yield the documents of all files, in order. Consume the chunks of each before you ask for the next one.
+
+    The directory `scratch` holds copies of large files. Raises as `find_files`.
+    """
+    for file in files:
+        with file.open(scratch) as content:
+            yield from file.read_documents(content, errors)
+
+
+def scheme_of(source: str) -> str | None:
+    """Return the scheme of an address, in lower case; None for a local path."""
+    match = _SCHEME.fullmatch(source)
+    return match[1].lower() if match else None
+
+
+def parse_address(source: str) -> tuple[str, str | None]:
+    """Return an http(s) source as (address, sha256 or None). Raises CorpusError if it is malformed.
+
+    For example, `https://example.org/text.txt#sha256=HEX` gives `("https://example.org/text.txt", "hex")`.
+    """
+    address, _, fragment = source.partition("#")
+    try:
+        address.encode()
+        host, _ = urlsplit(address).hostname, urlsplit(address).port
+    except ValueError as error:
+        raise CorpusError(f"{source!r} is not an address: {error}") from None
+    if not host or _NO_HOST.search(host):
+        raise CorpusError(f"{source!r} is not an address: it names no host, as in https://example.org/text.txt")
+    if fragment and not _PINNED.fullmatch(fragment):
+        raise CorpusError(f"{source!r}: expected #sha256= and 64 hexadecimal digits after the address")
+    return address, fragment.removeprefix("sha256=").lower() or None
+
+
+def _read_python_docs(errors: Errors) -> Iterator[Document]:
+    from pydoc_data.topics import topics
+
+    for topic, text in sorted(topics.items()):
+        name = f"{PYTHON_DOCS}:{topic}"
+        yield Document(name, PYTHON_DOCS, formats.encode_chunks(text, name, errors))
+
+
+def _find_files_of(source: str, base: Path, downloads: Path) -> Iterator[File]:
+    scheme = scheme_of(source)
+    if scheme is None:
+        for path in find_local_paths(source, base):
+            yield File(source, _display_name(path, base), path.name, "local", str(path.absolute()), _size_of(path))
+    elif scheme in ("http", "https"):
+        address, sha256 = parse_address(source)
+        filename = PurePosixPath(unquote(urlsplit(address).path)).name
+        body = web.download(address, sha256, downloads)
+        yield File(source, address, filename, "web", str(body.absolute()), _size_of(body))
+    else:
+        found = remote.find_objects(source)
+        for name, info in found.objects.items():
+            shown = source if found.is_literal else found.filesystem.unstrip_protocol(name)
+            fields = remote.select_version_fields(info)
+            state = sha256_of(fields) if fields else ""
+            yield File(source, shown, name, "remote", name, info.get("size") or 0, state)
+
+
+def _size_of(path: Path) -> int:
+    """Return the file's size, or 0 if the file has just disappeared; reading it later raises the error."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def _display_name(path: Path, base: Path) -> str:
+    return str(path).removeprefix(os.path.join(base, ""))  # noqa: PTH118
+
+
+def find_local_paths(source: str, base: Path) -> list[Path]:
+    """Return at least one regular file, or raise CorpusError. A name that exists is literal, even with a `[` in it."""
+    try:
+        return _find_local_paths(source, base)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise CorpusError(f"corpus.sources: {source!r:.200} cannot be looked up: {reason}") from None
+
+
+def _find_local_paths(source: str, base: Path) -> list[Path]:
+    path = base / Path(source).expanduser()
+    if not source.strip():
+        raise CorpusError("corpus.sources: an entry is empty. Name a file, a directory, a glob or an address.")
+    if path.is_file():
+        return [path]
+    root = path
+    if path.is_dir():
+        paths = _find_texts_in(path)
+        problem = "holds no file that ends in .txt .md .jsonl .csv or .parquet (or these with .gz or .zst)"
+    elif any(mark in source for mark in "*?["):
+        paths = _match_glob(Path(source).expanduser(), base)
+        root = _glob_root(path)
+        problem = "matches no file"
+    else:
+        paths = []
+        problem = "is not a regular file" if path.exists() else "does not exist"
+    if not paths:
+        hint = "" if Path(source).is_absolute() else f" (looked for in {base})"
+        raise CorpusError(f"corpus.sources: {source!r:.200} {problem}{hint}.")
+    _check_inside(paths, root)
+    return paths
+
+
+def _glob_root(pattern: Path) -> Path:
+    """Return the directory in which a glob searches."""
+    return Path(*takewhile(lambda name: not any(mark in name for mark in "*?["), pattern.parts))
+
+
+def _check_inside(paths: list[Path], root: Path) -> None:
+    real_root = os.path.join(os.path.realpath(root), "")  # noqa: PTH118
+    for path in paths:
+        if not (real := os.path.realpath(path)).startswith(real_root):
+            raise CorpusError(
+                f"corpus.sources: {path} is a link that leads out of {root}, to {real}. Remove it, or name {real} "
+                "itself in corpus.sources if you want its text."
+            )
+
+
+def _find_texts_in(directory: Path) -> list[Path]:
+    paths, seen = [], set()
+    for parent, directories, names in os.walk(directory, onerror=_raise_unreadable, followlinks=True):
+        state = os.stat(parent)  # noqa: PTH116
+        if (state.st_dev, state.st_ino) in seen:  # a symbolic link led back
+            directories.clear()
+            continue
+        seen.add((state.st_dev, state.st_ino))
+        directories.sort()
+        paths += [path for name in names if formats.has_known_suffix(name) and (path := Path(parent, name)).is_file()]
+    return sorted(paths, key=str)
+
+
+def _raise_unreadable(error: OSError) -> None:
+    raise CorpusError(f"{error.filename} cannot be searched for text: {error.strerror}.")
+
+
+def _match_glob(pattern: Path, base: Path) -> list[Path]:
+    root = Path(pattern.anchor) if pattern.is_absolute() else base
+    return sorted(path for path in root.glob(str(pattern.relative_to(pattern.anchor))) if path.is_file())
+
+
+def _copy_file(path: Path, scratch: Path) -> BinaryIO:
+    """Return a copy of the file in one state. The file is copied once more if it changed in the meantime."""
+    try:
+        for _ in range(_TRIES):
+            before = path.stat()
+            copy = tempfile.SpooledTemporaryFile(_IN_MEMORY_BYTES, dir=str(scratch))  # noqa: SIM115
+            with path.open("rb") as file:
+                shutil.copyfileobj(file, copy, _COPY_BYTES)
+            after = path.stat()
+            if (before.st_size, before.st_mtime_ns) == (after.st_size, after.st_mtime_ns):
+                copy.seek(0)
+                return cast(BinaryIO, copy)
+            copy.close()
+    except (FileNotFoundError, NotADirectoryError):
+        raise CorpusError(f"{path} disappeared while the corpus was read.") from None
+    except PermissionError:
+        raise CorpusError(f"{path} cannot be read: permission denied.") from None
+    raise CorpusError(
+        f"{path} changed while it was read, {_TRIES} times in a row (from {before.st_size} to {after.st_size} bytes). "
+        "Start again when nothing writes to it."
+    )

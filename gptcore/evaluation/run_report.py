@@ -1,0 +1,228 @@
+"""The report on a finished training: its evaluation, samples and plots, and its comparison with the champion.
+
+Each is a committed directory inside the run directory, named by the hash of its inputs. So making it again costs
+nothing, and a changed sample section makes new samples of the same weights. bits_per_byte.py, baselines.py, samples.py
+and plots.py do the work; this module reads the run directory and publishes the results there.
+"""
+
+import codecs
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+
+from gptcore import manifest
+from gptcore.bundle import load
+from gptcore.config import SampleConfig
+from gptcore.corpus.snapshot import Block, Snapshot, read_blocks
+from gptcore.evaluation import plots
+from gptcore.evaluation.baselines import Baselines, score_baselines
+from gptcore.evaluation.bits_per_byte import BlockScore, Evaluation, evaluate_blocks, score_blocks
+from gptcore.evaluation.compare import Comparison
+from gptcore.evaluation.parallel import score_in_processes
+from gptcore.evaluation.samples import Sample, write_samples
+from gptcore.evaluation.surprisal import plot_surprise
+from gptcore.evaluation.weights import load_model
+from gptcore.model.gpt import GPTModel
+from gptcore.tokens.directory import Tokens
+from gptcore.tokens.tokenizer import Tokenizer
+from gptcore.training.run_directory import RunDirectory
+
+EVALUATION_VERSION = 1
+"""Increase this number when scores are computed differently, so that old scores do not pass for new ones."""
+SURPRISE_BYTES = 4000
+"""About one page of text for the plot of the surprise."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A model's scores, and those of simple models on the same text."""
+
+    val: Evaluation
+    holdout: Evaluation | None
+    """None if the split has no holdout."""
+    baselines: Baselines
+    """Scores of simple models on the reported side."""
+
+    @property
+    def reported(self) -> Evaluation:
+        """Return the score that is shown and compared: the holdout's, else val's, marked as also used for selection."""
+        return self.holdout or self.val
+
+
+def reported_side(snapshot: Snapshot) -> str:
+    """Return the side of the split that scores are reported on: holdout, or val if there is no holdout."""
+    return "holdout" if snapshot.blocks["holdout"] else "val"
+
+
+def evaluate_run(run: RunDirectory, snapshot: Snapshot, tokens: Tokens) -> Path:
+    """Score the run's best weights on val and holdout, and the simple models on the reported side.
+
+    Returns the directory with val.json, holdout.json, baselines.json and surprise.json. Raises CheckpointError if the
+    weights were altered, CorpusError if there is no text to score.
+    """
+    inputs = {"weights": _weights_sha256(run), "corpus": snapshot.sha256, "version": EVALUATION_VERSION}
+
+    def fill(directory: Path) -> None:
+        model, tokenizer = load_model(run, tokens)
+        device = torch.device(run.read_config().train.device)
+        with TemporaryDirectory(prefix=manifest.TEMPORARY, dir=run.path) as work:
+            for side in ("val", "holdout"):
+                if snapshot.blocks[side]:
+                    scores = _score_if_shared(run, snapshot, tokens, side, Path(work))
+                    side_blocks = read_blocks(snapshot.path, side)
+                    evaluation = evaluate_blocks(model, tokenizer, side_blocks, device, side, scores)
+                    _write_json(directory / f"{side}.json", evaluation.to_json())
+        reported = list(read_blocks(snapshot.path, reported_side(snapshot)))
+        train_text = snapshot.path / "train.txt"
+        baselines = score_baselines(tokens.side("train"), tokenizer, tokens.n_vocab, reported, train_text)
+        _write_json(directory / "baselines.json", asdict(baselines))
+        _write_json(directory / "surprise.json", _measure_surprise(model, tokenizer, reported, device))
+
+    return _publish(run, "evaluation", inputs, fill)
+
+
+def sample_run(run: RunDirectory, snapshot: Snapshot, tokens: Tokens, cfg: SampleConfig) -> Path:
+    """Let the run's best weights continue the configured prompts. Returns the directory of the samples."""
+    inputs = {"weights": _weights_sha256(run), "sample": cfg.model_dump(mode="json")}
+
+    def fill(directory: Path) -> None:
+        model, tokenizer = load_model(run, tokens)
+        seed = run.read_config().train.seed
+        write_samples(model, tokenizer, cfg, seed, snapshot.path / "train.txt", directory)
+
+    return _publish(run, "samples", inputs, fill)
+
+
+def plot_run(run: RunDirectory, evaluation: Path) -> Path:
+    """Draw the training and the evaluation: five PNGs, and the book's loss plot as PDF. Returns their directory."""
+    inputs = {"weights": _weights_sha256(run), "evaluation": evaluation.name}
+
+    def fill(directory: Path) -> None:
+        metrics, scores = run.read_metrics(), read_scores(evaluation)
+        surprise = json.loads((evaluation / "surprise.json").read_text())
+        result = run.read_result()
+        assert result is not None, "only a finished training can be plotted"
+        evaluated = [line for line in metrics if "val_loss" in line]
+        columns = [[line[key] for line in evaluated] for key in ("epoch", "tokens_seen", "train_loss", "val_loss")]
+        plots.plot_losses(*columns, path=directory / "losses.pdf")
+        title = f"Where the model was surprised: {scores.reported.side} text, coloured token by token"
+        figures = {
+            "losses": plots.plot_training_losses(metrics, scores.baselines, result.best_step),
+            "schedule": plots.plot_schedule(metrics),
+            "throughput": plots.plot_throughput(metrics),
+            "loss-by-position": plots.plot_loss_by_position(scores.reported),
+            "surprise": plot_surprise(surprise["tokens"], surprise["nats"], title),
+        }
+        for name, figure in figures.items():
+            plots.save_png(figure, directory / f"{name}.png")
+
+    return _publish(run, "plots", inputs, fill)
+
+
+def sample_champion(
+    run: RunDirectory, snapshot: Snapshot, champion: Path, weights_sha256: str, cfg: SampleConfig
+) -> Path:
+    """Let the model in the bundle `champion`, with its own tokenizer, continue the run's prompts with the same seeds.
+
+    Returns the directory of the samples. Raises CheckpointError or TokenizerError if the bundle cannot be loaded.
+    """
+    inputs = {"weights": weights_sha256, "sample": cfg.model_dump(mode="json")}
+
+    def fill(directory: Path) -> None:
+        train = run.read_config().train
+        loaded = load(champion, train.device)
+        write_samples(loaded.model, loaded.tokenizer, cfg, train.seed, snapshot.path / "train.txt", directory)
+
+    return _publish(run, "champion-samples", inputs, fill)
+
+
+def plot_against_champion(run: RunDirectory, gains: Sequence[float], comparison: Comparison, margin: float) -> Path:
+    """Draw how the run's weights and the champion compare, block by block. Returns the directory of the picture."""
+    bounds = {"low": comparison.low, "high": comparison.high, "confidence": comparison.confidence, "margin": margin}
+    numbers = json.dumps({"gains": list(gains), **bounds})  # a string, because gains may be NaN or infinite
+    inputs = {"weights": _weights_sha256(run), "numbers": numbers}
+
+    def fill(directory: Path) -> None:
+        plots.save_png(plots.plot_gains(gains, comparison, margin), directory / "gains.png")
+
+    return _publish(run, "comparison", inputs, fill)
+
+
+def read_scores(evaluation: Path) -> Scores:
+    """Read the directory that `evaluate_run` published."""
+    sides = {
+        side: Evaluation.from_json(json.loads((evaluation / f"{side}.json").read_text()))
+        for side in ("val", "holdout")
+        if (evaluation / f"{side}.json").exists()
+    }
+    baselines = Baselines(**json.loads((evaluation / "baselines.json").read_text()))
+    return Scores(val=sides["val"], holdout=sides.get("holdout"), baselines=baselines)
+
+
+def read_samples(directory: Path) -> list[Sample]:
+    """Read the directory that `sample_run` or `sample_champion` published."""
+    return [Sample(**sample) for sample in json.loads((directory / "samples.json").read_text())]
+
+
+def _score_if_shared(
+    run: RunDirectory, snapshot: Snapshot, tokens: Tokens, side: str, work: Path
+) -> Iterator[BlockScore] | None:
+    """Score a side with several processes if the run is configured so, else return None."""
+    if run.read_config().train.processes == 1:
+        return None
+    return score_in_processes(run, tokens, snapshot.path, side, work)
+
+
+def _measure_surprise(
+    model: GPTModel, tokenizer: Tokenizer, reported: Sequence[Block], device: torch.device
+) -> dict[str, list[Any]]:
+    """Return the tokens of about one page of text, as strings, and the nats of each.
+
+    A character that several tokens spell belongs to the last of them.
+    """
+    shown, total = [], 0
+    for block in reported:
+        if total and total + len(block.text) > SURPRISE_BYTES:
+            break
+        shown.append(block.text)
+        total += len(block.text)
+    tokens: list[str] = []
+    nats: list[float] = []
+    for text, score in zip(shown, score_blocks(model, tokenizer, shown, device)):
+        tokens += _decode_each(tokenizer, score.ids)
+        nats += [float(value) for value in np.nan_to_num(score.nats, posinf=1e9)]
+        if not text.endswith("\n"):
+            tokens[-1] += "\n"
+    return {"tokens": tokens, "nats": nats}
+
+
+def _decode_each(tokenizer: Tokenizer, ids: np.ndarray) -> list[str]:
+    """Decode each token alone, but keep the first bytes of a character for the token that completes it."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    return [decoder.decode(tokenizer.decode_bytes([int(token)])) for token in ids]
+
+
+def _publish(run: RunDirectory, name: str, inputs: dict[str, Any], fill: Callable[[Path], None]) -> Path:
+    """Return the directory `name`-<hash of inputs>; fill and commit it first if it does not exist yet."""
+    goal = run.path / f"{name}-{manifest.sha256_of(inputs)[:12]}"
+    if not manifest.is_committed(goal):
+        with manifest.stage(run.path) as staged:
+            fill(staged)
+            manifest.commit(staged, goal, {"kind": name, "inputs": inputs})
+    return goal
+
+
+def _weights_sha256(run: RunDirectory) -> str:
+    result = run.read_result()
+    assert result is not None, "only a finished training has weights to report on"
+    return result.weights_sha256
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")

@@ -1,1 +1,0 @@
-"""Models that come from other libraries, and go there."""

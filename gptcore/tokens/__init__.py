@@ -1,0 +1,1 @@
+"""Tokenizers, and corpus snapshots as arrays of token ids on disk."""

@@ -1,0 +1,169 @@
+"""Token files: make the token directory of a corpus snapshot, and open it again.
+
+Text is encoded once and mapped into memory afterwards, so that training starts at once and keeps no corpus in memory.
+An end-of-text id separates passages. The holdout has no token file: it is scored block by block, as text.
+
+See directory.py for the format, encode.py and encode_shards.py for the encoding, stream.py for object stores.
+"""
+
+import importlib.metadata
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gptcore import manifest
+from gptcore.corpus import shards
+from gptcore.corpus.snapshot import load_snapshot
+from gptcore.corpus.workers import WHOLE_BYTES, Map, map_in_processes
+from gptcore.errors import CheckpointError, ConfigError
+from gptcore.progress import Progress
+from gptcore.tokens import encode_shards, stream
+from gptcore.tokens.directory import SIDES, TOKENS_VERSION, Tokens, dtype_of, read_manifest, write_ids
+from gptcore.tokens.encode import batch_passages, choose_num_processes, read_passages_in_chunks, start_encoder
+from gptcore.tokens.tokenizer import Tokenizer, cut_into_pieces, get_tokenizer, train_bpe
+
+
+@dataclass(frozen=True)
+class _Encoding:
+    """A token directory in the making."""
+
+    staged: Path
+    """The directory that will be committed. It holds the tokenizer already."""
+    tokenizer: Tokenizer
+    sides: Mapping[str, Iterable[np.ndarray]]
+    """The ids of each side: arrays (tokens,)."""
+
+
+def load_tokens(path: Path | str) -> Tokens:
+    """Open the token directory at `path`, or at a URL that fsspec opens, which is then streamed (see stream.py).
+
+    Raises CheckpointError if the directory was never completed or the size of a file changed.
+    """
+    if "://" in str(path):
+        return stream.load(str(path))
+    tokens = read_manifest(Path(path))
+    for side, count in tokens.counts.items():
+        file, expected = tokens.path / f"{side}.bin", count * dtype_of(tokens.n_vocab).itemsize
+        size = file.stat().st_size if file.is_file() else 0
+        if size != expected:
+            raise CheckpointError(f"{file} has {size} bytes, its manifest says {expected}. Delete {path}; run again.")
+    return tokens
+
+
+def tokenize(
+    snapshot: Path,
+    name: str,
+    tokens_root: Path,
+    processes: int | None = None,
+    vocabulary: Tokenizer | None = None,
+    mapped: Map = map_in_processes,
+) -> Tokens:
+    """Encode the train and val sides of a corpus snapshot into a directory of `tokens_root`, unless it exists already.
+
+    `name` is the tokenizer as in the configuration. A tokenizer bpe:N is trained on the train side first, unless a
+    `vocabulary` of that name is given. `mapped` distributes a large corpus, in shards. This process and its children
+    encode a smaller one, and also a large one if `processes` says how many of them to use. Memory does not grow with
+    the corpus or its longest text.
+
+    Raises ConfigError for an unknown tokenizer or a vocabulary of another name, CorpusError if the text is too short
+    for the N entries of bpe:N, TokenizerError if a vocabulary is missing and cannot be downloaded, and CheckpointError
+    if an existing directory was altered.
+
+        tokenize(Path("corpora/0123456789abcdef"), "bpe:4096", Path("tokens")).counts  # {"train": ..., "val": ...}
+    """
+    source = load_snapshot(snapshot)
+    fixed = _choose_fixed_tokenizer(name, vocabulary)
+    identity = _compute_identity(source.sha256, name, fixed)
+    goal = tokens_root / identity[:16]
+    if manifest.is_committed(goal):
+        manifest.verify(goal)
+        return load_tokens(goal)
+
+    def make_tokenizer() -> Tokenizer:
+        return fixed or _train_tokenizer(name, snapshot)
+
+    num_bytes = sum(source.bytes[side] for side in SIDES)
+    if processes is None and num_bytes > WHOLE_BYTES:
+        started = _encode_in_shards(snapshot, tokens_root, identity, make_tokenizer, mapped)
+    else:
+        started = _encode_whole(snapshot, tokens_root, num_bytes, make_tokenizer, processes)
+    with started as encoding:
+        counts = {side: write_ids(encoding.staged / f"{side}.bin", ids) for side, ids in encoding.sides.items()}
+        manifest.commit(encoding.staged, goal, _describe(source.sha256, identity, encoding.tokenizer, counts))
+        return load_tokens(goal)
+
+
+@contextmanager
+def _encode_in_shards(
+    snapshot: Path, tokens_root: Path, identity: str, make_tokenizer: Callable[[], Tokenizer], mapped: Map
+) -> Iterator[_Encoding]:
+    """Encode a large snapshot through `mapped`."""
+    with shards.lock_work_directory(tokens_root.absolute(), identity) as directory:
+        tokenizer = encode_shards.load_or_make_vocabulary(directory, make_tokenizer)
+        sides = encode_shards.encode_in_shards(snapshot.absolute(), directory, mapped)
+        with manifest.stage(tokens_root) as staged:
+            tokenizer.save(staged / "tokenizer")
+            yield _Encoding(staged, tokenizer, sides)
+
+
+@contextmanager
+def _encode_whole(
+    snapshot: Path, tokens_root: Path, num_bytes: int, make_tokenizer: Callable[[], Tokenizer], processes: int | None
+) -> Iterator[_Encoding]:
+    """Encode a snapshot of `num_bytes` by this process and its children, while the ids are read from the result."""
+    tokenizer = make_tokenizer()
+    progress = Progress("tokenize", "encoded", num_bytes)
+    with manifest.stage(tokens_root) as staged:
+        tokenizer.save(staged / "tokenizer")
+        num_processes = processes or choose_num_processes(num_bytes)
+        with start_encoder(tokenizer, staged / "tokenizer", num_processes) as encoder:
+            passages = {side: read_passages_in_chunks(snapshot, side, progress) for side in SIDES}
+            sides = {side: encoder.encode(batch_passages(passages[side])) for side in SIDES}
+            yield _Encoding(staged, tokenizer, sides)
+
+
+def _choose_fixed_tokenizer(name: str, vocabulary: Tokenizer | None) -> Tokenizer | None:
+    """Return the tokenizer that exists before the text is read, or None if it must be trained on the text.
+
+    Raises ConfigError if `vocabulary` has another name.
+    """
+    if vocabulary is not None and vocabulary.name != name:
+        raise ConfigError(
+            f"corpus.tokenizer is {name!r}, but the vocabulary to be kept is {vocabulary.name!r}: set corpus.tokenizer "
+            f"to {vocabulary.name!r}, or train.start_from to scratch."
+        )
+    return vocabulary or (None if name.startswith("bpe:") else get_tokenizer(name))
+
+
+def _train_tokenizer(name: str, snapshot: Path) -> Tokenizer:
+    """Train the tokenizer bpe:N on the train side."""
+    passages = read_passages_in_chunks(snapshot, "train")
+    texts = (piece for passage in passages for piece in cut_into_pieces(passage))
+    return train_bpe(texts, int(name.removeprefix("bpe:")))
+
+
+def _compute_identity(corpus_sha256: str, name: str, fixed: Tokenizer | None) -> str:
+    """Return the identity of a token directory.
+
+    A trained vocabulary depends only on corpus, name and trainer. So the directory is found without training it again.
+    """
+    vocabulary = fixed.sha256 if fixed else f"rustbpe {importlib.metadata.version('rustbpe')}"
+    return manifest.sha256_of([corpus_sha256, name, vocabulary, TOKENS_VERSION])
+
+
+def _describe(corpus_sha256: str, identity: str, tokenizer: Tokenizer, counts: dict[str, int]) -> dict[str, Any]:
+    """Return what the manifest says about a token directory."""
+    return {
+        "sha256": identity,
+        "corpus_sha256": corpus_sha256,
+        "tokenizer": tokenizer.name,
+        "tokenizer_sha256": tokenizer.sha256,
+        "n_vocab": tokenizer.n_vocab,
+        "eot": tokenizer.eot,
+        "dtype": dtype_of(tokenizer.n_vocab).name,
+        "counts": counts,
+    }

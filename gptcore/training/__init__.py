@@ -1,0 +1,1 @@
+"""Training: batches, optimisers, the loop, checkpoints, several processes."""

@@ -1,0 +1,317 @@
+"""The processes (ranks) that train one model together, and how they exchange values.
+
+A launcher (torchrun, Slurm, a Kubernetes job) starts the same program several times, and tells each process its rank by
+environment variables. A program started by itself is a world of one rank, for which this module loads and costs
+nothing. Only rank 0 reads and writes the run directory. An error on one rank is raised on all ranks, so that no rank
+waits for another that has stopped. parallel.py distributes the weights over the ranks.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gptcore.errors import ConfigError, GPTCoreError, RankLost, error_from_json, error_to_json
+
+T = TypeVar("T")
+
+TIMEOUT = "GPTFLOW_COLLECTIVE_TIMEOUT"
+"""Environment variable: seconds after which a rank that does not answer during an update counts as lost."""
+_TIMEOUT_SECONDS = 120.0
+_LONG_TIMEOUT_SECONDS = 1800.0
+"""Timeout while one rank works alone, for example saves a checkpoint. It only matters for a rank that is cut off from
+the network: a rank that dies is noticed at once."""
+_CONNECT_SECONDS = 10.0
+_PORT = "29500"
+_SLURM = {
+    "RANK": "SLURM_PROCID",
+    "WORLD_SIZE": "SLURM_NTASKS",
+    "LOCAL_RANK": "SLURM_LOCALID",
+    "LOCAL_WORLD_SIZE": "SLURM_NTASKS_PER_NODE",
+}
+
+
+class Ranks:
+    """A world of one rank, and the interface of a larger one."""
+
+    rank = local_rank = 0
+    size = local_size = 1
+
+    @property
+    def is_rank_0(self) -> bool:
+        """Whether this rank reads, writes and prints for all ranks."""
+        return self.rank == 0
+
+    def run_on_rank_0(self, work: Callable[[], T]) -> T:
+        """Call `work` on rank 0 only. Return its result, which JSON must be able to hold, on all ranks.
+
+        A GPTCoreError of rank 0 is raised on all ranks.
+        """
+        return work()
+
+    def load_on_rank_0(self, work: Callable[[], T]) -> T | None:
+        """Call `work` on rank 0 only. Return its result, of any type, on rank 0, and None on other ranks.
+
+        A GPTCoreError of rank 0 is raised on all ranks.
+        """
+        return work()
+
+    def run_on_all_ranks(self, work: Callable[[], T]) -> T:
+        """Call `work` on every rank. Return this rank's result. A GPTCoreError of any rank is raised on all ranks."""
+        return work()
+
+    def reduce_max(self, work: Callable[[], int]) -> int:
+        """Call `work` on every rank. Return the largest result, at least 0, of all ranks.
+
+        A GPTCoreError of any rank is raised on all ranks.
+        """
+        return work()
+
+    def average(self, *numbers: float) -> list[float]:
+        """Return each number's mean over the ranks, equal on all ranks to the last bit."""
+        return list(numbers)
+
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        """Overwrite `tensor` with the tensor of rank 0, and return it."""
+        return tensor
+
+    def choose_device(self, kind: str) -> torch.device:
+        """Return this rank's device of a kind such as "cpu" or "cuda". Raises ConfigError if it has none."""
+        return torch.device(kind)
+
+    def seed(self, seed: int, step: int) -> None:
+        """Seed torch for update `step` by seed, step and rank. A world of one rank does not seed for each update."""
+
+
+ALONE = Ranks()
+
+
+@dataclass(frozen=True)
+class Place:
+    """The rank of this process among all processes, and among those of its machine."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+
+
+class Group(Ranks):
+    """Several ranks, joined by torch.distributed. Every method raises torch's errors if another rank is lost."""
+
+    def __init__(self, place: Place, timeout_seconds: float) -> None:
+        """`timeout_seconds` is how long a rank waits for the others during an update."""
+        from torch import distributed
+
+        self.rank, self.size = place.rank, place.size
+        self.local_rank, self.local_size = place.local_rank, place.local_size
+        self._timeout_seconds, self._torch = timeout_seconds, distributed
+
+    def run_on_rank_0(self, work: Callable[[], T]) -> T:
+        value = self.load_on_rank_0(work)
+        received = self._broadcast_json(value)
+        return cast(T, value if self.is_rank_0 else received)
+
+    def load_on_rank_0(self, work: Callable[[], T]) -> T | None:
+        value, error = _try(work) if self.is_rank_0 else (None, None)
+        with self._long_timeout():
+            received = self._broadcast_json(error and error_to_json(error))
+        if received is not None:
+            raise error or error_from_json(received)
+        return value
+
+    def run_on_all_ranks(self, work: Callable[[], T]) -> T:
+        value, error = _try(work)
+        with self._long_timeout():
+            (alarm,) = self._all_reduce_max([self._alarm_of(error)])
+        self._raise_alarm(error, alarm)
+        return cast(T, value)
+
+    def reduce_max(self, work: Callable[[], int]) -> int:
+        value, error = _try(work)
+        alarm, largest = self._all_reduce_max([self._alarm_of(error), value or 0])
+        self._raise_alarm(error, alarm)
+        return largest
+
+    def average(self, *numbers: float) -> list[float]:
+        values = torch.tensor(numbers, dtype=torch.float64)  # (numbers,)
+        self._torch.all_reduce(values)
+        return [value / self.size for value in values.tolist()]
+
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        self._torch.broadcast(tensor, 0)
+        return tensor
+
+    def choose_device(self, kind: str) -> torch.device:
+        if kind != "cuda":
+            return torch.device(kind)
+        if self.local_rank >= (num_gpus := torch.cuda.device_count()):
+            raise ConfigError(
+                f"rank {self.rank} is process {self.local_rank + 1} of its machine, which has {num_gpus} GPUs. Start "
+                "one process per GPU (train.processes: auto, or torchrun's --nproc-per-node)."
+            )
+        device = torch.device("cuda", self.local_rank)
+        torch.cuda.set_device(device)
+        return device
+
+    def seed(self, seed: int, step: int) -> None:
+        torch.manual_seed(int(np.random.SeedSequence((seed, step, self.rank)).generate_state(1, np.uint64)[0] >> 1))
+
+    def _alarm_of(self, error: GPTCoreError | None) -> int:
+        """Return 0 without an error. With an error, lower ranks return larger numbers."""
+        return 0 if error is None else self.size - self.rank
+
+    def _raise_alarm(self, error: GPTCoreError | None, alarm: int) -> None:
+        """Raise the error of the lowest rank that has one, on every rank. `alarm` is the largest of all ranks."""
+        if alarm:
+            source = self.size - alarm
+            received = self._broadcast_json(error and error_to_json(error), source)
+            raise error if error is not None and source == self.rank else error_from_json(received)
+
+    @contextmanager
+    def _long_timeout(self) -> Iterator[None]:
+        """Wait longer for other ranks inside this context, because one of them may be working alone."""
+        _set_timeout(_LONG_TIMEOUT_SECONDS)
+        yield
+        _set_timeout(self._timeout_seconds)
+
+    def _all_reduce_max(self, numbers: Sequence[int]) -> list[int]:
+        """Return the largest value over the ranks of each number."""
+        values = torch.tensor(numbers)  # (numbers,)
+        self._torch.all_reduce(values, self._torch.ReduceOp.MAX)
+        return values.tolist()
+
+    def _broadcast_json(self, value: Any, source: int = 0) -> Any:
+        """Return the `value` of the rank `source`, on every rank, as JSON gives it back."""
+        text = bytearray(json.dumps(value).encode() if self.rank == source else b"")
+        size = torch.tensor([len(text)])  # (1,)
+        self._torch.broadcast(size, source)
+        # (bytes,)
+        data = torch.frombuffer(text, dtype=torch.uint8) if text else torch.empty(int(size), dtype=torch.uint8)
+        self._torch.broadcast(data, source)
+        return json.loads(data.numpy().tobytes())
+
+
+def read_place(environment: Mapping[str, str]) -> Place | None:
+    """Read the place that a launcher gave this process; None if the process trains alone.
+
+    Reads torchrun's variables. If they are absent and MASTER_ADDR names the machine of rank 0, reads Slurm's variables.
+    Raises ConfigError naming a missing variable or one that is not a number.
+    """
+    given = dict(environment)
+    if "RANK" not in given and "MASTER_ADDR" in given and "SLURM_PROCID" in given:
+        given |= {name: given[slurm_name] for name, slurm_name in _SLURM.items() if slurm_name in given}
+    if "RANK" not in given or given.get("WORLD_SIZE") == "1":
+        return None
+    if missing := [name for name in ("WORLD_SIZE", "MASTER_ADDR") if not given.get(name)]:
+        raise ConfigError(
+            f"RANK={given['RANK']} is set, but {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not. "
+            "Launch all processes with torchrun, or set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT."
+        )
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    try:
+        return Place(
+            rank=int(given["RANK"]),
+            size=int(given["WORLD_SIZE"]),
+            local_rank=int(given.get("LOCAL_RANK", "0")),
+            local_size=int(given.get("LOCAL_WORLD_SIZE", "1")),
+        )
+    except ValueError:
+        settings = ", ".join(f"{name}={given[name]}" for name in names if name in given)
+        raise ConfigError(f"the environment has {settings}: all must be whole numbers.") from None
+
+
+def is_restarted(environment: Mapping[str, str]) -> bool:
+    """Whether torchrun watches this process and starts it again after any exit code other than 0."""
+    return "TORCHELASTIC_RUN_ID" in environment
+
+
+@contextmanager
+def join_ranks() -> Iterator[Ranks]:
+    """Join the other ranks that the environment names, and leave them on exit.
+
+    Raises ConfigError for variables that contradict each other, RankLost if another rank does not appear, dies or is
+    cut off.
+    """
+    place = read_place(os.environ)
+    if place is None:
+        yield ALONE
+        return
+    from torch import distributed
+
+    seconds = _timeout_seconds()
+    try:
+        _connect(place, seconds)
+        yield Group(place, seconds)
+        distributed.barrier()
+        distributed.destroy_process_group()
+    except RuntimeError as error:
+        if not (isinstance(error, distributed.DistError) or "gloo" in str(error)):
+            raise
+        cause = str(error).strip().partition("\n")[0].rpartition("] ")[2].partition(". ")[0]
+        raise RankLost(
+            f"rank {place.rank} of {place.size} has lost another rank, which died or did not answer for {seconds:g} s "
+            f"({TIMEOUT}). Start the training again: all ranks resume from the last checkpoint. torch reports: {cause}"
+        ) from error
+
+
+def _connect(place: Place, seconds: float) -> None:
+    from torch import distributed
+    from torch.distributed.rendezvous import rendezvous
+
+    os.environ.setdefault("MASTER_PORT", _PORT)
+    store, _, _ = next(rendezvous("env://", place.rank, place.size, timeout=timedelta(seconds=seconds)))
+    store = distributed.PrefixStore(_attempt_name(os.environ), store)
+    store.set(f"here/{place.rank}", "")
+    store.wait([f"here/{rank}" for rank in range(place.size)], timedelta(seconds=seconds))
+    # When all ranks are present, connecting takes no time. The timeout is short because gloo waits five times as long
+    # as it should for a connection that nobody makes.
+    distributed.init_process_group(
+        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and distributed.is_nccl_available() else "gloo",
+        store=store,
+        timeout=timedelta(seconds=_CONNECT_SECONDS),
+        rank=place.rank,
+        world_size=place.size,
+    )
+    _set_timeout(seconds)
+
+
+def _attempt_name(environment: Mapping[str, str]) -> str:
+    """Return a prefix that tells this start of the processes from earlier ones, whose addresses stay in the store.
+
+    On several machines each torchrun counts its own restarts, so the count cannot be used. There,
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes torchrun create a new store each time.
+    """
+    is_on_one_machine = environment.get("GROUP_WORLD_SIZE") == "1"
+    return f"attempt {environment.get('TORCHELASTIC_RESTART_COUNT', '0') if is_on_one_machine else 'any'}"
+
+
+def _set_timeout(seconds: float) -> None:
+    from torch.distributed.distributed_c10d import _set_pg_timeout
+
+    _set_pg_timeout(timedelta(seconds=seconds))
+
+
+def _timeout_seconds() -> float:
+    given = os.environ.get(TIMEOUT, "")
+    try:
+        seconds = float(given or _TIMEOUT_SECONDS)
+    except ValueError:
+        seconds = 0.0
+    if not 1 <= seconds <= 86_400:
+        raise ConfigError(f"{TIMEOUT} is {given!r}; it must be a number of seconds from 1 to 86400.")
+    return seconds
+
+
+def _try(work: Callable[[], T]) -> tuple[T | None, GPTCoreError | None]:
+    try:
+        return work(), None
+    except GPTCoreError as error:
+        return None, error

@@ -1,0 +1,45 @@
+"""The meaning of `auto` on this machine, and the version of training's arithmetic."""
+
+import os
+
+import torch
+
+from gptcore.config import TrainConfig, explain_uneven
+from gptcore.errors import ConfigError
+
+TRAINING_VERSION = 2
+"""Raised whenever the arithmetic of training changes, so that run keys of different arithmetic differ."""
+
+
+def resolve(train: TrainConfig) -> TrainConfig:
+    """Replace every `auto` by its value on this machine. The rule is fixed, so two runs choose the same.
+
+    - device: cuda, else mps, else cpu.
+    - precision: bf16 on CUDA devices, where it is faster. On the CPUs measured it takes 1.6 times as long as fp32.
+    - compile: on CUDA devices, where it saves most launches of small kernels. On the CPUs measured it took 20 to 50 s
+      and made no update faster, because the slow operations are fused already.
+    - threads: the cores that this process may use.
+    - processes: one per GPU with device cuda, else one.
+
+    Raises ConfigError if the batch cannot be divided by that many processes.
+    """
+    device = train.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    precision = train.precision
+    if precision == "auto":
+        precision = "bf16" if device.startswith("cuda") else "fp32"
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    gpus = max(1, torch.cuda.device_count()) if device == "cuda" else 1
+    processes = gpus if train.processes == "auto" else train.processes
+    if (wrong := explain_uneven(train.batch_size, processes, "processes")) is not None:
+        raise ConfigError(f"train: {wrong}")
+    return train.model_copy(
+        update={
+            "device": device,
+            "precision": precision,
+            "compile": device.startswith("cuda") if train.compile == "auto" else train.compile,
+            "threads": threads if train.threads == "auto" else train.threads,
+            "processes": processes,
+        }
+    )

@@ -1,6 +1,6 @@
-"""The databases of MLflow and Prefect as they are in the beginning, made once: their migrations take seconds.
+"""Empty, migrated databases of MLflow and Prefect, created once because the migrations take seconds.
 
-They are kept in pytest's cache, named by the versions that made them, so that the next run of the tests finds them.
+They are kept in pytest's cache, named by the versions that created them, so that the next run of the tests reuses them.
 """
 
 import fcntl
@@ -19,12 +19,12 @@ _MAKE_PREFECTS = (
 
 
 def name() -> str:
-    """Return a directory name that says which versions made what is in it."""
+    """Return a directory name with the versions of the packages that create the databases."""
     return "databases-" + "-".join(version(package) for package in ("mlflow", "prefect", "alembic", "sqlalchemy"))
 
 
 def make(directory: Path, environment: dict[str, str]) -> None:
-    """Make mlflow.db and prefect.db in the directory unless they exist. Other workers wait meanwhile."""
+    """Create mlflow.db and prefect.db in the directory unless they exist. Other workers wait for the lock meanwhile."""
     with (directory / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if (directory / "whole").exists():
@@ -40,7 +40,7 @@ def make(directory: Path, environment: dict[str, str]) -> None:
 
 
 def give(root: Path, databases: Path) -> None:
-    """Copy both databases to where a state root that has not been used yet would create its own."""
+    """Copy both databases to the places where an unused state root would create its own."""
     for file, home in (
         ("mlflow.db", root),
         ("prefect.db", root / "prefect"),

@@ -1,4 +1,4 @@
-"""Fixtures of the tests of flows: a state root, a tiny pipeline, and one Prefect server for all of them."""
+"""Fixtures for the flow tests: a state root, a tiny pipeline, and one Prefect server for all tests."""
 
 import os
 import random
@@ -14,20 +14,20 @@ import yaml
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModelOutput
 
-from flows.pipelines import Pipeline, PipelinesFile
-from flows.state import OPT_OUTS, StateRoot
+from flows.config.pipelines import Pipeline, PipelinesFile
+from flows.state.root import OPT_OUTS, StateRoot
 from gptcore.bundle import write_bundle
 from gptcore.config import ModelConfig, RunConfig, TrainConfig
-from gptcore.learning.rundir import Result, RunDirectory, result_about
-from gptcore.manifest import commit, sha256_of, sha256_of_file, staging
-from gptcore.tokenizer import get_tokenizer
+from gptcore.manifest import commit, sha256_of, sha256_of_file, stage
+from gptcore.tokens.tokenizer import get_tokenizer
+from gptcore.training.run_directory import Result, RunDirectory, describe_result
 from tests import databases, forks, pictures
-from tests.flows import objects as object_store
-from tests.flows import postgres as postgresql
-from tests.flows.objects import Objects
-from tests.flows.postgres import Postgres
-from tests.flows.servers import Prefect, Receiver, Up, clean
-from tests.flows.servers import prefect_server as prefect_server_in
+from tests.servers import Prefect, Receiver, Up, clean
+from tests.servers import prefect_server as prefect_server_in
+from tests.state import objects as object_store
+from tests.state import postgres as postgresql
+from tests.state.objects import Objects
+from tests.state.postgres import Postgres
 
 WORDS = (
     "the a model learns from text and writes what comes next while every night new words arrive in many files".split()
@@ -35,7 +35,7 @@ WORDS = (
 
 
 def prose(seed: int, num_words: int = 3000) -> str:
-    """Made-up English in paragraphs."""
+    """Return made-up English in paragraphs."""
     draw = random.Random(seed)
     sentences = [
         " ".join(draw.choices(WORDS, k=draw.randint(5, 15))).capitalize() + "." for _ in range(num_words // 10)
@@ -44,9 +44,9 @@ def prose(seed: int, num_words: int = 3000) -> str:
 
 
 def write_project(path: Path) -> Path:
-    """Gives the directory a text and a pipelines.yaml whose pipeline `tiny` trains in a second."""
+    """Write a text and a pipelines.yaml whose pipeline `tiny` trains in a second. Return the directory."""
     (path / "text").mkdir()
-    (path / "text" / "one.txt").write_text(prose(1, num_words=9000))  # 20 blocks of holdout, which the gate wants
+    (path / "text" / "one.txt").write_text(prose(1, num_words=9000))  # 20 holdout blocks, as the gate requires
     pipeline = {
         "corpus": {
             "sources": ["text"],
@@ -65,7 +65,7 @@ def write_project(path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _own_environment() -> Iterator[None]:
-    """What a test, or MLflow in it, leaves in the environment is gone for the next one."""
+    """Undo changes of the environment variables that a test, or MLflow in the test, made."""
     before = dict(os.environ)
     yield
     mlflow.set_tracking_uri(None)  # type: ignore[arg-type]
@@ -78,10 +78,10 @@ def _own_environment() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Flows of this process draw no pictures."""
+    """Replace the plots of flows that run in this process with placeholders."""
     if "prefect_server" in request.fixturenames:
         for name, value in pictures.UNDRAWN.items():
-            monkeypatch.setattr(f"gptcore.judging.dossier.{name}", value)
+            monkeypatch.setattr(f"gptcore.evaluation.run_report.{name}", value)
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def project(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def migrated(pytestconfig: pytest.Config) -> Path:
-    """A directory with the databases of MLflow and Prefect as they are in the beginning."""
+    """A directory with empty, migrated databases of MLflow and Prefect."""
     directory = pytestconfig.cache.mkdir(databases.name())
     databases.make(directory, clean())
     return directory
@@ -100,10 +100,10 @@ def migrated(pytestconfig: pytest.Config) -> Path:
 
 @pytest.fixture
 def root(project: Path, migrated: Path, monkeypatch: pytest.MonkeyPatch) -> StateRoot:
-    """The project's state root, entered by this process, with databases that are migrated already."""
+    """The project's state root, set in this process's environment, with migrated databases."""
     for name in ("GPTFLOW_HOME", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
-    root = StateRoot(project / "mlruns").create()
+    root = StateRoot(project / "mlruns").prepare()
     databases.give(root.path, migrated)
     monkeypatch.setenv("GPTFLOW_HOME", str(root.path))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", root.tracking_uri)
@@ -118,7 +118,7 @@ def tiny(project: Path) -> Pipeline:
 
 @pytest.fixture
 def receiver() -> Iterator[Receiver]:
-    """A web server that keeps what it is sent."""
+    """A web server that records every body that it receives."""
     server = Receiver()
     thread = Thread(target=server.serve_forever)
     thread.start()
@@ -130,32 +130,32 @@ def receiver() -> Iterator[Receiver]:
 
 @pytest.fixture(scope="session")
 def shared_server(migrated: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prefect]:
-    """A real Prefect server with all its services, shared by the tests of this process that kill no server."""
+    """A real Prefect server with all its services, shared by the tests of this process that do not kill a server."""
     with prefect_server_in(tmp_path_factory.mktemp("prefect"), migrated) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
 def server(shared_server: Prefect) -> Prefect:
-    """The shared Prefect server, on which there is nothing yet."""
+    """The shared Prefect server, emptied for this module."""
     shared_server.empty()
     return shared_server
 
 
 @pytest.fixture(scope="session")
 def prefect_server(shared_server: Prefect) -> Iterator[None]:
-    """Flows of this process run on the shared server, and their trainers are forked."""
+    """Run the flows of this process on the shared server, and fork their trainers."""
     os.environ.update(OPT_OUTS)
     from prefect.context import _temporary_global_settings_context, get_settings_context
     from prefect.events.worker import EventsWorker
     from prefect.logging.handlers import APILogWorker
     from prefect.settings import PREFECT_API_URL, PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
-    # Without heartbeats, as under `gptflow run`: a flow would wait up to a second for the last one.
+    # No heartbeats, as under `gptflow run`: a flow would wait up to a second for the last heartbeat.
     settings = {PREFECT_API_URL: shared_server.url, PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}
     with (
         temporary_settings(settings),
-        _temporary_global_settings_context(get_settings_context()),  # for threads that have begun already
+        _temporary_global_settings_context(get_settings_context()),  # for threads that have started already
         pytest.MonkeyPatch.context() as patched,
     ):
         patched.setattr(psutil, "Popen", forks.popen)
@@ -181,7 +181,7 @@ def objects() -> Iterator[Objects]:
 
 @pytest.fixture
 def up(project: Path, migrated: Path) -> Iterator[Up]:
-    """`gptflow up` in the project, to be started by the test and stopped after it. Its databases are migrated."""
+    """`gptflow up` in the project with migrated databases. The test starts it, and the fixture stops it."""
     databases.give(project / "mlruns", migrated)
     up = Up(project)
     yield up
@@ -189,7 +189,10 @@ def up(project: Path, migrated: Path) -> Iterator[Up]:
 
 
 class TinyRegistry:
-    """Versions of gpt-tiny that load, with run directory, token files, snapshot and MLflow run, but never trained."""
+    """Registers versions of gpt-tiny that load but were never trained.
+
+    Each has a run directory, token files, a snapshot and an MLflow run.
+    """
 
     def __init__(self, root: StateRoot) -> None:
         self.root = root
@@ -199,7 +202,7 @@ class TinyRegistry:
         self.count = 0
 
     def register(self, weights_of: int | None = None, corpus: str = "one") -> str:
-        """Registers the next version, trained on `corpus`, with weights of its own or those of an earlier version."""
+        """Register the next version, as if trained on `corpus`, with new weights or those of an earlier version."""
         self.count += 1
         number, key = self.count, sha256_of(self.count)
         corpus_sha256, tokens_sha256 = self.text(corpus)
@@ -223,20 +226,20 @@ class TinyRegistry:
         return str(created.version)
 
     def text(self, name: str) -> tuple[str, str]:
-        """The hashes of a snapshot and its token files, which are made unless they are there."""
+        """Return the hashes of a snapshot and its token files. Create both unless they exist."""
         corpus_sha256, tokens_sha256 = sha256_of(["corpus", name]), sha256_of(["tokens", name])
         for parent, about in (
             (self.root.corpora, {"kind": "corpus", "sha256": corpus_sha256}),
             (self.root.tokens, {"kind": "tokens", "sha256": tokens_sha256, "corpus_sha256": corpus_sha256}),
         ):
             if not (parent / about["sha256"][:16]).exists():
-                with staging(parent) as staged:
+                with stage(parent) as staged:
                     (staged / "text").write_text(name * 100)
                     commit(staged, parent / about["sha256"][:16], about)
         return corpus_sha256, tokens_sha256
 
     def run_directory(self, number: int, key: str, tokens_sha256: str, seed: int, is_finished: bool = True) -> Path:
-        """A run directory, finished or not; returns its weights."""
+        """Create a run directory, finished or not, and return the path of its weights."""
         run = RunDirectory(self.root.run_directory("tiny", key, 1))
         train = TrainConfig(device="cpu", precision="fp32", compile=False, threads=1)
         shape = {key: value for key, value in TINY_CFG.items() if key not in ("vocab_size",)}
@@ -252,10 +255,10 @@ class TinyRegistry:
         run.prepare(config)
         (run.path / "metrics.jsonl").write_text("")
         if is_finished:
-            with staging(run.path) as staged:
+            with stage(run.path) as staged:
                 write_weights(staged / "model.safetensors", seed)
                 digest = sha256_of_file(staged / "model.safetensors")
-                commit(staged, run.final, result_about(Result(1, 1, 1.0, "max_steps", 1, 1.0, digest)))
+                commit(staged, run.final, describe_result(Result(1, 1, 1.0, "max_steps", 1, 1.0, digest)))
         return run.weights
 
 
@@ -271,11 +274,11 @@ TINY_CFG = {
 
 
 def write_weights(path: Path, seed: int) -> None:
-    """The initial weights of a GPTModel(TINY_CFG)."""
+    """Write the initial weights of a GPTModel(TINY_CFG)."""
     import torch
     from safetensors.torch import save_file
 
-    from gptcore.model import GPTModel
+    from gptcore.model.gpt import GPTModel
 
     torch.manual_seed(seed)
     save_file(GPTModel(TINY_CFG).state_dict(), path)

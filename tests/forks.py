@@ -1,12 +1,12 @@
-"""The command line and the trainer as processes whose imports are done when they begin.
+"""The command line and the trainer as forked processes whose imports are done when they start.
 
-Importing torch, MLflow and the rest takes a processor many seconds, hundreds of times in the whole suite. Here a
-process is forked from one that has imported all of it, computed nothing and started no thread. It is a real process:
-it has its own pid, environment, working directory, session and signals, and SIGKILL is SIGKILL. Two differences remain:
-its parent is the process that forks, and its command line is that of this module. Prefect is not imported beforehand,
-because it reads its settings from the environment when it is imported.
+Importing torch, MLflow and the other packages takes many seconds of CPU time, hundreds of times in the whole suite. The
+fork server here imports them once, computes nothing and starts no thread. Each process is forked from it. A forked
+process is a real one: it has its own pid, environment, working directory, session and signals, and SIGKILL kills it.
+Two differences remain: its parent is the fork server, and its command line is that of this module. Prefect is not
+imported beforehand, because it reads its settings from the environment when it is imported.
 
-Each kind of process is also started by some test as users start it: `cold` in tests/flows/servers.py.
+Some tests also start each kind of process as users do: see `cold` in tests/servers.py.
 """
 
 import atexit
@@ -34,19 +34,25 @@ from tests import pictures
 PRELOADED = (
     *("torch", "torch._dynamo", "pandas", "fastapi", "httpx", "yaml", "rich.table", "sqlalchemy.ext.asyncio"),
     *("mlflow.pyfunc.model", "mlflow.store.tracking.sqlalchemy_store", "mlflow.store.model_registry.sqlalchemy_store"),
-    *("gptcore.learning.trainer", "gptcore.corpus", "gptcore.data", "gptcore.judging.dossier", "gptcore.bundle"),
-    *("flows.cli", "flows.releases.registry", "flows.releases.champion", "flows.releases.prune"),
+    *(
+        "gptcore.training.trainer",
+        "gptcore.corpus.ingest",
+        "gptcore.training.batches",
+        "gptcore.evaluation.run_report",
+        "gptcore.bundle",
+    ),
+    *("flows.cli", "flows.registry.versions", "flows.registry.champion", "flows.operations.retention"),
 )
-"""What the forking process imports. torch imports `_dynamo` with the first optimiser."""
+"""Modules that the fork server imports. torch would import `_dynamo` with the first optimiser."""
 PROGRAMS: dict[str, Callable[[], Any]] = {
     "gptflow": lambda: import_module("flows.cli").main(),
-    "gptcore.train": lambda: import_module("gptcore.learning.trainer").main(),
+    "gptcore.train": lambda: import_module("gptcore.training.trainer").main(),
 }
 _NUM_FILES = 3
 
 
 class Forked:
-    """A forked process, with the part of subprocess.Popen and psutil.Popen that tests and the product use."""
+    """A forked process with those methods of subprocess.Popen and psutil.Popen that the tests and the product use."""
 
     def __init__(self, connection: socket.socket, stdin: IO[bytes] | None) -> None:
         self._answers, self.stdin = connection.makefile("rb", buffering=0), stdin
@@ -55,13 +61,13 @@ class Forked:
         self.returncode: int | None = None
 
     def poll(self) -> int | None:
-        """The exit code, or None while it runs; the negative number of the signal that killed it."""
+        """Return the exit code, or None while the process runs. A killed process has the negative signal number."""
         with suppress(subprocess.TimeoutExpired):
             return self.wait(0)
         return None
 
     def wait(self, timeout: float | None = None) -> int:
-        """The exit code, once it has ended. Raises TimeoutExpired, subprocess's and psutil's in one."""
+        """Wait for the end and return the exit code. Raise subprocess's and psutil's TimeoutExpired in one error."""
         if self.returncode is None:
             if not select.select([self._connection], [], [], timeout)[0]:
                 raise _TimeoutExpired(self.pid, timeout)
@@ -91,7 +97,7 @@ class _TimeoutExpired(subprocess.TimeoutExpired, psutil.TimeoutExpired):
 
 
 class ForkServer:
-    """The process that forks, started with the first child that is asked for; it ends with this process."""
+    """The process that forks. It starts with the first requested child and ends with this process."""
 
     def __init__(self) -> None:
         self.address = ""
@@ -100,13 +106,13 @@ class ForkServer:
     def command(
         self, *arguments: str, directory: Path, environment: Mapping[str, str], stdout: IO[Any], stderr: IO[Any]
     ) -> Forked:
-        """Starts `gptflow` with these arguments and an empty standard input."""
+        """Start `gptflow` with these arguments and an empty standard input."""
         with Path(os.devnull).open("rb") as nothing:
             files = (nothing.fileno(), stdout.fileno(), stderr.fileno())
             return Forked(self._start("gptflow", arguments, directory, environment, files, False), None)
 
     def trainer(self, *arguments: str, environment: Mapping[str, str], log: IO[Any]) -> Forked:
-        """Starts `python -m gptcore.train` in a session of its own, with a pipe as its standard input."""
+        """Start `python -m gptcore.train` in a session of its own, with a pipe as its standard input."""
         reading, writing = os.pipe()
         try:
             files = (reading, log.fileno(), log.fileno())
@@ -158,11 +164,11 @@ class ForkServer:
 
 
 SERVER = ForkServer()
-"""The one of this process; in a forked process, the one that it was forked from."""
+"""The fork server of this process. In a forked process, the fork server that it was forked from."""
 
 
 def popen(command: Sequence[str], **given: Any) -> Any:
-    """As psutil.Popen, but forks a trainer that trains alone."""
+    """Start a process as psutil.Popen does, but fork a trainer that trains alone."""
     if list(command[:3]) == [sys.executable, "-m", "gptcore.train"]:
         return SERVER.trainer(*command[3:], environment=given["env"], log=given["stdout"])
     return _popen(command, **given)
@@ -172,13 +178,13 @@ _popen = psutil.Popen
 
 
 def main(address: str) -> None:
-    """Forks what is asked for at the address, and tells who asked how it ended, until standard input is closed."""
+    """Fork the programs requested at the address and report their exit codes, until standard input is closed."""
     for name in PRELOADED:
         import_module(name)
     import_module("sqlalchemy.orm").configure_mappers()
     SERVER.address = address
     psutil.Popen = popen
-    vars(import_module("gptcore.judging.dossier")).update(pictures.UNDRAWN)
+    vars(import_module("gptcore.evaluation.run_report")).update(pictures.UNDRAWN)
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
     listener.listen(64)
@@ -188,7 +194,7 @@ def main(address: str) -> None:
     signal.signal(signal.SIGCHLD, lambda *_: None)
     assert threading.active_count() == 1, threading.enumerate()
     gc.collect()
-    gc.freeze()  # a collection in a child would write to, and so copy, all that was imported
+    gc.freeze()  # a collection in a child would write to, and so copy, all imported objects
     print("ready", flush=True)
     asking: dict[int, socket.socket] = {}
     while True:
@@ -208,7 +214,7 @@ def main(address: str) -> None:
 
 
 def _report(asking: dict[int, socket.socket]) -> None:
-    """Tells those whose children have ended."""
+    """Send the exit code of each ended child to the process that requested the child."""
     for child in list(asking):
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
@@ -237,7 +243,7 @@ def _fork(connection: socket.socket, sockets: list[socket.socket], pipe: tuple[i
 def _become(
     program: str, arguments: list[str], directory: str, environment: dict[str, str], is_leader: bool, files: list[int]
 ) -> NoReturn:
-    """Lets this process, the child, be the program from here to its end."""
+    """Turn this process, the child, into the program until its end."""
     if is_leader:
         os.setsid()
     for number, file in enumerate(files):
@@ -246,7 +252,7 @@ def _become(
     os.chdir(directory)
     os.environ.clear()
     os.environ.update(environment)
-    sys.path[:] = [path for path in sys.path if path]  # the working directory is no place to import from
+    sys.path[:] = [path for path in sys.path if path]  # nothing is imported from the working directory
     sys.argv = [program, *arguments]
     code = 1
     try:
@@ -255,7 +261,7 @@ def _become(
         code = int(end.code or 0)
     except BaseException:
         traceback.print_exc()
-    # What Python does at its end, without taking apart what was imported.
+    # Do what Python does at exit, but do not tear down the imported modules.
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
@@ -265,5 +271,5 @@ def _become(
 
 
 if __name__ == "__main__":
-    # As the module that children import, so that SERVER and popen exist once.
+    # Run the module that children import, so that SERVER and popen exist once.
     import_module("tests.forks").main(sys.argv[1])

@@ -1,6 +1,6 @@
-"""Retrainings whose plots are empty files: to draw six takes longer than all else that the tiny pipeline does.
+"""Placeholders for the plots of a retraining: drawing six takes longer than the rest of the tiny pipeline.
 
-The real ones are drawn by tests/gptcore/test_plots.py and test_dossier.py, and by every run that is started cold.
+The real plots are drawn by tests/evaluation/test_plots.py and test_run_report.py, and by every run started cold.
 """
 
 import base64
@@ -30,4 +30,4 @@ UNDRAWN = {
     "plots": SimpleNamespace(**dict.fromkeys(FIGURES, _no_figure), save_png=_save_png, plot_losses=_plot_losses),
     "plot_surprise": _no_figure,
 }
-"""What takes the place of these names in gptcore.judging.dossier."""
+"""Replacements for these names in gptcore.evaluation.run_report."""

@@ -1,4 +1,4 @@
-"""How packages are installed: by uv with pip's settings, and by pip where uv might do something else."""
+"""Package installation: by uv with pip's settings, or by pip if uv might behave differently."""
 
 import importlib.util
 from pathlib import Path
@@ -18,7 +18,7 @@ def script() -> Any:
     return module
 
 
-def test_indexes_wheels_constraints_and_certificates_of_pip_are_handed_to_uv(
+def test_pips_indexes_wheels_constraints_and_certificates_are_passed_to_uv(
     script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "pip.conf"
@@ -32,7 +32,7 @@ def test_indexes_wheels_constraints_and_certificates_of_pip_are_handed_to_uv(
     monkeypatch.setenv("PIP_INDEX_URL", "https://nearer.example/simple")
     monkeypatch.setattr(script.shutil, "which", lambda name: None)
     settings = script.pip_settings()
-    assert settings["index-url"] == "https://nearer.example/simple", "a variable wins over a file, as in pip"
+    assert settings["index-url"] == "https://nearer.example/simple", "a variable overrides a file, as in pip"
     command, variables = script.uv_command(settings)
     said = " ".join(command)
     assert "--index-url https://nearer.example/simple" in said and "mirror.example" not in said
@@ -43,7 +43,7 @@ def test_indexes_wheels_constraints_and_certificates_of_pip_are_handed_to_uv(
 @pytest.mark.parametrize(
     "name", ["client-cert", "proxy", "no-index", "only-binary", "keyring-provider", "anything-new"]
 )
-def test_a_setting_that_uv_might_not_follow_leaves_it_to_pip(
+def test_pip_installs_the_packages_if_uv_might_not_follow_a_setting(
     script: Any, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(script.shutil, "which", lambda program: None)

@@ -1,4 +1,4 @@
-"""The benchmark beside its peers, at a size that takes seconds: what is counted, compared and written down."""
+"""The benchmark against other implementations, in a few seconds: what is counted, compared and written."""
 
 import json
 import sys
@@ -20,7 +20,7 @@ from bench.tokenizing import measure_tokenizing
 TINY = Shape("M", 2, 2, 32, 256, 2, 300, rounds=2)
 
 
-def test_flops_by_formula_are_what_pytorch_counts_but_for_the_masked_half_of_attention() -> None:
+def test_flops_by_formula_equal_pytorchs_count_without_the_masked_half_of_attention() -> None:
     model = plain.GPTModel(TINY.cfg(0.0))
     with FlopCounterMode(display=False) as counter:
         plain.loss(model, *TINY.batch(0)).backward()
@@ -29,7 +29,7 @@ def test_flops_by_formula_are_what_pytorch_counts_but_for_the_masked_half_of_att
 
 
 @pytest.mark.slow
-def test_every_contender_makes_the_same_losses_and_the_figures_are_complete(
+def test_every_contender_has_the_same_losses_and_the_figures_are_complete(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "made" / "bench.json"
@@ -51,13 +51,13 @@ def test_every_contender_makes_the_same_losses_and_the_figures_are_complete(
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_contenders_write_the_same_tokens(batch: int) -> None:
+def test_contenders_generate_the_same_tokens(batch: int) -> None:
     asked = {"batch": batch, "prompt": 5, "new": 6}
     ours, theirs = (contender(name, TINY, 0.0, None)["generate"](**asked) for name in ("ours", "plain"))
     assert ours["ids"] == theirs["ids"] and [len(ids) for ids in ours["ids"]] == [6] * batch
 
 
-def test_losses_that_differ_are_told() -> None:
+def test_losses_that_differ_are_reported() -> None:
     ours = Timed("ours", (1.0, 1.0), (4.0, 3.0), 100.0)
     steps = Steps(TINY, 0.0, (100.0, 100.0), (ours, replace(ours, name="plain", losses=(4.0, 3.001))))
     (line,) = report.losses_differ([steps])
@@ -66,7 +66,7 @@ def test_losses_that_differ_are_told() -> None:
     assert report.losses_differ([replace(steps, drop_rate=0.1)]) == []
 
 
-def test_a_peer_of_another_function_is_not_asked_for_our_losses() -> None:
+def test_peers_that_compute_another_function_may_have_other_losses() -> None:
     assert set(first_weights(TINY)) == set(plain.GPTModel(TINY.cfg(0.0)).state_dict()) - {"out_head.weight"}
     ours = Timed("ours", (1.0,), (4.0,), 100.0)
     steps = Steps(
@@ -79,11 +79,11 @@ def test_tokenisers_encode_the_same_text_to_the_same_ids() -> None:
     made = measure_tokenizing((OURS, TIKTOKEN), 300_000, rounds=1, threads=2, text=None)
     assert 290_000 < made.num_bytes <= 300_000
     assert [one.same_ids for one in made.contenders] == [True, True]
-    assert made.contenders[0].peak_mb > made.contenders[1].peak_mb, "two children count as well"
+    assert made.contenders[0].peak_mb > made.contenders[1].peak_mb, "the memory of both child processes is included"
 
 
 @pytest.mark.deep
-def test_a_served_model_under_load_answers_everybody(
+def test_a_served_model_under_load_answers_every_request(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "serving.json"

@@ -1,12 +1,12 @@
-"""A trainer that something happens to at a named point, in a forked process.
+"""Run a trainer in a forked process, and kill or disturb it at a named point.
 
-The child runs the real `gptcore.learning.trainer.main()`. Each of its file operations passes here under a name, such as
-`save of update 8 before rename to checkpoints/step-00000008`: an audit hook sees what Python opens, renames and
-removes, and wrappers see what it cannot (fsync, safetensors, text written in one go). At the points that were asked for
-the child sends itself a signal, SIGKILL for one, or its disk is full. The product knows nothing of it.
+The child runs the real `gptcore.training.trainer.main()`. `Points` sees each of its file operations under a name such
+as `save of update 8 before rename to checkpoints/step-00000008`. An audit hook sees what Python opens, renames and
+removes. Wrappers see what the hook cannot see: fsync, safetensors, and text that is written in one call. At the
+requested points the child sends itself a signal such as SIGKILL, or its disk is full. The product has no code for this.
 
-Children are forked from a process that has imported everything and computed nothing, so that one costs a fraction of a
-second and no kill can fall into imports.
+Children are forked from a process that has imported everything and computed nothing. So a child starts in a fraction
+of a second, and no kill can fall into imports.
 """
 
 import errno
@@ -28,8 +28,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from gptcore.learning import checkpoint, trainer
-from gptcore.learning.rundir import RunDirectory
+from gptcore.training import checkpoint, trainer
+from gptcore.training.run_directory import RunDirectory
 
 _BOARD_BYTES = 256
 WRITING = os.O_WRONLY | os.O_RDWR
@@ -41,7 +41,7 @@ class Points:
     """The points that this process passes, and what happens at one of them."""
 
     def __init__(self, root: Path, fates: Mapping[str, str], board: Path) -> None:
-        """`board` is a file that shows the newest point to other processes, also after a death."""
+        """Open `board`, a file that shows the newest point to other processes, even after this one has died."""
         self.root, self.fates = root.resolve(), dict(fates)
         self.phase = "start"
         self.is_over = False
@@ -53,7 +53,7 @@ class Points:
             self.board = mmap.mmap(file.fileno(), _BOARD_BYTES)
 
     def reach(self, what: str) -> Callable[[], None] | None:
-        """Notes the point, and returns what is to happen there, if anything is."""
+        """Record the point, and return its fate, or None if it has no fate."""
         with self.lock:
             if self.is_over:
                 return None
@@ -68,25 +68,25 @@ class Points:
             return fate
 
     def before(self, what: str) -> None:
-        """The operation `what` is about to be done."""
+        """Record that the operation `what` comes next, and apply the fate of that point."""
         if fate := self.reach(f"before {what}"):
             fate()
 
     def short(self, path: Any) -> str:
-        """A path inside the run directory, without what is random in it."""
+        """Return a path relative to the run directory, without the random part of temporary names."""
         text = os.fsdecode(path) if isinstance(path, str | bytes | os.PathLike) else str(path)
         text = text.removeprefix(f"{self.root}/").replace(str(self.root), "the run directory")
         return re.sub(r"\.tmp-[a-z0-9_]{8}(?![^/])", ".tmp-*", text)
 
     def is_inside(self, path: Any) -> bool:
-        """Whether a path, or the bare name that rmtree gives, belongs to the run directory."""
+        """Whether a path, or a bare name from rmtree, belongs to the run directory."""
         if not isinstance(path, str | bytes | os.PathLike):
             return False
         text = os.fsdecode(path)
         return text == str(self.root) or text.startswith(f"{self.root}/") or "/" not in text
 
     def audit(self, event: str, arguments: tuple[Any, ...]) -> None:
-        """Python's own report of a file operation that it is about to do."""
+        """Record the point of a file operation that Python is about to run."""
         if event == "open":
             path, _, flags = arguments
             if flags & WRITING and self.is_inside(path):
@@ -98,7 +98,7 @@ class Points:
             self.before(f"rename to {self.short(arguments[1])}")
 
     def install(self) -> None:
-        """From now on, everything passes here."""
+        """Install the audit hook and the wrappers in this process."""
         sys.addaudithook(self.audit)
         self._operations()
         self._phases()
@@ -136,12 +136,12 @@ class Points:
         self._enter(RunDirectory, "truncate_metrics", lambda *_: "resume")
         self._enter(RunDirectory, "record_pause", lambda *_: "pause")
         self._enter(trainer._Training, "finish", lambda *_: "finish")
-        # The trainer asks these two right before and after it writes an update's line.
+        # The trainer calls these two right before and right after it writes the line of an update.
         self._enter(trainer._Training, "must_evaluate", lambda asked: f"update {asked.state.step} before its line")
         self._enter(trainer._Training, "must_pause", lambda asked: f"after update {asked.state.step}")
 
     def _enter(self, owner: Any, name: str, phase: Callable[..., str]) -> None:
-        """While `owner.name` runs, points belong to the phase; its beginning is one itself."""
+        """Assign the points during `owner.name` to a phase; the start of the call is a point itself."""
         inner = getattr(owner, name)
 
         def entering(*args: Any, **kwargs: Any) -> Any:
@@ -157,12 +157,12 @@ class Points:
 
 
 def die() -> None:
-    """SIGKILL, sent by the process to itself."""
+    """Send SIGKILL to this process."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def run_out_of_space() -> None:
-    """What the operating system says on a full disk."""
+    """Raise the error of a full disk."""
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
@@ -180,7 +180,7 @@ FATES: dict[str, Callable[[], None]] = {
 
 
 def _live(run: Path, fates: Mapping[str, str], log: Path) -> None:
-    """The child: a trainer from its first file operation to its end."""
+    """Run a trainer in the child, from its first file operation to its end."""
     with log.with_suffix(".log").open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -198,18 +198,18 @@ def _live(run: Path, fates: Mapping[str, str], log: Path) -> None:
 
 @dataclass(frozen=True)
 class Life:
-    """How one trainer ended."""
+    """The end of one trainer."""
 
     code: int
-    """Its exit code; the negative number of the signal that killed it."""
+    """Exit code, or the negative number of the signal that killed the trainer."""
     last: str
-    """The newest point that it passed."""
+    """The newest point that the trainer passed."""
     said: str
-    """What it printed."""
+    """The output of the trainer."""
     passed: Sequence[str] = ()
-    """Every point, of a trainer that was not killed."""
+    """Every point that the trainer passed, if it was not killed."""
     seconds: float = math.nan
-    """From its beginning to its end, of a trainer that was not killed."""
+    """Run time, if the trainer was not killed."""
 
     @property
     def was_killed(self) -> bool:
@@ -217,14 +217,14 @@ class Life:
 
 
 def live(run: RunDirectory, fates: Mapping[str, str] | None = None) -> Life:
-    """Starts a trainer, at some of whose points something happens (point -> name in FATES), and waits for its end."""
+    """Start a trainer with fates at some points (point -> name in FATES), and wait for its end."""
     with _born(run, fates or {}) as (process, log):
         process.join()
         return _life(process, log)
 
 
 def live_until(run: RunDirectory, seconds: float) -> Life:
-    """Starts a trainer and kills it `seconds` after its first file operation, if it lives so long."""
+    """Start a trainer and kill it `seconds` after its first file operation, unless it has ended by then."""
     with _born(run, {}) as (process, log):
         while process.is_alive() and not _newest(log):
             time.sleep(0.0005)
@@ -236,7 +236,7 @@ def live_until(run: RunDirectory, seconds: float) -> Life:
 
 @contextmanager
 def _born(run: RunDirectory, fates: Mapping[str, str]) -> Iterator[tuple[BaseProcess, Path]]:
-    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}  # for whom children fork from
+    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}  # for the fork server
     log = run.path.with_name(f"{run.path.name}-life")
     for suffix in (".board", ".json"):
         log.with_suffix(suffix).unlink(missing_ok=True)

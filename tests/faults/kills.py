@@ -1,9 +1,9 @@
-"""Trainers killed at every named point and at random times, and compared with a twin that was never killed.
+"""Kill trainers at named points and at random times, and compare each training with a twin that was never killed.
 
     python -m tests.faults.kills --kills 200 --seed 1
 
-A share of the kills goes to each scenario of tests.faults.trainings, half of it to named points, half to random times.
-It prints where they fell, and ends with 1 if a killed training came out otherwise than its twin.
+Each scenario of tests.faults.trainings gets an equal share of the kills: half at named points, half at random times.
+The program prints the points of the kills. Its exit code is 1 if a killed training ended differently from its twin.
 """
 
 import argparse
@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from gptcore import manifest
-from gptcore.data import Tokens
-from gptcore.learning.rundir import STOPPED, RunDirectory
+from gptcore.tokens.directory import Tokens
+from gptcore.training.run_directory import STOPPED, RunDirectory
 from tests.faults.dying import Life, live, live_until
 from tests.faults.trainings import SCENARIOS, make_tokens, outcome, prepare
 
 
 class Differs(AssertionError):
-    """A killed training did not end as its twin, or left what it should not."""
+    """A killed training did not end like its twin, or left temporary files."""
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Tally:
 
     fell: list[str] = field(default_factory=list)
     trainings: int = 0
-    """Ended, and compared with their twins."""
+    """Number of trainings that ended and were compared with their twins."""
 
     def __str__(self) -> str:
         where = ", ".join(f"{kind} ({count})" for kind, count in sorted(Counter(map(_kind, self.fell)).items()))
@@ -42,13 +42,13 @@ class Tally:
 
 
 def _kind(point: str) -> str:
-    """A point without the update and the file that it is about."""
+    """Return the name of a point without its update and its file."""
     phase, what = re.sub(r"( of update)? \d+", "", re.sub(r" \(\d+\)$", "", point)).split(" ", 1)
     return f"{phase} {re.sub(r'(?<=ing|.of|.to) .*', '', what)}"
 
 
 class Twin:
-    """A scenario's training that was never killed: what came out, and every point that it passed."""
+    """A scenario's training that was never killed, with its outcome and every point that it passed."""
 
     def __init__(self, root: Path, scenario: str, tokens: Tokens) -> None:
         self.root, self.tokens, self.settings = root / scenario.replace(" ", "-"), tokens, SCENARIOS[scenario]
@@ -61,7 +61,7 @@ class Twin:
         self.points = [*_with(points, self._points_of_a_resumption(points))]
 
     def another(self) -> RunDirectory:
-        """A new run directory of the same training."""
+        """Prepare a new run directory of the same training."""
         self.made += 1
         return prepare(self.root / str(self.made) / "run", self.tokens, **self.settings)
 
@@ -73,7 +73,7 @@ class Twin:
         return [point for point in dict.fromkeys(passed) if point not in set(points)]
 
     def compare(self, run: RunDirectory) -> None:
-        """Raises Differs."""
+        """Raise Differs if a run has another outcome than the twin, or left temporary files or checkpoints."""
         there = outcome(run)
         for key, expected in self.outcome.items():
             if there[key] != expected:
@@ -90,7 +90,7 @@ def _last_of_first_save(points: Sequence[str]) -> int:
 
 
 def _with(points: Sequence[str], resumption: Sequence[str]) -> Iterator[str]:
-    """The points in an order in which one training can be killed at one after the other."""
+    """Yield the points in an order in which one training can be killed at each of them in turn."""
     saved = _last_of_first_save(points)
     yield from points[: saved + 1]
     yield from resumption
@@ -98,7 +98,7 @@ def _with(points: Sequence[str], resumption: Sequence[str]) -> Iterator[str]:
 
 
 def lives_to_its_end(run: RunDirectory) -> Iterator[Life]:
-    """Undisturbed trainers, session after session, until the training is finished."""
+    """Run undisturbed trainers, session after session, until the training is finished."""
     while True:
         life = live(run)
         yield life
@@ -109,7 +109,7 @@ def lives_to_its_end(run: RunDirectory) -> Iterator[Life]:
 
 
 def killed_at(run: RunDirectory, point: str) -> bool:
-    """Whether a trainer, or one of its next sessions, died at the point; else the training is finished."""
+    """Run sessions until a trainer dies at the point (True) or the training is finished (False)."""
     life = live(run, {point: "SIGKILL"})
     while life.code == STOPPED:
         life = live(run, {point: "SIGKILL"})
@@ -121,10 +121,10 @@ def killed_at(run: RunDirectory, point: str) -> bool:
 
 
 def at_each(twin: Twin, points: Iterable[str], strike: Callable[[RunDirectory, str], bool]) -> int:
-    """Strikes trainings at each of the points, given in order, as many as possible in one training, and compares each
-    with its twin. Returns the number of trainings.
+    """Strike trainings at each of the ordered points, and compare each with its twin. Return the number of trainings.
 
-    `strike` starts a trainer that something is to happen to at a point, and returns whether it did.
+    One training is struck at as many points as possible. `strike` starts a trainer that is disturbed at a point, and
+    returns whether the trainer reached the point.
     """
     left, trainings = list(points), 0
     while left:
@@ -150,7 +150,7 @@ def at_each(twin: Twin, points: Iterable[str], strike: Callable[[RunDirectory, s
 
 
 def kill_at_points(twin: Twin, points: Iterable[str], tally: Tally) -> None:
-    """Kills trainers at each of the points."""
+    """Kill trainers at each of the points."""
 
     def strike(run: RunDirectory, point: str) -> bool:
         was_killed = killed_at(run, point)
@@ -161,25 +161,25 @@ def kill_at_points(twin: Twin, points: Iterable[str], tally: Tally) -> None:
 
 
 def _is_behind(run: RunDirectory, point: str) -> bool:
-    """Whether the point lies in a save, an update or an end that is committed: the next trainer won't pass it."""
+    """Whether the next trainer will not pass the point, because its save, update or end is committed."""
     reached = max((int(path.name[5:]) for path in run.checkpoints.glob("step-*")), default=0)
     of_update = re.search(r"update (\d+)", point)
     return manifest.is_committed(run.final) or (of_update is not None and int(of_update[1]) <= reached)
 
 
 def check_what_stands(run: RunDirectory) -> None:
-    """After a kill: whatever has its final name is whole."""
+    """Check after a kill that every directory with a final name is complete."""
     for directory in (*run.checkpoints.glob("step-*"), *run.path.glob("final")):
         manifest.verify(directory)
 
 
 def kill_at_random_times(twin: Twin, kills: int, draw: random.Random, tally: Tally) -> None:
-    """Kills trainers at moments between their first file operation and their likely end, up to 5 in one training."""
+    """Kill trainers at times between their first file operation and their likely end, up to 5 in one training."""
     before = len(tally.fell)
     while len(tally.fell) < before + kills:
         run = twin.another()
         wanted = min(5, before + kills - len(tally.fell))
-        while wanted and run.result() is None:
+        while wanted and run.read_result() is None:
             life = live_until(run, draw.uniform(0, twin.seconds))
             if life.was_killed:
                 wanted -= 1
@@ -192,12 +192,12 @@ def kill_at_random_times(twin: Twin, kills: int, draw: random.Random, tally: Tal
 
 
 def sample(points: Sequence[str], count: int, draw: random.Random) -> list[str]:
-    """Some of the points, in order."""
+    """Draw up to `count` of the points, and keep their order."""
     return [points[index] for index in sorted(draw.sample(range(len(points)), min(count, len(points))))]
 
 
 def kill(root: Path, kills: int, seed: int, names: Sequence[str] = tuple(SCENARIOS)) -> Tally:
-    """`kills` kills in all. Raises Differs."""
+    """Kill trainers `kills` times in all. Raise Differs if a training does not end like its twin."""
     tally, tokens, draw = Tally(), make_tokens(root), random.Random(seed)
     for index, name in enumerate(names):
         share = kills // len(names) + (index < kills % len(names))
@@ -208,7 +208,7 @@ def kill(root: Path, kills: int, seed: int, names: Sequence[str] = tuple(SCENARI
 
 
 def main() -> int:
-    """0 if every training came out as its twin."""
+    """Return 0 if every training ended like its twin, else 1."""
     parser = argparse.ArgumentParser(prog="python -m tests.faults.kills", description="Kill trainers; see above.")
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1)

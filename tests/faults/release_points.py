@@ -1,9 +1,10 @@
-"""Kills between any two steps of a release: what a process that registers or moves a champion writes, in its order.
+"""Kill a process between any two writes of a release: a registration, a promotion or a rollback.
 
-`python -m tests.faults.release_points` has everything imported and no database open. For each request, a line of JSON
-on its standard input, it forks a child that does what is asked with the real functions; a child that is to die does so
-by SIGKILL at the crash point of that number. A crash point is the moment before a transaction is committed or before a
-file inside the state root is made, renamed or removed. It answers with the child's exit code.
+`python -m tests.faults.release_points` has imported everything and has no database open. Each line of JSON on its
+standard input is a request. For each request it forks a child that runs the requested actions with the real functions,
+and answers with the child's exit code. If the request names a crash point, the child kills itself there with SIGKILL.
+A crash point is the moment before a transaction is committed, or before a file inside the state root is created,
+renamed or removed.
 """
 
 import json
@@ -20,30 +21,32 @@ from typing import Any, cast
 import mlflow.pyfunc.model
 import mlflow.store.model_registry.sqlalchemy_store
 import mlflow.store.tracking.sqlalchemy_store
-import torch  # noqa: F401  (like those of MLflow: what is imported here is not imported by each child)
+import torch  # noqa: F401  (imported once here, like MLflow, instead of by each child)
 from mlflow import MlflowClient
 from mlflow.utils.requirements_utils import _init_modules_to_packages_map
 from sqlalchemy import event
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.orm import configure_mappers
 
-from flows.releases import champion, registry, release
-from flows.releases.loading import load
-from flows.state import OPT_OUTS, StateRoot
-from gptcore.data import Tokens
-from gptcore.learning.rundir import RunDirectory
+from flows.registry import champion
+from flows.registry import register as release
+from flows.registry import versions as registry
+from flows.registry.loading import load
+from flows.state.root import OPT_OUTS, StateRoot
 from gptcore.manifest import sha256_of, sha256_of_file
-from gptcore.tokenizer import get_tokenizer
+from gptcore.tokens.directory import Tokens
+from gptcore.tokens.tokenizer import get_tokenizer
+from gptcore.training.run_directory import RunDirectory
 from tests.fixtures import TinyRegistry
 
 MODEL = "gpt-tiny"
 PASSING = ("/.tmp/", "uploading", "mlflow.db")
-"""Files that may stay behind: what retention sweeps up, and MLflow's own half of a small upload."""
+"""Files that may be left over: those that retention removes, and MLflow's own half of a small upload."""
 FILE_EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate")
 
 
 class Points:
-    """Notes every crash point by name, and dies at the one that is wanted."""
+    """Record every crash point by name, and die at the requested one."""
 
     def __init__(self, root: StateRoot, kill_at: int | None, notes: Path) -> None:
         self.root, self.kill_at, self.notes = f"{root.path}/", kill_at, notes.open("w")
@@ -80,7 +83,7 @@ class Points:
 
 
 def _store_method(frame: Any) -> str:
-    """What MLflow's store was asked for, by the outermost of its functions on the stack."""
+    """Return the name of the outermost function of MLflow's store on the stack."""
     found = "?"
     while frame is not None:
         if frame.f_code.co_filename.endswith("sqlalchemy_store.py"):
@@ -99,16 +102,16 @@ def _without_ids(path: str) -> str:
     return re.sub(r"uploading\..*", "uploading", re.sub(r"\.tmp-[^/]*", ".tmp", path))
 
 
-# What a state root is like before the kill.
+# State roots before the kill.
 
 
 def empty(root: StateRoot) -> None:
-    """MLflow's database as it is in the beginning: creating the tables takes seconds."""
+    """Create MLflow's empty database. The tests copy it, because creating the tables takes seconds."""
     MlflowClient(root.tracking_uri).search_experiments()
 
 
 def new(root: StateRoot) -> None:
-    """A training is finished and its MLflow run open; nothing has been registered yet."""
+    """Prepare a finished training whose MLflow run is open and that is not registered yet."""
     tiny = TinyRegistry(root)
     key = sha256_of(1)
     _, tokens_sha256 = tiny.text("one")
@@ -119,7 +122,7 @@ def new(root: StateRoot) -> None:
 
 
 def registered(root: StateRoot) -> None:
-    """Version 1 is champion, and version 2 registered."""
+    """Make version 1 the champion, and register version 2."""
     tiny = TinyRegistry(root)
     tiny.register()
     champion.promote(root, MODEL, "1", "night 1", champion.GATE, over=None)
@@ -127,18 +130,18 @@ def registered(root: StateRoot) -> None:
 
 
 def promoted(root: StateRoot) -> None:
-    """Version 2 has followed version 1 as champion."""
+    """Make version 1 the champion, then version 2."""
     registered(root)
     champion.promote(root, MODEL, "2", "night 2", champion.GATE, over="1")
 
 
 def moved_outside(root: StateRoot) -> None:
-    """Somebody has moved the alias in MLflow itself."""
+    """Set the champion's alias in MLflow itself, as a user can."""
     registered(root)
     MlflowClient(root.tracking_uri).set_registered_model_alias(MODEL, registry.CHAMPION, "2")
 
 
-# What is killed.
+# Actions that are killed.
 
 
 def register(root: StateRoot) -> None:
@@ -160,27 +163,28 @@ def rollback(root: StateRoot) -> None:
 
 
 def settle(root: StateRoot) -> None:
-    champion.moves(root, MODEL)
+    champion.settle(root, MODEL)
 
 
-# What is looked at afterwards.
+# Looks afterwards.
 
 
 def look(root: StateRoot) -> None:
-    """Tells the champion's version, once it has been loaded; null where there is none."""
-    found = registry.champion_of(root, MODEL)
+    """Load the champion and report its version, or null if there is no champion."""
+    found = registry.find_champion(root, MODEL)
     if found is not None:
         load(root, found)
     _tell(root, None if found is None else str(found.version))
 
 
 def look_at_everything(root: StateRoot) -> None:
-    """Tells all that the registry, the runs and the artifacts say."""
+    """Report the contents of the registry, the runs and the artifacts."""
     client = MlflowClient(root.tracking_uri)
     model = client.get_registered_model(MODEL)
     experiments = [one.experiment_id for one in client.search_experiments()]
     files = sorted(_without_ids(str(path.relative_to(root.path))) for path in root.path.rglob("*") if path.is_file())
-    versions = registry.versions(root, MODEL)
+    versions = registry.list_versions(root, MODEL)
+    champion.settle(root, MODEL)
     _tell(
         root,
         {
@@ -188,7 +192,7 @@ def look_at_everything(root: StateRoot) -> None:
             "aliases": {alias: str(version) for alias, version in sorted(model.aliases.items())},
             "moves": [
                 [one.source, one.target, one.kind, one.reason, one.by, one.is_done]
-                for one in champion.moves(root, MODEL)
+                for one in champion.read_moves(root, MODEL)
             ],
             "runs": [run.info.status for run in client.search_runs(experiments)],
             "models": [str(one.status) for one in client.search_logged_models(experiments)],
@@ -214,7 +218,7 @@ def _child(asked: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Answers requests until there are no more."""
+    """Answer requests until standard input ends."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     configure_mappers()
@@ -234,7 +238,7 @@ def main() -> None:
 
 
 class Forker:
-    """The process that forks, as its parent sees it."""
+    """The parent's side of the process that forks."""
 
     def __init__(self, directory: Path) -> None:
         self.root = StateRoot(directory / "mlruns")
@@ -251,7 +255,7 @@ class Forker:
         )
 
     def do(self, *actions: str, notes: bool = False, kill_at: int | None = None) -> int:
-        """Lets a child do this, one after the other; its exit code, negative if a signal ended it."""
+        """Run actions in a child, in turn; return its exit code, which is negative if a signal ended it."""
         asked = {"do": actions, "root": str(self.root.path), "notes": str(self.notes) if notes else ""}
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write(json.dumps({**asked, "kill_at": kill_at}) + "\n")
@@ -261,11 +265,11 @@ class Forker:
         return int(answer)
 
     def points(self) -> list[str]:
-        """The crash points that the last child that took notes came to."""
+        """Return the crash points that the last child with `notes` reached."""
         return self.notes.read_text().splitlines()
 
     def looked(self) -> list[Any]:
-        """What each look since the last call saw."""
+        """Return the reports of all looks since the last call."""
         path = self.root.path.with_name("looked")
         lines = path.read_text().splitlines()
         path.unlink()

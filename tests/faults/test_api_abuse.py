@@ -1,4 +1,4 @@
-"""The library called as it should not be: each call is answered as the table of faults says. (FAULTS 25)"""
+"""Wrong and extreme calls of the library: input is cropped, clamped or refused, as documented."""
 
 import subprocess
 import sys
@@ -11,18 +11,18 @@ import pytest
 import torch
 
 from gptcore.errors import ConfigError, TokenizerError
-from gptcore.evaluate import evaluate_model, score_blocks
-from gptcore.generate import generate, generate_text_simple
-from gptcore.plots import plot_losses
-from gptcore.tokenizer import get_tokenizer
-from tests.gptcore.test_evaluate import TEXTS, loader, model, tokenizer
-from tests.gptcore.test_generate import plain_loop, seeded_model, some_ids
-from tests.gptcore.test_train import run_simple, weights_of
+from gptcore.evaluation.bits_per_byte import evaluate_model, score_blocks
+from gptcore.evaluation.plots import plot_losses
+from gptcore.generation.generate import generate, generate_text_simple
+from gptcore.tokens.tokenizer import get_tokenizer
+from tests.evaluation.test_bits_per_byte import TEXTS, loader, model, tokenizer
+from tests.generation.test_generate import plain_loop, seeded_model, some_ids
+from tests.training.test_loop import run_simple, weights_of
 
 __all__ = ["model", "tokenizer"]
 
 
-def test_of_a_long_prompt_the_last_tokens_count():
+def test_a_long_prompt_is_cropped_to_its_last_tokens():
     model = seeded_model()
     long = some_ids(40).tolist()
     assert list(generate(model, long, 5, temperature=0)) == list(generate(model, long[-16:], 5, temperature=0))
@@ -30,7 +30,7 @@ def test_of_a_long_prompt_the_last_tokens_count():
     assert cropped[:, 40:].tolist() == plain_loop(model, torch.tensor([long]), 5, 16)[:, 40:].tolist()
 
 
-def test_an_empty_prompt_is_refused_by_the_seeds_function_too():
+def test_generate_text_simple_refuses_an_empty_prompt_too():
     with pytest.raises(ConfigError, match="the prompt is empty"):
         generate_text_simple(seeded_model(), torch.empty(1, 0, dtype=torch.long), 5, 16)
 
@@ -68,7 +68,7 @@ def test_an_id_outside_the_vocabulary_is_named_by_model_and_tokenizer(wrong):
 
 
 @pytest.mark.parametrize("top_k", [257, 258, 10**18])
-def test_more_candidates_than_the_vocabulary_has_are_all_of_it(top_k):
+def test_a_top_k_above_the_vocabulary_size_keeps_every_token(top_k):
     draw = lambda **settings: list(generate(seeded_model(), [1, 2], 30, seed=4, **settings))  # noqa: E731
     assert draw(top_k=top_k) == draw(top_k=257)
 
@@ -88,14 +88,14 @@ def test_settings_too_small_for_the_arithmetic_take_the_likeliest_token(setting)
     assert list(generate(seeded_model(), [1, 2], 10, seed=1, **setting)) == greedy
 
 
-def test_the_end_of_text_ends_the_text_and_is_not_yielded():
+def test_generation_stops_at_the_end_of_text_and_does_not_yield_it():
     model = seeded_model()
     all_ids = list(generate(model, [3], 20, temperature=0))
     end = all_ids[7]
     assert list(generate(model, [3], 20, temperature=0, eos_id=end)) == all_ids[: all_ids.index(end)]
 
 
-def test_prompts_that_are_continued_side_by_side_stop_each_by_itself():
+def test_prompts_that_are_continued_side_by_side_stop_independently():
     model = seeded_model()
     alone = {first: list(generate(model, [first], 20, temperature=0)) for first in (3, 5, 9)}
     end = alone[3][4]
@@ -129,20 +129,20 @@ def test_evaluation_leaves_modes_random_states_generators_and_gradients_alone(mo
     assert torch.is_grad_enabled()
 
 
-def test_the_seeds_loop_trains_the_same_weights_however_often_it_evaluates():
+def test_train_model_simple_trains_the_same_weights_at_any_evaluation_frequency():
     one, other = (run_simple(eval_freq, num_epochs=2, drop_rate=0.1)[0] for eval_freq in (1, 7))
     assert weights_of(one) == weights_of(other)
 
 
-def test_neither_pyplot_nor_a_display_is_needed(tmp_path):
+def test_plots_need_neither_pyplot_nor_a_display(tmp_path):
     code = (
-        "import sys; from gptcore.plots import plot_losses; assert 'matplotlib' not in sys.modules;"
+        "import sys; from gptcore.evaluation.plots import plot_losses; assert 'matplotlib' not in sys.modules;"
         "plot_losses([0, 1], [0, 9], [2.0, 1.0], [2.0, 1.5]); assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, env={"PYTHONPATH": ":".join(sys.path)})
 
 
-def test_a_thread_without_a_display_writes_its_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_threads_without_a_display_write_their_plots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("DISPLAY", raising=False)
     monkeypatch.setenv("MPLBACKEND", "TkAgg")
     failed: list[Any] = []

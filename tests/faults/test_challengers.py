@@ -1,21 +1,20 @@
-"""Who becomes champion: a challenger that is clearly better, and a first version that has learned anything at all."""
+"""The gate: a challenger must be clearly better, and a first version must have learned anything at all."""
 
 import json
 from collections.abc import Callable
 
 import pytest
 
-from flows.releases import registry
-from flows.releases.gate import Verdict
-from flows.state import StateRoot
+from flows.cards.verdict import Verdict
+from flows.registry import versions
+from flows.state.root import StateRoot
 from gptcore.bundle import WEIGHTS
-from tests.flows.judging import NAME
-from tests.flows.test_gate import champion_version, judged, register, scores, snapshot, summary, trained
+from tests.registry.judging import NAME
+from tests.registry.test_gate import champion_version, judged, register, scores, snapshot, summary, trained
 
 __all__ = ["judged", "register", "scores", "snapshot", "trained"]
 
 
-# FAULTS 22
 @pytest.mark.parametrize(
     ("current", "challenger", "kind"),
     [
@@ -53,7 +52,6 @@ def test_only_a_clearly_better_challenger_becomes_champion(
     assert f"{kind}: " in verdict.reason and "of version 1 on the same" in verdict.reason
 
 
-# FAULTS 22
 @pytest.mark.parametrize(
     ("weights", "kind", "is_promoted"),
     [("good", "beats unigram", True), ("none", "does not beat unigram", False), ("nan", "not finite", False)],
@@ -72,15 +70,14 @@ def test_a_first_version_must_be_finite_and_beat_the_unigram_model(
     assert champion_version(root) == ("1" if is_promoted else None)
 
 
-# FAULTS 22
-def test_a_champion_whose_files_are_missing_stays_and_nothing_is_promoted_until_it_is_mended(
+def test_a_champion_with_missing_files_stays_and_blocks_promotions_until_they_are_restored(
     root: StateRoot, register: Callable[..., str], judged: Callable[..., Verdict]
 ) -> None:
     judged(register("poor"))
-    weights = root.path / "models" / "1" / "artifacts" / registry.BUNDLE / WEIGHTS
+    weights = root.path / "models" / "1" / "artifacts" / versions.BUNDLE / WEIGHTS
     kept = weights.rename(root.path / "kept")
     challenger = register("good")
-    with pytest.raises(registry.RegistryError, match=f"models:/{NAME}/1 cannot be loaded, and nothing is promoted"):
+    with pytest.raises(versions.RegistryError, match=f"models:/{NAME}/1 cannot be loaded, and nothing is promoted"):
         judged(challenger)
     assert (champion_version(root), summary(root, challenger)["verdict"]) == ("1", None)
     kept.rename(weights)

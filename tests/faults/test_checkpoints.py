@@ -1,4 +1,4 @@
-"""Damaged, foreign and hostile checkpoints, and a full disk: what a training goes on from is whole, and its own."""
+"""Damaged, foreign and hostile checkpoints, and a full disk: training resumes only from its own intact checkpoints."""
 
 import errno
 import json
@@ -16,16 +16,16 @@ import torch
 
 from gptcore import manifest
 from gptcore.errors import CheckpointError, DiskFull, NewerFormat
-from gptcore.learning import checkpoint
-from gptcore.learning.state import TrainState
-from tests.gptcore.checkpoints import CFG, IDENTITY, TRAIN, everything, names, restored, saved, train_on
+from gptcore.training import checkpoint
+from gptcore.training.state import TrainState
+from tests.training.checkpoints import CFG, IDENTITY, TRAIN, everything, names, restored, saved, train_on
 
 NEWEST = "step-00000006"
 FILES = ("manifest.json", "model.safetensors", "optimizer.safetensors", "random.safetensors", "best.safetensors")
 
 
 def flip(path: Path, bit: int) -> None:
-    """Turns one bit of a file over; doing it again mends it."""
+    """Flip one bit of a file; a second call restores the file."""
     with path.open("r+b") as file:
         file.seek(bit // 8)
         byte = file.read(1)[0]
@@ -38,7 +38,7 @@ def flip_middle(path: Path) -> None:
 
 
 def rewritten(directory: Path, **changes: Any) -> None:
-    """Writes the manifest anew with some keys changed, None for without."""
+    """Rewrite the manifest with some keys changed; None removes a key."""
     path = directory / "manifest.json"
     body = {**json.loads(path.read_text()), **changes}
     path.write_text(json.dumps({key: value for key, value in body.items() if value is not None}))
@@ -67,11 +67,11 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
 }
 
 
-# FAULTS 6
+# Damaged checkpoints.
 
 
 class Damaged:
-    """Two checkpoints, of which the newest is damaged again and again, and made good in between."""
+    """Two checkpoints. The newest one is damaged and restored again and again."""
 
     def __init__(self, root: Path) -> None:
         self.checkpoints, self.copy = root / "checkpoints", root / "copy"
@@ -80,14 +80,14 @@ class Damaged:
         self.state = TrainState.initial(CFG, TRAIN)
 
     def newest(self) -> Path:
-        """The newest one, as it was saved."""
+        """Return the newest checkpoint, and copy it back if it is gone."""
         goal = self.checkpoints / NEWEST
         if not goal.exists():
             shutil.copytree(self.copy, goal)
         return goal
 
     def restore(self) -> tuple[int, str]:
-        """The step that is restored, and what is said."""
+        """Return the restored step, and the warnings."""
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             assert checkpoint.restore(self.checkpoints, self.state, IDENTITY)
@@ -95,52 +95,52 @@ class Damaged:
 
 
 @pytest.mark.parametrize("count", [200, pytest.param(1000, marks=pytest.mark.deep)])
-def test_each_of_many_flipped_bits_is_found_named_and_the_previous_checkpoint_used(tmp_path: Path, count: int) -> None:
+def test_any_flipped_bit_is_reported_and_the_previous_checkpoint_is_used(tmp_path: Path, count: int) -> None:
     draw, damaged, expected = random.Random(1), Damaged(tmp_path), None
     for number in range(count):
         path = damaged.newest() / FILES[number % len(FILES)]
         bit = draw.randrange(path.stat().st_size * 8)
         flip(path, bit)
         step, said = damaged.restore()
-        assert step == 4 and f"passed over: {path}" in said, f"bit {bit} of {path.name}: {said}"
+        assert step == 4 and f"checkpoint skipped: {path}" in said, f"bit {bit} of {path.name}: {said}"
         expected = expected or everything(damaged.state)
-    assert everything(damaged.state) == expected, "the previous one came back whole each time"
+    assert everything(damaged.state) == expected, "the previous checkpoint was restored completely each time"
     damaged.newest()
-    assert damaged.restore() == (6, ""), "it is the flips that were found"
+    assert damaged.restore() == (6, ""), "without a flip, the newest checkpoint is restored"
 
 
-def test_no_flipped_bit_of_a_manifest_makes_another_one_of_it(tmp_path: Path) -> None:
+def test_any_flipped_bit_of_a_manifest_is_detected_as_damage(tmp_path: Path) -> None:
     saved(tmp_path, 1)
     goal = tmp_path / "step-00000001"
     path = goal / "manifest.json"
     for bit in range(path.stat().st_size * 8):
         flip(path, bit)
         with pytest.raises(CheckpointError, match="is damaged") as caught:
-            manifest.about(goal)
+            manifest.read_about(goal)
         assert not isinstance(caught.value, NewerFormat), f"bit {bit}"
         flip(path, bit)
     assert manifest.verify(goal)["kind"] == "checkpoint"
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_cut_at_any_length_is_found_named_and_the_previous_checkpoint_used(tmp_path: Path, name: str) -> None:
+def test_a_file_cut_at_any_length_is_reported_and_the_previous_checkpoint_is_used(tmp_path: Path, name: str) -> None:
     draw, damaged = random.Random(2), Damaged(tmp_path)
     size = (damaged.newest() / name).stat().st_size
     for length in {0, 1, 8, size - 1, *(draw.randrange(size) for _ in range(30))}:
         path = damaged.newest() / name
         os.truncate(path, length)
         step, said = damaged.restore()
-        assert step == 4 and f"passed over: {path}" in said, f"{name} cut to {length} of {size} bytes: {said}"
+        assert step == 4 and f"checkpoint skipped: {path}" in said, f"{name} cut to {length} of {size} bytes: {said}"
 
 
 @pytest.mark.parametrize("keep", [1, 2])
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_passed_over_and_replaced_when_training_comes_by_again(
+def test_a_damaged_checkpoint_is_skipped_and_replaced_when_training_reaches_its_step_again(
     tmp_path: Path, damage: str, keep: int
 ) -> None:
     twin = everything(saved(tmp_path, 4, 6))
     DAMAGES[damage](tmp_path / NEWEST)
-    with pytest.warns(UserWarning, match=f"checkpoint passed over: .*{NEWEST}"):
+    with pytest.warns(UserWarning, match=f"checkpoint skipped: .*{NEWEST}"):
         state = restored(tmp_path)
     assert state.step == 4
     train_on(state, 5)
@@ -160,35 +160,35 @@ def test_when_all_checkpoints_are_damaged_training_does_not_start_over(tmp_path:
         DAMAGES[damage](tmp_path / name)
     state = TrainState.initial(CFG, TRAIN)
     with (
-        pytest.warns(UserWarning, match="passed over"),
-        pytest.raises(CheckpointError, match=rf"none of what is in .* \(step-00000004, {NEWEST}\) can be used"),
+        pytest.warns(UserWarning, match="checkpoint skipped"),
+        pytest.raises(CheckpointError, match=rf"nothing in .* \(step-00000004, {NEWEST}\) can be used"),
     ):
         checkpoint.restore(tmp_path, state, IDENTITY)
     assert state.step == 0 and len(names(tmp_path)) == 2, "nothing was removed"
 
 
-def test_where_only_unusable_things_lie_training_does_not_start_over(tmp_path: Path) -> None:
+def test_when_only_unusable_directories_exist_training_does_not_start_over(tmp_path: Path) -> None:
     saved(tmp_path, 4)
     (tmp_path / "step-00000004").rename(tmp_path / "backup of step 4")
-    with pytest.raises(CheckpointError, match=r"none of what is in .* \(backup of step 4\) can be used"):
+    with pytest.raises(CheckpointError, match=r"nothing in .* \(backup of step 4\) can be used"):
         checkpoint.restore(tmp_path, TrainState.initial(CFG, TRAIN), IDENTITY)
 
 
-def test_what_a_killed_first_save_left_is_no_checkpoint(tmp_path: Path) -> None:
+def test_the_leftover_of_a_killed_first_save_is_not_a_checkpoint(tmp_path: Path) -> None:
     saved(tmp_path, 4)
     (tmp_path / "step-00000004").rename(tmp_path / ".tmp-abc")
     assert not checkpoint.restore(tmp_path, TrainState.initial(CFG, TRAIN), IDENTITY)
 
 
-# FAULTS 7
+# Checkpoints of another training or format.
 
 
 @pytest.mark.parametrize(
     ("identity", "said"),
     [
-        ({**IDENTITY, "train.learning_rate": 2e-3}, r"train\.learning_rate is 0\.001 there and 0\.002 here"),
-        ({**IDENTITY, "model.emb_dim": 32}, r"model\.emb_dim is 16 there and 32 here"),
-        ({**IDENTITY, "tokens": "ab"}, r"tokens is None there and 'ab' here"),
+        ({**IDENTITY, "train.learning_rate": 2e-3}, r"train\.learning_rate is 0\.001, this training has 0\.002"),
+        ({**IDENTITY, "model.emb_dim": 32}, r"model\.emb_dim is 16, this training has 32"),
+        ({**IDENTITY, "tokens": "ab"}, r"tokens is None, this training has 'ab'"),
     ],
 )
 def test_a_checkpoint_of_another_training_is_refused_with_the_key_and_both_values(
@@ -199,7 +199,7 @@ def test_a_checkpoint_of_another_training_is_refused_with_the_key_and_both_value
         checkpoint.restore(tmp_path, TrainState.initial(CFG, TRAIN), identity)
 
 
-def test_a_checkpoint_of_a_newer_format_is_refused_with_both_formats_though_an_older_one_lies_there(
+def test_a_checkpoint_of_a_newer_format_is_refused_with_both_formats_even_if_an_older_one_exists(
     tmp_path: Path,
 ) -> None:
     saved(tmp_path, 4, 6)
@@ -216,18 +216,18 @@ def test_a_checkpoint_of_the_earlier_format_is_restored(tmp_path: Path) -> None:
     assert everything(restored(tmp_path)) == expected
 
 
-def test_a_committed_directory_of_another_kind_is_no_checkpoint_of_this_training(tmp_path: Path) -> None:
-    with manifest.staging(tmp_path) as staged:
+def test_a_committed_directory_of_another_kind_is_not_a_checkpoint(tmp_path: Path) -> None:
+    with manifest.stage(tmp_path) as staged:
         manifest.commit(staged, tmp_path / NEWEST, {"kind": "tokens"})
-    with pytest.raises(CheckpointError, match=r"model\.emb_dim is None there and 16 here"):
+    with pytest.raises(CheckpointError, match=r"model\.emb_dim is None, this training has 16"):
         checkpoint.restore(tmp_path, TrainState.initial(CFG, TRAIN), IDENTITY)
 
 
-# FAULTS 8
+# Hostile checkpoints.
 
 
 class Payload:
-    """Unpickling it creates a file."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -241,29 +241,29 @@ def test_a_pickle_in_place_of_weights_is_not_executed(tmp_path: Path, name: str)
     checkpoints, executed = tmp_path / "checkpoints", tmp_path / "executed"
     saved(checkpoints, 4)
     (checkpoints / "step-00000004" / f"{name}.safetensors").write_bytes(pickle.dumps(Payload(executed)))
-    with pytest.warns(UserWarning, match=f"passed over: .*{name}.safetensors"), pytest.raises(CheckpointError):
+    with pytest.warns(UserWarning, match=f"checkpoint skipped: .*{name}.safetensors"), pytest.raises(CheckpointError):
         restored(checkpoints)
     assert not executed.exists()
 
 
 @pytest.mark.parametrize("name", ["model", "optimizer", "random", "best"])
-def test_a_pickle_that_the_manifest_vouches_for_is_refused_too(tmp_path: Path, name: str) -> None:
+def test_a_pickle_with_a_matching_manifest_is_refused_too(tmp_path: Path, name: str) -> None:
     checkpoints, executed = tmp_path / "checkpoints", tmp_path / "executed"
     saved(checkpoints, 4)
     goal = checkpoints / "step-00000004"
-    about = manifest.about(goal)
-    with manifest.staging(checkpoints) as staged:
+    about = manifest.read_about(goal)
+    with manifest.stage(checkpoints) as staged:
         shutil.copytree(goal, staged, dirs_exist_ok=True)
         (staged / "manifest.json").unlink()
         torch.save(Payload(executed), staged / f"{name}.safetensors")
         shutil.rmtree(goal)
         manifest.commit(staged, goal, about)
-    with pytest.raises(CheckpointError, match=r"a file in .*step-00000004 is not what its name says"):
+    with pytest.raises(CheckpointError, match=r"a file in .*step-00000004 is not a safetensors file"):
         restored(checkpoints)
     assert not executed.exists()
 
 
-# FAULTS 9
+# A full disk.
 
 
 def test_a_full_disk_while_saving_leaves_the_previous_checkpoint_and_nothing_half_written(

@@ -1,4 +1,4 @@
-"""A clock that goes backwards: what is newer is told by numbers and steps, never by the time of day."""
+"""A clock that goes backwards: numbers and steps decide what is newer, never the time of day."""
 
 import os
 import time
@@ -9,24 +9,24 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Metric
 
-from flows.pipelines import Pipeline
-from flows.releases import champion, registry
-from flows.releases.champion import GATE, moves, promote, rollback
-from flows.releases.prune import prune
-from flows.service import reconcile, successes
-from flows.service.schedule import ScheduleConfig
-from flows.state import StateRoot
+from flows.config.pipelines import Pipeline
+from flows.config.schedule import ScheduleConfig
+from flows.operations.retention import prune
+from flows.registry import champion
+from flows.registry import versions as registry
+from flows.registry.champion import GATE, promote, read_moves, rollback
+from flows.retrain import last_success
+from flows.state.root import StateRoot
+from flows.tracking import reconcile
 from gptcore import manifest
 
 MODEL = "gpt-tiny"
 DAY = 86_400
 
-# FAULTS: a clock that goes backwards (all of this file)
-
 
 @pytest.fixture
 def backwards(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each look at the clock, of whoever looks, says an hour less than the one before."""
+    """A clock that shows one hour less at each reading."""
     looks = iter(range(10**6))
 
     class Backwards(datetime):
@@ -47,20 +47,20 @@ def promoted(tiny_registry: Any, count: int) -> StateRoot:
 
 
 @pytest.mark.usefixtures("backwards")
-def test_versions_are_newer_by_their_number_and_moves_by_theirs(tiny_registry: Any, tiny: Pipeline) -> None:
+def test_versions_promotions_and_rollbacks_are_ordered_by_their_numbers(tiny_registry: Any, tiny: Pipeline) -> None:
     root = promoted(tiny_registry, 4)
-    versions = registry.versions(root, MODEL)
+    versions = registry.list_versions(root, MODEL)
     assert [str(version.version) for version in versions] == ["1", "2", "3", "4"]
     created = [version.creation_timestamp for version in versions]
     assert created == sorted(created, reverse=True), "the clock has gone backwards"
-    dates = [move.at for move in moves(root, MODEL)]
+    dates = [move.at for move in read_moves(root, MODEL)]
     assert dates == sorted(dates, reverse=True)
     client = MlflowClient(root.tracking_uri)
     for version in "123":
         client.set_model_version_tag(MODEL, version, "pipeline", "tiny")
-    newest = registry.newest_finished(root, tiny)
+    newest = registry.find_newest_finished(root, tiny)
     assert newest is not None and str(newest.version) == "3"
-    for _ in range(2):  # the same training again: the newer version of one run key
+    for _ in range(2):  # two versions of one run key
         client.create_model_version(MODEL, versions[0].source, tags={"run_key": "again", "attempt": "1"})
     again = registry.find(root, MODEL, "again")
     assert again is not None and str(again.version) == "6"
@@ -73,10 +73,10 @@ def test_retention_keeps_the_versions_with_the_highest_numbers(tiny_registry: An
     for _ in range(4):
         tiny_registry.register()
     prune(root, {MODEL: 2})
-    assert [str(version.version) for version in registry.versions(root, MODEL)] == ["1", "4", "5"]
+    assert [str(version.version) for version in registry.list_versions(root, MODEL)] == ["1", "4", "5"]
 
 
-def test_the_newest_point_of_a_metric_is_that_of_the_highest_step(tiny_registry: Any) -> None:
+def test_the_newest_point_of_a_metric_is_the_one_with_the_highest_step(tiny_registry: Any) -> None:
     client = MlflowClient(tiny_registry.root.tracking_uri)
     run = client.create_run(tiny_registry.experiment).info.run_id
     client.log_batch(run, metrics=[Metric("loss", 1.0, 10_000 * DAY, 1), Metric("loss", 2.0, 9_000 * DAY, 2)])
@@ -84,7 +84,7 @@ def test_the_newest_point_of_a_metric_is_that_of_the_highest_step(tiny_registry:
     assert client.get_run(run).data.metrics["loss"] == 3.0
 
 
-def test_what_is_half_made_and_seems_to_come_from_the_future_is_left_until_it_is_old(tiny_registry: Any) -> None:
+def test_an_unfinished_directory_dated_in_the_future_is_kept_until_it_is_old(tiny_registry: Any) -> None:
     root = tiny_registry.root
     root.corpora.mkdir(exist_ok=True)
     half = root.corpora / ".tmp-half"
@@ -97,7 +97,7 @@ def test_what_is_half_made_and_seems_to_come_from_the_future_is_left_until_it_is
     assert not half.exists()
 
 
-def test_a_run_that_began_in_the_future_is_waited_for_no_longer_than_a_young_one(
+def test_a_run_that_began_in_the_future_is_waited_for_only_as_long_as_a_new_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     class State:
@@ -108,14 +108,14 @@ def test_a_run_that_began_in_the_future_is_waited_for_no_longer_than_a_young_one
 
     slept: list[float] = []
     monkeypatch.setattr(reconcile.time, "sleep", slept.append)
-    reconcile._let_start(Run())  # type: ignore[arg-type]
+    reconcile._wait_for_start(Run())  # type: ignore[arg-type]
     assert slept == [5.0]
 
 
-def test_a_success_in_the_future_is_no_alarm_and_the_next_one_counts_again(root: StateRoot) -> None:
+def test_a_success_in_the_future_raises_no_alarm_and_the_next_success_counts_again(root: StateRoot) -> None:
     daily = Pipeline(name="night", model_name="gpt-night", schedule=ScheduleConfig(cron="30 2 * * *"))
-    successes.record(root, "night", "Promoted")
+    last_success.record(root, "night", "Promoted")
     now = datetime.now(UTC) - timedelta(days=3650)
-    assert successes.overdue(daily, root, now) is None
-    successes.record(root, "night", "Promoted")
-    assert successes.overdue(daily, root, datetime.now(UTC) + timedelta(days=3)) is not None
+    assert last_success.measure_overdue(daily, root, now) is None
+    last_success.record(root, "night", "Promoted")
+    assert last_success.measure_overdue(daily, root, datetime.now(UTC) + timedelta(days=3)) is not None

@@ -1,4 +1,4 @@
-"""Configurations that nobody should write: each is understood, or refused with the key that is wrong. (FAULTS 24)"""
+"""Wrong and strange configurations: each is accepted, or refused with the key that is wrong."""
 
 import json
 import math
@@ -12,14 +12,14 @@ import yaml
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from flows.pipelines import SECTIONS, Pipeline, PipelinesFile, parse_overrides
-from flows.service.deployed import merged
-from gptcore import memory
+from flows.config.pipelines import SECTIONS, Pipeline, PipelinesFile, parse_overrides
+from flows.retrain.parameters import merge_parameters
 from gptcore.config import ModelConfig, TrainConfig
+from gptcore.corpus import sources
 from gptcore.errors import ConfigError, CorpusError
 from gptcore.sections import Section, parse
-from gptcore.text import sources
-from tests.flows.servers import gptflow, refused
+from gptcore.training import memory
+from tests.servers import gptflow, refused
 
 PER_TEST = settings(
     max_examples=1000,
@@ -33,7 +33,7 @@ LISTED = ("schedule", "triggers", "notify")
 
 
 def inner(key: str) -> type[Section]:
-    """The section that a key of a pipeline, or each entry of its list, is made of."""
+    """Return the section type of a pipeline's key, or of the entries of its list."""
     kinds: list[Any] = [Pipeline.model_fields[key].annotation]
     while kinds:
         kind = kinds.pop()
@@ -72,11 +72,11 @@ Setting = tuple[tuple[str, str], Any]
 
 
 class Edge(int):
-    """Stands for a value on, just inside or just outside of what a key allows."""
+    """An index into EDGES: a value on, just inside or just outside the bounds of a key."""
 
 
 def edges(section: str, key: str) -> list[Any]:
-    """A key's default, its choices, and its bounds with what lies on both sides of them."""
+    """Return a key's default, its choices, and its bounds with the values on both sides."""
     kind: Any = inner(section) if key else Pipeline
     name = key or section
     found = [kind.model_fields[name].get_default(call_default_factory=True)]
@@ -105,7 +105,7 @@ def resolved(chosen: list[Setting]) -> list[Setting]:
 
 
 def nested(chosen: list[Setting]) -> dict[str, Any]:
-    """The settings as a pipeline's mapping."""
+    """Return the settings as a pipeline's mapping."""
     layer: dict[str, Any] = {}
     for (section, key), value in chosen:
         if not key:
@@ -116,7 +116,7 @@ def nested(chosen: list[Setting]) -> dict[str, Any]:
 
 
 class Dumper(yaml.SafeDumper):
-    """Writes a value that stands twice twice."""
+    """A YAML dumper without aliases: it writes a repeated value in full again."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -143,7 +143,7 @@ def as_file(chosen: list[Setting], file: PipelinesFile) -> Pipeline:
 def as_deployed_run(chosen: list[Setting], file: PipelinesFile) -> Pipeline:
     half = len(chosen) // 2
     registered = {"pipeline": "tiny", "model_name": "gpt-tiny", **nested(chosen[:half])}
-    return merged(registered, nested(chosen[half:]))
+    return merge_parameters(registered, nested(chosen[half:]))
 
 
 ROUTES: list[Callable[..., Pipeline]] = [as_overrides, as_file, as_deployed_run, as_deployed_run]
@@ -201,7 +201,7 @@ def test_each_of_thousands_of_configurations_is_valid_or_refused_with_its_key(
         (["corpus.tokenizer=gpt-2"], ["gpt-2", "gpt2"]),
     ],
 )
-def test_wrong_settings_are_refused_with_key_and_cure_before_anything_is_made(
+def test_wrong_settings_are_refused_with_key_and_fix_before_anything_is_created(
     project: Path, overrides: list[str], parts: list[str]
 ) -> None:
     done = gptflow(project, "run", "tiny", *(word for override in overrides for word in ("--set", override)))
@@ -215,7 +215,7 @@ def test_wrong_settings_are_refused_with_key_and_cure_before_anything_is_made(
         ("pipelines:\n  tiny:\n    train:\n      max_step: 5\n", ["pipelines.yaml:4:", "max_step", "max_steps"]),
         ("pipelines:\n  tiny:\n    train:\n      max_steps: 0\n", ["pipelines.yaml:4:", "greater than or equal to 1"]),
         ("defaults:\n  train: {seed: -1}\npipelines:\n  tiny: {}\n", ["pipelines.yaml:2:", "defaults.train.seed"]),
-        ("pipelines:\n  tiny: {}\n  tiny: {}\n", ["pipelines.yaml:3:", "tiny stands twice", "line 2"]),
+        ("pipelines:\n  tiny: {}\n  tiny: {}\n", ["pipelines.yaml:3:", "tiny is given twice", "line 2"]),
         ("pipeline:\n  tiny: {}\n", ["pipelines.yaml:1:", "pipeline: there is no such key"]),
         ("pipelines:\n  tiny: [1]\n", ["pipelines.yaml:2:", "must be a mapping"]),
         ("pipelines: {}\n", ["pipelines: must map"]),
@@ -253,8 +253,8 @@ BOMB = "\n".join(["a0: &a0 [lol, lol]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}
         ("pipelines:\n  tiny: !!python/object/new:os.system ['touch SENTINEL']", r":2: tags such as .*python"),
         ("pipelines: {tiny: {tags: [!!binary aGk=]}}", "tags such as"),
         ("pipelines: {tiny: {train: {seed: !!int x}}}", "tags such as"),
-        ("pipelines: {tiny: {}}\npipelines: {tiny: {}}", ":2: pipelines stands twice, first on line 1"),
-        ("pipelines: {tiny: {train: {seed: 1, seed: 2}}}", "seed stands twice"),
+        ("pipelines: {tiny: {}}\npipelines: {tiny: {}}", ":2: pipelines is given twice, first on line 1"),
+        ("pipelines: {tiny: {train: {seed: 1, seed: 2}}}", "seed is given twice"),
         ("pipelines: {1: {}}", "the key '1' is not text; write it in quotes"),
         ("pipelines: {~: {}}", "the key '~' is not text"),
         ("pipelines: {? [a] : {}}", "the key a list or mapping is not text"),
@@ -269,7 +269,7 @@ BOMB = "\n".join(["a0: &a0 [lol, lol]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}
         ("watch_seconds: .inf\npipelines: {tiny: {}}", "watch_seconds: must be a number of seconds from 10 to 86400"),
     ],
 )
-def test_yaml_that_explodes_builds_objects_or_says_things_twice_is_refused(
+def test_yaml_with_aliases_deep_nesting_object_tags_or_repeated_keys_is_refused(
     tmp_path: Path, text: str, said: str
 ) -> None:
     sentinel = tmp_path / "executed"
@@ -290,7 +290,7 @@ def test_a_pipelines_file_of_100_megabytes_is_refused_unread(tmp_path: Path) -> 
         PipelinesFile(path)
 
 
-def test_the_largest_pipelines_file_is_read_and_a_byte_order_mark_and_crlf_do_no_harm(tmp_path: Path) -> None:
+def test_a_file_of_1000_pipelines_with_a_byte_order_mark_and_crlf_is_read(tmp_path: Path) -> None:
     lines = [f"  p{number}: {{train: {{seed: {number}}}}}\r\n" for number in range(1000)]
     text = "\ufeffpipelines:\r\n" + "".join(lines)
     (tmp_path / "pipelines.yaml").write_bytes(text.encode())
@@ -316,7 +316,7 @@ def test_overrides_are_read_as_strictly_as_the_file(tmp_path: Path, overrides: l
         PipelinesFile(tmp_path / "pipelines.yaml").pipeline("tiny", overrides)
 
 
-def test_a_date_is_a_word_and_numbers_of_yaml_1_2_are_numbers() -> None:
+def test_overrides_read_dates_as_text_and_numbers_as_in_yaml_1_2() -> None:
     given = ["sample.prompts=[2026-13-45, on]", "train.learning_rate=1e-3", "train.seed=null"]
     assert parse_overrides(given) == {
         "sample": {"prompts": ["2026-13-45", "on"]},
@@ -332,19 +332,19 @@ def test_a_date_is_a_word_and_numbers_of_yaml_1_2_are_numbers() -> None:
         {"size": "gpt2-xl", "n_layers": 1024},
     ],
 )
-def test_a_model_that_no_memory_of_this_machine_holds_is_refused_with_its_size(shape: dict[str, Any]) -> None:
+def test_a_model_larger_than_the_memory_of_this_machine_is_refused_with_its_size(shape: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"parameters take at least [0-9,.]+ GiB .* this machine has [0-9,.]+ GiB"):
         memory.check(ModelConfig(**shape), TrainConfig(device="cpu"))
 
 
-def test_a_batch_that_no_memory_holds_is_refused_and_every_named_size_s_parameters_are_counted_right() -> None:
+def test_a_batch_too_large_for_memory_is_refused_and_parameters_are_counted_as_in_the_book() -> None:
     with pytest.raises(ConfigError, match=r"train.batch_size 65536"):
         memory.check(ModelConfig(size="gpt2-xl"), TrainConfig(device="cpu", batch_size=65_536))
     assert memory.num_parameters(ModelConfig(size="gpt2"), 50_257) == 163_009_536  # as published in the book
     memory.check(ModelConfig(), TrainConfig())
 
 
-def test_a_width_of_a_milliard_is_out_of_range() -> None:
+def test_a_width_of_a_billion_is_out_of_range() -> None:
     with pytest.raises(ConfigError, match=r"emb_dim: .*less than or equal to 65536"):
         parse(ModelConfig, {"emb_dim": 10**9}, "model")
 

@@ -1,4 +1,4 @@
-"""Text as it should not be: too little of it, odd, huge, changing while it is read, or the same. (FAULTS 12 to 16)"""
+"""Difficult text: too little, odd, huge, changing while it is read, or unchanged."""
 
 import gzip
 import json
@@ -14,20 +14,22 @@ import mlflow
 import pytest
 from mlflow import MlflowClient
 
-from flows.pipelines import Pipeline
-from flows.state import StateRoot
-from gptcore import corpus
+from flows.config.pipelines import Pipeline
+from flows.state.root import StateRoot
 from gptcore.config import CorpusConfig
-from gptcore.corpus import SIDES, Snapshot, ingest, passages
+from gptcore.corpus import formats, sources
+from gptcore.corpus import ingest as ingestion
+from gptcore.corpus.diff import compare_snapshots
+from gptcore.corpus.ingest import ingest
+from gptcore.corpus.snapshot import Snapshot, read_passages
+from gptcore.corpus.split import SIDES
 from gptcore.errors import CorpusError
-from gptcore.text import formats, sources
-from gptcore.text.delta import compare_snapshots
-from gptcore.text.tokens import tokenize
-from tests.flows.test_reason import TRAINED, asking, run
-from tests.gptcore.test_corpus import MANY, prose, snapshot_of
-from tests.gptcore.test_sources import make_tree, names, texts
+from gptcore.tokens.files import tokenize
+from tests.corpus.test_ingest import MANY, prose, snapshot_of
+from tests.corpus.test_sources import make_tree, names, read_sources, texts
+from tests.retrain.test_policy import TRAINED, asking, run
 
-# 12: too little text.
+# Too little text.
 
 
 @pytest.mark.parametrize("texts", [{"a.txt": ""}, {"a.txt": " \n", "b.txt": "\n\n"}])
@@ -36,10 +38,10 @@ def test_a_corpus_without_text_is_refused(tmp_path: Path, texts: dict[str, str])
         snapshot_of(tmp_path, texts)
 
 
-def test_a_side_without_a_block_is_an_error_with_counts_and_cure(tmp_path: Path) -> None:
+def test_a_split_side_without_a_block_is_an_error_with_counts_and_fix(tmp_path: Path) -> None:
     with pytest.raises(CorpusError, match=r"(?s)at least 1 block.* 5 bytes in 1 blocks.*by chance.*block_bytes"):
         snapshot_of(tmp_path, {"a.txt": "Short"})
-    with pytest.raises(CorpusError, match=r"nothing is left for train.*removed from train by the guard: 3000 bytes"):
+    with pytest.raises(CorpusError, match=r"nothing is left for train.*Contamination removed from train: 3000 bytes"):
         snapshot_of(tmp_path, {"a.txt": "a" * 5000}, split="contiguous")
     assert not list((tmp_path / "state" / "corpora").iterdir())
 
@@ -50,7 +52,7 @@ def test_a_side_without_a_block_is_an_error_with_counts_and_cure(tmp_path: Path)
     [
         ("", {}, {}, "no text: 1 documents were read"),
         (" \n\t\r\n" * 1000, {}, {}, "no text: 1 documents were read, all of them empty or whitespace"),
-        ("Short.", {}, {}, "nothing is left for .*at least 1 block is needed: train 6 bytes in 1 blocks"),
+        ("Short.", {}, {}, r"nothing is left for .*at least 1 block\): train 6 bytes in 1 blocks"),
         (None, {}, {"context_length": 65_536}, "the train split has [0-9]+ tokens, .* need at least 524289"),
         (
             "x y z " * 1000,
@@ -82,7 +84,7 @@ def mlflow_runs(root: StateRoot) -> list[mlflow.entities.Run]:
     return client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
 
 
-# 13: odd and huge text.
+# Odd and huge text.
 
 
 ODD = "\ufeffBOM, NUL \0, CRLF\r\n, \r, \x85, \u2028, \ufffe, \U0010ffff and e\u0301.\n\n"
@@ -92,7 +94,7 @@ def test_special_strings_nuls_byte_order_marks_and_line_ends_stay_as_they_are(tm
     odd = "\ufeffA NUL \0, <|endoftext|> and\r\nCRLF.\r\n\r\n"
     texts = {f"{number}.txt": odd + prose(number, 300) for number in range(60)}
     snapshot = snapshot_of(tmp_path, texts)
-    found = sorted(text for side in SIDES for text in passages(snapshot.path, side))
+    found = sorted(text for side in SIDES for text in read_passages(snapshot.path, side))
     assert found == sorted(texts.values())
 
 
@@ -100,7 +102,7 @@ def test_a_byte_that_is_not_utf8_is_refused_with_file_and_offset_or_replaced_as_
     (tmp_path / "a.txt").write_bytes(prose(1, 3000).encode() + b"\xff" + prose(2, 3000).encode())
     offset = len(prose(1, 3000).encode())
     settings = {"sources": ("a.txt",), "block_bytes": 256, "val_fraction": 0.2, "holdout_fraction": 0.2}
-    with pytest.raises(CorpusError, match=rf"a\.txt is not UTF-8: byte 0xff at offset {offset}; .*errors: replace"):
+    with pytest.raises(CorpusError, match=rf"a\.txt is not UTF-8: byte 0xff at offset {offset}\. .*errors: replace"):
         ingest(CorpusConfig(**settings), tmp_path / "corpora", tmp_path)
     assert not list((tmp_path / "corpora").iterdir())
     replaced = ingest(CorpusConfig(**settings, errors="replace"), tmp_path / "corpora", tmp_path)
@@ -118,16 +120,16 @@ def test_a_lone_surrogate_in_json_is_an_invalid_byte_and_a_pair_is_a_character(t
 
 
 @pytest.mark.parametrize("name", ["bytes", "gpt2"])
-def test_odd_text_comes_back_from_its_tokens(tmp_path: Path, name: str) -> None:
+def test_odd_text_survives_tokenizing_and_decoding(tmp_path: Path, name: str) -> None:
     snapshot = snapshot_of(tmp_path, {f"{number}.txt": f"{ODD}{prose(number, 400)}" for number in range(40)})
     tokens = tokenize(snapshot.path, name, tmp_path / "tokens")
     vocabulary = tokens.load_tokenizer()
     decoded = vocabulary.decode(tokens.side("train").tolist())
-    assert decoded == "<|endoftext|>".join(passages(snapshot.path, "train")) and ODD in decoded
+    assert decoded == "<|endoftext|>".join(read_passages(snapshot.path, "train")) and ODD in decoded
 
 
 def peak(work: Callable[[], str]) -> tuple[str, int]:
-    """What `work` said, done in a process of its own, and the bytes by which it made that process grow."""
+    """Run `work` in its own process; return its result, and the bytes by which the process grew."""
     reading, writing = os.pipe()
     if (child := os.fork()) == 0:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -163,7 +165,7 @@ def test_a_line_of_100_megabytes_is_read_in_little_memory_and_one_of_50_becomes_
 
 
 def read(base: Path, name: str) -> str:
-    found = sources.documents([name], base, base / "downloads", "strict")
+    found = read_sources([name], base)
     return str(sum(len(chunk) for document in found for chunk in document.chunks))
 
 
@@ -174,7 +176,7 @@ def bomb(path: Path, begin: bytes, piece: bytes, megabytes: int) -> None:
             file.write(piece)
 
 
-def test_what_unfolds_to_a_gigabyte_is_read_in_little_memory(tmp_path: Path) -> None:
+def test_a_file_that_decompresses_to_a_gigabyte_is_read_in_little_memory(tmp_path: Path) -> None:
     bomb(tmp_path / "a.txt.gz", b"", bytes(1_000_000), 1000)
     said, grown = peak(lambda: read(tmp_path, "a.txt.gz"))
     assert said == "1000000000" and grown < 30_000_000
@@ -188,7 +190,7 @@ def test_what_unfolds_to_a_gigabyte_is_read_in_little_memory(tmp_path: Path) -> 
         ("b.csv.gz", b"text\n", b"," * 1_000_000),
     ],
 )
-def test_a_row_that_unfolds_without_end_is_refused_with_its_place(
+def test_a_huge_row_in_a_compressed_file_is_refused_with_its_location(
     tmp_path: Path, name: str, begin: bytes, piece: bytes
 ) -> None:
     bomb(tmp_path / name, begin, piece, 200)
@@ -197,7 +199,7 @@ def test_a_row_that_unfolds_without_end_is_refused_with_its_place(
     assert grown < 8 * formats.MAX_ROW_BYTES
 
 
-def test_a_long_text_in_a_hundred_rows_of_parquet_is_held_once(tmp_path: Path) -> None:
+def test_a_long_text_in_a_hundred_parquet_rows_is_held_in_memory_once(tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -208,11 +210,11 @@ def test_a_long_text_in_a_hundred_rows_of_parquet_is_held_once(tmp_path: Path) -
     assert said == "1000000000" and grown < 300_000_000
 
 
-# 14: special strings.
+# Special strings.
 
 
 @pytest.mark.parametrize("name", ["bytes", "gpt2", "bpe:300"])
-def test_the_end_of_text_string_inside_a_text_ends_nothing(tmp_path: Path, name: str) -> None:
+def test_the_end_of_text_string_inside_a_document_does_not_end_it(tmp_path: Path, name: str) -> None:
     marks = "<|endoftext|> <|endofprompt|> <|fim_prefix|> <|im_start|> <s> </s> [CLS] "
     with_marks = {f"{number}.txt": marks + prose(number, 900) for number in range(60)}
     plain = {key: text.replace("<|endoftext|>", "@@@") for key, text in with_marks.items()}
@@ -224,12 +226,12 @@ def test_the_end_of_text_string_inside_a_text_ends_nothing(tmp_path: Path, name:
         counted.append((snapshot.documents, ids.count(tokens.eot)))
         vocabulary = tokens.load_tokenizer()
         first = ids[: ids.index(tokens.eot)]
-        assert vocabulary.decode(first) == next(passages(snapshot.path, "train"))
+        assert vocabulary.decode(first) == next(read_passages(snapshot.path, "train"))
     assert counted[0][0] == counted[1][0] == 60
-    assert counted[0][1] == len(list(passages(snapshot.path, "train"))) - 1 == counted[1][1]
+    assert counted[0][1] == len(list(read_passages(snapshot.path, "train"))) - 1 == counted[1][1]
 
 
-# 15: text that changes or vanishes while it is read.
+# Text that changes or disappears while it is read.
 
 
 def test_a_loop_of_symbolic_links_is_walked_once(tmp_path: Path) -> None:
@@ -256,7 +258,7 @@ def test_a_file_that_changes_once_while_it_is_read_is_read_again(
     assert texts(["a.txt"], tmp_path) == ["after the edit"]
 
 
-def test_a_file_that_never_stops_changing_or_vanishes_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_keeps_changing_or_disappears_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes(b"a" * 30_000_000)
     done = threading.Event()
@@ -277,18 +279,18 @@ def test_a_file_that_never_stops_changing_or_vanishes_is_refused(tmp_path: Path)
         writer.join()
     (tmp_path / "b.txt").write_text("b")
     (tmp_path / "c.txt").write_text("c")
-    found = sources.documents(["[bc].txt"], tmp_path, tmp_path / "downloads", "strict")
+    found = read_sources(["[bc].txt"], tmp_path)
     assert b"".join(next(found).chunks) == b"b"
     (tmp_path / "c.txt").unlink()
-    with pytest.raises(CorpusError, match=r"c\.txt vanished"):
+    with pytest.raises(CorpusError, match=r"c\.txt disappeared"):
         next(found)
 
 
-def test_a_snapshot_s_hash_is_of_what_was_read_though_the_file_was_edited_since(
+def test_a_snapshot_has_the_hash_of_the_text_that_was_read_even_if_the_file_was_edited_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "a.txt").write_text(before := prose(1, 9000))
-    spool = corpus.Spool
+    spool = ingestion.Spool
 
     def edit_after_reading(*given: Any) -> Any:
         made = spool(*given)
@@ -296,7 +298,7 @@ def test_a_snapshot_s_hash_is_of_what_was_read_though_the_file_was_edited_since(
         return made
 
     settings = CorpusConfig(sources=("a.txt",), block_bytes=256, val_fraction=0.2, holdout_fraction=0.2)
-    monkeypatch.setattr(corpus, "Spool", edit_after_reading)
+    monkeypatch.setattr(ingestion, "Spool", edit_after_reading)
     snapshot = ingest(settings, tmp_path / "corpora", tmp_path)
     monkeypatch.undo()
     assert sum(snapshot.bytes.values()) == len(before.encode())
@@ -304,17 +306,17 @@ def test_a_snapshot_s_hash_is_of_what_was_read_though_the_file_was_edited_since(
     assert ingest(settings, tmp_path / "corpora", tmp_path).sha256 == snapshot.sha256
 
 
-def test_a_directory_that_holds_no_text_is_refused(tmp_path: Path) -> None:
+def test_a_directory_without_text_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "a.png").write_bytes(b"\x89PNG")
     with pytest.raises(CorpusError, match=r"'pictures' holds no file that ends in \.txt"):
         ingest(CorpusConfig(sources=("pictures",)), tmp_path / "corpora", tmp_path)
 
 
-# 16: the same text, reordered text, more text.
+# The same text, reordered text, more text.
 
 
-def test_the_same_and_reordered_text_is_the_same_snapshot_and_a_new_document_is_counted(tmp_path: Path) -> None:
+def test_unchanged_and_reordered_text_gives_the_same_snapshot_and_a_new_document_is_counted(tmp_path: Path) -> None:
     def taken(given: dict[str, str]) -> Snapshot:
         return snapshot_of(tmp_path, given)
 

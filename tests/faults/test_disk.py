@@ -1,4 +1,4 @@
-"""The whole flow on a disk that fills up: nothing half-made counts, and with room again the same run goes on."""
+"""The whole flow on a disk that fills up: nothing unfinished counts, and with free space the same run resumes."""
 
 import os
 import subprocess
@@ -10,22 +10,22 @@ import pytest
 from mlflow import MlflowClient
 
 import flows
-from flows.pipelines import SECTIONS, Pipeline, PipelinesFile
-from flows.releases import registry
-from flows.retrain import retrain
-from flows.state import StateRoot
-from gptcore.learning.rundir import RunDirectory
+from flows.config.pipelines import SECTIONS, Pipeline, PipelinesFile
+from flows.registry import versions
+from flows.retrain.flow import retrain
+from flows.state.root import StateRoot
+from gptcore.training.run_directory import RunDirectory
 from tests import databases
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_server")]
 MEGABYTE = 1024 * 1024
 ROOM = (0.2, 0.5, 0.9, 1.05, 1.2, 1.4, 1.6)
-"""Megabytes free at the beginning of a run: each gets a bit further than the one before."""
+"""Megabytes free at the start of a run; with each value the run gets a bit further."""
 
 
 @pytest.fixture
 def small(project: Path, root: StateRoot, migrated: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StateRoot]:
-    """A state root on a file system of its own, of 24 MB."""
+    """A state root on its own file system of 24 MB."""
     place = project / "small"
     place.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "none", str(place)], capture_output=True)
@@ -35,7 +35,7 @@ def small(project: Path, root: StateRoot, migrated: Path, monkeypatch: pytest.Mo
         small = StateRoot(place / "mlruns")
         monkeypatch.setenv("GPTFLOW_HOME", str(small.path))
         monkeypatch.delenv("MLFLOW_TRACKING_URI")
-        small.create()
+        small.prepare()
         databases.give(small.path, migrated)
         monkeypatch.setenv("MLFLOW_TRACKING_URI", small.tracking_uri)
         yield small
@@ -44,7 +44,7 @@ def small(project: Path, root: StateRoot, migrated: Path, monkeypatch: pytest.Mo
 
 
 def leave(root: StateRoot, megabytes: float) -> None:
-    """Fills the disk up to so many megabytes."""
+    """Fill the disk until `megabytes` are free."""
     filler = root.path.parent / "filler"
     filler.unlink(missing_ok=True)
     free = os.statvfs(root.path).f_bavail * os.statvfs(root.path).f_frsize
@@ -58,10 +58,7 @@ def run(pipeline: Pipeline) -> tuple[str, str]:
     return str(state.name), str(state.message)
 
 
-# FAULTS 9
-def test_a_run_on_a_full_disk_says_so_wherever_it_fills_up_and_goes_on_once_there_is_room(
-    project: Path, small: StateRoot
-) -> None:
+def test_a_run_reports_a_full_disk_at_any_step_and_resumes_when_space_is_free(project: Path, small: StateRoot) -> None:
     tiny = PipelinesFile(project / "pipelines.yaml").pipeline("tiny", ("train.checkpoint_steps=20",))
     ends: list[str] = []
     for megabytes in ROOM:
@@ -72,7 +69,7 @@ def test_a_run_on_a_full_disk_says_so_wherever_it_fills_up_and_goes_on_once_ther
             break
         print(megabytes, message)
         assert name == "Failed" and "full" in message and "Free space" in message, message
-        if registry.champion_of(small, "gpt-tiny") is not None:
+        if versions.find_champion(small, "gpt-tiny") is not None:
             flows.load("models:/gpt-tiny@champion")
     assert ends.count("Failed") >= 3, ends
     leave(small, 12)
@@ -85,5 +82,5 @@ def test_a_run_on_a_full_disk_says_so_wherever_it_fills_up_and_goes_on_once_ther
     assert len(client.search_model_versions("name = 'gpt-tiny'")) == 1
     assert mlflow.pyfunc.load_model("models:/gpt-tiny@champion").predict(["The"], params={"max_new_tokens": 3})
     (made,) = (small.path / "runs" / "tiny").glob("*-*")
-    assert RunDirectory(made).result() is not None
-    assert not list(small.path.rglob(".tmp-*")), "nothing half-made is left"
+    assert RunDirectory(made).read_result() is not None
+    assert not list(small.path.rglob(".tmp-*")), "no unfinished files are left"

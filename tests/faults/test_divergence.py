@@ -1,4 +1,4 @@
-"""A loss or a gradient that is no number: the training ends before the update that it would spoil.  # FAULTS 11"""
+"""A loss or a gradient that is not finite: training ends before the update that it would spoil."""
 
 import math
 from pathlib import Path
@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from gptcore.data import Tokens
 from gptcore.errors import TrainingDiverged
-from gptcore.learning import spread, trainer
-from gptcore.learning.trainer import Stop, train_directory
+from gptcore.tokens.directory import Tokens
+from gptcore.training import parallel, trainer
+from gptcore.training.signals import Stop
+from gptcore.training.trainer import train_directory
 from tests.faults.trainings import TRAIN, make_tokens, outcome, prepare
 
 
@@ -22,12 +23,12 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Tokens:
 
 
 class Spoiled:
-    """The loss of update `step` is spoiled in its last micro-batch: its value, or the gradient that flows from it."""
+    """A loss function that spoils the last micro-batch of update `step`: the loss itself, or its gradient."""
 
     def __init__(self, step: int, what: str, by: float) -> None:
         self.last_pass = step * TRAIN["accumulation"]
         self.what, self.by, self.passes = what, by, 0
-        self.calc_loss_batch = spread.calc_loss_batch
+        self.calc_loss_batch = parallel.calc_loss_batch
 
     def __call__(self, inputs: Tensor, targets: Tensor, model: Any, device: Any) -> Tensor:
         loss = self.calc_loss_batch(inputs, targets, model, device)
@@ -42,7 +43,7 @@ class Spoiled:
 
 
 def weights_before(tmp_path: Path, tokens: Tokens, step: int) -> dict[str, Tensor]:
-    """What an undisturbed training's weights are before update `step`."""
+    """Return the weights of an undisturbed training before update `step`."""
     run = prepare(tmp_path / "before", tokens, session_seconds=1e-9)
     for _ in range(step - 1):
         assert train_directory(run.path, Stop()) is None
@@ -64,38 +65,38 @@ def test_a_loss_or_gradient_that_is_not_finite_ends_the_training_before_the_upda
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(trainer._Training, "resumed", watched)
-        patched.setattr(spread, "calc_loss_batch", Spoiled(step, what, by))
+        patched.setattr(parallel, "calc_loss_batch", Spoiled(step, what, by))
         with pytest.raises(TrainingDiverged, match=rf"the {what}[a-z ]* of update {step} is (nan|inf)"):
             train_directory(run.path, Stop())
     weights = trainings[0].state.model.state_dict()
     assert {name: value.tolist() for name, value in weights.items()} == {
         name: value.tolist() for name, value in weights_before(tmp_path, tokens, step).items()
     }, "the weights are those before the update"
-    assert run.result() is None and not run.final.exists()
-    failure = run.failure()
+    assert run.read_result() is None and not run.final.exists()
+    failure = run.read_failure()
     assert isinstance(failure, TrainingDiverged) and failure.step == step - 1
     assert [line["step"] for line in run.read_metrics()] == list(range(1, step))
     for path in run.path.rglob("*.safetensors"):
         assert all(torch.isfinite(value.float()).all() for value in load_file(path).values()), path
 
 
-def test_the_next_start_after_a_divergence_that_is_over_ends_as_the_twin(tmp_path: Path, tokens: Tokens) -> None:
+def test_a_restart_after_a_temporary_divergence_ends_like_the_twin(tmp_path: Path, tokens: Tokens) -> None:
     twin, run = prepare(tmp_path / "twin", tokens), prepare(tmp_path / "run", tokens)
     train_directory(twin.path, Stop())
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(spread, "calc_loss_batch", Spoiled(6, "gradient", math.nan))
+        patched.setattr(parallel, "calc_loss_batch", Spoiled(6, "gradient", math.nan))
         with pytest.raises(TrainingDiverged):
             train_directory(run.path, Stop())
     train_directory(run.path, Stop())
-    assert outcome(run) == outcome(twin) and run.failure() is None
+    assert outcome(run) == outcome(twin) and run.read_failure() is None
 
 
 def test_an_evaluation_that_is_not_finite_ends_the_training_with_nothing_to_register(
     tmp_path: Path, tokens: Tokens, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = prepare(tmp_path / "run", tokens)
-    monkeypatch.setattr(trainer, "evaluated_loss", lambda *_: math.nan)
+    monkeypatch.setattr(trainer, "evaluate_loss", lambda *_: math.nan)
     with pytest.raises(TrainingDiverged, match="after update 1 are nan and nan"):
         train_directory(run.path, Stop())
-    failure = run.failure()
-    assert isinstance(failure, TrainingDiverged) and failure.step == 1 and run.result() is None
+    failure = run.read_failure()
+    assert isinstance(failure, TrainingDiverged) and failure.step == 1 and run.read_result() is None

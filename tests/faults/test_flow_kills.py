@@ -1,7 +1,8 @@
-"""Whole retrainings killed or stopped, one time after the other, against a twin that is left in peace.
+"""Whole retrainings that are killed or stopped several times, compared with an undisturbed twin.
 
-Each start of `gptflow run` goes on where the last one died, and dies further on: three times in training, with less and
-less left alive, and then before the version is registered, before it is judged, and while its report is written.
+Each start of `gptflow run` resumes where the last one died, and dies at a later point. The first three kills fall into
+training, and each kills more processes than the one before. The others fall before the version is registered, before
+it is judged, and while its report is written.
 """
 
 import signal
@@ -14,14 +15,14 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
-from flows import lock
-from flows.releases import registry
-from flows.releases.loading import load
-from flows.state import StateRoot
-from gptcore.learning.rundir import RunDirectory
+from flows.registry import versions
+from flows.registry.loading import load
+from flows.state import locks
+from flows.state.root import StateRoot
+from gptcore.training.run_directory import RunDirectory
 from tests import databases
 from tests.fixtures import write_project
-from tests.flows.servers import Prefect, Process, Serving, begin, living, wait_for
+from tests.servers import Prefect, Process, Serving, begin, living, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 STEPS = 900
@@ -47,11 +48,11 @@ class Finder(importlib.abc.MetaPathFinder):
 if module:
     sys.meta_path.insert(0, Finder())
 """
-"""As sitecustomize.py: a process of which DIE_BEFORE names a function kills itself where it would call that."""
+"""The text of sitecustomize.py: a process kills itself when it is about to call the function in DIE_BEFORE."""
 
 
 class Project:
-    """A directory with the pipeline `tiny`, which trains for some seconds, and the `gptflow run` in it."""
+    """A directory with the pipeline `tiny`, which trains for some seconds, and the runs started in it."""
 
     def __init__(self, directory: Path, server: Prefect, migrated: Path) -> None:
         directory.mkdir()
@@ -77,7 +78,7 @@ class Project:
         return begin(self.directory, log, "run", "tiny", cold=cold, PYTHONPATH=hook, **there, **environment)
 
     def finish(self, process: Process) -> str:
-        """What the run says in the end, which must be a good one."""
+        """Wait for the run, check that it succeeded, and return its output."""
         said = self.directory / f"run-{self.starts}.log"
         assert process.wait(240) == 0, said.read_text()
         return said.read_text()
@@ -91,7 +92,7 @@ class Project:
         return found[0].read_bytes().count(b"\n") if found else 0
 
     def saved(self) -> int:
-        """The update of the newest checkpoint."""
+        """Return the update of the newest checkpoint."""
         return max(int(path.name.removeprefix("step-")) for path in self.run_directory().checkpoints.glob("step-*"))
 
     def mlflow_statuses(self) -> list[str]:
@@ -105,18 +106,18 @@ class Project:
         return found
 
     def champion(self) -> str | None:
-        """Its version, once it has been loaded."""
-        found = registry.champion_of(self.root, "gpt-tiny") if (self.root.path / "mlflow.db").exists() else None
+        """Load the champion and return its version, or None if there is no champion."""
+        found = versions.find_champion(self.root, "gpt-tiny") if (self.root.path / "mlflow.db").exists() else None
         if found is not None:
             load(self.root, found)
         return None if found is None else str(found.version)
 
     def facts(self) -> dict[str, Any]:
-        """What a run that was killed must have in common with one that was not."""
+        """Return the facts that a killed run must share with an undisturbed run."""
         client = MlflowClient(self.root.tracking_uri)
         experiments = [experiment.experiment_id for experiment in client.search_experiments()]
         runs = client.search_runs(experiments)
-        (version,) = registry.versions(self.root, "gpt-tiny")
+        (version,) = versions.list_versions(self.root, "gpt-tiny")
         histories = [(run, key, client.get_metric_history(run.info.run_id, key)) for run in runs for key in LOGGED]
         measured = ("time_ms", "seconds", "tokens_per_second", "memory_mb")
         return {
@@ -139,20 +140,20 @@ def no_other_root(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def killed_in_training(project: Project, kill: str, after: int) -> str:
-    """Starts a run, and kills the flow alone, or the trainer as well, or all it has started; returns where."""
+    """Start a run and kill the flow, the flow and its trainer, or the whole process tree; return the point."""
     process = project.start(own_server=kill == "whole tree", cold=True)
     wait_for(lambda: project.updates() >= after or process.poll() is not None, 120)
     trainer = project.trainer(process)
     tree = psutil.Process(process.pid).children(recursive=True)
     doomed = {"flow": [], "trainer and flow": [trainer], "whole tree": tree}[kill]
-    assert len(tree) > 1 or kill != "whole tree", "the trainer and Prefect's temporary server"
+    assert len(tree) > 1 or kill != "whole tree", "the tree has the trainer and Prefect's temporary server"
     for one in [*doomed, psutil.Process(process.pid)]:
         one.kill()
     process.wait(30)
     if kill == "flow":
         wait_for(lambda: not living([trainer]), 60)
-        assert project.saved() == project.updates(), "the trainer saves, and stops"
-    assert living([trainer, *doomed]) == [] and project.run_directory().result() is None
+        assert project.saved() == project.updates(), "the trainer saves and stops"
+    assert living([trainer, *doomed]) == [] and project.run_directory().read_result() is None
     return f"{kill} at update {project.updates()}"
 
 
@@ -166,7 +167,7 @@ def killed_before(project: Project, function: str) -> str:
 def twin(
     server: Prefect, migrated: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[[], dict[str, Any]]]:
-    """The facts of a run that is left in peace. It begins before the others, and is waited for when it is asked."""
+    """A function that returns the facts of an undisturbed run. The run starts first; the function waits for its end."""
     project = Project(tmp_path_factory.mktemp("twin") / "project", server, migrated)
     process = project.start()
 
@@ -182,12 +183,11 @@ def twin(
 
 
 def runs(server: Prefect, state: str) -> set[str]:
-    """Ids of the runs that Prefect calls so."""
+    """Return the ids of the runs that have this state in Prefect."""
     return {run["id"] for run in server.runs() if run["name"] == "tiny" and run["state"]["type"] == state}
 
 
-# FAULTS 1, 3 and 4
-def test_a_retraining_killed_six_times_ends_as_its_twin_that_was_never_killed(
+def test_a_retraining_killed_six_times_ends_like_its_twin(
     server: Prefect, twin: Callable[[], dict[str, Any]], migrated: Path, tmp_path: Path
 ) -> None:
     project = Project(tmp_path / "killed", server, migrated)
@@ -197,24 +197,23 @@ def test_a_retraining_killed_six_times_ends_as_its_twin_that_was_never_killed(
         killed_in_training(project, "whole tree", 500),
     ]
     assert project.champion() is None
-    fell.append(killed_before(project, "flows.releases.release:register"))
+    fell.append(killed_before(project, "flows.registry.register:register"))
     trained = project.run_directory().final.stat()
     assert project.champion() is None and project.updates() == STEPS
-    fell.append(killed_before(project, "flows.releases.gate:judge"))
-    assert project.champion() is None and len(registry.versions(project.root, "gpt-tiny")) == 1
-    fell.append(killed_before(project, "flows.tracking:log_results"))
+    fell.append(killed_before(project, "flows.registry.gate:judge"))
+    assert project.champion() is None and len(versions.list_versions(project.root, "gpt-tiny")) == 1
+    fell.append(killed_before(project, "flows.tracking.runs:log_results"))
     assert project.champion() == "1"
     assert "models:/gpt-tiny/1" in project.finish(project.start())
     print(f"\n6 kills of whole runs: {'; '.join(fell)}")
     assert project.facts() == twin()
-    assert project.run_directory().final.stat().st_ino == trained.st_ino, "what was trained is not trained again"
+    assert project.run_directory().final.stat().st_ino == trained.st_ino, "the finished training is not repeated"
     assert "nothing changed" in project.finish(project.start())
-    assert len(runs(server, "CRASHED")) == 4, "what was killed was ended by the next one"
-    assert len(runs(server, "RUNNING")) == 1, "but for the one whose next one was on another server"
+    assert len(runs(server, "CRASHED")) == 4, "each killed run is ended by the next run"
+    assert len(runs(server, "RUNNING")) == 1, "except the run whose next run was on another server"
 
 
-# FAULTS 5
-def test_a_retraining_that_is_cancelled_and_then_terminated_saves_each_time_and_ends_as_its_twin(
+def test_a_retraining_that_is_cancelled_and_then_terminated_saves_each_time_and_ends_like_its_twin(
     server: Prefect, twin: Callable[[], dict[str, Any]], migrated: Path, tmp_path: Path
 ) -> None:
     project = Project(tmp_path / "stopped", server, migrated)
@@ -223,7 +222,7 @@ def test_a_retraining_that_is_cancelled_and_then_terminated_saves_each_time_and_
         wait_for(lambda: project.updates() >= 100, 120)
         server.ask(f"flow_runs/{served}/set_state", {"state": {"type": "CANCELLING"}})
         assert server.ended(served)["type"] == "CANCELLED"
-        wait_for(lambda: lock.holder(project.root.lock("tiny")) is None, 30)
+        wait_for(lambda: locks.find_holder(project.root.lock_path("tiny")) is None, 30)
     assert project.saved() == project.updates() < STEPS and project.mlflow_statuses() == ["KILLED"]
     process, before = project.start(cold=True), runs(server, "CRASHED")
     wait_for(lambda: project.updates() >= 400 or process.poll() is not None, 120)

@@ -1,4 +1,4 @@
-"""Files that were planted or altered: no program in them is run, no path in them leads elsewhere. (FAULTS 8)"""
+"""Planted or altered files: no code in them is run, and no path in them leads elsewhere."""
 
 import gzip
 import json
@@ -16,17 +16,20 @@ import torch
 import zstandard
 from safetensors.torch import save_file
 
-from flows import attempt
-from flows.releases import registry
-from flows.releases.loading import load as load_version
+from flows.registry import versions
+from flows.registry.loading import load as load_version
+from flows.retrain import attempts
 from gptcore import bundle, manifest
 from gptcore.config import CorpusConfig
-from gptcore.corpus import ingest, load_snapshot
+from gptcore.corpus import sources
+from gptcore.corpus.ingest import ingest
+from gptcore.corpus.snapshot import load_snapshot
 from gptcore.errors import CheckpointError, CorpusError, GPTCoreError, TokenizerError
-from gptcore.model import GPTModel
-from gptcore.text import sources
-from gptcore.text.tokens import Tokens, load_tokens, tokenize
-from gptcore.tokenizer import END_OF_TEXT, VOCABULARY, Tokenizer, get_tokenizer
+from gptcore.model.gpt import GPTModel
+from gptcore.tokens.directory import Tokens
+from gptcore.tokens.files import load_tokens, tokenize
+from gptcore.tokens.tokenizer import END_OF_TEXT, VOCABULARY, Tokenizer, get_tokenizer
+from tests.corpus.test_sources import read_sources
 from tests.fixtures import TinyRegistry, prose
 
 CFG = {
@@ -41,7 +44,7 @@ CFG = {
 
 
 class Payload:
-    """Unpickling it creates a file."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -69,7 +72,7 @@ PLANTED = pytest.mark.parametrize("plant", WRITERS)
 
 @pytest.fixture
 def executed(tmp_path: Path) -> Iterator[Path]:
-    """What a payload makes where it is run. That it can be run is shown at the end."""
+    """The file that a payload creates when it is run. The teardown shows that the payload works."""
     path = tmp_path / "executed"
     yield path
     assert not path.exists()
@@ -97,7 +100,7 @@ def tokens(tmp_path: Path) -> Tokens:
 
 
 @PLANTED
-def test_a_pickle_in_place_of_a_bundle_s_weights_is_refused_and_not_executed(
+def test_a_pickle_in_place_of_the_weights_of_a_bundle_is_refused_and_not_executed(
     bundled: Path, executed: Path, plant: Callable[..., None]
 ) -> None:
     plant(bundled / bundle.WEIGHTS, Payload(executed))
@@ -106,14 +109,14 @@ def test_a_pickle_in_place_of_a_bundle_s_weights_is_refused_and_not_executed(
 
 
 @PLANTED
-def test_a_pickle_in_place_of_a_registered_version_s_weights_is_refused_and_not_executed(
+def test_a_pickle_in_place_of_the_weights_of_a_version_is_refused_and_not_executed(
     tiny_registry: TinyRegistry, executed: Path, plant: Callable[..., None]
 ) -> None:
     root = tiny_registry.root
     version = tiny_registry.register()
-    plant(registry.bundle_path(root, "gpt-tiny", version) / bundle.WEIGHTS, Payload(executed))
-    with pytest.raises(registry.RegistryError, match="it was altered"):
-        load_version(root, registry.resolve(root, f"models:/gpt-tiny/{version}"))
+    plant(versions.locate_bundle(root, "gpt-tiny", version) / bundle.WEIGHTS, Payload(executed))
+    with pytest.raises(versions.RegistryError, match="the file was altered"):
+        load_version(root, versions.resolve(root, f"models:/gpt-tiny/{version}"))
 
 
 @PLANTED
@@ -150,10 +153,10 @@ def test_a_pickle_that_only_claims_to_be_compressed_is_refused(
         ingest(CorpusConfig(sources=(f"a.txt{suffix}",)), tmp_path / "corpora", tmp_path)
 
 
-def test_a_pickle_that_is_ascii_is_text_like_any_other(tmp_path: Path, executed: Path) -> None:
+def test_an_ascii_pickle_is_read_as_text(tmp_path: Path, executed: Path) -> None:
     text = pickle.dumps([Payload(executed)] * 200 + [str(number) for number in range(3000)], protocol=0)
     (tmp_path / "a.txt").write_bytes(text)
-    found = sources.documents(["a.txt"], tmp_path, tmp_path / "downloads", "strict")
+    found = read_sources(["a.txt"], tmp_path)
     assert b"".join(next(found).chunks) == text
 
 
@@ -171,7 +174,7 @@ def test_a_pickle_among_token_files_is_refused_and_not_executed(
 
 
 @PLANTED
-def test_a_pickle_in_place_of_what_a_server_said_is_not_executed_and_the_file_is_fetched_anew(
+def test_a_pickle_in_place_of_a_cached_response_is_not_executed_and_the_file_is_fetched_again(
     tmp_path: Path, executed: Path, plant: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
@@ -179,14 +182,14 @@ def test_a_pickle_in_place_of_what_a_server_said_is_not_executed_and_the_file_is
     (tmp_path / "served" / "a.txt").write_text("text")
     with serving(tmp_path / "served") as url:
         for _ in range(2):
-            found = sources.documents([f"{url}/a.txt"], tmp_path, tmp_path / "downloads", "strict")
+            found = read_sources([f"{url}/a.txt"], tmp_path)
             assert b"".join(next(found).chunks) == b"text"
             found.close()
             plant(next((tmp_path / "downloads").glob("*/body.json")), Payload(executed))
 
 
 class serving:
-    """A web server for the files of a directory, while the context lasts."""
+    """A context manager that serves the files of a directory over HTTP."""
 
     def __init__(self, directory: Path) -> None:
         class Handler(SimpleHTTPRequestHandler):
@@ -225,7 +228,7 @@ class serving:
         {"qkv_bias": False},
     ],
 )
-def test_a_bundle_that_claims_another_shape_than_its_weights_have_is_refused_before_it_is_made(
+def test_a_bundle_whose_config_does_not_fit_its_weights_is_refused_before_the_model_is_built(
     bundled: Path, changes: dict[str, Any]
 ) -> None:
     (bundled / "config.json").write_text(json.dumps({**CFG, **changes}))
@@ -235,12 +238,12 @@ def test_a_bundle_that_claims_another_shape_than_its_weights_have_is_refused_bef
 
 def test_a_bundle_whose_tokenizer_has_more_ids_than_its_model_is_refused_with_both_numbers(bundled: Path) -> None:
     get_tokenizer("gpt2").save(bundled / "tokenizer")
-    with pytest.raises(CheckpointError, match="its tokenizer has 50257 ids, its model 257"):
+    with pytest.raises(CheckpointError, match="its tokenizer has 50257 ids, its model has 257"):
         bundle.load(bundled)
 
 
 def crafted(directory: Path, **changes: Any) -> Path:
-    """A vocabulary of bytes with other fields, under a hash of its own that is right."""
+    """Write a vocabulary of bytes with changed fields and the hash that matches them."""
     get_tokenizer("bytes").save(directory)
     path = directory / VOCABULARY
     body = {**json.loads(path.read_text()), **changes}
@@ -269,13 +272,15 @@ def crafted(directory: Path, **changes: Any) -> Path:
         {"special_tokens": {END_OF_TEXT: "x"}},
     ],
 )
-def test_a_crafted_vocabulary_is_refused_though_its_hash_is_right(tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_a_crafted_vocabulary_is_refused_even_if_its_hash_is_right(tmp_path: Path, changes: dict[str, Any]) -> None:
     with pytest.raises(TokenizerError, match="is damaged"):
         Tokenizer.load(crafted(tmp_path / "tokenizer", **changes))
 
 
 @pytest.mark.parametrize("content", [b"[" * 100_000, b"null", b"", b"\xff\xfe\0", b'{"format": ' + b"9" * 5000 + b"}"])
-def test_json_that_is_deep_huge_or_none_is_damage(tmp_path: Path, bundled: Path, content: bytes) -> None:
+def test_json_that_is_too_deep_too_long_or_invalid_is_reported_as_damage(
+    tmp_path: Path, bundled: Path, content: bytes
+) -> None:
     (bundled / "config.json").write_bytes(content)
     with pytest.raises(CheckpointError, match="cannot be loaded"):
         bundle.load(bundled)
@@ -288,7 +293,7 @@ def test_json_that_is_deep_huge_or_none_is_damage(tmp_path: Path, bundled: Path,
 
 
 @pytest.mark.parametrize("name", ["../outside.txt", "a/../../outside.txt", "/etc/hostname"])
-def test_a_manifest_s_path_that_leaves_its_directory_is_refused(tmp_path: Path, name: str) -> None:
+def test_a_path_in_a_manifest_that_leaves_its_directory_is_refused(tmp_path: Path, name: str) -> None:
     outside = tmp_path / "outside.txt"
     outside.write_text("text")
     inside = tmp_path / "directory"
@@ -303,13 +308,13 @@ def test_a_manifest_s_path_that_leaves_its_directory_is_refused(tmp_path: Path, 
 @pytest.mark.parametrize(
     "noted", ['{"own": ".."}', '{"own": "../../elsewhere"}', '{"own": "/etc"}', '{"own": 5}', '["own"]', "5", "{", "\0"]
 )
-def test_what_current_json_names_is_a_run_of_its_pipeline_or_nothing(tmp_path: Path, noted: str) -> None:
-    (tmp_path / attempt.CURRENT).write_text(noted)
-    assert attempt._noted(tmp_path, sources_overridden=False) is None
+def test_current_json_without_a_run_of_its_pipeline_is_ignored(tmp_path: Path, noted: str) -> None:
+    (tmp_path / attempts.CURRENT).write_text(noted)
+    assert attempts._current_run_directory(tmp_path, sources_overridden=False) is None
 
 
 @pytest.mark.parametrize("way", ["directory", "glob", "link to a directory"])
-def test_a_link_that_leads_out_of_a_directory_of_text_makes_nothing_else_a_text(tmp_path: Path, way: str) -> None:
+def test_a_link_that_leads_out_of_a_text_directory_is_refused(tmp_path: Path, way: str) -> None:
     texts, secret = tmp_path / "texts", tmp_path / "private" / "secret.txt"
     texts.mkdir()
     secret.parent.mkdir()
@@ -323,26 +328,26 @@ def test_a_link_that_leads_out_of_a_directory_of_text_makes_nothing_else_a_text(
         sources.check(["texts/*.txt" if way == "glob" else "texts"], tmp_path)
 
 
-def test_a_link_that_is_named_itself_and_links_within_a_directory_are_followed(tmp_path: Path) -> None:
+def test_a_link_named_as_a_source_and_links_within_a_directory_are_followed(tmp_path: Path) -> None:
     (tmp_path / "disk" / "deep").mkdir(parents=True)
     (tmp_path / "disk" / "deep" / "a.txt").write_text("text")
     (tmp_path / "texts").symlink_to(tmp_path / "disk")
     (tmp_path / "disk" / "b.txt").symlink_to("deep/a.txt")
     (tmp_path / "c.txt").symlink_to(tmp_path / "disk" / "b.txt")
     for source, count in (("texts", 2), ("texts/*.txt", 1), ("c.txt", 1), ("texts/../texts/deep", 1)):
-        assert len(sources.local_paths(source, tmp_path)) == count
+        assert len(sources.find_local_paths(source, tmp_path)) == count
 
 
 @pytest.mark.parametrize("source", ["reference://x", "reference://::file:///x", "zip://a.txt::http://127.0.0.1/x"])
-def test_a_source_that_opens_others_or_holds_programs_is_refused(tmp_path: Path, source: str) -> None:
+def test_a_source_that_opens_other_sources_or_can_contain_code_is_refused(tmp_path: Path, source: str) -> None:
     with pytest.raises(CorpusError, match="is not opened"):
         sources.check([source], tmp_path)
     with pytest.raises(CorpusError, match="is not opened"):
-        next(sources.documents([source], tmp_path, tmp_path / "downloads", "strict"))
+        next(read_sources([source], tmp_path))
 
 
 @pytest.mark.parametrize("name", [b"\xff.txt", "\u202egnp.txt".encode(), b"a\nb.txt", b"$(touch executed).txt"])
-def test_a_file_with_any_name_is_read_and_listed_under_it(tmp_path: Path, executed: Path, name: bytes) -> None:
+def test_a_file_with_any_name_is_read_and_listed_under_its_name(tmp_path: Path, executed: Path, name: bytes) -> None:
     (tmp_path / "texts").mkdir()
     with open(os.path.join(os.fsencode(tmp_path / "texts"), name), "w") as file:  # noqa: PTH118, PTH123
         file.write(prose(1, 3000))

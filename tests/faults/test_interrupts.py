@@ -1,4 +1,4 @@
-"""Ctrl-C, and Ctrl-C again, in a terminal in which `gptflow run` trains."""
+"""Ctrl-C, once and twice, in a terminal in which `gptflow run` trains."""
 
 import os
 import signal
@@ -11,17 +11,17 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
-from flows.state import StateRoot
-from gptcore.learning.rundir import RunDirectory
+from flows.state.root import StateRoot
+from gptcore.training.run_directory import RunDirectory
 from tests.faults.trainings import updates_of
-from tests.flows.servers import Prefect, Process, begin, gptflow, wait_for
+from tests.servers import Prefect, Process, begin, gptflow, wait_for
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
 def training(project: Path, server: Prefect) -> Iterator[Process]:
-    """`gptflow run tiny` that has written some updates of a long training."""
+    """A `gptflow run tiny` that has logged some updates of a long training."""
     settings = yaml.safe_load((project / "pipelines.yaml").read_text())
     settings["pipelines"]["tiny"]["train"] |= {"max_steps": 1000, "checkpoint_steps": 100}
     (project / "pipelines.yaml").write_text(yaml.safe_dump(settings))
@@ -60,7 +60,7 @@ def assert_the_next_run_goes_on(project: Path, server: Prefect, saved: int) -> N
     assert [metric.step for metric in history] == list(range(1, 1001))
 
 
-def test_a_second_ctrl_c_ends_a_run_at_once_whose_trainer_cannot_save_and_what_was_saved_stays(
+def test_a_second_ctrl_c_ends_a_run_at_once_if_its_trainer_hangs_and_keeps_its_checkpoint(
     project: Path, server: Prefect, training: Process
 ) -> None:
     trainer, run = trainer_of(project), directory(project)
@@ -73,7 +73,7 @@ def test_a_second_ctrl_c_ends_a_run_at_once_whose_trainer_cannot_save_and_what_w
     training.send_signal(signal.SIGINT)
     assert training.wait(5) == 130
     said = (project / "run.log").read_text()
-    assert "the same command goes on" in said and "Traceback" not in said, said
+    assert "Run the same command again to resume." in said and "Traceback" not in said, said
     assert run.saved_step() == saved
     os.kill(trainer.pid, signal.SIGKILL)
     wait_for(lambda: not trainer.is_running(), 20)

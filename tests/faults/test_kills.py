@@ -1,4 +1,4 @@
-"""Trainers killed with SIGKILL, told to stop, or out of disk, at every named point: each training ends as its twin."""
+"""Trainers that are killed, stopped or out of disk space at every named point: each training ends like its twin."""
 
 import os
 import re
@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from gptcore import manifest
-from gptcore.data import Batches, Tokens
 from gptcore.errors import CheckpointError, DiskFull
-from gptcore.learning.rundir import STOPPED, RunDirectory
+from gptcore.tokens.directory import Tokens
+from gptcore.training.batches import Batches
+from gptcore.training.run_directory import STOPPED, RunDirectory
 from tests.faults.dying import live
 from tests.faults.kills import (
     Tally,
@@ -36,7 +37,7 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Tokens:
 
 @pytest.fixture(scope="module")
 def twin(tmp_path_factory: pytest.TempPathFactory, tokens: Tokens) -> Twin:
-    """The plain scenario, with the border of an epoch between its two saves."""
+    """The plain scenario; an epoch ends between its two saves."""
     assert Batches(tokens.side("train"), 32, 32, 6, 2, 123).steps_per_epoch == 7
     return Twin(tmp_path_factory.mktemp("twin"), "plain", tokens)
 
@@ -51,16 +52,16 @@ def checkpoints(run: RunDirectory) -> list[str]:
 
 
 def finish(twin: Twin, run: RunDirectory) -> None:
-    """Trains undisturbed to the end, which is the twin's."""
+    """Train undisturbed to the end, and compare the outcome with the twin's."""
     for _ in lives_to_its_end(run):
         pass
     twin.compare(run)
 
 
-# FAULTS 1, 2
+# Kills.
 
 
-def test_a_training_killed_before_any_of_its_file_operations_ends_as_its_twin(
+def test_a_training_killed_before_any_of_its_file_operations_ends_like_its_twin(
     twin: Twin, record_property: Callable[[str, object], None]
 ) -> None:
     tally = Tally()
@@ -86,7 +87,7 @@ def test_a_training_killed_before_any_of_its_file_operations_ends_as_its_twin(
 
 
 @pytest.mark.deep
-def test_trainings_of_every_shape_killed_at_any_point_and_time_end_as_their_twins(
+def test_trainings_of_every_scenario_killed_at_any_point_and_time_end_like_their_twins(
     tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     tally = kill(tmp_path, kills=12 * len(SCENARIOS), seed=1)
@@ -94,16 +95,16 @@ def test_trainings_of_every_shape_killed_at_any_point_and_time_end_as_their_twin
     assert len(tally.fell) == 12 * len(SCENARIOS)
 
 
-def test_a_torn_last_line_of_the_metrics_is_written_again(twin: Twin, run: RunDirectory) -> None:
+def test_an_incomplete_last_line_of_the_metrics_is_written_again(twin: Twin, run: RunDirectory) -> None:
     assert killed_at(run, "after update 6 begins")
     os.truncate(run.metrics, run.metrics.stat().st_size - 20)
     finish(twin, run)
 
 
-# FAULTS 6
+# Damaged checkpoints.
 
 
-def test_a_training_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(
+def test_a_training_whose_newest_checkpoint_is_damaged_resumes_from_the_previous_one(
     tmp_path: Path, tokens: Tokens
 ) -> None:
     twin = Twin(tmp_path, "two epochs", tokens)
@@ -112,11 +113,11 @@ def test_a_training_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_befo
     damaged = run.checkpoints / "step-00000010"
     (damaged / "model.safetensors").write_bytes(bytes((damaged / "model.safetensors").stat().st_size))
     life = live(run)
-    assert life.code == 0 and f"checkpoint passed over: {damaged}/model.safetensors has sha256" in life.said
+    assert life.code == 0 and f"checkpoint skipped: {damaged}/model.safetensors has sha256" in life.said
     twin.compare(run)
 
 
-def test_a_trainer_killed_while_it_removes_a_damaged_checkpoint_costs_nothing(tmp_path: Path, tokens: Tokens) -> None:
+def test_a_kill_during_the_removal_of_a_damaged_checkpoint_loses_nothing(tmp_path: Path, tokens: Tokens) -> None:
     twin = Twin(tmp_path, "two epochs", tokens)
     run = twin.another()
     assert killed_at(run, "after update 12 begins")
@@ -127,26 +128,26 @@ def test_a_trainer_killed_while_it_removes_a_damaged_checkpoint_costs_nothing(tm
     finish(twin, run)
 
 
-def test_a_training_all_of_whose_checkpoints_are_damaged_ends_with_the_reason(run: RunDirectory) -> None:
+def test_a_training_whose_checkpoints_are_all_damaged_ends_with_the_reason(run: RunDirectory) -> None:
     assert killed_at(run, "after update 9 begins")
     for directory in run.checkpoints.iterdir():
         os.truncate(directory / "manifest.json", 100)
     life = live(run)
-    assert life.code == 1 and "error: none of what is in" in life.said and "Traceback" not in life.said
-    assert isinstance(run.failure(), CheckpointError)
-    assert len(run.read_metrics()) == 9, "nothing was dropped"
+    assert life.code == 1 and "error: nothing in" in life.said and "Traceback" not in life.said
+    assert isinstance(run.read_failure(), CheckpointError)
+    assert len(run.read_metrics()) == 9, "no line was dropped"
 
 
-# FAULTS 9
+# A full disk.
 
 
 NEEDS_SPACE = re.compile(
     r" (writing|open of|fsync of|mkdir of .*\.tmp-|rename to (?!.*removed))|update 4 .*mkdir of checkpoints$"
 )
-"""Not the making of a directory that is there already, and not the renaming of one that is to go."""
+"""All writes, except creating a directory that exists and renaming one that is about to be removed."""
 
 
-def test_a_disk_that_is_full_at_any_write_costs_no_checkpoint_and_the_next_start_ends_as_the_twin(twin: Twin) -> None:
+def test_a_full_disk_at_any_write_loses_no_checkpoint_and_the_next_start_ends_like_the_twin(twin: Twin) -> None:
     struck = []
 
     def strike(run: RunDirectory, point: str) -> bool:
@@ -157,8 +158,8 @@ def test_a_disk_that_is_full_at_any_write_costs_no_checkpoint_and_the_next_start
         struck.append(point)
         assert life.code == 1, f"{point}: {life.said}"
         assert SAID_OF_A_FULL_DISK.search(life.said) and "Traceback" not in life.said, f"{point}: {life.said}"
-        assert isinstance(run.failure(), DiskFull), point
-        assert not [path for path in run.path.rglob(".tmp-*") if path.is_dir()], f"{point}: nothing half-made stays"
+        assert isinstance(run.read_failure(), DiskFull), point
+        assert not [path for path in run.path.rglob(".tmp-*") if path.is_dir()], f"{point}: nothing unfinished is left"
         assert set(before) <= set(checkpoints(run)), point
         return True
 
@@ -166,7 +167,7 @@ def test_a_disk_that_is_full_at_any_write_costs_no_checkpoint_and_the_next_start
     assert len(struck) > 40
 
 
-def test_a_file_system_without_space_costs_no_checkpoint_and_with_space_the_training_ends_as_the_twin(
+def test_a_full_file_system_loses_no_checkpoint_and_with_free_space_the_training_ends_like_the_twin(
     twin: Twin, tokens: Tokens, tmp_path: Path, small_disk: Callable[[Path, int], None]
 ) -> None:
     run = RunDirectory(tmp_path / "run")
@@ -189,7 +190,7 @@ def test_a_file_system_without_space_costs_no_checkpoint_and_with_space_the_trai
 
 @pytest.fixture
 def small_disk() -> Iterator[Callable[[Path, int], None]]:
-    """Mounts a file system of its own where that is permitted."""
+    """A function that mounts a small file system, or skips the test if mounting is not permitted."""
     mounted: list[Path] = []
 
     def mount(path: Path, num_bytes: int) -> None:
@@ -205,11 +206,11 @@ def small_disk() -> Iterator[Callable[[Path, int], None]]:
         subprocess.run(["umount", str(path)], check=True)
 
 
-# FAULTS 5 (the trainer's part)
+# Stop signals.
 
 
 @pytest.mark.parametrize("number", ["SIGTERM", "SIGINT"])
-def test_a_trainer_told_to_stop_finishes_its_update_saves_and_ends_as_the_twin(
+def test_a_trainer_that_gets_a_stop_signal_finishes_its_update_saves_and_ends_like_the_twin(
     twin: Twin, run: RunDirectory, number: str
 ) -> None:
     life = live(run, {"update 6 before its line begins": number})
@@ -231,15 +232,17 @@ def test_a_second_signal_ends_a_trainer_at_once_and_loses_nothing_that_was_saved
     finish(twin, run)
 
 
-# FAULTS 20
+# Locks.
 
 
-def test_the_lock_of_a_killed_trainer_is_free_and_that_of_a_living_one_is_not(twin: Twin, run: RunDirectory) -> None:
+def test_the_lock_of_a_killed_trainer_is_free_and_the_lock_of_a_running_one_is_not(
+    twin: Twin, run: RunDirectory
+) -> None:
     assert killed_at(run, "after update 2 begins")
     dead = int((run.path / "lock").read_text())
     assert dead != os.getpid()
     with run.lock():
         life = live(run)
     assert life.code == 1 and f"is being trained by process {os.getpid()}" in life.said
-    assert run.failure() is None, "the failure file belongs to the one that holds the lock"
+    assert run.read_failure() is None, "only the lock holder writes the failure file"
     finish(twin, run)

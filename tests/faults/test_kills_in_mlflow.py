@@ -1,24 +1,24 @@
-"""The metrics of a training that is killed again and again: MLflow has each point once.  # FAULTS 1, 21"""
+"""The metrics of a training that is killed several times: MLflow has each point once."""
 
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 
-from flows.metrics import LOGGED, MetricsLog
-from flows.state import StateRoot
+from flows.state.root import StateRoot
+from flows.tracking.metrics import LOGGED, MetricsLog
 from tests.faults.kills import Twin, killed_at, lives_to_its_end
 from tests.faults.trainings import make_tokens
 
 
 @pytest.mark.slow
-def test_metrics_of_a_training_killed_again_and_again_arrive_in_mlflow_once_per_update(
+def test_metrics_of_a_training_killed_several_times_arrive_in_mlflow_once_per_update(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
     twin = Twin(tmp_path, "plain", make_tokens(tmp_path / "tokens"))
     run = twin.another()
-    root = StateRoot(tmp_path / "mlruns").create()
+    root = StateRoot(tmp_path / "mlruns").prepare()
     client = MlflowClient(root.tracking_uri)
     run_id = client.create_run(client.create_experiment("kills")).info.run_id
     log = MetricsLog(root, run_id, run.metrics)
@@ -27,7 +27,7 @@ def test_metrics_of_a_training_killed_again_and_again_arrive_in_mlflow_once_per_
     for number, point in enumerate(points):
         assert killed_at(run, point)
         log.send()
-        if number % 2:  # what follows the training is killed too
+        if number % 2:  # the log is killed too
             log = MetricsLog(root, run_id, run.metrics)
     for _ in lives_to_its_end(run):
         pass

@@ -1,4 +1,4 @@
-"""Two processes and one lock: skip, wait, who holds it, and what a kill leaves."""
+"""Two processes and one lock: skip or wait, the lock holder, and the lock after a kill."""
 
 import contextlib
 import os
@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from flows import lock
-from flows.pipelines import SECTIONS, Pipeline
-from flows.state import StateRoot
+from flows.config.pipelines import SECTIONS, Pipeline
+from flows.state import lock_holder, locks
+from flows.state.root import StateRoot
 
-HOLD = "import sys; from pathlib import Path; from flows.lock import hold\n"
+HOLD = "import sys; from pathlib import Path; from flows.state.locks import hold\n"
 HOLD += "with hold(Path(sys.argv[1]), 'run-1'): print('held', flush=True); sys.stdin.read()"
 
 
@@ -29,77 +29,75 @@ def other(tmp_path: Path) -> Iterator["subprocess.Popen[str]"]:
     process.communicate()
 
 
-# FAULTS 19
-def test_the_second_is_told_who_holds_the_lock_since_when(other: "subprocess.Popen[str]", tmp_path: Path) -> None:
+def test_the_error_of_a_second_process_names_the_lock_holder_and_since_when_it_holds_the_lock(
+    other: "subprocess.Popen[str]", tmp_path: Path
+) -> None:
     said = rf"another run holds the lock \(pid {other.pid}, since 20..-"
-    with pytest.raises(lock.Held, match=said) as held, lock.hold(tmp_path / "x.lock"):
+    with pytest.raises(lock_holder.LockHeld, match=said) as held, locks.hold(tmp_path / "x.lock"):
         pass
     assert held.value.holder is not None and held.value.holder.flow_run == "run-1"
-    assert lock.holder(tmp_path / "x.lock") == held.value.holder
-    with lock.hold(tmp_path / "y.lock"):
+    assert locks.find_holder(tmp_path / "x.lock") == held.value.holder
+    with locks.hold(tmp_path / "y.lock"):
         pass
 
 
-# FAULTS 19
-def test_who_waits_gets_the_lock_when_it_is_free(other: "subprocess.Popen[str]", tmp_path: Path) -> None:
+def test_a_waiting_process_gets_the_lock_when_it_is_free(other: "subprocess.Popen[str]", tmp_path: Path) -> None:
     killer = subprocess.Popen(["sh", "-c", f"sleep 0.7; kill -9 {other.pid}"])
     began = time.monotonic()
-    with lock.hold(tmp_path / "x.lock", overlap="wait"):
+    with locks.hold(tmp_path / "x.lock", overlap="wait"):
         assert time.monotonic() - began > 0.3
     killer.wait()
 
 
-# FAULTS 20
 def test_a_kill_frees_the_lock_and_children_of_the_holder_do_not_keep_it(
     other: "subprocess.Popen[str]", tmp_path: Path
 ) -> None:
     other.kill()
     other.wait()
     path = tmp_path / "x.lock"
-    assert lock.holder(path) is None
-    with lock.hold(path):
+    assert locks.find_holder(path) is None
+    with locks.hold(path):
         child = subprocess.Popen(["sleep", "30"])
-        assert lock.holder(path) is not None and lock.holder(path).pid == os.getpid()
+        assert locks.find_holder(path) is not None and locks.find_holder(path).pid == os.getpid()
     try:
-        assert lock.holder(path) is None
+        assert locks.find_holder(path) is None
     finally:
         child.kill()
         child.wait()
 
 
-def test_who_takes_a_lock_is_told_of_a_holder_that_died_with_it_and_of_no_other(
+def test_a_new_lock_holder_learns_of_the_previous_one_only_if_it_died_with_the_lock(
     other: "subprocess.Popen[str]", tmp_path: Path
 ) -> None:
     path = tmp_path / "x.lock"
     other.kill()
     other.wait()
-    with lock.hold(path, "run-2") as died:
+    with locks.hold(path, "run-2") as died:
         assert died is not None and (died.pid, died.flow_run) == (other.pid, "run-1")
-    with contextlib.suppress(RuntimeError), lock.hold(path, "run-3") as died:
-        assert died is None, "run-2 gave it back"
+    with contextlib.suppress(RuntimeError), locks.hold(path, "run-3") as died:
+        assert died is None, "run-2 released it"
         raise RuntimeError
-    with lock.hold(path, "run-4") as died:
-        assert died is None, "run-3 failed, but gave it back"
+    with locks.hold(path, "run-4") as died:
+        assert died is None, "run-3 failed, but released it"
 
 
-def test_a_look_at_the_lock_is_not_taken_for_a_run(tmp_path: Path) -> None:
+def test_a_short_check_of_the_lock_is_not_mistaken_for_a_run(tmp_path: Path) -> None:
     path = tmp_path / "x.lock"
     path.touch()
-    look = "import sys, time; from pathlib import Path; from flows.lock import taken\n"
-    look += "with taken(Path(sys.argv[1])) as free: print(free, flush=True); time.sleep(0.4)"
+    look = "import sys, time; from pathlib import Path; from flows.state.locks import try_lock\n"
+    look += "with try_lock(Path(sys.argv[1])) as free: print(free, flush=True); time.sleep(0.4)"
     with subprocess.Popen([sys.executable, "-c", look, str(path)], stdout=subprocess.PIPE, text=True) as looking:
         assert looking.stdout is not None and looking.stdout.readline() == "True\n"
-        with lock.hold(path):
+        with locks.hold(path):
             pass
 
 
-# FAULTS 19
 @pytest.mark.usefixtures("prefect_server")
-def test_a_run_while_another_one_holds_the_pipelines_lock_ends_as_skipped(tiny: Pipeline, root: StateRoot) -> None:
-    from flows.retrain import retrain
+def test_a_run_is_skipped_while_another_one_holds_the_lock_of_the_pipeline(tiny: Pipeline, root: StateRoot) -> None:
+    from flows.retrain.flow import retrain
 
     sections = {name: getattr(tiny, name) for name in SECTIONS}
-    path = root.lock("tiny")
+    path = root.lock_path("tiny")
     path.parent.mkdir()
     with subprocess.Popen(
         [sys.executable, "-c", HOLD, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -1,4 +1,4 @@
-"""No network, and vocabularies that are damaged or missing. (FAULTS 17 and 18)"""
+"""No network, and vocabularies that are damaged or missing."""
 
 import contextlib
 import hashlib
@@ -12,25 +12,26 @@ import pytest
 import tiktoken
 import yaml
 
-from flows.attempt import configure
-from flows.pipelines import Pipeline
-from gptcore import vocabularies
-from gptcore.corpus import ingest
+from flows.config.pipelines import Pipeline
+from flows.retrain.attempts import configure
+from gptcore.corpus.ingest import ingest
 from gptcore.errors import TokenizerError
-from gptcore.judging import dossier
-from gptcore.learning.rundir import RunDirectory
-from gptcore.learning.trainer import Stop, train_directory
-from gptcore.text.tokens import tokenize
-from gptcore.tokenizer import get_tokenizer
-from gptcore.train import resolve
-from tests.flows.servers import COMMAND, clean, gptflow
-from tests.gptcore.test_tokenizer import fresh_tiktoken, no_network, packaged_copy, served_vocabulary
+from gptcore.evaluation import run_report
+from gptcore.tokens import vocabulary_files
+from gptcore.tokens.files import tokenize
+from gptcore.tokens.tokenizer import get_tokenizer
+from gptcore.training.resolve import resolve
+from gptcore.training.run_directory import RunDirectory
+from gptcore.training.signals import Stop
+from gptcore.training.trainer import train_directory
+from tests.servers import COMMAND, clean, gptflow
+from tests.tokens.test_tokenizer import fresh_tiktoken, no_network, packaged_copy, served_vocabulary
 
 __all__ = ["fresh_tiktoken", "no_network", "packaged_copy"]
 
 
 def gptflow_without_network(project: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    """The command line where only the loopback device is; as ever where the kernel grants no namespaces."""
+    """Run the command line with the loopback device alone, or as usual if the kernel grants no namespaces."""
     alone = ["unshare", "--map-root-user", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
     has_namespaces = shutil.which("ip") and subprocess.run([*alone, "true"], capture_output=True).returncode == 0
     command = [*(alone if has_namespaces else []), *COMMAND, *arguments]
@@ -39,7 +40,7 @@ def gptflow_without_network(project: Path, *arguments: str) -> "subprocess.Compl
 
 @pytest.mark.slow
 def test_run_generate_models_show_and_prepare_need_no_network(project: Path) -> None:
-    """In a network namespace of its own, where there is one: not even a name can be looked up."""
+    """In its own network namespace, if the kernel grants one, the command cannot even resolve a name."""
     done = gptflow_without_network(project, "run", "tiny")
     assert done.returncode == 0, done.stderr
     assert "promoted" in done.stdout and "models:/gpt-tiny/1" in done.stdout and "holdout bits per byte" in done.stdout
@@ -75,7 +76,7 @@ def test_run_generate_models_show_and_prepare_need_no_network(project: Path) -> 
     assert hashlib.sha256(weights).hexdigest() == shown["weights_sha256"]
 
 
-def test_from_ingestion_to_plots_nothing_asks_for_a_network(
+def test_no_step_from_ingestion_to_plots_needs_a_network(
     tiny: Pipeline, tmp_path: Path, no_network: None, fresh_tiktoken: Path
 ) -> None:
     corpus = tiny.corpus.model_copy(update={"tokenizer": "gpt2"})
@@ -86,15 +87,15 @@ def test_from_ingestion_to_plots_nothing_asks_for_a_network(
     asked = tiny.model_copy(update={"train": train, "corpus": corpus})
     configure(run, asked, tokens, f"../tokens/{tokens.path.name}", None)
     assert train_directory(run.path, Stop()) is not None
-    evaluation = dossier.evaluate_run(run, snapshot, tokens)
-    samples = dossier.sample_run(run, snapshot, tokens, tiny.sample)
-    plots = dossier.plot_run(run, evaluation)
-    assert dossier.read_scores(evaluation).reported.bytes > 0 and dossier.read_samples(samples)
+    evaluation = run_report.evaluate_run(run, snapshot, tokens)
+    samples = run_report.sample_run(run, snapshot, tokens, tiny.sample)
+    plots = run_report.plot_run(run, evaluation)
+    assert run_report.read_scores(evaluation).reported.bytes > 0 and run_report.read_samples(samples)
     assert (plots / "losses.pdf").is_file() and not fresh_tiktoken.exists()
 
 
 @pytest.mark.parametrize("name", ["vocab.bpe", "encoder.json"])
-def test_a_damaged_gpt2_file_is_an_error_that_names_file_url_hashes_and_cure(packaged_copy, fresh_tiktoken, name):
+def test_a_damaged_gpt2_file_is_an_error_that_names_file_url_hashes_and_fix(packaged_copy, fresh_tiktoken, name):
     damaged = packaged_copy / name
     damaged.write_bytes(damaged.read_bytes()[:-1])
     with pytest.raises(TokenizerError) as caught:
@@ -123,8 +124,8 @@ def test_a_download_without_a_network_ends_in_an_error_that_names_path_url_and_s
         assert part in str(caught.value)
 
 
-def test_a_server_that_accepts_and_says_nothing_does_not_hang_us(monkeypatch, fresh_tiktoken):
-    monkeypatch.setattr(vocabularies, "_DOWNLOAD_SECONDS", 0.2)
+def test_a_download_from_a_server_that_never_answers_times_out(monkeypatch, fresh_tiktoken):
+    monkeypatch.setattr(vocabulary_files, "_DOWNLOAD_SECONDS", 0.2)
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as silent:
         served_vocabulary(monkeypatch, f"http://127.0.0.1:{silent.getsockname()[1]}/v.tiktoken", "00")
         with pytest.raises(TokenizerError, match="ReadTimeout"):

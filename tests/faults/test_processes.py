@@ -1,4 +1,4 @@
-"""Trainings by several processes, killed and stopped: they end as one process alone does, up to rounding."""
+"""Trainings by several processes, killed and stopped: they end like a training by one process, up to rounding."""
 
 import json
 import os
@@ -16,12 +16,12 @@ import psutil
 import pytest
 from safetensors import safe_open
 
-from flows import training
-from gptcore.data import Tokens
+from flows.retrain import trainer_process
 from gptcore.errors import ConfigError
-from gptcore.learning import trainer
-from gptcore.learning.rundir import STOPPED, Metrics, Result, RunDirectory
-from gptcore.learning.trainer import train_directory
+from gptcore.tokens.directory import Tokens
+from gptcore.training import trainer
+from gptcore.training.run_directory import STOPPED, MetricsLine, Result, RunDirectory
+from gptcore.training.trainer import train_directory
 from tests.faults.trainings import make_tokens, outcome, prepare, updates_of
 
 ROOT = Path(trainer.__file__).parents[2]
@@ -32,12 +32,12 @@ SEVERAL = """
 import json, sys
 from pathlib import Path
 from gptcore.errors import GPTCoreError
-from gptcore.learning.ranks import joined
-from gptcore.learning.rundir import RunDirectory
-from gptcore.learning.trainer import train_directory
+from gptcore.training.distributed import join_ranks
+from gptcore.training.run_directory import RunDirectory
+from gptcore.training.trainer import train_directory
 from tests.faults.test_processes import StopAfter
 
-with joined() as ranks:
+with join_ranks() as ranks:
     for path, step in json.loads(sys.argv[1]):
         try:
             train_directory(Path(path), StopAfter(RunDirectory(Path(path)), step), ranks)
@@ -47,7 +47,7 @@ with joined() as ranks:
 
 
 class StopAfter:
-    """Asks to stop once update `step` is logged."""
+    """A request to stop that is made once update `step` is logged."""
 
     def __init__(self, run: RunDirectory, step: int) -> None:
         self.run, self.step = run, step
@@ -69,7 +69,7 @@ def _from_here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def train_in_turn(processes: int, *asked: tuple[RunDirectory, int]) -> None:
-    """Trains each run directory to a step or to its end, all in one start of so many processes."""
+    """Train each run directory to a step or to its end, all in one launch of `processes` processes."""
     script = asked[0][0].path.parent / "several.py"
     script.write_text(SEVERAL)
     steps = json.dumps([(str(run.path), step) for run, step in asked])
@@ -79,13 +79,13 @@ def train_in_turn(processes: int, *asked: tuple[RunDirectory, int]) -> None:
 
 
 def assert_same_curve(run: RunDirectory, twin: RunDirectory) -> None:
-    """Each loss, each gradient norm and the best validation loss to 1e-4; the names and shapes of the weights."""
+    """Compare each loss and gradient norm and the best validation loss to 1e-4, and names and shapes of the weights."""
     lines, expected = run.read_metrics(), twin.read_metrics()
     assert [line["step"] for line in lines] == [line["step"] for line in expected]
     for key in ("loss", "grad_norm", "train_loss", "val_loss", "tokens_seen", "learning_rate"):
         values = [[line[key] for line in each if key in line] for each in (lines, expected)]
         assert values[0] == pytest.approx(values[1], rel=1e-4), key
-    ended, wanted = run.result(), twin.result()
+    ended, wanted = run.read_result(), twin.read_result()
     assert ended is not None and wanted is not None and ended.best_step == wanted.best_step
     assert ended.best_val_loss == pytest.approx(wanted.best_val_loss, rel=1e-4)
     assert shapes(run.weights) == shapes(twin.weights)
@@ -102,7 +102,7 @@ def saved_shapes(run: RunDirectory) -> dict[str, dict[str, list[int]]]:
 
 
 @pytest.mark.slow
-def test_one_two_and_four_processes_learn_the_same_also_where_one_goes_on_for_another(
+def test_one_two_and_four_processes_learn_the_same_even_if_the_number_changes_on_resume(
     tokens: Tokens, tmp_path: Path
 ) -> None:
     def made(name: str, **train: Any) -> RunDirectory:
@@ -117,7 +117,7 @@ def test_one_two_and_four_processes_learn_the_same_also_where_one_goes_on_for_an
     train_in_turn(4, (copies, to_the_end), (shards, to_the_end), (mixed, 30), (uneven, to_the_end))
     by_four = saved_shapes(mixed)
     assert train_directory(mixed.path, StopAfter(mixed, 60)) is None  # type: ignore[arg-type]
-    assert saved_shapes(mixed) == by_four, "a checkpoint does not know how many processes wrote it"
+    assert saved_shapes(mixed) == by_four, "a checkpoint does not depend on the number of processes"
     by_two = made("muon-2", optimizer="muon")
     train_in_turn(2, (mixed, to_the_end), (by_two, to_the_end))
 
@@ -127,18 +127,18 @@ def test_one_two_and_four_processes_learn_the_same_also_where_one_goes_on_for_an
         assert_same_curve(run, twins["muon"])
     told = [(uneven.path / f"told-{rank}").read_text() for rank in range(4)]
     assert len(set(told)) == 1 and "batch_size 6 is not divisible by processes (WORLD_SIZE) 4" in told[0]
-    assert isinstance(uneven.failure(), ConfigError) and not uneven.metrics.exists()
+    assert isinstance(uneven.read_failure(), ConfigError) and not uneven.metrics.exists()
 
 
 def trainers(run: RunDirectory) -> tuple[psutil.Process, list[psutil.Process]]:
-    """torchrun, and the processes that it started, by rank."""
+    """Return torchrun and the processes that it started, sorted by rank."""
     alive = (child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE)
     (agent,) = (child for child in alive if str(run.path) in child.cmdline())
     return agent, sorted(agent.children(), key=lambda child: int(child.environ()["RANK"]))
 
 
 @pytest.mark.slow
-def test_a_training_by_two_is_interrupted_and_its_processes_are_killed_and_it_ends_as_its_twin(
+def test_a_training_by_two_processes_that_is_interrupted_and_killed_ends_like_its_twin(
     tokens: Tokens, tmp_path: Path
 ) -> None:
     given = {**TRAIN, "max_steps": 150, "processes": 2, "checkpoint_steps": 20}
@@ -148,13 +148,13 @@ def test_a_training_by_two_is_interrupted_and_its_processes_are_killed_and_it_en
     class Interrupted(BaseException):
         pass
 
-    def interrupt(_: list[Metrics]) -> None:
+    def interrupt(_: list[MetricsLine]) -> None:
         if updates_of(run) >= 10:
             raise Interrupted
 
     with pytest.raises(Interrupted):
-        training.train(run, interrupt)
-    assert run.saved_step() == len(run.read_metrics()) >= 10, "all stopped after one update, and saved"
+        trainer_process.train(run, interrupt)
+    assert run.saved_step() == len(run.read_metrics()) >= 10, "all ranks stopped after the same update and saved"
 
     def kill() -> None:
         for lines, victim in ((50, lambda: trainers(run)[1][1]), (100, lambda: trainers(run)[0])):
@@ -165,16 +165,16 @@ def test_a_training_by_two_is_interrupted_and_its_processes_are_killed_and_it_en
     thread = threading.Thread(target=kill)
     thread.start()
     said: list[str] = []
-    result = training.train_on(run, lambda _: None, said.append)
+    result = trainer_process.train_with_restarts(run, lambda _: None, said.append)
     thread.join()
-    assert len(said) == 1 and "was killed by signal 9" in said[0], "a rank's death is torchrun's business"
+    assert len(said) == 1 and "was killed by signal 9" in said[0], "torchrun handles the death of a rank"
     assert isinstance(result, Result)
-    assert outcome(run) == outcome(twin), "to the last bit: as many processes, and dropout by seed, step and rank"
-    assert "without another one, which died" in (run.path / "trainer.log").read_text()
+    assert outcome(run) == outcome(twin), "equal to the last bit: dropout depends on seed, step and rank"
+    assert "has lost another rank, which died" in (run.path / "trainer.log").read_text()
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_of_slurms_processes_stops_all_after_one_update(tokens: Tokens, tmp_path: Path) -> None:
+def test_a_signal_to_one_slurm_process_stops_all_after_the_same_update(tokens: Tokens, tmp_path: Path) -> None:
     run = prepare(tmp_path / "run", tokens, max_steps=5000, batch_size=8, checkpoint_steps=None)
     slurm = {"SLURM_NTASKS": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     environment = {**os.environ, **slurm, "GLOO_SOCKET_IFNAME": "lo"}
@@ -194,8 +194,8 @@ def test_a_signal_to_one_of_slurms_processes_stops_all_after_one_update(tokens: 
                 process.kill()
     assert [process.returncode for process in both] == [STOPPED, STOPPED]
     assert run.saved_step() == len(run.read_metrics())
-    assert "stopped (another process of the training was told to) and saved" in said[0] and said[1] == ""
-    # Under torchrun an exit code would make it start again what no start can cure.
+    assert "stopped (another rank was asked to stop) and saved" in said[0] and said[1] == ""
+    # Under torchrun, an exit code above 0 would cause restarts, and no restart can fix this error.
     watched = {**os.environ, "TORCHELASTIC_RUN_ID": "x"}
     wrong = subprocess.run([*command[:-1], str(tmp_path)], env=watched, capture_output=True, text=True)
     assert wrong.returncode == 0 and wrong.stderr.startswith("error: ") and "config.json does not exist" in wrong.stderr
@@ -211,7 +211,7 @@ def free_port() -> int:
 
 @pytest.fixture
 def two_hosts() -> Iterator[tuple[str, str]]:
-    """Two network namespaces joined by a cable."""
+    """Two network namespaces, joined by a virtual cable."""
     names = (f"gptflow-a-{os.getpid()}", f"gptflow-b-{os.getpid()}")
     cable = [f"{end}{os.getpid()}" for end in ("gfa", "gfb")]
     try:
@@ -237,7 +237,7 @@ def ip(*arguments: str) -> None:
 
 
 def start_on(host: str, run: RunDirectory, log: Path) -> "subprocess.Popen[bytes]":
-    """torchrun on one of at most two hosts, of which the first keeps the rendezvous."""
+    """Start torchrun on one of at most two hosts; the first host keeps the rendezvous."""
     is_first = "-a-" in host
     rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "10.77.0.1:29400", "--rdzv-id", "test"]
     settings = {"is_host": is_first, "last_call_timeout": 15, "read_timeout": 20}
@@ -260,10 +260,10 @@ def start_on(host: str, run: RunDirectory, log: Path) -> "subprocess.Popen[bytes
 
 
 @pytest.mark.deep
-def test_a_host_that_is_cut_off_costs_a_restart_and_comes_back(
+def test_a_disconnected_host_costs_a_restart_and_joins_again(
     two_hosts: tuple[str, str], tokens: Tokens, tmp_path: Path
 ) -> None:
-    # So low a rate that rounding stays rounding for thousands of updates; which text was learned shows in each loss.
+    # This low rate keeps rounding errors small for thousands of updates. Each loss still shows which text was learned.
     given = {**TRAIN, "max_steps": 2500, "eval_every": 500, "checkpoint_steps": 50, "learning_rate": 3e-5}
     twin, run = (prepare(tmp_path / name, tokens, model=MODEL, **given) for name in ("twin", "run"))
     train_directory(twin.path, trainer.Stop())
@@ -274,10 +274,10 @@ def test_a_host_that_is_cut_off_costs_a_restart_and_comes_back(
         wait_for(lambda: is_one_of_two(agents[1]), agents, log)
         wait_for(lambda: updates_of(run) >= run.saved_step() + 20, agents, log)
         ip("-n", second, "link", "set", "eth0", "down")
-        wait_for(lambda: "is without another one" in log.read_text(), agents[:1], log)
+        wait_for(lambda: "has lost another rank" in log.read_text(), agents[:1], log)
         saved = run.saved_step()
         wait_for(lambda: run.saved_step() >= saved + 50, agents[:1], log)  # by the first host alone
-        agents[1].kill()  # the torchrun that was cut off would wait on for a rendezvous that is over
+        agents[1].kill()  # this torchrun would keep waiting for a rendezvous that is over
         ip("-n", second, "link", "set", "eth0", "up")
         again = start_on(second, run, log)
         agents.append(again)
@@ -287,12 +287,12 @@ def test_a_host_that_is_cut_off_costs_a_restart_and_comes_back(
             agent.kill()
             agent.wait()
     assert ended == [0, 0], log.read_text()
-    assert "stopped (SIGTERM) and saved" in log.read_text(), "to go on by two again"
+    assert "stopped (SIGTERM) and saved" in log.read_text(), "the first host stops to resume with two"
     assert_same_curve(run, twin)
 
 
 def is_one_of_two(agent: "subprocess.Popen[bytes]") -> bool:
-    """Whether this torchrun's trainer is one of two."""
+    """Whether the trainer of this torchrun is one of two."""
     with suppress(psutil.Error):
         return any(child.environ().get("WORLD_SIZE") == "2" for child in psutil.Process(agent.pid).children())
     return False

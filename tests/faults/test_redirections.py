@@ -1,7 +1,7 @@
-"""Servers that send us on to where their word counts for nothing: real ones, on this machine.
+"""Servers that redirect to addresses that they may not choose: real servers, on this machine.
 
-Where a server has to be a public one, its name resolves to a public address for whoever asks what it is, and to this
-machine for whoever connects to it.
+If a server has to be a public one, its name resolves to a public address when the code checks the address, and to this
+machine when the code connects to it.
 """
 
 import socket
@@ -14,15 +14,16 @@ from urllib.parse import quote, unquote
 
 import pytest
 
+from gptcore.corpus import http
 from gptcore.errors import CorpusError
-from gptcore.text import downloads, sources
+from tests.corpus.test_sources import read_sources
 
 PUBLIC = {"one.example": ["93.184.215.14"], "two.example": ["2606:2800:21f:cb07:6820:80da:af6b:8b2c"]}
 TWO_FACED = {"two-faced.example": ["93.184.215.14", "127.0.0.1"], "inside.example": ["10.1.2.3"]}
 
 
 class Handler(BaseHTTPRequestHandler):
-    """/to/ADDRESS sends on to it, /again to itself; anything else is the text."""
+    """A server that redirects /to/ADDRESS to ADDRESS, and /again to itself. Any other path returns the text."""
 
     def do_GET(self) -> None:
         self.server.asked.append(self.path)  # type: ignore[attr-defined]
@@ -55,7 +56,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 @pytest.fixture
 def names(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Names for public addresses behind which this machine answers."""
+    """Names of public addresses at which this machine answers."""
     resolve: Callable[..., Any] = socket.getaddrinfo
 
     def known(host: str, port: Any, *given: Any, **more: Any) -> Any:
@@ -70,7 +71,7 @@ def names(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def fetched(url: str, tmp_path: Path) -> bytes:
-    found = sources.documents([url], tmp_path, tmp_path / "downloads", "strict")
+    found = read_sources([url], tmp_path)
     return b"".join(next(found).chunks)
 
 
@@ -78,9 +79,7 @@ def sending(server: Any, there: str, host: str = "127.0.0.1") -> str:
     return f"http://{host}:{server.server_port}/to/{quote(there, safe='')}"
 
 
-def test_a_server_may_send_us_on_within_its_network_and_to_a_wider_one(
-    tmp_path: Path, server: Any, names: None
-) -> None:
+def test_a_server_may_redirect_within_its_network_and_to_a_wider_one(tmp_path: Path, server: Any, names: None) -> None:
     port = server.server_port
     for start, there in (
         ("127.0.0.1", "/a.txt"),
@@ -97,7 +96,9 @@ def test_a_server_may_send_us_on_within_its_network_and_to_a_wider_one(
     "there", ["file:///etc/passwd", "ftp://127.0.0.1/a.txt", "data:,text", "gopher://x/", "s3://x/y"]
 )
 def test_a_redirection_to_another_scheme_is_refused(tmp_path: Path, server: Any, there: str) -> None:
-    with pytest.raises(CorpusError, match=r"which is not followed: only http and https are\. If it is meant, write"):
+    with pytest.raises(
+        CorpusError, match=r"which is not followed: only http and https addresses are\. If you want its text, write"
+    ):
         fetched(sending(server, there), tmp_path)
 
 
@@ -109,7 +110,7 @@ INWARD = [
 
 
 @pytest.mark.parametrize("host", INWARD)
-def test_a_public_server_does_not_send_us_to_an_address_of_our_own_network(
+def test_a_redirection_from_a_public_server_to_a_private_address_is_refused(
     tmp_path: Path, server: Any, names: None, host: str
 ) -> None:
     there = f"http://{host}:{server.server_port}/secret.txt"
@@ -117,42 +118,47 @@ def test_a_public_server_does_not_send_us_to_an_address_of_our_own_network(
         fetched(sending(server, there, "one.example"), tmp_path)
     assert host in str(caught.value) and "write that address itself in corpus.sources" in str(caught.value)
     assert not [path for path in server.asked if path == "/secret.txt"]
-    with pytest.raises(CorpusError, match="not followed"):  # and not by way of another public one
+    with pytest.raises(CorpusError, match="not followed"):  # nor by way of another public server
         fetched(sending(server, sending(server, there, "two.example"), "one.example"), tmp_path)
     assert not [path for path in server.asked if path == "/secret.txt"]
 
 
 @pytest.mark.parametrize("host", ["169.254.169.254", "[fe80::1]"])
-def test_not_even_this_machine_sends_us_to_link_local_addresses(tmp_path: Path, server: Any, host: str) -> None:
+def test_a_redirection_to_a_link_local_address_is_refused_even_from_this_machine(
+    tmp_path: Path, server: Any, host: str
+) -> None:
     with pytest.raises(CorpusError, match="narrower network"):
         fetched(sending(server, f"http://{host}/latest/meta-data/"), tmp_path)
 
 
-def test_a_server_of_a_private_network_does_not_send_us_to_this_machine(
+def test_a_redirection_from_a_private_network_to_this_machine_is_refused(
     tmp_path: Path, server: Any, names: None
 ) -> None:
     with pytest.raises(CorpusError, match="narrower network"):
         fetched(sending(server, f"http://localhost:{server.server_port}/secret.txt", "inside.example"), tmp_path)
 
 
-def test_what_a_redirection_may_not_reach_can_be_named(tmp_path: Path, server: Any, names: None) -> None:
+def test_an_address_that_a_redirection_may_not_reach_can_be_a_source(tmp_path: Path, server: Any, names: None) -> None:
     assert fetched(f"http://inside.example:{server.server_port}/a.txt", tmp_path) == b"text"
     assert fetched(f"http://two-faced.example:{server.server_port}/a.txt", tmp_path) == b"text"
 
 
-def test_the_way_from_https_to_http_is_refused() -> None:
+def test_a_redirection_from_https_to_http_is_refused() -> None:
     with pytest.raises(CorpusError, match="from https to http the text could be altered"):
-        downloads._followed("https://a.example/x", "https://a.example/x", "http://a.example/x")
-    assert downloads._followed("http://127.0.0.1/", "http://127.0.0.1/", "https://127.0.0.1/x") == "https://127.0.0.1/x"
+        http._resolve_redirection("https://a.example/x", "https://a.example/x", "http://a.example/x")
+    assert (
+        http._resolve_redirection("http://127.0.0.1/", "http://127.0.0.1/", "https://127.0.0.1/x")
+        == "https://127.0.0.1/x"
+    )
 
 
 @pytest.mark.parametrize("there", ["http://[::1", "https:///x", "http://a:b/"])
-def test_a_redirection_to_no_address_is_refused(tmp_path: Path, server: Any, there: str) -> None:
+def test_a_redirection_to_an_invalid_address_is_refused(tmp_path: Path, server: Any, there: str) -> None:
     with pytest.raises(CorpusError, match="which is not"):
         fetched(sending(server, there), tmp_path)
 
 
-def test_a_server_that_sends_us_round_in_circles_is_left_after_ten_times(tmp_path: Path, server: Any) -> None:
-    with pytest.raises(CorpusError, match="sends us on more than 10 times"):
+def test_a_redirection_loop_is_refused_after_ten_redirections(tmp_path: Path, server: Any) -> None:
+    with pytest.raises(CorpusError, match="redirects more than 10 times"):
         fetched(f"http://127.0.0.1:{server.server_port}/again", tmp_path)
     assert len(server.asked) == 11

@@ -1,4 +1,4 @@
-"""What a trainer does not go on from: the checkpoint of another training, other tokens, code in place of weights."""
+"""Input that a trainer refuses: the checkpoint of another training, other tokens, code in place of weights."""
 
 import json
 import os
@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from flows.releases.release import Candidate, register
-from flows.state import StateRoot
-from gptcore.data import Tokens
+from flows.registry.register import Candidate, register
+from flows.state.root import StateRoot
 from gptcore.errors import CheckpointError
-from gptcore.judging.dossier import load_model
-from gptcore.learning.rundir import RunDirectory
+from gptcore.evaluation.weights import load_model
+from gptcore.tokens.directory import Tokens
+from gptcore.training.run_directory import RunDirectory
 from tests.faults.dying import live
 from tests.faults.kills import Twin, killed_at
 from tests.faults.trainings import make_tokens, prepare
@@ -37,16 +37,16 @@ def edit(run: RunDirectory, section: str | None, key: str, value: Any) -> None:
     path.write_text(json.dumps(config))
 
 
-# FAULTS 7
+# Checkpoints of another training.
 
 
 @pytest.mark.parametrize(
     ("section", "key", "value", "said"),
     [
-        ("train", "learning_rate", 0.02, "train.learning_rate is 0.01 there and 0.02 here"),
-        ("train", "seed", 7, "train.seed is 123 there and 7 here"),
-        ("model", "n_layers", 3, "model.n_layers is 2 there and 3 here"),
-        (None, "vocab_size", 300, "model.vocab_size is 257 there and 300 here"),
+        ("train", "learning_rate", 0.02, "train.learning_rate is 0.01, this training has 0.02"),
+        ("train", "seed", 7, "train.seed is 123, this training has 7"),
+        ("model", "n_layers", 3, "model.n_layers is 2, this training has 3"),
+        (None, "vocab_size", 300, "model.vocab_size is 257, this training has 300"),
     ],
 )
 def test_a_checkpoint_of_another_configuration_or_tokenizer_is_refused_with_key_and_both_values(
@@ -56,7 +56,7 @@ def test_a_checkpoint_of_another_configuration_or_tokenizer_is_refused_with_key_
     edit(run, section, key, value)
     life = live(run)
     assert life.code == 1 and said in life.said and "Traceback" not in life.said
-    assert isinstance(run.failure(), CheckpointError)
+    assert isinstance(run.read_failure(), CheckpointError)
     assert (run.checkpoints / "step-00000004").exists()
 
 
@@ -70,10 +70,10 @@ def test_a_checkpoint_of_another_corpus_is_refused_with_both_identities(
     assert life.code == 1 and f"has identity {other.sha256}, config.json expects {tokens.sha256}" in life.said
     edit(run, None, "tokens_sha256", other.sha256)
     life = live(run)
-    assert life.code == 1 and f"tokens is '{tokens.sha256}' there and '{other.sha256}' here" in life.said
+    assert life.code == 1 and f"tokens is '{tokens.sha256}', this training has '{other.sha256}'" in life.said
 
 
-# FAULTS 6
+# Damaged weights.
 
 
 def test_weights_damaged_after_the_training_are_neither_judged_nor_registered(
@@ -87,7 +87,7 @@ def test_weights_damaged_after_the_training_are_neither_judged_nor_registered(
     damaged = f"{run.weights} has sha256 .*: it was altered"
     with pytest.raises(CheckpointError, match=damaged):
         load_model(run, tokens)
-    root = StateRoot(tmp_path / "mlruns").create()
+    root = StateRoot(tmp_path / "mlruns").prepare()
     client = MlflowClient(root.tracking_uri)
     candidate = Candidate("gpt-m", "ab" * 32, 1, client.create_run(client.create_experiment("m")).info.run_id, {})
     with pytest.raises(CheckpointError, match=damaged):
@@ -95,11 +95,11 @@ def test_weights_damaged_after_the_training_are_neither_judged_nor_registered(
     assert not client.search_registered_models() and not client.search_logged_models(["1"])
 
 
-# FAULTS 8
+# Hostile checkpoints.
 
 
 class Payload:
-    """Unpickling it creates a file."""
+    """An object that creates a directory when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -108,7 +108,7 @@ class Payload:
         return os.mkdir, (str(self.path),)
 
 
-def test_a_pickle_planted_in_a_checkpoint_is_not_executed_and_the_training_ends_as_its_twin(
+def test_a_pickle_planted_in_a_checkpoint_is_not_executed_and_the_training_ends_like_its_twin(
     tmp_path: Path, tokens: Tokens
 ) -> None:
     twin = Twin(tmp_path, "two epochs", tokens)
@@ -119,6 +119,6 @@ def test_a_pickle_planted_in_a_checkpoint_is_not_executed_and_the_training_ends_
     (tmp_path / "executed").rmdir()
     (run.checkpoints / "step-00000010" / "model.safetensors").write_bytes(payload)
     life = live(run)
-    assert life.code == 0 and "passed over" in life.said
+    assert life.code == 0 and "checkpoint skipped" in life.said
     assert not (tmp_path / "executed").exists()
     twin.compare(run)

@@ -1,7 +1,7 @@
-"""A release killed between any two of its steps: there is the old champion or the new one, and the next call converges.
+"""A release killed between any two of its steps: the champion is the old or the new one, and the next call finishes it.
 
-Every point at which the real functions commit a transaction or touch a file is recorded once, and then a process is
-killed at each. Where they fell is printed.
+A first process records every point at which the real functions commit a transaction or touch a file. Then a process is
+killed at each of these points. The test prints them.
 """
 
 import shutil
@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 @pytest.fixture(scope="module")
 def forker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forker]:
     forker = Forker(tmp_path_factory.mktemp("release"))
-    forker.root.create()
+    forker.root.prepare()
     assert forker.do("empty") == 0, forker.log.read_text()
     shutil.move(forker.root.path / "mlflow.db", forker.database)
     yield forker
@@ -32,14 +32,13 @@ def begin(forker: Forker, template: Path) -> None:
 
 
 def chosen(points: list[str]) -> list[int]:
-    """All but some: the last of directories made one after the other, and two of the copied sources, stand for all."""
+    """Choose the points to test: the last of directories made in a row and two of the copied sources represent all."""
     copies = [number for number, point in enumerate(points) if "/code/gptcore/" in point][1:-1]
     made = [point.startswith("mkdir") for point in points]
     nested = [number for number, (this, next_) in enumerate(pairwise(made)) if this and next_]
     return [number for number in range(len(points)) if number not in copies and number not in nested]
 
 
-# FAULTS 3 (register) and 4 (the others)
 @pytest.mark.parametrize(
     ("state", "action", "champions"),
     [
@@ -49,11 +48,11 @@ def chosen(points: list[str]) -> list[int]:
         ("moved_outside", "settle", ("2", "2")),
     ],
 )
-def test_a_kill_between_any_two_steps_leaves_a_whole_champion_and_the_next_call_ends_as_if_none_had_been(
+def test_a_kill_between_any_two_steps_leaves_a_champion_that_loads_and_the_next_call_completes_the_release(
     forker: Forker, tmp_path: Path, state: str, action: str, champions: tuple[str | None, str]
 ) -> None:
     shutil.rmtree(forker.root.path, ignore_errors=True)
-    forker.root.create()
+    forker.root.prepare()
     shutil.copy(forker.database, forker.root.path)
     assert forker.do(state) == 0, forker.log.read_text()
     shutil.copytree(forker.root.path, tmp_path / "template")

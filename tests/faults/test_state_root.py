@@ -1,4 +1,4 @@
-"""The state root read-only, missing, or with directories that somebody deletes: a clear error, or all made again."""
+"""A state root that is read-only, missing or partly deleted: a clear error, or everything is created again."""
 
 import os
 import shutil
@@ -10,19 +10,19 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from flows.pipelines import SECTIONS, Pipeline
-from flows.releases import registry
-from flows.releases.loading import load
-from flows.retrain import retrain
-from flows.state import StateRoot
+from flows.config.pipelines import SECTIONS, Pipeline
+from flows.registry import versions
+from flows.registry.loading import load
+from flows.retrain.flow import retrain
+from flows.state.root import StateRoot
 from gptcore.errors import GPTCoreError
-from gptcore.learning.rundir import Metrics, MetricsReader, RunDirectory
-from tests.flows.servers import gptflow
+from gptcore.training.run_directory import MetricsLine, MetricsReader, RunDirectory
+from tests.servers import gptflow
 
 
 @contextmanager
 def read_only(directory: Path) -> Iterator[None]:
-    """Nothing can be written in the directory while this lasts. Root is stopped by a mount alone."""
+    """Make a directory read-only inside the context. For root this needs a mount: permissions do not stop root."""
     if os.geteuid() != 0:
         directory.chmod(0o555)
         yield
@@ -38,10 +38,9 @@ def read_only(directory: Path) -> Iterator[None]:
         subprocess.run(["umount", "--lazy", str(directory)], check=True)
 
 
-# FAULTS 10
 @pytest.mark.parametrize("command", [["run", "tiny"], ["up"], ["models"], ["rollback", "gpt-tiny", "--reason", "x"]])
 @pytest.mark.parametrize("is_there", [True, False], ids=["there", "to be made"])
-def test_a_state_root_that_is_read_only_is_named_at_the_start_and_nothing_is_half_made(
+def test_a_read_only_state_root_is_reported_at_the_start_and_nothing_is_created(
     project: Path, command: list[str], is_there: bool
 ) -> None:
     home = project / "disk" / "home"
@@ -61,32 +60,31 @@ def run(pipeline: Pipeline) -> str:
     return str(state.name)
 
 
-# FAULTS 10
 @pytest.mark.slow
 @pytest.mark.usefixtures("prefect_server")
 @pytest.mark.parametrize("lost", [("corpora", "tokens"), ("runs", "artifacts")])
-def test_a_run_whose_directories_are_deleted_in_mid_training_ends_with_the_path_and_the_next_one_makes_them_again(
+def test_a_run_whose_directories_are_deleted_during_training_names_the_path_and_the_next_run_creates_them(
     tiny: Pipeline, root: StateRoot, monkeypatch: pytest.MonkeyPatch, lost: tuple[str, str]
 ) -> None:
-    def delete(reader: MetricsReader, *most: int) -> list[Metrics]:
+    def delete(reader: MetricsReader, *most: int) -> list[MetricsLine]:
         if lines := new_lines(reader, *most):
             for name in lost:
                 shutil.rmtree(root.path / name, ignore_errors=True)
         return lines
 
-    new_lines = MetricsReader.new_lines
+    new_lines = MetricsReader.read_new_lines
     with monkeypatch.context() as patched, pytest.raises((OSError, GPTCoreError), match=str(root.path)):
-        patched.setattr(MetricsReader, "new_lines", delete)
+        patched.setattr(MetricsReader, "read_new_lines", delete)
         run(tiny)
     assert MlflowClient(root.tracking_uri).search_registered_models() == []
     assert run(tiny) == "Promoted"
-    (version,) = registry.versions(root, "gpt-tiny")
+    (version,) = versions.list_versions(root, "gpt-tiny")
     (only,) = (RunDirectory(path) for path in root.path.glob("runs/tiny/*-1/"))
     assert [line["step"] for line in only.read_metrics()] == list(range(1, 61))
-    result = only.result()
+    result = only.read_result()
     assert result is not None and result.weights_sha256 == version.tags["weights_sha256"]
     load(root, version)
     for name in lost:  # between two runs
         shutil.rmtree(root.path / name)
     assert run(tiny) == "Skipped"
-    assert len(registry.versions(root, "gpt-tiny")) == 1
+    assert len(versions.list_versions(root, "gpt-tiny")) == 1

@@ -1,4 +1,4 @@
-"""MLflow and Prefect away while a model trains: the training does not care, and nothing is lost or doubled."""
+"""MLflow unreachable while a model trains: no metric is lost or logged twice."""
 
 import json
 import sqlite3
@@ -14,8 +14,8 @@ from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 from mlflow.store.db import utils as database
 
-from flows.metrics import Following, MetricsLog
-from flows.state import StateRoot
+from flows.state.root import StateRoot
+from flows.tracking.metrics import MetricsFollower, MetricsLog
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def run_id(tiny_registry: object, root: StateRoot) -> str:
 def wait_until(is_true: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 60
     while not is_true():
-        assert time.monotonic() < deadline, "nothing came of it in a minute"
+        assert time.monotonic() < deadline, "the condition is not true after a minute"
         time.sleep(0.05)
 
 
@@ -39,7 +39,7 @@ def write_lines(path: Path, first: int, last: int) -> None:
 
 
 def points(root: StateRoot, run_id: str, key: str) -> list[tuple[int, int]]:
-    """(step, timestamp) in the order in which MLflow got them."""
+    """Return (step, timestamp) in the order in which MLflow received them."""
     found = MlflowClient(root.tracking_uri).get_metric_history(run_id, key)
     return [(metric.step, metric.timestamp) for metric in found]
 
@@ -50,7 +50,7 @@ def expected(last: int) -> list[tuple[int, int]]:
 
 @contextmanager
 def locked(root: StateRoot) -> Iterator[None]:
-    """Nobody else writes to MLflow's database while this holds."""
+    """Lock MLflow's database against all other writers inside the context."""
     connection = sqlite3.connect(root.path / "mlflow.db", isolation_level=None)
     connection.execute("BEGIN EXCLUSIVE")
     try:
@@ -62,20 +62,19 @@ def locked(root: StateRoot) -> Iterator[None]:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """MLflow waits 20 s for a locked database; here it gives up at once, so that it gives up often."""
+    """A timeout of 50 ms instead of 20 s for a locked database, so that MLflow gives up often."""
     real = database.sql.text
     monkeypatch.setattr(database, "sql", SimpleNamespace(text=lambda said: real(said.replace("20000", "50"))))
 
 
-# FAULTS 21
 @pytest.mark.slow
-def test_metrics_of_a_time_when_the_database_was_locked_arrive_once_in_order_and_with_their_own_times(
+def test_metrics_written_while_the_database_was_locked_arrive_once_in_order_and_with_their_own_times(
     root: StateRoot, run_id: str, tmp_path: Path, impatient: None, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "metrics.jsonl"
     write_lines(path, 1, 50)
     log = MetricsLog(root, run_id, path)
-    with Following(log):
+    with MetricsFollower(log):
         wait_until(lambda: log.last_step == 50)
         with locked(root):
             write_lines(path, 51, 400)
@@ -86,8 +85,7 @@ def test_metrics_of_a_time_when_the_database_was_locked_arrive_once_in_order_and
     assert points(root, run_id, "val_loss") == expected(450)[9::10]
 
 
-# FAULTS 21
-def test_what_is_missing_after_a_failure_in_the_middle_is_sent_by_whoever_comes_next(
+def test_metrics_missing_after_a_partial_failure_are_sent_by_the_next_log(
     root: StateRoot, run_id: str, tmp_path: Path, impatient: None
 ) -> None:
     path = tmp_path / "metrics.jsonl"
@@ -113,7 +111,7 @@ def test_what_is_missing_after_a_failure_in_the_middle_is_sent_by_whoever_comes_
     assert points(root, run_id, "val_loss") == expected(300)[9::10]
 
 
-def test_a_resumed_training_that_writes_some_steps_again_doubles_no_point(
+def test_a_resumed_training_that_writes_some_steps_again_logs_no_point_twice(
     root: StateRoot, run_id: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "metrics.jsonl"

@@ -1,4 +1,4 @@
-"""A trainer that is killed under a living flow, as the kernel does when memory runs out."""
+"""A trainer that is killed while its flow runs, as the kernel does when memory runs out."""
 
 import os
 import signal
@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from flows.command.prepare import prepare
-from flows.pipelines import Pipeline
-from flows.state import StateRoot
-from flows.training import TrainerKeepsDying, train_on
-from gptcore.learning.rundir import Result, RunDirectory
+from flows.cli.prepare import prepare
+from flows.config.pipelines import Pipeline
+from flows.retrain.trainer_process import TrainerKeepsDying, train_with_restarts
+from flows.state.root import StateRoot
+from gptcore.training.run_directory import Result, RunDirectory
 from tests.faults.trainings import updates_of
 
 pytestmark = pytest.mark.slow
@@ -27,7 +27,7 @@ def prepared(tiny: Pipeline, root: StateRoot, path: Path, **train: object) -> Ru
 
 @contextmanager
 def killed_after(run: RunDirectory, lines: int, times: int) -> Iterator[list[int]]:
-    """While this holds, the trainer is killed when it has written so many lines since it started, so many times."""
+    """Kill the trainer up to `times` times, each time `lines` updates after its last checkpoint."""
     killed: list[int] = []
     is_over = threading.Event()
 
@@ -48,27 +48,27 @@ def killed_after(run: RunDirectory, lines: int, times: int) -> Iterator[list[int
         thread.join()
 
 
-def test_a_kill_for_want_of_memory_costs_one_start_from_the_last_checkpoint(
+def test_a_kill_for_lack_of_memory_costs_one_restart_from_the_last_checkpoint(
     tiny: Pipeline, root: StateRoot, tmp_path: Path
 ) -> None:
-    twin = train_on(prepared(tiny, root, tmp_path / "twin"), lambda _: None, print)
+    twin = train_with_restarts(prepared(tiny, root, tmp_path / "twin"), lambda _: None, print)
     run = prepared(tiny, root, tmp_path / "killed", checkpoint_steps=100)
     said: list[str] = []
     with killed_after(run, lines=50, times=1) as killed:
-        result = train_on(run, lambda _: None, said.append)
+        result = train_with_restarts(run, lambda _: None, said.append)
     assert len(killed) == len(said) == 1 and "was killed by signal 9" in said[0], said
     assert isinstance(twin, Result) and isinstance(result, Result)
     assert result.weights_sha256 == twin.weights_sha256
     assert [line["step"] for line in run.read_metrics()] == list(range(1, 601))
 
 
-def test_a_trainer_that_dies_three_times_at_one_place_is_given_up_with_a_diagnosis(
+def test_a_trainer_that_dies_three_times_after_one_checkpoint_fails_with_a_diagnosis(
     tiny: Pipeline, root: StateRoot, tmp_path: Path
 ) -> None:
     run = prepared(tiny, root, tmp_path / "run", checkpoint_steps=1000)
     said: list[str] = []
     with killed_after(run, lines=50, times=10) as killed, pytest.raises(TrainerKeepsDying) as given_up:
-        train_on(run, lambda _: None, said.append)
+        train_with_restarts(run, lambda _: None, said.append)
     assert len(killed) == 3 and len(said) == 2
     for part in ("died 3 times", "checkpoint at step 0", "killed by signal 9", "MB", "train.batch_size"):
         assert part in str(given_up.value)

@@ -1,4 +1,4 @@
-"""The trainer as a program of its own, `python -m gptcore.train`: how it ends, and what it says."""
+"""The trainer as its own program, `python -m gptcore.train`: its exit codes and its output."""
 
 import contextlib
 import json
@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from gptcore.data import Tokens
-from gptcore.learning import trainer
-from gptcore.learning.rundir import STOPPED, RunDirectory
+from gptcore.tokens.directory import Tokens
+from gptcore.training import trainer
+from gptcore.training.run_directory import STOPPED, RunDirectory
 from tests.faults.trainings import make_tokens, prepare
 
 LONG = {"max_steps": 2000, "checkpoint_steps": None}
-"""Long enough that its end does not come first."""
+"""Long enough that the training does not finish before it is stopped."""
 
 
 @pytest.fixture(scope="module")
@@ -53,18 +53,18 @@ def test_the_program_stops_and_saves_when_the_process_that_started_it_is_gone(tm
     assert [path.name for path in run.checkpoints.iterdir()] == [f"step-{len(run.read_metrics()):08d}"]
 
 
-def test_a_program_whose_session_is_over_says_so_and_how_to_go_on(tmp_path: Path, tokens: Tokens) -> None:
+def test_a_program_whose_session_is_over_says_so_and_how_to_resume(tmp_path: Path, tokens: Tokens) -> None:
     run = prepare(tmp_path / "run", tokens, **LONG, session_seconds=1e-9)
     with started(run) as process:
         output, _ = process.communicate()
     assert process.returncode == STOPPED, output
     assert "paused after update 1 (train.session_seconds: " in output
-    assert output.endswith("and saved: the same command goes on\n")
-    paused = run.paused()
+    assert output.endswith("and saved. Run the same command again to resume.\n")
+    paused = run.read_pause()
     assert paused and paused.step == 1 and (run.checkpoints / "step-00000001").exists()
 
 
-def test_the_program_answers_a_wrong_directory_without_a_traceback(tmp_path: Path, tokens: Tokens) -> None:
+def test_the_program_refuses_a_wrong_config_without_a_traceback(tmp_path: Path, tokens: Tokens) -> None:
     run = prepare(tmp_path / "run", tokens)
     path = run.path / "config.json"
     config = json.loads(path.read_text())

@@ -1,4 +1,4 @@
-"""Small trainings, each of another shape, and what came out of one: for tests that compare it with its twin."""
+"""Small trainings of several kinds and their outcomes, for tests that compare a training with its twin."""
 
 import json
 import random
@@ -11,11 +11,12 @@ from safetensors.torch import save_file
 
 from gptcore import manifest
 from gptcore.config import CorpusConfig, ModelConfig, RunConfig, Start, TrainConfig
-from gptcore.corpus import ingest
-from gptcore.data import Tokens, tokenize
-from gptcore.learning.rundir import RunDirectory
-from gptcore.model import GPTModel
-from gptcore.train import TRAINING_VERSION
+from gptcore.corpus.ingest import ingest
+from gptcore.model.gpt import GPTModel
+from gptcore.tokens.directory import Tokens
+from gptcore.tokens.files import tokenize
+from gptcore.training.resolve import TRAINING_VERSION
+from gptcore.training.run_directory import RunDirectory
 
 WORDS = "the old man looked at a grey sea and said that nothing would come of it but wind and rain".split()
 MODEL = {"context_length": 32, "emb_dim": 16, "n_heads": 2, "n_layers": 2, "drop_rate": 0.1, "qkv_bias": True}
@@ -35,7 +36,7 @@ TRAIN = {
     "compile": False,
     "threads": 1,
 }
-"""AdamW, dropout, accumulated gradients; saved after 4 and 8 of 10 updates, with an epoch's border after 7."""
+"""AdamW, dropout, accumulated gradients; saved after 4 and 8 of 10 updates. An epoch ends after update 7."""
 
 SCENARIOS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -49,13 +50,13 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "bf16": {"precision": "bf16", "weight_decay": 0.0},
     "muon": {"optimizer": "muon", "model": {**MODEL, "recipe": "modern"}},
 }
-"""What each differs in from TRAIN, and from MODEL."""
+"""The differences of each scenario from TRAIN and from MODEL."""
 
 MEASURED = {"tokens_per_second", "seconds", "memory_mb", "time_ms"}
 
 
 def make_tokens(root: Path, paragraphs: int = 110) -> Tokens:
-    """Made-up English, always the same, as bytes."""
+    """Tokenize made-up English, always the same, as bytes."""
     draw = random.Random(7)
     text = "".join(" ".join(draw.choices(WORDS, k=9)).capitalize() + ".\n\n" for _ in range(paragraphs))
     root.mkdir(parents=True, exist_ok=True)
@@ -67,14 +68,14 @@ def make_tokens(root: Path, paragraphs: int = 110) -> Tokens:
 def prepare(
     path: Path, tokens: Tokens, start: bool = False, model: dict[str, Any] = MODEL, **train: Any
 ) -> RunDirectory:
-    """A run directory whose settings differ from TRAIN by `train`. `start` begins with another model's weights."""
+    """Prepare a run directory with TRAIN updated by `train`. With `start`, it starts from another model's weights."""
     run = RunDirectory(path)
     weights = None
     if start:
         torch.manual_seed(5)
         path.parent.mkdir(parents=True, exist_ok=True)
         weights = path.with_name("ancestor.safetensors")
-        cfg = ModelConfig(**model).for_vocabulary(tokens.n_vocab)
+        cfg = ModelConfig(**model).build_cfg(tokens.n_vocab)
         save_file(GPTModel(cfg).state_dict(), weights)
     config = RunConfig(
         training_version=TRAINING_VERSION,
@@ -91,13 +92,13 @@ def prepare(
 
 
 def updates_of(run: RunDirectory) -> int:
-    """How many updates are logged. To be asked often: nothing is parsed, as `read_metrics` does."""
+    """Return the number of logged updates. Unlike `read_metrics`, it parses nothing, so it can be called often."""
     return run.metrics.read_bytes().count(b"\n") if run.metrics.exists() else 0
 
 
 def outcome(run: RunDirectory) -> dict[str, Any]:
-    """Weights, result and every line of the metrics, without what is measured in seconds and megabytes."""
-    result = run.result()
+    """Return the weights' hash, the result and every metrics line, without measured times and memory."""
+    result = run.read_result()
     assert result is not None, f"{run.path} is not finished"
     lines = [{key: value for key, value in line.items() if key not in MEASURED} for line in run.read_metrics()]
     return {

@@ -1,4 +1,4 @@
-"""Bundles: what is loaded answers as what was written, and damage or foreign code is refused."""
+"""Bundles: a loaded model answers as the saved one, a bundle holds no code, and damage is refused."""
 
 import json
 import os
@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 import gptcore
 from gptcore import bundle
 from gptcore.errors import CheckpointError, TokenizerError
-from gptcore.model import GPTModel
-from gptcore.tokenizer import get_tokenizer
+from gptcore.model.gpt import GPTModel
+from gptcore.tokens.tokenizer import get_tokenizer
 
 CFG = {
     "vocab_size": 257,
@@ -51,7 +51,7 @@ def test_a_loaded_bundle_gives_the_same_logits_and_the_same_tokens(directory, mo
     assert not loaded.model.training
 
 
-def test_a_bundle_can_be_named_by_a_string_and_moved(directory, model):
+def test_a_bundle_can_be_moved_and_its_path_may_be_a_string(directory, model):
     moved = directory.rename(directory.with_name("elsewhere"))
     ids = torch.arange(10).unsqueeze(0)
     with torch.no_grad():
@@ -85,18 +85,18 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_bundle_is_refused_by_name(directory, damage):
+def test_a_damaged_bundle_is_refused_with_its_path(directory, damage):
     DAMAGES[damage](directory)
     with pytest.raises(CheckpointError, match=f"the bundle {directory} cannot be loaded"):
         bundle.load(directory)
 
 
-def test_a_bundle_that_does_not_exist_is_refused_by_name(tmp_path):
+def test_a_bundle_that_does_not_exist_is_refused_with_its_path(tmp_path):
     with pytest.raises(CheckpointError, match="nowhere cannot be loaded"):
         bundle.load(tmp_path / "nowhere")
 
 
-def test_a_damaged_vocabulary_is_a_tokenizer_error(directory):
+def test_a_damaged_vocabulary_raises_a_tokenizer_error(directory):
     for path in (directory / "tokenizer").rglob("*"):
         os.truncate(path, 5)
     with pytest.raises(TokenizerError):

@@ -1,4 +1,4 @@
-"""The configuration: strict about what it is given, and plain about what is wrong with it."""
+"""The configuration: wrong keys and values are refused, with messages that name the problem."""
 
 import json
 import subprocess
@@ -31,13 +31,13 @@ def refusal(section, given) -> str:
     return str(caught.value)
 
 
-def test_an_unknown_key_is_answered_with_the_nearest_known_one():
+def test_the_error_for_an_unknown_key_suggests_the_nearest_known_key():
     assert refusal(TrainConfig, {"learning_rat": 1e-3}) == (
         "file.yaml: learning_rat: there is no such key; did you mean learning_rate?"
     )
 
 
-def test_an_unknown_key_that_resembles_nothing_is_answered_with_all_known_ones():
+def test_the_error_for_an_unknown_key_that_resembles_no_other_lists_all_known_keys():
     message = refusal(TrainConfig, {"zzzz": 1})
     assert all(key in message for key in TrainConfig.model_fields)
 
@@ -71,7 +71,7 @@ def test_a_value_of_the_wrong_type_is_refused_with_key_and_value(section, given)
     assert f"file.yaml: {key}" in message and repr(value).strip("[]") in message
 
 
-def test_an_integer_is_a_number_and_a_list_is_a_tuple():
+def test_an_integer_is_accepted_as_a_float_and_a_list_as_a_tuple():
     assert parse(TrainConfig, {"learning_rate": 1}, "x").learning_rate == 1.0
     assert parse(CorpusConfig, {"sources": ["a", "b"]}, "x").sources == ("a", "b")
 
@@ -116,12 +116,12 @@ def test_every_problem_is_reported_at_once():
     assert [path for path, _ in problems] == [("batch_size",), ("learning_rate",), ("sed",)]
 
 
-def test_a_problem_of_several_keys_together_is_reported_for_the_section():
+def test_a_problem_that_involves_several_keys_is_reported_for_the_section():
     message = refusal(TrainConfig, {"max_steps": None})
     assert message == "file.yaml: no budget: give at least one of max_steps, max_epochs, max_tokens, max_seconds"
 
 
-def test_a_width_that_the_heads_do_not_divide_is_refused_with_the_nearest_that_they_do():
+def test_a_width_that_the_heads_do_not_divide_is_refused_with_the_nearest_valid_widths():
     message = refusal(ModelConfig, {"emb_dim": 100, "n_heads": 3})
     assert "emb_dim 100" in message and "n_heads 3" in message and "99 and 102" in message
 
@@ -146,7 +146,7 @@ def test_the_sizes_of_gpt2_are_the_published_ones(size, layers, width):
     assert width // shape["n_heads"] == 64
 
 
-def test_the_cfg_of_a_run_has_the_seven_keys_of_the_seed():
+def test_the_cfg_of_a_run_with_the_books_components_has_the_seven_keys_of_the_book():
     assert parse(RunConfig, RUN, "x").cfg() == {
         "vocab_size": 257,
         "context_length": 64,
@@ -163,12 +163,12 @@ def test_another_budget_replaces_the_default_number_of_steps(budget):
     assert parse(TrainConfig, budget, "x").max_steps is None
 
 
-def test_a_number_of_steps_that_was_given_stays_beside_another_budget():
+def test_an_explicit_number_of_steps_is_kept_beside_another_budget():
     both = parse(TrainConfig, {"max_steps": 7, "max_epochs": 2}, "x")
     assert (both.max_steps, both.max_epochs) == (7, 2)
 
 
-def test_without_any_budget_there_are_the_default_steps():
+def test_without_any_budget_the_default_number_of_steps_applies():
     assert TrainConfig().max_steps == 1000
     assert parse(TrainConfig, {"max_epochs": None}, "x").max_steps == 1000
 
@@ -182,7 +182,7 @@ def test_fractions_that_leave_nothing_to_train_on_are_refused_with_both_values()
     assert "0.6" in message and "0.4" in message
 
 
-def test_a_run_config_comes_back_from_json_as_it_was():
+def test_a_run_config_survives_a_round_trip_through_json():
     run = parse(RunConfig, RUN, "x")
     assert parse(RunConfig, json.loads(run.model_dump_json()), "x") == run
     assert run.train.max_steps is None
@@ -196,7 +196,7 @@ def test_training_starts_from_scratch_the_champion_or_a_version_with_a_number_or
 @pytest.mark.parametrize(
     "start", ["", "best", "models:/gpt-a", "models:/gpt-a/", "models:/a/b/1", "gpt-a/1", "models:/a/x"]
 )
-def test_any_other_start_is_refused_with_what_was_given(start):
+def test_any_other_start_is_refused_with_the_given_value(start):
     message = refusal(TrainConfig, {"start_from": start})
     assert "start_from" in message and repr(start) in message
 
@@ -210,7 +210,7 @@ def test_a_run_config_names_the_version_it_starts_from_by_its_number_and_hash():
 
 
 @pytest.mark.parametrize("key", ["device", "precision", "compile", "threads"])
-def test_a_run_directory_names_what_was_chosen(key):
+def test_a_run_config_refuses_auto_in_place_of_a_chosen_value(key):
     message = refusal(RunConfig, {**RUN, "train": {**RUN["train"], key: "auto"}})
     assert f"train.{key} is auto" in message
 
@@ -230,7 +230,7 @@ def test_every_field_has_a_default_that_its_own_rules_accept(section):
     assert parse(section, json.loads(section().model_dump_json()), "x") == section()
 
 
-def test_importing_the_configuration_loads_no_torch_and_no_numpy():
+def test_importing_the_configuration_loads_neither_torch_nor_numpy():
     code = "import sys, gptcore.config; print([name for name in ('torch', 'numpy') if name in sys.modules])"
     root = Path(config.__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)

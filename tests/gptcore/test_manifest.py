@@ -1,4 +1,4 @@
-"""Committed directories: complete or not there, at whichever operation the process dies."""
+"""Committed directories: complete or absent, at whichever file operation the process dies."""
 
 import contextlib
 import hashlib
@@ -15,7 +15,7 @@ FILES = {"a.bin": bytes(range(256)) * 4, "inner/b.txt": b"text"}
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL: together with a disabled rmtree, no clean-up runs after it."""
+    """Simulates SIGKILL: as rmtree is disabled too, no clean-up runs after it."""
 
 
 def fill(directory: Path) -> None:
@@ -25,7 +25,7 @@ def fill(directory: Path) -> None:
 
 
 def publish(goal: Path, about=None) -> Path:
-    with manifest.staging(goal.parent) as staged:
+    with manifest.stage(goal.parent) as staged:
         fill(staged)
         return manifest.commit(staged, goal, about or {"kind": "test"})
 
@@ -36,7 +36,7 @@ def committed(tmp_path):
 
 
 def die_at(monkeypatch, number: int) -> None:
-    """The process dies just before its `number`-th file operation, counted from 1."""
+    """Let the process die just before its `number`-th file operation, counted from 1."""
     done = 0
 
     def dying(operation):
@@ -55,9 +55,9 @@ def die_at(monkeypatch, number: int) -> None:
     monkeypatch.setattr(manifest.shutil, "rmtree", lambda *args, **kwargs: None)
 
 
-def test_what_is_committed_holds_the_files_and_what_it_is_about(committed):
+def test_a_committed_directory_holds_its_files_and_its_description(committed):
     assert {name: (committed / name).read_bytes() for name in FILES} == FILES
-    assert manifest.verify(committed) == manifest.about(committed) == {"kind": "test"}
+    assert manifest.verify(committed) == manifest.read_about(committed) == {"kind": "test"}
     listed = json.loads((committed / "manifest.json").read_text())["files"]
     assert listed["inner/b.txt"] == {"bytes": 4, "sha256": hashlib.sha256(b"text").hexdigest()}
     assert list(committed.parent.iterdir()) == [committed]
@@ -84,12 +84,12 @@ def test_a_death_at_any_file_operation_leaves_the_whole_directory_or_nothing(tmp
             assert set(goal.parent.iterdir()) <= {goal}
         publish(goal)
         manifest.verify(goal)
-    assert number > 10, "the operations were found"
+    assert number > 10, "the file operations were intercepted"
     assert survived >= 1, "a death after the rename leaves the directory"
 
 
 def test_an_error_while_filling_leaves_nothing_behind(tmp_path):
-    with pytest.raises(ZeroDivisionError), manifest.staging(tmp_path) as staged:
+    with pytest.raises(ZeroDivisionError), manifest.stage(tmp_path) as staged:
         fill(staged)
         raise ZeroDivisionError
     assert list(tmp_path.iterdir()) == []
@@ -105,15 +105,15 @@ def test_a_full_disk_while_committing_leaves_nothing_behind(tmp_path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_directory_that_exists_already_stays_as_it_is(committed):
+def test_an_existing_directory_stays_as_it_is(committed):
     inode = (committed / "a.bin").stat().st_ino
     publish(committed, {"kind": "another"})
     assert (committed / "a.bin").stat().st_ino == inode
-    assert manifest.about(committed) == {"kind": "test"}
+    assert manifest.read_about(committed) == {"kind": "test"}
     assert list(committed.parent.iterdir()) == [committed]
 
 
-def test_a_goal_that_is_there_but_was_never_completed_is_not_overwritten_silently(tmp_path):
+def test_an_existing_goal_that_was_never_completed_is_not_overwritten_silently(tmp_path):
     goal = tmp_path / "goal"
     goal.mkdir()
     (goal / "mine.txt").write_text("mine")
@@ -144,7 +144,7 @@ DAMAGES = {
     ),
     "a format that never was": (
         lambda goal: (goal / "manifest.json").write_text('{"format": 5}'),
-        "manifest.json is damaged: there is no format 5",
+        "manifest.json is damaged: format 5 does not exist",
     ),
     "altered manifest": (
         lambda goal: (goal / "manifest.json").write_text((goal / "manifest.json").read_text().replace("test", "text")),
@@ -165,7 +165,7 @@ def test_a_directory_of_the_earlier_format_is_read(committed):
     path = committed / "manifest.json"
     body = json.loads(path.read_text())
     path.write_text(json.dumps({"format": 1, "files": body["files"], "about": body["about"]}, indent=1) + "\n")
-    assert manifest.verify(committed) == manifest.about(committed) == {"kind": "test"}
+    assert manifest.verify(committed) == manifest.read_about(committed) == {"kind": "test"}
     flip_bit(committed / "a.bin")
     with pytest.raises(CheckpointError, match=r"a\.bin has sha256"):
         manifest.verify(committed)
@@ -212,7 +212,7 @@ def test_half_written_files_are_swept_too(tmp_path):
 
 
 def test_equal_values_have_equal_hashes_whatever_the_order_of_their_keys():
-    # The hash is that of the canonical text, which any other language can make too.
+    # The hash is that of the canonical text, which other languages can produce too.
     assert manifest.sha256_of({"b": [1, 2.5], "a": "é"}) == manifest.sha256_of({"a": "é", "b": [1, 2.5]})
     assert manifest.sha256_of({"b": 1, "a": None}) == hashlib.sha256(b'{"a":null,"b":1}').hexdigest()
     with pytest.raises(ValueError):

@@ -1,4 +1,4 @@
-"""How far a step over a large text is: said every few seconds, and not at all of a small one."""
+"""Progress of a step over a text: logged every few seconds for a large text, and never for a small one."""
 
 import itertools
 import logging
@@ -7,14 +7,14 @@ import pytest
 
 from gptcore import progress
 from gptcore.config import CorpusConfig
-from gptcore.corpus import ingest
-from gptcore.data import tokenize
+from gptcore.corpus.ingest import ingest
 from gptcore.progress import Progress
+from gptcore.tokens.files import tokenize
 
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Seconds that pass when the test says so."""
+    """A clock that only the test advances."""
     now = [100.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     return now
@@ -24,7 +24,7 @@ def said(caplog):
     return [(record.step, record.getMessage()) for record in caplog.records]
 
 
-def test_a_pass_says_every_few_seconds_how_far_it_is_and_how_long_it_will_take(clock, caplog):
+def test_progress_is_logged_every_few_seconds_with_the_rate_and_the_time_left(clock, caplog):
     caplog.set_level(logging.INFO, "gptcore.progress")
     known, unknown = Progress("tokenize", "encoded", 1_000_000_000), Progress("ingest", "read")
     for _ in range(10):

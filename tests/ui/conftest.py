@@ -1,4 +1,4 @@
-"""A real browser before a real `gptflow up`: Chromium without a window, and a record of every host it asked."""
+"""A real browser on a real `gptflow up`: headless Chromium, and a record of every host that it contacted."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from tests.fixtures import write_project
-from tests.flows.servers import Up
+from tests.servers import Up
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -26,12 +26,12 @@ QUIET = (
     "--disable-component-update",
     "--disable-sync",
 )
-SECONDS = 60_000  # in playwright's milliseconds: two cores may be busy with other tests
+SECONDS = 60_000  # in milliseconds, as playwright expects: two cores may be busy with other tests
 
 
 @pytest.fixture(scope="session")
 def chromium() -> str:
-    """The browser's path. Without one the tests are skipped, but not where a whole check is asked for (CI=true)."""
+    """The path of the browser. Without a browser the tests are skipped, or fail if CI=true asks for a full check."""
     found = next(filter(None, map(shutil.which, CHROMIUM)), None)
     if found is None:
         missing = f"no browser: none of {', '.join(CHROMIUM)} is on PATH; on Debian, apt-get install chromium"
@@ -51,9 +51,9 @@ def browser(chromium: str) -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def up(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
-    """`gptflow up` with the pipeline `tiny`, cold and on a fresh state root, as a user's first one.
+    """`gptflow up` with the pipeline `tiny`, cold and on a fresh state root, like a user's first start.
 
-    It asks for the browser first: without one nothing needs to start.
+    The fixture requests the browser first: without a browser nothing needs to start.
     """
     up = Up(write_project(tmp_path_factory.mktemp("project")))
     up.cold = True
@@ -65,7 +65,7 @@ def up(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[U
 
 @pytest.fixture
 def page(browser: Browser) -> Iterator[Page]:
-    """A tab. Whatever it asked for came from this machine."""
+    """A browser tab. All of its requests must go to this machine."""
     page = browser.new_page(viewport={"width": 1280, "height": 800})
     page.set_default_timeout(SECONDS)
     asked: set[str | None] = set()
@@ -78,11 +78,11 @@ def page(browser: Browser) -> Iterator[Page]:
 
 @pytest.fixture
 def screenshots() -> Path | None:
-    """Where pictures for the README go: the directory that GPTFLOW_SCREENSHOTS names."""
+    """The directory for the pictures of the README, or None: GPTFLOW_SCREENSHOTS names it."""
     directory = os.environ.get("GPTFLOW_SCREENSHOTS")
     return Path(directory) if directory else None
 
 
 def _host(url: str) -> str | None:
-    """None for what needs no host: data: and blob:."""
+    """Return the host of a URL, or None for data: and blob: URLs, which have no host."""
     return urlsplit(url).hostname

@@ -1,4 +1,4 @@
-"""What a person does in the two web pages: start a run with one value changed, see why it won, see the champion."""
+"""A user's steps in the two web pages: start a run with one changed value, see why it won, see the champion."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import pytest
 from mlflow import MlflowClient
 
-from flows.pipelines import PipelinesFile
-from tests.flows.servers import Up
+from flows.config.pipelines import PipelinesFile
+from tests.servers import Up
 from tests.ui.conftest import SECONDS
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ CHANGED = "25"
 
 
 def open_form(page: Page, up: Up) -> None:
-    """The custom-run form of the deployment."""
+    """Open the form for a custom run of the deployment."""
     identity = up.prefect.ask("deployments/name/retrain/tiny")["id"]
     page.goto(f"{up.servers().prefect}/deployments/deployment/{identity}/run")
 
@@ -36,7 +36,7 @@ def named(parent: Page | Locator, page: Page, label: str) -> Locator:
 
 
 def field(page: Page, section: str, label: str) -> Locator:
-    """One value of a section, with its name, its description and what is said about it."""
+    """Return the form field of one value, with its name, its description and its error message."""
     return named(named(page, page, section), page, f"{label} (Optional)")
 
 
@@ -45,11 +45,11 @@ def control(page: Page, section: str, label: str) -> Locator:
 
 
 def submitted(page: Page) -> str:
-    """Submits the form, and returns the id of the flow run that came of it.
+    """Submit the form, and return the id of the flow run that it started.
 
-    The page's own offer to show the run floats for some seconds only, which a busy machine may spend elsewhere.
+    The page shows its own link to the run for a few seconds only, and a busy machine may miss it.
     """
-    for _ in range(3):  # as a person would: while its database is locked, Prefect answers 503
+    for _ in range(3):  # retry as a person would: Prefect answers 503 while its database is locked
         with page.expect_response(re.compile("/create_flow_run$"), timeout=3 * SECONDS) as answer:
             page.get_by_role("button", name="Submit").click()
         if answer.value.status != 503:
@@ -60,11 +60,11 @@ def submitted(page: Page) -> str:
 
 def picture(page: Page, directory: Path | None, name: str) -> None:
     if directory is not None:
-        page.wait_for_timeout(1500)  # what moves comes to rest
+        page.wait_for_timeout(1500)  # animations end
         page.screenshot(path=directory / f"{name}.png")
 
 
-def test_the_form_refuses_a_wrong_value_and_says_which_and_why(page: Page, up: Up) -> None:
+def test_the_form_refuses_a_wrong_value_and_names_the_field_and_the_reason(page: Page, up: Up) -> None:
     open_form(page, up)
     control(page, "train", "Batch Size").fill("0")
     page.get_by_role("button", name="Submit").click()
@@ -97,7 +97,7 @@ def test_a_run_with_one_value_changed_in_the_form_keeps_the_others_and_shows_its
     page.goto(f"{up.servers().prefect}/runs/flow-run/{submitted(page)}")
 
     expect(page.get_by_text("Promoted", exact=True)).to_be_visible(timeout=3 * SECONDS)
-    page.reload()  # the timeline goes on as if the run did
+    page.reload()  # the timeline continues as if the run did
     picture(page, screenshots, "run")
     trained_as_asked(up)
     page.get_by_text("Artifacts", exact=True).click()
@@ -122,11 +122,11 @@ def test_a_run_with_one_value_changed_in_the_form_keeps_the_others_and_shows_its
 
 
 def trained_as_asked(up: Up) -> None:
-    """The run directory says: every value is the pipeline's own, but for the one that was changed."""
+    """Check in the run directory that every value is the pipeline's own, except the one that was changed."""
     own = PipelinesFile(up.project / "pipelines.yaml").pipeline("tiny")
     (path,) = up.root.path.glob("runs/tiny/*/config.json")
     trained = json.loads(path.read_text())
-    # auto, until the run chooses
+    # these are auto until the run chooses
     chosen = {key: trained["train"][key] for key in ("device", "precision", "compile", "processes")}
     assert trained["train"] == {**own.train.model_dump(mode="json"), **chosen, "max_steps": int(CHANGED)}
     assert trained["model"] == own.model.model_dump(mode="json")

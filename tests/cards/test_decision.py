@@ -1,0 +1,169 @@
+"""The decision card: what the page says about each verdict, and that text from a model cannot break the page."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+from flows.cards.decision import Card, Side, escape, explain_verdict, render_card, render_table
+from flows.cards.verdict import Verdict
+from flows.registry.gate import decide
+from gptcore.config import GateConfig
+from gptcore.evaluation.baselines import Baselines
+from gptcore.evaluation.bits_per_byte import Evaluation
+from gptcore.evaluation.compare import Comparison
+from gptcore.evaluation.run_report import Scores
+from gptcore.evaluation.samples import Sample
+from gptcore.training.run_directory import Result
+
+KINDS = (
+    "better",
+    "worse",
+    "tie within noise",
+    "not finite",
+    "insufficient evidence",
+    "beats unigram",
+    "does not beat unigram",
+    "sources overridden",
+    "withdrawn",
+)
+
+
+def sample(words: str, prompt: str = "The model") -> Sample:
+    return Sample(prompt, 0.8, 123, words, 5, 1.0, 1.0, 0.0, 3, "The")
+
+
+def verdict(kind: str = "better") -> Verdict:
+    champion, number = (None, None) if "unigram" in kind else (1.9, "2")
+    scored = {"blocks": 40, "bytes": 12_345, "excluded_bytes": 678}
+    bounds = {"low": 0.05, "high": 0.15} if kind in ("better", "worse", "tie within noise") else {}
+    own = math.nan if kind == "not finite" else 1.8
+    return Verdict("b" in kind[:1], kind, f"{kind}: because", own, champion, number, **scored, **bounds)
+
+
+def card(kind: str = "better", **changed: object) -> Card:
+    evaluation = Evaluation("holdout", False, 40, 12_345, 5_000, 2.0, 7.4, 1.8, 0.3, 0.6, (), ())
+    facts = {"tokenizer": "gpt2", "parameters": "1,234", "training": "60 steps", "corpus": "3 documents"}
+    champion = Side("2", "[models:/gpt-tiny/2](http://there/2)", facts, [sample("writes")])
+    made = Card(
+        model_name="gpt-tiny",
+        verdict=verdict(kind),
+        gate=GateConfig(),
+        challenger=Side("3", "`models:/gpt-tiny/3`", {**facts, "parameters": "5,678"}, [sample("learns")]),
+        champion=None if "unigram" in kind else champion,
+        changes=[("documents added", "3")],
+        scores=Scores(evaluation, evaluation, Baselines(8.0, 10.8, 2.6, 7.4, 2.5, 1.4, 1000)),
+        result=Result(60, 61_440, 1.5, "max_steps", 60, 2.1, "0" * 64),
+        pictures=[("How it learned", Path("plots-123abc/losses.png"))],
+        links=[("MLflow run", "`abc`")],
+    )
+    return replace(made, **changed)
+
+
+def rendered(made: Card) -> str:
+    return render_card(made, lambda path: f"at:{path.name}")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_verdict_has_a_page_that_begins_with_a_plain_sentence(kind: str) -> None:
+    written = rendered(card(kind))
+    title, plain, technical = written.split("\n\n")[:3]
+    assert title == f"# gpt-tiny version 3: {'promoted' if card(kind).verdict.promoted else 'rejected'}"
+    assert plain == f"**{explain_verdict(verdict(kind), '3')}**" and plain.count(".") <= 3
+    assert technical == f"{kind.capitalize()}: because."
+    for jargon in ("bits per byte", "margin", "bootstrap", "holdout", "nan"):
+        assert jargon not in plain
+    assert kind in ("better", "beats unigram") or "does not become champion" in plain or "did not compete" in plain
+
+
+def test_an_unknown_kind_of_verdict_still_gets_a_sentence() -> None:
+    assert (
+        explain_verdict(replace(verdict(), kind="too late", promoted=False), "3") == "Version 3 was rejected: too late."
+    )
+
+
+def test_the_sentence_says_how_much_better_or_worse_the_version_is() -> None:
+    assert "better than version 2 (5.3% fewer bits to encode it)" in explain_verdict(verdict("better"), "3")
+    worse = replace(verdict("worse"), bits_per_byte=2.09)
+    assert "worse than version 2 (10.0% more bits to encode it)" in explain_verdict(worse, "3")
+
+
+def test_the_page_shows_both_models_side_by_side_with_the_numbers_of_the_verdict() -> None:
+    written = rendered(card())
+    assert "| version | `models:/gpt-tiny/3` | [models:/gpt-tiny/2](http://there/2) |" in written
+    assert "| bits per byte, lower is better | 1.8000 | 1.9000 |" in written
+    assert "| parameters | 5,678 | 1,234 |" in written
+    assert "| improvement | 0.1000 bits per byte" in written and "above 0.005 |" in written
+    assert "| interval | from 0.0500 to 0.1500, each bound with 0.95 confidence |" in written
+    assert "40 blocks, 12,345 bytes" in written and "678 bytes: held-out text" in written
+    assert "| documents added | 3 |" in written
+    assert "![How it learned](at:losses.png)" in written
+    assert "| prompt | version 3 | version 2 |" in written and "| learns | writes |" in written
+
+
+def test_the_page_shows_the_gates_own_description_of_a_comparison() -> None:
+    compared = Comparison(1.8, 1.9, 40, 12_345, "block", 0.95, 0.05, 0.15)
+    written = rendered(card(verdict=decide(compared, GateConfig(), "2", unknown="version 2 learned from is gone")))
+    assert "Better: 1.8000 bits per byte against 1.9000 of version 2" in written
+    assert "| unknown | what version 2 learned from is gone |" in written
+
+
+def test_the_page_of_a_first_version_has_one_column_and_no_interval() -> None:
+    written = rendered(card("beats unigram", changes=None))
+    assert "## The first version" in written and "champion |" not in written and "interval" not in written
+    assert "the first training" in written and "| prompt | version 3 |\n" in written
+
+
+def test_the_page_of_a_version_that_did_not_compete_says_so_instead_of_a_number() -> None:
+    alone = replace(verdict("sources overridden"), champion_bits_per_byte=None, blocks=0)
+    written = rendered(card("sources overridden", verdict=alone))
+    assert "| bits per byte, lower is better | 1.8000 | not compared |" in written
+    assert "improvement" not in written and "left out" not in written
+
+
+def test_if_the_champions_files_are_damaged_the_page_omits_its_samples_and_gives_the_reason() -> None:
+    champion = cast(Side, card().champion)
+    broken = replace(champion, facts={}, samples=(), problem="model.safetensors was altered")
+    written = rendered(card(champion=broken))
+    assert "| tokenizer | gpt2 | unknown |" in written
+    assert "| prompt | version 3 |\n" in written
+    assert "The champion's samples are missing: model.safetensors was altered." in written
+
+
+@pytest.mark.parametrize(
+    ("written", "shown"),
+    [
+        ("a | b", r"a \| b"),
+        ("<script>alert(1)</script>", "&lt;script&gt;alert(1)&lt;/script&gt;"),
+        ("# no *title* `code` ![x](y)", r"\# no \*title\* \`code\` !\[x\](y)"),
+        ("one\ntwo\r\nthree", "one<br>two<br>three"),
+        ("back\\slash & more", r"back\\slash &amp; more"),
+    ],
+)
+def test_text_written_by_a_model_is_shown_literally(written: str, shown: str) -> None:
+    assert escape(written) == shown
+    (line,) = [line for line in rendered(card()).splitlines() if line.startswith("| The model")]
+    broken = replace(card().challenger, samples=[sample(written)])
+    (other,) = [line for line in rendered(card(challenger=broken)).splitlines() if line.startswith("| The model")]
+    assert line.replace("learns", shown) == other
+
+
+def test_long_lines_are_wrapped_because_the_ui_does_not_wrap_and_long_samples_are_cut() -> None:
+    assert escape("a word and a word and a word", 12) == "a word and a<br> word and a <br>word"
+    long = replace(card().challenger, samples=[sample("word " * 1000)])
+    (line,) = [line for line in rendered(card(challenger=long)).splitlines() if line.startswith("| The model")]
+    cell = line.split(" | ")[1]
+    assert max(map(len, cell.split("<br>"))) <= 40 and cell.endswith("…") and len(cell) < 1000
+
+
+def test_samples_without_words_are_marked() -> None:
+    empty = replace(card().challenger, samples=[sample(""), sample(" \n ")])
+    written = rendered(card(challenger=empty))
+    assert "*ended at once*" in written and "*only white space*" in written
+
+
+def test_every_line_of_a_table_has_the_same_number_of_cells() -> None:
+    assert render_table(("a", "b"), [("1", "2")]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
+    assert render_table(("a", "b"), []) == ""

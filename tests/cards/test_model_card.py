@@ -1,0 +1,80 @@
+"""The model card: no text, source or name in the card can break the structure of the page."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import yaml
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+
+from flows.cards.model_card import Champion, Evidence, adapt_for_transformers, render_card
+from tests.cards.test_decision import card, sample
+from tests.registry.judging import CFG
+
+SECTIONS = [
+    "gpt-tiny",
+    "How to load it",
+    "What it learned from",
+    "How it was trained",
+    "How good it is",
+    "What it writes",
+    "Limits",
+    "Licence",
+]
+SIDES = {"train": 8, "val": 1, "holdout": 1}
+LINEAGE = {
+    "pipeline": "tiny",
+    "parameters": 22_000,
+    "tokenizer": "by`t|es",
+    "corpus": {"documents": 3, "blocks": SIDES, "bytes": SIDES},
+    "config": {"corpus": {"sources": ["https://me:secret@example.org/a.txt?sig=hidden", "a|b\n## c/<b>*.md"]}},
+    "split": {"split": "hash"},
+}
+WRITTEN = "said ```\n## Limits\n<script>alert(1)</script>\n````\n| a | b |\r\n\x1b[31m and went on"
+
+
+def parsed(markdown: str) -> tuple[dict[str, Any], list[Token]]:
+    """Return the front matter and the tokens of the text after it."""
+    _, front, body = markdown.split("---\n", 2)
+    return yaml.safe_load(front), MarkdownIt("commonmark").enable("table").parse(body)
+
+
+def headings(tokens: list[Token]) -> list[str]:
+    return [tokens[at + 1].content for at, token in enumerate(tokens) if token.type == "heading_open"]
+
+
+def test_text_from_models_and_sources_does_not_break_the_page_and_no_secret_is_on_it() -> None:
+    written = Evidence(card().result, card().scores, [sample(WRITTEN, "` | \n# A <i>prompt</i>")])
+    made = render_card("gpt-tiny", CFG, LINEAGE, written, Champion("2", "1.9000"))
+    front, tokens = parsed(made)
+    assert front["library_name"] == "gptflow" and front["pipeline_tag"] == "text-generation"
+    assert headings(tokens) == SECTIONS
+    fences = [token.content for token in tokens if token.type == "fence"]
+    shown = WRITTEN.replace("\r", "").replace("\x1b", "\N{REPLACEMENT CHARACTER}")
+    assert fences[-1].endswith(f"{shown}\n"), "the whole sample is in one block"
+    html = [inner.content for token in tokens for inner in token.children or () if inner.type.startswith("html")]
+    assert set(html) <= {"<br>"} and not any(token.type == "html_block" for token in tokens)
+    assert "secret" not in made and "hidden" not in made and "https://example.org/a.txt" in made
+    rows = [token.content for token in tokens if token.type == "inline"]
+    for part in ("this model, holdout bits per byte", "1.8000", "version 2, the champion then", "1.9000"):
+        assert any(part in row for row in rows), part
+    front, exported = parsed(adapt_for_transformers(made))
+    assert front["library_name"] == "transformers" and headings(exported) == SECTIONS
+    fenced = [token.content for token in exported if token.type == "fence"]
+    assert "AutoModelForCausalLM" in fenced[0] and fenced[-1] == fences[-1]
+    assert not any("flows.load" in block for block in fenced)
+
+
+@pytest.mark.parametrize("xz, is_said", [(1.4, True), (1.9, False)])
+def test_the_card_of_a_model_that_a_compressor_beats_says_so(xz: float, is_said: bool) -> None:
+    scores = card().scores
+    beaten = replace(scores, baselines=replace(scores.baselines, xz_primed_bits_per_byte=xz))
+    made = render_card("gpt-tiny", CFG, LINEAGE, Evidence(card().result, beaten, []))
+    assert ("remembering strings" in made) == is_said
+
+
+def test_a_version_older_than_model_cards_gets_a_card_from_its_lineage() -> None:
+    made = render_card("gpt-tiny", CFG, {**LINEAGE, "holdout_bits_per_byte": 1.8})
+    assert headings(parsed(made)[1]) == [section for section in SECTIONS if section != "What it writes"]
+    assert "1.8000 bits per byte" in made and "elsewhere" not in made

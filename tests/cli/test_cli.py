@@ -1,0 +1,74 @@
+"""The command line as a user sees it: real processes, wrong input, exit codes, and nothing left behind."""
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.servers import gptflow, refused
+
+
+def test_a_directory_without_pipelines_is_refused_with_the_fix(tmp_path: Path) -> None:
+    refused(gptflow(tmp_path, "run"), 2, "pipelines.yaml does not exist", "--file")
+
+
+def test_a_state_root_that_cannot_be_made_is_named(project: Path) -> None:
+    (project / "a-file").write_text("")
+    refused(
+        gptflow(project, "run", "tiny", GPTFLOW_HOME=str(project / "a-file" / "home")), 1, "a-file/home", "GPTFLOW_HOME"
+    )
+
+
+def test_an_unknown_uri_or_model_is_refused_with_the_existing_ones(project: Path) -> None:
+    refused(
+        gptflow(project, "show", "models:/nobody@champion"), 2, "models:/nobody@champion does not exist", "none yet"
+    )
+    refused(gptflow(project, "generate", "gpt-tiny"), 2, "is not a model URI", "models:/NAME@champion")
+    refused(gptflow(project, "models", "nobody"), 2, "no registered model 'nobody'")
+
+
+def test_an_unreachable_prefect_server_is_named_with_the_fix(project: Path) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}/api"
+    refused(gptflow(project, "run", "tiny", PREFECT_API_URL=url), 1, url, "unset PREFECT_API_URL")
+
+
+def test_help_lists_every_key_with_its_documentation(project: Path) -> None:
+    done = gptflow(project, "run", "--help")
+    assert done.returncode == 0
+    for key in ("corpus.sources", "model.emb_dim", "train.learning_rate", "sample.prompts"):
+        assert key in done.stdout
+    assert "updates of the weights" in done.stdout
+
+
+def test_help_and_settings_work_without_heavy_imports() -> None:
+    program = (
+        "import sys; import flows.cli, flows.config.pipelines, flows.state.root;"
+        "import gptcore.config, gptcore.corpus.sources;"
+        "heavy = {'torch', 'prefect', 'mlflow', 'pandas', 'matplotlib', 'pyarrow', 'tiktoken'} & set(sys.modules);"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+@pytest.mark.slow
+def test_a_retraining_on_one_machine_imports_no_package_for_several_machines() -> None:
+    program = (
+        "import sys; import flows.cli, flows.retrain.flow;"
+        "extras = {'dask', 'distributed', 'ray', 'psycopg2', 'boto3', 's3fs', 'torch.distributed.run'};"
+        "assert not extras & set(sys.modules), extras & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+
+
+def test_every_shipped_pipeline_is_valid(project: Path) -> None:
+    shipped = Path(__file__).parents[2] / "pipelines.yaml"
+    from flows.config.pipelines import PipelinesFile
+
+    file = PipelinesFile(shipped)
+    assert {"quickstart", "verdict", "shakespeare", "shakespeare-bytes"} <= set(file.names())
+    for name in file.names():
+        file.pipeline(name)

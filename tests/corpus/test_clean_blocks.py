@@ -1,0 +1,92 @@
+"""Clean blocks, against a brute-force search of every window of 200 bytes."""
+
+import random
+from pathlib import Path
+
+import pytest
+
+from gptcore.config import CorpusConfig
+from gptcore.corpus.clean_blocks import find_clean_blocks
+from gptcore.corpus.contamination import RUN_BYTES, find_contained
+from gptcore.corpus.ingest import ingest
+from gptcore.corpus.snapshot import Snapshot, read_blocks, read_passages
+
+
+def prose(seed: int, num_bytes: int) -> str:
+    drawn = random.Random(seed)
+    words = ["".join(drawn.choices("abcdefghijklmnopqrstuvwxyzß日", k=drawn.randint(2, 9))) for _ in range(300)]
+    sentences, length = [], 0
+    while length < num_bytes:
+        sentences.append(" ".join(drawn.choices(words, k=drawn.randint(4, 12))) + drawn.choice([". ", ".\n\n"]))
+        length += len(sentences[-1].encode())
+    return "".join(sentences)
+
+
+def snapshot(tmp_path: Path, name: str, texts: list[str], **settings: object) -> Snapshot:
+    base = tmp_path / name
+    base.mkdir()
+    for number, text in enumerate(texts):
+        (base / f"{number:03d}.txt").write_text(text, encoding="utf-8", newline="")
+    fractions = {"val_fraction": 0.2, "holdout_fraction": 0.3, "block_bytes": 512, **settings}
+    return ingest(CorpusConfig(sources=(".",), **fractions), tmp_path / "corpora", base)  # type: ignore[arg-type]
+
+
+def windows(data: bytes) -> set[bytes]:
+    return {data[at : at + RUN_BYTES] for at in range(len(data) - RUN_BYTES + 1)}
+
+
+TEXTS = [prose(seed, 300 + 30 * seed) for seed in range(60)]
+
+
+def test_the_holdout_of_a_snapshot_is_clean_of_its_own_training_text(tmp_path: Path) -> None:
+    own = snapshot(tmp_path, "own", TEXTS)
+    clean = find_clean_blocks(own.path, "holdout", [own.path])
+    assert (clean.excluded_blocks, clean.excluded_bytes) == (0, 0)
+    assert list(clean.blocks) == list(read_blocks(own.path, "holdout"))
+    assert find_clean_blocks(own.path, "holdout", []) == clean
+
+
+@pytest.mark.parametrize("split", ["hash", "contiguous"])
+def test_exactly_the_blocks_that_are_in_another_training_text_are_excluded(tmp_path: Path, split: str) -> None:
+    own = snapshot(tmp_path, "own", TEXTS, split=split)
+    held_out = [block.text for block in read_blocks(own.path, "holdout")]
+    other_texts = [prose(900 + seed, 2000) for seed in range(10)]
+    other_texts[0] += held_out[0]  # a block in the middle of another text
+    other_texts[1] = held_out[1][:150] + other_texts[1]  # too short a run to count
+    other_texts[2] = other_texts[2][:700] + held_out[2][20:260] + other_texts[2][700:]
+    other = snapshot(tmp_path, "other", other_texts, val_fraction=0.01, holdout_fraction=0, split="contiguous")
+    clean = find_clean_blocks(own.path, "holdout", [own.path, other.path])
+    learned = set().union(
+        *(windows(text.encode()) for at in (own.path, other.path) for text in read_passages(at, "train"))
+    )
+    every = list(read_blocks(own.path, "holdout"))
+    expected = [block for block in every if not windows(block.text.encode()) & learned]
+    assert list(clean.blocks) == expected and len(expected) < len(every)
+    lost = [block for block in every if block not in expected]
+    assert clean.excluded_blocks == len(lost)
+    assert clean.excluded_bytes == sum(len(block.text.encode()) for block in lost)
+
+
+def test_a_block_shorter_than_a_run_is_excluded_if_the_other_text_contains_all_of_it(tmp_path: Path) -> None:
+    short = [f"Note {seed}: {prose(seed, 40 + seed)}" for seed in range(60)]
+    own = snapshot(tmp_path, "own", short)
+    held_out = [block.text for block in read_blocks(own.path, "holdout")]
+    other_texts = [prose(99, 3000), f"Before it. {held_out[0]} After it. {prose(98, 400)}", held_out[1][:-1]]
+    other = snapshot(tmp_path, "other", other_texts, val_fraction=0.01, holdout_fraction=0, split="contiguous")
+    clean = find_clean_blocks(own.path, "holdout", [other.path])
+    assert [block.text for block in clean.blocks] == held_out[1:]
+    assert clean.excluded_bytes == len(held_out[0].encode())
+
+
+def test_needles_of_any_length_are_found_at_any_place(tmp_path: Path) -> None:
+    text = prose(7, 3 << 19).encode()  # several chunks
+    draw = random.Random(8)
+    lengths = [1, 3, 11, 12, 13, 47, 48, 49, 95, 96, 97, 199, 200]
+    edge = 1 << 19
+    there = {text[edge - back : edge - back + length] for length in lengths for back in (0, 1, length // 2, length)}
+    there |= {text[at : at + length] for length in lengths for at in [draw.randrange(len(text) - 200)]}
+    there |= {text[:200], text[-200:], text[-5:]}
+    absent = {needle[:-1] + b"\x00" for needle in there if len(needle) > 1} | {b"\x01" * 100}
+    (tmp_path / "text").write_bytes(text)
+    assert find_contained(there | absent, tmp_path / "text") == {needle for needle in there if needle in text}
+    assert find_contained([], tmp_path / "text") == set()

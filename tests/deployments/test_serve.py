@@ -1,0 +1,120 @@
+"""Schedules and deployments: which are refused, registered or changed, and what their runs train."""
+
+import json
+import subprocess
+import sys
+import urllib.error
+from pathlib import Path
+
+import pytest
+
+from flows.config.pipelines import Pipeline, PipelinesFile
+from flows.retrain.parameters import build_flow_parameters, merge_parameters
+from gptcore.errors import ConfigError
+from tests.servers import Prefect, Serving, write
+
+OPERATIONS = ("promote", "rollback", "prune")
+NIGHT = "pipelines:\n  night:\n    schedule:\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("      cron: 99 2 * * *\n", [":4: pipelines.night.schedule.cron", "99 2 * * *", "minute (0-59)"]),
+        ("      cron: '* * * *'\n", ["is not a cron expression"]),
+        ("      cron: '@daily'\n", ["is not a cron expression"]),
+        ("      cron: R 2 * * *\n", ["is not a cron expression"]),
+        ("      cron: 0 2 * * *\n      interval: 60\n", ["one of cron and interval", "0 2 * * *", "60"]),
+        ("      paused: true\n", ["one of cron and interval", "neither"]),
+        ("      interval: 0\n", ["greater than or equal to 1"]),
+        ("      cron: 0 2 * * *\n      timezone: Mars/Phobos\n", ["Mars/Phobos", "Europe/Berlin"]),
+        ("      crom: 0 2 * * *\n", ["did you mean cron?"]),
+    ],
+)
+def test_a_wrong_schedule_is_refused_with_its_line_and_the_fix(tmp_path: Path, text: str, parts: list[str]) -> None:
+    (tmp_path / "pipelines.yaml").write_text(NIGHT + text)
+    with pytest.raises(ConfigError) as refused:
+        PipelinesFile(tmp_path / "pipelines.yaml").pipeline("night")
+    for part in (*parts, f"{tmp_path}/pipelines.yaml:", "pipelines.night.schedule"):
+        assert part in str(refused.value)
+
+
+@pytest.mark.parametrize("schedule", ["{cron: '*/5 2-4 * * mon', timezone: Europe/Berlin}", "{interval: 3600}"])
+def test_a_schedule_is_read_without_importing_prefect(tmp_path: Path, schedule: str) -> None:
+    (tmp_path / "pipelines.yaml").write_text(f"pipelines: {{night: {{schedule: {schedule}}}}}")
+    program = "import sys; from pathlib import Path; from flows.config.pipelines import PipelinesFile\n"
+    program += (
+        "assert PipelinesFile(Path('pipelines.yaml')).pipeline('night').schedule; assert 'prefect' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, timeout=60)
+
+
+def test_given_parameters_are_merged_over_those_of_the_deployment_field_by_field(tiny: Pipeline) -> None:
+    registered = build_flow_parameters(tiny, set(Pipeline.model_fields))
+    asked = merge_parameters(
+        registered, {**registered, "train": {"max_steps": 5}, "corpus": {"val_fraction": 0.2}, "force": True}
+    )
+    assert asked == tiny.model_copy(
+        update={
+            "train": tiny.train.model_copy(update={"max_steps": 5}),
+            "corpus": tiny.corpus.model_copy(update={"val_fraction": 0.2}),
+        }
+    )
+    # 30 is not a multiple of the schema's 4 heads, but it is one of this pipeline's 2 heads.
+    assert merge_parameters(registered, {**registered, "model": {"emb_dim": 30}}).model.shape()["n_heads"] == 2
+    with pytest.raises(ConfigError, match="model: emb_dim 31 is not divisible by n_heads 2"):
+        merge_parameters(registered, {**registered, "model": {"emb_dim": 31}})
+
+
+@pytest.fixture
+def scheduled(project: Path) -> Path:
+    # Another package of the same name in the working directory must not be imported.
+    (project / "flows").mkdir()
+    (project / "flows" / "__init__.py").write_text("raise RuntimeError('the wrong flows')")
+    return project
+
+
+@pytest.mark.slow
+def test_the_server_has_the_deployments_of_the_file_and_every_change_is_listed(
+    scheduled: Path, server: Prefect
+) -> None:
+    write(scheduled, one={"schedule": {"cron": "0 2 * * *", "timezone": "Europe/Berlin"}}, two={"tags": ["mine"]})
+    with Serving(scheduled, server) as lines:
+        assert lines == ["added      one", "added      two", *(f"added      {name}" for name in OPERATIONS)]
+        schedule = server.ask("deployments/name/retrain/one")["schedules"]
+        assert [(one["schedule"]["cron"], one["schedule"]["timezone"], one["active"]) for one in schedule] == [
+            ("0 2 * * *", "Europe/Berlin", True)
+        ]
+        assert {"gptflow", "mine"} < set(server.ask("deployments/name/retrain/two")["tags"])
+    write(scheduled, one={}, three={"schedule": {"interval": 7200, "paused": True}})
+    with Serving(scheduled, server) as lines:
+        assert lines == [
+            "changed    one",
+            "added      three",
+            "unchanged  promote",
+            "unchanged  rollback",
+            "changed    prune",  # its form lists how much each pipeline's model keeps
+            "removed    two",
+        ]
+        assert server.ask("deployments/name/retrain/one")["schedules"] == []
+        (schedule,) = server.ask("deployments/name/retrain/three")["schedules"]
+        assert (schedule["schedule"]["interval"], schedule["active"]) == (7200.0, False)
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            server.ask("deployments/name/retrain/two")
+    with Serving(scheduled, server) as lines:
+        assert lines == ["unchanged  one", "unchanged  three", *(f"unchanged  {name}" for name in OPERATIONS)]
+
+
+@pytest.mark.slow
+def test_a_run_refuses_wrong_parameters_and_changes_only_the_given_ones(scheduled: Path, server: Prefect) -> None:
+    write(scheduled, form={})
+    with Serving(scheduled, server):
+        run = server.start("form", train={"max_steps": 5})
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            server.start("form", train={"max_steps": -5})
+        assert b"-5 is less than the minimum of 1" in refused.value.read()
+        assert server.ended(run)["type"] == "COMPLETED"
+        (directory,) = (scheduled / "mlruns" / "runs" / "form").glob("*/")
+        trained = json.loads((directory / "config.json").read_text())
+        assert (trained["train"]["max_steps"], trained["train"]["learning_rate"]) == (5, 0.01)
+        assert (trained["train"]["batch_size"], trained["model"]["emb_dim"]) == (8, 32)

@@ -1,0 +1,70 @@
+"""A served model without a registry: the real endpoint on a real port, in a thread of the test process."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Thread
+from typing import cast
+
+import torch
+import uvicorn
+
+from flows.endpoint.app import create_app
+from flows.endpoint.followed_version import FollowedVersion, ServedVersion
+from flows.endpoint.scheduler import Scheduler
+from gptcore.bundle import LoadedModel
+from gptcore.model.gpt import GPTModel
+from gptcore.tokens.tokenizer import get_tokenizer
+from tests.registry.made_versions import endless
+from tests.servers import free_ports, wait_for
+
+CFG = {
+    "vocab_size": 257,
+    "context_length": 32,
+    "emb_dim": 16,
+    "n_heads": 2,
+    "n_layers": 1,
+    "drop_rate": 0.0,
+    "qkv_bias": False,
+}
+
+
+def tiny_version(number: int) -> ServedVersion:
+    """Return version `number` of gpt-tiny with its own weights and a byte tokenizer. It never ends a text by itself."""
+    torch.manual_seed(number)
+    loaded = LoadedModel(endless(GPTModel(CFG)).eval(), get_tokenizer("bytes"), CFG)
+    return ServedVersion("gpt-tiny", str(number), loaded, f"weights-{number}", 1_700_000_000)
+
+
+class FixedVersion:
+    """A followed version that the test sets by hand."""
+
+    names = FollowedVersion.names
+
+    def __init__(self, current: ServedVersion) -> None:
+        self.uri, self.current, self.problem = "models:/gpt-tiny@champion", current, None
+
+
+class Endpoint:
+    """The endpoint: its address, its followed version and its scheduler."""
+
+    def __init__(self, max_running: int = 4, max_waiting: int = 8, max_tokens: int = 4096) -> None:
+        self.followed, self.scheduler = FixedVersion(tiny_version(1)), Scheduler(max_running, max_waiting)
+        app = create_app(cast(FollowedVersion, self.followed), self.scheduler, max_tokens)
+        self.port = free_ports(1)[0]
+        self.url = f"http://127.0.0.1:{self.port}"
+        config = uvicorn.Config(app, port=self.port, log_config=None, access_log=False, ws="none", lifespan="on")
+        self.server = uvicorn.Server(config)
+
+
+@contextmanager
+def endpoint(**limits: int) -> Iterator[Endpoint]:
+    """Serve an endpoint until the context ends."""
+    made = Endpoint(**limits)
+    thread = Thread(target=made.server.run)
+    thread.start()
+    try:
+        wait_for(lambda: made.server.started, 20)
+        yield made
+    finally:
+        made.server.should_exit = True
+        thread.join(20)

@@ -1,0 +1,209 @@
+"""The gate on a real registry: which versions become champion, and the recorded reasons and figures."""
+
+import math
+import shutil
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from mlflow import MlflowClient
+
+from flows.cards.verdict import SOURCES_OVERRIDDEN, WITHDRAWN, Verdict
+from flows.config.pipelines import Pipeline, overrides_sources
+from flows.registry import champion, gate, versions
+from flows.registry.gate import judge, judge_first
+from flows.registry.lineage import run_key
+from flows.state.root import StateRoot
+from gptcore.bundle import WEIGHTS
+from gptcore.config import GateConfig
+from gptcore.corpus.snapshot import Snapshot, read_blocks
+from gptcore.evaluation.run_report import Scores
+from gptcore.model.gpt import GPTModel
+from gptcore.tokens.directory import Tokens
+from tests.registry.judging import CFG, NAME, Weights, scores_of, sentences, snapshot_of, weights_after
+from tests.registry.judging import register as registered
+
+
+def text_snapshot(root: StateRoot, name: str, text: str, **settings: Any) -> Snapshot:
+    directory = root.path / "text" / name
+    directory.mkdir(parents=True)
+    (directory / "one.txt").write_text(text)
+    return snapshot_of(root, directory, **settings)
+
+
+@pytest.fixture(scope="module")
+def trained() -> dict[str, Weights]:
+    """Weights after 30 and after 80 updates, the latter also slightly disturbed and with NaN, and untrained weights."""
+    poor, good = weights_after([30, 80])
+    return {
+        "poor": poor,
+        "good": good,
+        "nearly": {key: value + 1e-4 * torch.randn_like(value) for key, value in good.items()},
+        "nan": {**good, "final_norm.scale": torch.full((32,), math.nan)},
+        "none": {key: value.detach() for key, value in GPTModel(CFG).state_dict().items()},
+    }
+
+
+@pytest.fixture
+def snapshot(root: StateRoot) -> Snapshot:
+    return text_snapshot(root, "own", sentences(1, 700))
+
+
+@pytest.fixture
+def scores(snapshot: Snapshot) -> Scores:
+    return scores_of(snapshot)
+
+
+@pytest.fixture
+def register(root: StateRoot, snapshot: Snapshot, trained: dict[str, Weights]) -> Callable[..., str]:
+    """A function that registers weights by name and returns the version."""
+    MlflowClient(root.tracking_uri).create_registered_model(NAME)
+    return lambda weights, corpus=snapshot: registered(root, trained[weights], corpus)
+
+
+@pytest.fixture
+def judged(root: StateRoot, snapshot: Snapshot, scores: Scores) -> Callable[..., Verdict]:
+    def call(version: str, cfg: GateConfig | None = None, sources_overridden: bool = False) -> Verdict:
+        return judge(root, NAME, version, snapshot, scores, cfg or GateConfig(), sources_overridden)
+
+    return call
+
+
+def champion_version(root: StateRoot) -> str | None:
+    found = versions.find_champion(root, NAME)
+    return None if found is None else str(found.version)
+
+
+def summary(root: StateRoot, version: str) -> dict[str, Any]:
+    return versions.summarize(root, versions.resolve(root, f"models:/{NAME}/{version}"))
+
+
+@pytest.mark.parametrize("bits", [2.5, math.inf, math.nan])
+def test_the_first_version_must_be_better_than_the_unigram_model(bits: float) -> None:
+    simple = SimpleNamespace(unigram_bits_per_byte=2.5)
+    scores = cast(Scores, SimpleNamespace(baselines=simple, reported=SimpleNamespace(blocks=40, bytes=1)))
+    assert not judge_first(bits, scores).promoted
+    assert judge_first(2.4999, scores).promoted
+
+
+def test_the_gate_uses_the_margin_and_confidence_of_the_pipeline(
+    root: StateRoot, register: Callable[..., str], judged: Callable[..., Verdict]
+) -> None:
+    judged(register("poor"))
+    verdict = judged(register("good"), GateConfig(margin=5.0, confidence=0.9))
+    assert verdict.kind == "tie within noise" and "margin of 5 with 0.9 confidence" in verdict.reason
+    assert champion_version(root) == "1"
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped"])
+def test_a_damaged_champion_stays_and_the_challenger_is_judged_after_the_repair(
+    root: StateRoot, register: Callable[..., str], judged: Callable[..., Verdict], damage: str
+) -> None:
+    judged(register("poor"))
+    weights = root.path / "models" / "1" / "artifacts" / versions.BUNDLE / WEIGHTS
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-100] if damage == "cut" else whole[:-1] + bytes([whole[-1] ^ 64]))
+    challenger = register("good")
+    with pytest.raises(versions.RegistryError, match=f"models:/{NAME}/1 cannot be loaded, and nothing is promoted"):
+        judged(challenger)
+    kept = summary(root, challenger)
+    assert champion_version(root) == "1"
+    assert (kept["verdict"], kept["gate_kind"]) == (None, "model damaged")
+    assert "models:/gpt-tiny/1 cannot be loaded" in kept["reason"]
+    weights.write_bytes(whole)
+    assert judged(challenger).promoted and champion_version(root) == "2"
+
+
+def test_text_that_the_champion_learned_from_is_excluded_and_reported(
+    root: StateRoot, snapshot: Snapshot, register: Callable[..., str], judged: Callable[..., Verdict]
+) -> None:
+    known = [block.text for block in read_blocks(snapshot.path, "holdout")][:3]
+    text = sentences(3, 50) + "".join(known) + sentences(4, 50)
+    older = text_snapshot(root, "older", text, split="contiguous", val_fraction=0.01, holdout_fraction=0.0)
+    judged(register("poor", older))
+    verdict = judged(register("good"))
+    assert verdict.excluded_bytes >= sum(len(text.encode()) for text in known)
+    assert verdict.bytes + verdict.excluded_bytes == snapshot.bytes["holdout"]
+    assert summary(root, "2")["gate_excluded_bytes"] == verdict.excluded_bytes
+    assert f"{verdict.excluded_bytes:,} excluded" in verdict.reason and verdict.promoted
+
+
+def test_with_too_few_clean_blocks_the_champion_stays(
+    root: StateRoot, snapshot: Snapshot, register: Callable[..., str], judged: Callable[..., Verdict]
+) -> None:
+    older = text_snapshot(root, "older", sentences(1, 700), split="contiguous", val_fraction=0.01, holdout_fraction=0.0)
+    judged(register("poor", older))
+    verdict = judged(register("good"))
+    assert verdict.kind == "insufficient evidence" and verdict.blocks < 20
+    assert (verdict.low, champion_version(root)) == (None, "1")
+    assert summary(root, "2")["verdict"] == "rejected"
+
+
+def test_missing_training_text_of_the_champion_is_reported_as_unknown_and_the_comparison_continues(
+    root: StateRoot, register: Callable[..., str], judged: Callable[..., Verdict]
+) -> None:
+    older = text_snapshot(root, "older", sentences(6, 300))
+    judged(register("poor", older))
+    shutil.rmtree(older.path)
+    verdict = judged(register("good"))
+    assert verdict.kind == "better"
+    assert "some training text is unknown" in verdict.reason and str(older.path) in verdict.reason
+    assert "of models:/gpt-tiny/1 is gone" in summary(root, "2")["gate_unknown"]
+
+
+def test_a_run_on_other_sources_does_not_replace_a_champion_but_one_on_the_pipelines_sources_does(
+    root: StateRoot, register: Callable[..., str], judged: Callable[..., Verdict]
+) -> None:
+    assert judged(register("poor"), sources_overridden=True).promoted
+    challenger = register("good")
+    verdict = judged(challenger, sources_overridden=True)
+    assert (verdict.kind, verdict.promoted, champion_version(root)) == (SOURCES_OVERRIDDEN, False, "1")
+    assert "version 1 stays champion without a comparison" in verdict.reason
+    assert judged(challenger).promoted
+
+
+def test_only_corpus_sources_given_on_the_command_line_count_as_overridden() -> None:
+    assert overrides_sources(["train.seed=1", "corpus.sources=[other.txt]"])
+    assert overrides_sources(["corpus={sources: [other.txt]}"])
+    assert not overrides_sources(["corpus.block_bytes=512", "train.seed=1"])
+
+
+def test_a_run_killed_after_the_alias_moved_is_still_recorded_as_promoted(
+    root: StateRoot, register: Callable[..., str], judged: Callable[..., Verdict], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged(register("poor"))
+    challenger = register("good")
+    write = gate._set_tags
+
+    def killed(client: MlflowClient, model_name: str, version: str, tags: dict[str, str]) -> None:
+        if "verdict" in tags:
+            raise KeyboardInterrupt
+        write(client, model_name, version, tags)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("flows.registry.gate._set_tags", killed)
+        judged(challenger)
+    assert (champion_version(root), summary(root, challenger)["verdict"]) == ("2", None)
+    verdict = judged(challenger)
+    assert (verdict.kind, verdict.champion_version, verdict.promoted) == ("better", "1", True)
+    kept = summary(root, challenger)
+    assert (kept["verdict"], kept["reason"], kept["gate_low"]) == ("promoted", verdict.reason, verdict.low)
+
+
+def test_weights_that_were_rolled_back_are_not_promoted_again(
+    root: StateRoot, register: Callable[..., str], judged: Callable[..., Verdict]
+) -> None:
+    judged(register("poor"))
+    judged(register("good"))
+    champion.rollback(root, NAME, "it swears", by="ada")
+    verdict = judged(register("good"))
+    assert (verdict.kind, verdict.promoted, champion_version(root)) == (WITHDRAWN, False, "1")
+    assert "it swears" in verdict.reason
+
+
+def test_gate_settings_do_not_change_the_run_key(tiny: Pipeline) -> None:
+    tokens = cast(Tokens, SimpleNamespace(sha256="0", n_vocab=257))
+    strict = tiny.model_copy(update={"gate": GateConfig(margin=1.0)})
+    assert run_key(tiny, tokens, 1) == run_key(strict, tokens, 1)

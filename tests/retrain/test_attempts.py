@@ -1,0 +1,99 @@
+"""Trainings that outlive a run: they are paused or killed, and later resumed on their first text or abandoned."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+from flows.config.pipelines import Pipeline
+from flows.registry import versions
+from flows.retrain import attempts
+from flows.state.root import StateRoot
+from gptcore.errors import TrainingDiverged
+from gptcore.training.run_directory import RunDirectory
+from tests.fixtures import prose
+from tests.retrain.test_policy import asking, run
+
+pytestmark = pytest.mark.usefixtures("prefect_server", "root")
+
+
+def run_directories(root: StateRoot) -> list[Path]:
+    return sorted((root.path / "runs" / "tiny").glob("*-*/"))
+
+
+def paused_once(tiny: Pipeline) -> Pipeline:
+    """Pause a training after one session of one update; return the pipeline for the next runs."""
+    name, outcome = run(asking(tiny, train={"session_seconds": 0.001}))
+    assert (name, outcome.verdict) == ("Paused", "paused")
+    assert "session_seconds are over at step 1" in outcome.reason
+    return tiny
+
+
+def statuses(root: StateRoot) -> list[str]:
+    client = MlflowClient(root.tracking_uri)
+    found = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    return sorted(run.info.status for run in found)
+
+
+def test_a_paused_training_is_finished_on_its_first_text_before_a_run_trains_on_new_text(
+    tiny: Pipeline, project: Path, root: StateRoot
+) -> None:
+    asked = paused_once(tiny)
+    assert statuses(root) == ["SCHEDULED"]
+    (only,) = run_directories(root)
+    (project / "text" / "two.txt").write_text(prose(2, 9000))
+    name, outcome = run(asked)
+    assert (name, outcome.uri, outcome.run_directory) == ("Promoted", "models:/gpt-tiny/1", str(only))
+    assert [line["step"] for line in RunDirectory(only).read_metrics()] == list(range(1, 61))
+    assert statuses(root) == ["FINISHED"]
+    _, outcome = run(asked)
+    assert outcome.uri == "models:/gpt-tiny/2" and len(run_directories(root)) == 2
+
+
+@pytest.mark.slow
+def test_a_training_in_sessions_ends_with_the_weights_of_an_uninterrupted_one(tiny: Pipeline, root: StateRoot) -> None:
+    asked = paused_once(asking(tiny, train={"max_steps": 12}))
+    run(asked)
+    run(asked, force=True)
+    first, second = (version.tags for version in versions.list_versions(root, "gpt-tiny"))
+    assert first["run_key"] == second["run_key"] and first["weights_sha256"] == second["weights_sha256"]
+
+
+@pytest.mark.slow
+def test_restart_abandons_a_paused_training_and_starts_on_the_new_text(
+    tiny: Pipeline, project: Path, root: StateRoot
+) -> None:
+    asked = asking(paused_once(tiny), retrain={"unfinished": "restart"})
+    (before,) = run_directories(root)
+    (project / "text" / "two.txt").write_text(prose(2, 3000))
+    _, outcome = run(asked)
+    assert outcome.run_directory != str(before) and RunDirectory(before).read_result() is None
+
+
+def test_a_training_that_failed_or_has_other_settings_or_sources_is_not_resumed(
+    tiny: Pipeline, root: StateRoot
+) -> None:
+    asked = paused_once(tiny)
+    assert attempts.find_unfinished(root, resolved(asked)) is not None
+    assert attempts.find_unfinished(root, resolved(asking(asked, train={"learning_rate": 0.02}))) is None
+    assert attempts.find_unfinished(root, resolved(asked), sources_overridden=True) is None
+    assert attempts.find_unfinished(root, resolved(asking(asked, train={"start_from": "champion"}))) is not None
+    (directory,) = run_directories(root)
+    RunDirectory(directory).record_failure(TrainingDiverged("it diverged", 1))
+    assert attempts.find_unfinished(root, resolved(asked)) is None
+
+
+@pytest.mark.slow
+def test_an_unfinished_training_whose_text_is_gone_is_abandoned(tiny: Pipeline, root: StateRoot) -> None:
+    asked = paused_once(tiny)
+    for snapshot in root.corpora.iterdir():
+        snapshot.rename(root.path / "elsewhere")
+    assert attempts.find_unfinished(root, resolved(asked)) is None
+    assert run(asked)[0] == "Promoted"
+
+
+def resolved(pipeline: Pipeline) -> Any:
+    from gptcore.training.resolve import resolve
+
+    return pipeline.model_copy(update={"train": resolve(pipeline.train)})

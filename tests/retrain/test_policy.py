@@ -1,0 +1,76 @@
+"""When a run trains: its text and settings are compared with those of the newest finished training."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows.config.pipelines import SECTIONS, Pipeline
+from flows.registry import versions
+from flows.retrain.flow import Outcome, retrain
+from flows.state.root import StateRoot
+from tests.fixtures import prose
+
+pytestmark = pytest.mark.usefixtures("prefect_server", "root")
+TRAINED = ("Promoted", "Kept champion")
+
+
+def run(pipeline: Pipeline, **more: Any) -> tuple[str, Outcome]:
+    sections = {name: getattr(pipeline, name) for name in SECTIONS}
+    state = retrain(pipeline.name, pipeline.model_name, **sections, **more, return_state=True)
+    assert state.name is not None
+    return state.name, state.result()
+
+
+def asking(pipeline: Pipeline, **sections: dict[str, Any]) -> Pipeline:
+    updates = {name: getattr(pipeline, name).model_copy(update=keys) for name, keys in sections.items()}
+    return pipeline.model_copy(update=updates)
+
+
+def test_a_run_trains_only_if_the_share_of_new_text_is_above_the_threshold(tiny: Pipeline, project: Path) -> None:
+    asked = asking(tiny, retrain={"when": "share", "min_new_share": 0.2}, train={"max_steps": 5})
+    assert run(asked)[0] in TRAINED
+    (project / "text" / "two.txt").write_text(prose(2, 500))
+    name, outcome = run(asked)
+    assert name == "Skipped"
+    assert "of the text is new since version 1, no more than retrain.min_new_share 20.0%" in outcome.reason
+    (project / "text" / "three.txt").write_text(prose(3, 9000))
+    name, outcome = run(asked)
+    assert name in TRAINED and outcome.uri == "models:/gpt-tiny/2"
+
+
+@pytest.mark.slow
+def test_a_run_trains_only_if_the_champion_is_worse_on_the_new_text(tiny: Pipeline, project: Path) -> None:
+    asked = asking(tiny, retrain={"when": "drift", "drift_margin": 0.5})
+    run(asked)
+    (project / "text" / "two.txt").write_text(prose(2, 2000))
+    name, outcome = run(asked)
+    assert name == "Skipped" and "no more than retrain.drift_margin 0.5" in outcome.reason
+    strange = "\n\n".join(" ".join("ZQXJVWK"[(i * j) % 7] * 3 + str(i * j) for j in range(20)) for i in range(60))
+    (project / "text" / "two.txt").write_text(strange)
+    name, outcome = run(asked)
+    assert name in TRAINED and outcome.uri == "models:/gpt-tiny/2"
+
+
+def test_changed_settings_are_trained_under_any_policy_and_a_rejected_training_is_not_repeated(
+    tiny: Pipeline, root: StateRoot, caplog: pytest.LogCaptureFixture
+) -> None:
+    strict = asking(tiny, retrain={"when": "share", "min_new_share": 0.9})
+    run(strict)
+    worse = asking(strict, train={"max_steps": 5})
+    name, outcome = run(worse)
+    assert (name, outcome.uri) == ("Kept champion", "models:/gpt-tiny/2")
+    assert "the settings are not those of version 1: train.max_steps 60 -> 5" in caplog.text
+    assert run(worse)[1].reason.startswith("nothing changed since version 2")
+    # Back to the first settings: the newest training had others, but version 1 was trained with these.
+    name, outcome = run(strict)
+    assert name == "Skipped" and "learned exactly this" in outcome.reason
+    assert len(versions.list_versions(root, "gpt-tiny")) == 2
+
+
+def test_another_number_of_cores_is_not_a_reason_to_train(tiny: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    auto = asking(tiny, train={"threads": "auto", "max_steps": 5})
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0})
+    run(auto)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
+    assert run(auto)[0] == "Skipped"

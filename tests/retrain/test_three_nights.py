@@ -1,0 +1,55 @@
+"""Three nights by cron: with a change, without one, with a change. Nothing is started by hand.
+
+Only this test shows that the pinned versions of Prefect, FastAPI and SQLAlchemy really schedule runs. A wrong pair of
+versions reports no error.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+from flows.registry.versions import find_champion, list_versions
+from flows.state.root import StateRoot
+from tests.fixtures import prose
+from tests.servers import Up, wait_for, write
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+def nights(up: Up) -> list[dict[str, Any]]:
+    """Return the runs that the schedule has started and that have ended, oldest first."""
+    ended = [run for run in up.prefect.runs() if run["state"]["type"] == "COMPLETED" and run["auto_scheduled"]]
+    return sorted(ended, key=lambda run: run["expected_start_time"])
+
+
+def registered(root: StateRoot) -> list[tuple[int, str]]:
+    """Return each version and the flow run that made it."""
+    return [(int(version.version), version.tags["prefect_flow_run_id"]) for version in list_versions(root, "gpt-tiny")]
+
+
+def test_a_schedule_retrains_only_when_the_text_has_changed(up: Up, root: StateRoot, project: Path) -> None:
+    write(project, tiny={"schedule": {"cron": "* * * * *"}})
+    up.start()
+    wait_for(lambda: len(nights(up)) == 1, 120)
+    (first,) = nights(up)
+    assert first["state"]["name"] == "Promoted" and registered(root) == [(1, first["id"])]
+
+    wait_for(lambda: len(nights(up)) == 2, 120)
+    second = nights(up)[1]
+    assert second["state"]["name"] == "Skipped" and "lock" not in second["state"]["message"]
+    assert registered(root) == [(1, first["id"])]
+    (project / "text" / "two.txt").write_text(prose(2, num_words=9000))
+
+    wait_for(lambda: len(nights(up)) == 3, 120)
+    third = nights(up)[2]
+    assert third["state"]["name"] in ("Promoted", "Kept champion")
+    assert registered(root) == [(1, first["id"]), (2, third["id"])]
+    old, new = list_versions(root, "gpt-tiny")
+    assert old.tags["corpus_sha256"] != new.tags["corpus_sha256"]
+    champion = find_champion(root, "gpt-tiny")
+    assert champion is not None
+    assert str(champion.version) == ("2" if third["state"]["name"] == "Promoted" else "1")
+    client = MlflowClient(root.tracking_uri)
+    assert [client.get_run(version.run_id).info.status for version in (old, new)] == ["FINISHED", "FINISHED"]

@@ -1,0 +1,140 @@
+"""Distributed training: how a process finds its rank, which rows each rank reads, and what is refused.
+
+Tests with several real processes are in tests/faults.
+"""
+
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from gptcore.config import TrainConfig
+from gptcore.errors import CheckpointError, ConfigError, GPTCoreError, TrainingDiverged, error_from_json, error_to_json
+from gptcore.training.batches import Batches
+from gptcore.training.distributed import ALONE, TIMEOUT, Place, is_restarted, join_ranks, read_place
+from gptcore.training.resolve import resolve
+from gptcore.training.run_directory import RunDirectory
+from tests.faults.trainings import make_tokens, prepare
+
+TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "a"}
+SLURM = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1", "SLURM_NTASKS_PER_NODE": "2"}
+
+
+def test_a_place_is_read_from_torchruns_variables_or_else_from_slurms():
+    assert read_place({}) is None, "a process alone"
+    assert read_place(TORCHRUN) == read_place({**SLURM, "MASTER_ADDR": "a"}) == Place(3, 4, 1, 2)
+    assert read_place({**SLURM, **TORCHRUN, "RANK": "0"}) == Place(0, 4, 1, 2), "torchrun inside a Slurm job"
+    assert read_place(SLURM) is None, "a batch script that starts one trainer has Slurm's variables too"
+    assert read_place({"RANK": "0", "WORLD_SIZE": "1"}) is None, "one process is alone, even if a launcher started it"
+    kubernetes = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "a"}
+    assert read_place(kubernetes) == Place(1, 2, 0, 1), "one process per pod"
+    assert is_restarted({"TORCHELASTIC_RUN_ID": "x"}) and not is_restarted(SLURM)
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"RANK": "3"}, "RANK=3 is set, but WORLD_SIZE and MASTER_ADDR are not. Launch all processes with torchrun"),
+        ({**TORCHRUN, "WORLD_SIZE": "four"}, "WORLD_SIZE=four.*whole numbers"),
+    ],
+)
+def test_launcher_variables_that_are_missing_or_not_numbers_are_refused(environment, said):
+    with pytest.raises(ConfigError, match=said):
+        read_place(environment)
+
+
+def test_a_timeout_that_is_not_a_number_is_refused_by_name(monkeypatch):
+    for name, value in {**TORCHRUN, TIMEOUT: "soon"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=f"{TIMEOUT} is 'soon'"), join_ranks():
+        pass
+
+
+def test_a_single_process_joins_no_group_and_runs_everything_itself():
+    with join_ranks() as ranks:
+        assert ranks is ALONE
+    assert ranks.run_on_rank_0(lambda: 1) == ranks.load_on_rank_0(lambda: 1) == ranks.run_on_all_ranks(lambda: 1) == 1
+    assert ranks.reduce_max(lambda: 2) == 2 and ranks.average(0.5, 2.0) == [0.5, 2.0]
+    assert ranks.choose_device("cpu") == torch.device("cpu")
+    before = torch.get_rng_state()
+    ranks.seed(1, 2)
+    assert torch.equal(torch.get_rng_state(), before), "the stream of random numbers is not seeded again"
+
+
+def test_importing_the_trainer_does_not_load_torch_distributed():
+    loading = (
+        "import sys, torch; before = {*sys.modules}; import gptcore.training.trainer; print(*{*sys.modules} - before)"
+    )
+    ran = subprocess.run([sys.executable, "-c", loading], capture_output=True, text=True, check=True)
+    assert "gptcore.training.distributed" in ran.stdout.split()
+    assert not [name for name in ran.stdout.split() if name.startswith("torch.distributed")]
+
+
+def test_the_rows_of_all_ranks_in_rank_order_are_the_whole_batch():
+    tokens = np.random.default_rng(0).integers(0, 257, 4001).astype(np.uint16)
+    whole = Batches(tokens, 8, 8, batch_size=12, accumulation=3, seed=5)
+    for size in (2, 3, 4, 12):
+        parts = [Batches(tokens, 8, 8, 12, 3, 5, rank=rank, num_ranks=size) for rank in range(size)]
+        assert {part.tokens_per_step for part in parts} == {whole.tokens_per_step}
+        for step in (0, whole.steps_per_epoch, 7):
+            shares = [part.make_micro_batches(step) for part in parts]
+            for number, expected in enumerate(whole.make_micro_batches(step)):
+                for side in (0, 1):
+                    assert torch.equal(torch.cat([share[number][side] for share in shares]), expected[side])
+
+
+def test_processes_that_cannot_share_a_batch_are_refused_with_both_numbers_and_values_that_fit():
+    said = "batch_size 12 is not divisible by processes 8, .* processes 6, or batch_size 16"
+    with pytest.raises(ValueError, match=said):
+        TrainConfig(batch_size=12, processes=8)
+    with pytest.raises(ValueError, match="processes 2 and device cuda:1: one GPU is for one process"):
+        TrainConfig(processes=2, device="cuda:1")
+
+
+def test_processes_auto_means_one_process_per_gpu(monkeypatch):
+    auto = TrainConfig(processes="auto", batch_size=6, device="cpu")
+    assert resolve(auto).processes == 1 and resolve(auto).threads == resolve(TrainConfig(device="cpu")).threads
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    on_gpus = auto.model_copy(update={"device": "cuda"})
+    assert resolve(on_gpus).processes == 3
+    with pytest.raises(ConfigError, match="batch_size 4 is not divisible by processes 3"):
+        resolve(on_gpus.model_copy(update={"batch_size": 4}))
+
+
+def test_a_run_directory_can_resume_with_another_number_of_processes(tmp_path: Path):
+    tokens = make_tokens(tmp_path / "tokens")
+    run = prepare(tmp_path / "run", tokens, processes=4, batch_size=8)
+    before = run.read_config()
+    prepare(tmp_path / "run", tokens, processes=1, batch_size=8)
+    assert (before.train.processes, run.read_config().train.processes) == (4, 1)
+    assert run.read_config().run_key == before.run_key
+
+
+def test_a_held_lock_is_awaited_until_patience_runs_out(tmp_path: Path):
+    run = RunDirectory(tmp_path)
+    with run.lock():
+        began = time.monotonic()
+        with pytest.raises(GPTCoreError, match="is being trained by process"), run.lock(patience=0.3):
+            pass
+        assert time.monotonic() - began >= 0.3
+        held = threading.Event()
+
+        def wait() -> None:
+            with run.lock(patience=60):
+                held.set()
+
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+    waiting.join()
+    assert held.is_set()
+
+
+@pytest.mark.parametrize("error", [CheckpointError("damaged"), TrainingDiverged("nan", 7), GPTCoreError("else")])
+def test_an_error_keeps_its_type_and_message_between_processes(error):
+    told = error_from_json(error_to_json(error))
+    assert type(told) is type(error) and str(told) == str(error) and vars(told) == vars(error)

@@ -56,11 +56,9 @@ class Earlier:
 
 
 def has_history() -> bool:
-    """Whether this is a checkout with its whole history, not a source archive or a shallow clone."""
-    asked = subprocess.run(
-        ["git", "-C", str(REPOSITORY), "rev-parse", "--is-shallow-repository"], capture_output=True, text=True
-    )
-    return asked.stdout.strip() == "false"
+    """Whether git has the commit of the earlier release. A source archive and a shallow clone do not have it."""
+    command = ["git", "-C", str(REPOSITORY), "cat-file", "-e", f"{EARLIER}^{{commit}}"]
+    return subprocess.run(command, capture_output=True).returncode == 0
 
 
 @pytest.fixture(scope="module")

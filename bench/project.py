@@ -171,7 +171,7 @@ class Project:
         steps = [step for step in told if step in STEPS]
         if not steps:
             return "start"
-        if "resumes" in said and steps[-1] == "compare":
+        if "unfinished training" in said and steps[-1] == "compare":
             return "train"  # a resumed training of an earlier night needs neither ingest nor tokenize
         return STEPS[STEPS.index(steps[-1]) + 1]
 

@@ -188,10 +188,10 @@ class _Retraining:
         if self.pipeline.retrain.unfinished == "restart":
             return None
         if (name := mirror.download_training(self.root, self.pipeline, self.sources_overridden)) is not None:
-            get_run_logger().info("another machine started %s", name, extra={"step": "unfinished"})
+            get_run_logger().info("another machine started %s", name, extra={"step": "resume"})
         attempt = attempts.find_unfinished(self.root, self.pipeline, self.sources_overridden)
         if attempt is not None:
-            get_run_logger().info("resumes %s", attempt.run.path.name, extra={"step": "unfinished"})
+            get_run_logger().info("unfinished training %s", attempt.run.path.name, extra={"step": "resume"})
             reason = self.compare(attempt.snapshot)
             self.collect_changes(reason, attempt.tokens, attempt.snapshot)
         return attempt

@@ -166,6 +166,7 @@ def test_an_interrupted_training_resumes_after_a_new_key_and_equals_an_uninterru
     lines = earlier.long_run().metrics.read_text().splitlines()
     done = earlier.gptflow("run", "long", code=later_code)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert f"resume   unfinished training {earlier.long_run().path.name}\n" in done.stdout
     (version,) = versions.list_versions(earlier.root, "gpt-long")
     assert version.tags["weights_sha256"] == earlier.twin["weights_sha256"]
     assert version.tags["run_key"] == earlier.twin["run_key"]

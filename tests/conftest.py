@@ -14,7 +14,6 @@ LONGEST = (
         "test_away.py",
         "test_work_pool.py",
         "test_processes.py",
-        "test_shared_state.py",
         "test_flow_kills.py",
     ),
     *("test_three_nights.py", "test_relocate.py", "test_browser.py", "test_notify.py", "test_release_kills.py"),

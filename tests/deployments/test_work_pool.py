@@ -174,6 +174,7 @@ def test_a_process_worker_in_another_directory_retrains_and_then_skips_an_unchan
     assert sorted(path.name for path in elsewhere.iterdir() if path.name.startswith(("mlruns", "mlflow"))) == []
 
 
+@pytest.mark.deep
 def test_a_pipeline_removed_from_the_file_leaves_the_pool_and_serve_takes_over_the_deployments(
     project: Path, server: Prefect
 ) -> None:
@@ -218,6 +219,7 @@ def took(directory: Path, run: str) -> bool:
     return f"submitting flow run '{run}'" in log and f"Aborted submission of flow run '{run}'" not in log
 
 
+@pytest.mark.deep
 def test_two_hosts_take_turns_and_one_resumes_the_training_of_a_lost_one(
     project: Path, server: Prefect, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -254,6 +256,7 @@ def test_two_hosts_take_turns_and_one_resumes_the_training_of_a_lost_one(
     assert [version["version"] for version in shown] == [1]
 
 
+@pytest.mark.deep
 def test_an_evicted_run_saves_waits_for_a_retry_and_can_be_cancelled(project: Path, server: Prefect) -> None:
     """Evict a run as Kubernetes does: SIGTERM to our job's command, with its environment and its own process ids."""
     deployed(project, server, evicted={})

@@ -79,6 +79,7 @@ def assert_one_whole_run(root: StateRoot, steps: int) -> None:
     assert len(client.search_model_versions("name = 'gpt-tiny'")) == 1
 
 
+@pytest.mark.deep
 @pytest.mark.usefixtures("prefect_server")
 def test_a_database_locked_for_half_a_minute_delays_only_the_logging(tiny: Pipeline, root: StateRoot) -> None:
     released: list[bool] = []

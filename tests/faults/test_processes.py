@@ -101,7 +101,7 @@ def saved_shapes(run: RunDirectory) -> dict[str, dict[str, list[int]]]:
     return {file.name: shapes(file) for file in directory.glob("*.safetensors")}
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_one_two_and_four_processes_learn_the_same_even_if_the_number_changes_on_resume(
     tokens: Tokens, tmp_path: Path
 ) -> None:

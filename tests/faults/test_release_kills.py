@@ -14,6 +14,8 @@ import pytest
 from tests.faults.release_points import Forker
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+EVERY = 3
+"""The slow tests kill a registration before every third point: kills before all of them take three minutes."""
 
 
 @pytest.fixture(scope="module")
@@ -31,25 +33,29 @@ def begin(forker: Forker, template: Path) -> None:
     shutil.copytree(template, forker.root.path)
 
 
-def chosen(points: list[str]) -> list[int]:
-    """Choose the points to test: the last of directories made in a row and two of the copied sources represent all."""
+def chosen(points: list[str], every: int) -> list[int]:
+    """Choose the points to test: the last of directories made in a row and two of the copied sources represent all.
+
+    Of these, take each `every`-th.
+    """
     copies = [number for number, point in enumerate(points) if "/code/gptcore/" in point][1:-1]
     made = [point.startswith("mkdir") for point in points]
     nested = [number for number, (this, next_) in enumerate(pairwise(made)) if this and next_]
-    return [number for number in range(len(points)) if number not in copies and number not in nested]
+    return [number for number in range(len(points)) if number not in copies and number not in nested][::every]
 
 
 @pytest.mark.parametrize(
-    ("state", "action", "champions"),
+    ("state", "action", "champions", "every"),
     [
-        ("new", "register", (None, "1")),
-        ("registered", "promote", ("1", "2")),
-        ("promoted", "rollback", ("2", "1")),
-        ("moved_outside", "settle", ("2", "2")),
+        ("new", "register", (None, "1"), EVERY),
+        pytest.param("new", "register", (None, "1"), 1, marks=pytest.mark.deep),
+        ("registered", "promote", ("1", "2"), 1),
+        ("promoted", "rollback", ("2", "1"), 1),
+        ("moved_outside", "settle", ("2", "2"), 1),
     ],
 )
 def test_a_kill_between_any_two_steps_leaves_a_champion_that_loads_and_the_next_call_completes_the_release(
-    forker: Forker, tmp_path: Path, state: str, action: str, champions: tuple[str | None, str]
+    forker: Forker, tmp_path: Path, state: str, action: str, champions: tuple[str | None, str], every: int
 ) -> None:
     shutil.rmtree(forker.root.path, ignore_errors=True)
     forker.root.prepare()
@@ -59,7 +65,7 @@ def test_a_kill_between_any_two_steps_leaves_a_champion_that_loads_and_the_next_
     assert forker.do(action, "look_at_everything", notes=True) == 0, forker.log.read_text()
     (undisturbed,), points = forker.looked(), forker.points()
     fell = []
-    for number in chosen(points):
+    for number in chosen(points, every):
         begin(forker, tmp_path / "template")
         assert forker.do(action, notes=True, kill_at=number) == -9, forker.log.read_text()
         point = forker.points()[-1]

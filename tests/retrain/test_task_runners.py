@@ -70,7 +70,7 @@ def test_a_missing_extra_is_named_with_the_command_that_installs_it(
         pass
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_an_unreachable_scheduler_is_an_error_at_once() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -132,14 +132,8 @@ def worked_on(task_runner: str, cfg: CorpusConfig, directory: Path) -> tuple[dic
 
 
 @pytest.mark.usefixtures("prefect_server")
-@pytest.mark.parametrize(
-    "task_runner",
-    [
-        pytest.param("scheduler", marks=pytest.mark.slow),
-        pytest.param("dask", marks=pytest.mark.deep),
-        pytest.param("ray", marks=pytest.mark.deep),
-    ],
-)
+@pytest.mark.parametrize("task_runner", ["scheduler", "dask", "ray"])
+@pytest.mark.deep
 def test_dask_and_ray_make_the_same_bytes_and_a_killed_worker_costs_only_its_shard(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, task_runner: str
 ) -> None:

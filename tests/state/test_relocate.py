@@ -222,7 +222,7 @@ def test_a_trained_state_works_in_a_new_place_when_the_old_one_is_gone(
     assert not (project / "mlruns").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_gptflow_up_updates_the_deployments_of_a_moved_state(up: Up, tmp_path: Path) -> None:
     up.start()
     up.stop()

@@ -18,7 +18,7 @@ from tests.servers import Up, begin, gptflow, living, write
 from tests.state.objects import Objects
 from tests.state.postgres import Postgres
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.deep
 
 
 def test_up_shares_its_state_on_postgresql_and_s3_with_a_second_machine_and_leaks_no_password(

@@ -33,7 +33,7 @@ from bench.tokenizing import _reference, made_up
 from bench.workers import peak_mb
 from gptcore.config import CorpusConfig
 from gptcore.corpus import contamination, ingest
-from gptcore.corpus.workers import count_cpus, map_in_processes
+from gptcore.processes import count_cpus, map_in_processes
 from gptcore.tokens import files
 
 ENGINES = ("whole", "processes", "dask", "ray")
@@ -67,8 +67,8 @@ def timed(function: Callable[[Any], Any], shard: Any) -> tuple[Any, float, float
 class _Watched:
     """A map that records where its seconds go."""
 
-    def __init__(self, mapped: Any, start: Callable[[], object]) -> None:
-        self._mapped, self._start = mapped, start
+    def __init__(self, map_shards: Any, start: Callable[[], object]) -> None:
+        self._map_shards, self._start = map_shards, start
         self.start = self.mapping = self.work = self.peak = 0.0
         self.shards = 0
 
@@ -76,7 +76,7 @@ class _Watched:
         began = time.perf_counter()
         self._start()
         started = time.perf_counter()
-        made = self._mapped(step, doing, functools.partial(timed, function), shards)
+        made = self._map_shards(step, doing, functools.partial(timed, function), shards)
         self.start += started - began
         self.mapping += time.perf_counter() - started
         self.work += sum(seconds for _, seconds, _ in made)
@@ -99,7 +99,7 @@ def _worked_on(watched: _Watched, texts: Path) -> dict[str, Any]:
         began = time.perf_counter()
         made = ingest.ingest(CorpusConfig(sources=(str(texts),)), Path(name) / "corpora", texts, watched)
         ingested = time.perf_counter()
-        encoded = files.tokenize(made.path, "gpt2", Path(name) / "tokens", mapped=watched)
+        encoded = files.tokenize(made.path, "gpt2", Path(name) / "tokens", map_shards=watched)
         total = time.perf_counter() - began
         work = watched.work / count_cpus()
         return {

@@ -20,9 +20,9 @@ from prefect.cache_policies import NO_CACHE
 from prefect.futures import PrefectFuture
 from prefect.task_runners import TaskRunner
 
-from gptcore.corpus.workers import Shard, count_cpus
 from gptcore.errors import GPTCoreError, SourceUnavailable
 from gptcore.manifest import is_out_of_space
+from gptcore.processes import Shard, count_cpus
 from gptcore.progress import Progress
 
 _ANSWER_SECONDS = 10.0
@@ -57,7 +57,7 @@ def work(function: Callable[[S], R], shard: S) -> R:
 
 
 class Cluster:
-    """A `gptcore.corpus.workers.Map` that runs each shard as a task of the current flow run."""
+    """A `gptcore.processes.MapShards` that runs each shard as a task of the current flow run."""
 
     def __init__(self, engine: str, address: str | None) -> None:
         """Use the cluster at `address`, or a cluster of the run's own if it is None. Nothing starts or connects yet."""

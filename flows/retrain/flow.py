@@ -36,9 +36,9 @@ from flows.tracking.metrics import MetricsLog
 from gptcore import manifest
 from gptcore.config import CorpusConfig, GateConfig, ModelConfig, RetrainConfig, SampleConfig, TrainConfig
 from gptcore.corpus.snapshot import Snapshot
-from gptcore.corpus.workers import Map
 from gptcore.errors import TrainingDiverged
 from gptcore.evaluation.run_report import Scores, read_samples, read_scores
+from gptcore.processes import MapShards
 from gptcore.tokens.directory import Tokens
 from gptcore.training import memory
 from gptcore.training.batches import check_sizes
@@ -201,7 +201,7 @@ class _Retraining:
         with task_runners.open_task_runner(self.pipeline.task_runner) as map_shards:
             return self.prepare(map_shards)
 
-    def prepare(self, map_shards: Map) -> Attempt | str:
+    def prepare(self, map_shards: MapShards) -> Attempt | str:
         """Ingest and tokenize the text, with `map_shards` for its shards, and make the run directory."""
         pipeline, root = self.pipeline, self.root
         with self.step("ingest") as step:
@@ -217,7 +217,7 @@ class _Retraining:
                 name=pipeline.corpus.tokenizer,
                 tokens_root=root.tokens,
                 vocabulary=start.load_tokenizer() if start else None,
-                mapped=map_shards,
+                map_shards=map_shards,
             )
             step.describe(tasks.describe_tokens(tokens))
         self.check_fits(tokens)

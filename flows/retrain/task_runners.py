@@ -14,8 +14,8 @@ import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from gptcore.corpus.workers import Map, map_in_processes
 from gptcore.errors import ConfigError
+from gptcore.processes import MapShards, map_in_processes
 
 _ENGINES = {"dask": "dask", "tcp": "dask", "tls": "dask", "ray": "ray"}
 _PACKAGES = {"dask": "prefect_dask", "ray": "prefect_ray"}
@@ -37,8 +37,8 @@ def _engine(task_runner: str) -> str | None:
 
 
 @contextmanager
-def open_task_runner(task_runner: str) -> Iterator[Map]:
-    """Yield a task runner's `Map`. A cluster of the run's own starts with the first shards and stops with this context.
+def open_task_runner(task_runner: str) -> Iterator[MapShards]:
+    """Yield a task runner's `MapShards`. A cluster of the run's own starts with the first shards and stops on exit.
 
     Raises ConfigError here, and ClusterUnreachable when the first shards are mapped.
     """

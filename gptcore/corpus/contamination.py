@@ -20,7 +20,8 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from gptcore.corpus.workers import SHARD_BYTES, WHOLE_BYTES, Map
+from gptcore.corpus.shards import SHARD_BYTES, WHOLE_BYTES
+from gptcore.processes import MapShards
 
 RUN_BYTES = 200
 """The shortest run that counts as shared."""
@@ -70,7 +71,9 @@ class SearchShard:
         return saved
 
 
-def find_shared_runs(text: PassageFile, others: Sequence[PassageFile], map_shards: Map | None = None) -> Positions:
+def find_shared_runs(
+    text: PassageFile, others: Sequence[PassageFile], map_shards: MapShards | None = None
+) -> Positions:
     """Return (runs, 2): start and end of each run of `text`, at least RUN_BYTES long, that a passage of `others` holds.
 
     The runs are in order, extended outward to whole UTF-8 characters, and joined where they overlap or touch. A long
@@ -102,7 +105,7 @@ def _search(
     text: PassageFile,
     search: Callable[[SearchShard], R],
     arrays: dict[str, npt.NDArray[Any]],
-    map_shards: Map | None,
+    map_shards: MapShards | None,
 ) -> list[R]:
     """Return the results of `search` for the shards of the text, in order."""
     size = text.path.stat().st_size

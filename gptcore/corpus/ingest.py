@@ -2,7 +2,7 @@
 
 All documents are first written one after another into a temporary file. So the bytes that are hashed are the bytes that
 are used, and a corpus need not fit into memory. The documents of a large corpus are written in shards, by several
-processes (shards.py, workers.py). The documents are cut into blocks, and split.py assigns the blocks to their sides.
+processes (shards.py). The documents are cut into blocks, and split.py assigns the blocks to their sides.
 Then contamination is removed from train: text that val or holdout holds too (contamination.py).
 
 snapshot.py reads snapshots.
@@ -24,11 +24,11 @@ from gptcore.config import CorpusConfig
 from gptcore.corpus import contamination, shards, sources, split
 from gptcore.corpus.contamination import PassageFile, Positions
 from gptcore.corpus.documents import DocumentStore, Spool, read_chunks
-from gptcore.corpus.shards import ShardDocuments
+from gptcore.corpus.shards import WHOLE_BYTES, ShardDocuments
 from gptcore.corpus.snapshot import DOCUMENTS, TRAIN_BLOCKS, Snapshot, load_snapshot, passage_bounds
 from gptcore.corpus.split import SIDES
-from gptcore.corpus.workers import WHOLE_BYTES, Map, map_in_processes
 from gptcore.errors import CorpusError
+from gptcore.processes import MapShards, map_in_processes
 from gptcore.progress import Progress
 
 CORPUS_VERSION = 2
@@ -45,7 +45,7 @@ _DROPPED = (
 _RAW_TRAIN, _RAW_TRAIN_BLOCKS = "train.raw", "train-blocks.raw"
 
 
-def ingest(cfg: CorpusConfig, corpora: Path, base: Path, map_shards: Map = map_in_processes) -> Snapshot:
+def ingest(cfg: CorpusConfig, corpora: Path, base: Path, map_shards: MapShards = map_in_processes) -> Snapshot:
     """Read all sources and publish `corpora`/<sha256[:16]>, unless this snapshot exists already.
 
     Relative sources start at `base`; downloads are kept in `downloads` beside `corpora`. A large corpus is read, cut
@@ -72,7 +72,7 @@ def ingest(cfg: CorpusConfig, corpora: Path, base: Path, map_shards: Map = map_i
             return _make_snapshot(cfg, shard_documents, corpora, map_shards)
 
 
-def _make_snapshot(cfg: CorpusConfig, documents: DocumentStore, corpora: Path, map_shards: Map) -> Snapshot:
+def _make_snapshot(cfg: CorpusConfig, documents: DocumentStore, corpora: Path, map_shards: MapShards) -> Snapshot:
     if not documents.entries:
         raise CorpusError(
             f"corpus.sources {list(cfg.sources)} hold no text: {documents.dropped['empty_documents']} documents were "
@@ -130,7 +130,9 @@ class _SideWriter:
         self.index.close()
 
 
-def _publish(cfg: CorpusConfig, documents: DocumentStore, goal: Path, about: dict[str, Any], map_shards: Map) -> None:
+def _publish(
+    cfg: CorpusConfig, documents: DocumentStore, goal: Path, about: dict[str, Any], map_shards: MapShards
+) -> None:
     dropped = Counter(dict.fromkeys(_DROPPED, 0))
     dropped.update(documents.dropped)
     with manifest.stage(goal.parent) as staged:
@@ -176,7 +178,7 @@ def _write_sides(
     return sides
 
 
-def _remove_contamination(staged: Path, sides: dict[str, _SideWriter], map_shards: Map) -> Positions:
+def _remove_contamination(staged: Path, sides: dict[str, _SideWriter], map_shards: MapShards) -> Positions:
     """Write train.txt and its index without the runs that val or holdout hold too.
 
     Returns (runs, 2), the start and end of each removed run in the file as it was before.

@@ -7,7 +7,8 @@
 A shard is a list of files that are read together: about 16 MiB of text at most, unless a single file is larger. The
 name of a shard directory follows from the shard, and its manifest says which bytes it was made from. So the next run
 after a kill reuses the directory if the files are still the same. The shard directories are beside the snapshots while
-a run makes one of them, and are removed afterwards. The shards are read by worker processes (workers.py) or a cluster.
+a run makes one of them, and are removed afterwards. Child processes (gptcore/processes.py) or a cluster read the
+shards.
 """
 
 import fcntl
@@ -29,9 +30,12 @@ from gptcore.corpus.blocks import cut_blocks
 from gptcore.corpus.documents import DocumentEntry, DocumentStore, MeasuredChunks, read_chunks
 from gptcore.corpus.formats import Errors
 from gptcore.corpus.sources import Document, File
-from gptcore.corpus.workers import SHARD_BYTES
 from gptcore.errors import CheckpointError
 
+SHARD_BYTES = 16 * 1024 * 1024
+"""About how much text a shard holds."""
+WHOLE_BYTES = 256 * 1024 * 1024
+"""Up to this much text is processed without shards: at 100 MB, shards took two processes longer than no shards."""
 SHARDS_VERSION = 1
 """Raised when equal files would give other shard directories."""
 

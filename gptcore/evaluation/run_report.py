@@ -10,7 +10,6 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -71,13 +70,12 @@ def evaluate_run(run: RunDirectory, snapshot: Snapshot, tokens: Tokens) -> Path:
     def fill(directory: Path) -> None:
         model, tokenizer = load_model(run, tokens)
         device = torch.device(run.read_config().train.device)
-        with TemporaryDirectory(prefix=manifest.TEMPORARY, dir=run.path) as work:
-            for side in ("val", "holdout"):
-                if snapshot.blocks[side]:
-                    scores = _score_if_shared(run, snapshot, tokens, side, Path(work))
-                    side_blocks = read_blocks(snapshot.path, side)
-                    evaluation = evaluate_blocks(model, tokenizer, side_blocks, device, side, scores)
-                    _write_json(directory / f"{side}.json", evaluation.to_json())
+        for side in ("val", "holdout"):
+            if snapshot.blocks[side]:
+                scores = _score_if_shared(run, snapshot, tokens, side)
+                side_blocks = read_blocks(snapshot.path, side)
+                evaluation = evaluate_blocks(model, tokenizer, side_blocks, device, side, scores)
+                _write_json(directory / f"{side}.json", evaluation.to_json())
         reported = list(read_blocks(snapshot.path, reported_side(snapshot)))
         train_text = snapshot.path / "train.txt"
         baselines = score_baselines(tokens.side("train"), tokenizer, tokens.n_vocab, reported, train_text)
@@ -170,13 +168,11 @@ def read_samples(directory: Path) -> list[Sample]:
     return [Sample(**sample) for sample in json.loads((directory / "samples.json").read_text())]
 
 
-def _score_if_shared(
-    run: RunDirectory, snapshot: Snapshot, tokens: Tokens, side: str, work: Path
-) -> Iterator[BlockScore] | None:
+def _score_if_shared(run: RunDirectory, snapshot: Snapshot, tokens: Tokens, side: str) -> Iterator[BlockScore] | None:
     """Score a side with several processes if the run is configured so, else return None."""
     if run.read_config().train.processes == 1:
         return None
-    return score_in_processes(run, tokens, snapshot.path, side, work)
+    return score_in_processes(run, tokens, snapshot.path, side)
 
 
 def _measure_surprise(

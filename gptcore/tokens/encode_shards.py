@@ -4,10 +4,9 @@ A shard is a range of bytes of one side, about 16 MiB. It ends with a passage, o
 `cut_into_pieces`, so that the ids are those of the whole text. The output of a shard is named after its range. It lies
 in a work directory that belongs to this snapshot and this tokenizer, so that the next run after a kill reuses it.
 
-Who runs the shards is up to the caller's `Map` (corpus/workers.py). See files.py for what the ids become.
+Who runs the shards is up to the caller's `MapShards` (gptcore/processes.py). See files.py for what the ids become.
 """
 
-import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +16,12 @@ import numpy as np
 
 from gptcore import manifest
 from gptcore.corpus import contamination
+from gptcore.corpus.shards import SHARD_BYTES
 from gptcore.corpus.snapshot import side_text
-from gptcore.corpus.workers import SHARD_BYTES, Map
 from gptcore.errors import CheckpointError
+from gptcore.processes import MapShards
 from gptcore.tokens.directory import SIDES, dtype_of, write_ids
-from gptcore.tokens.encode import batch_passages, encode_batch, read_chunks
+from gptcore.tokens.encode import batch_passages, encode_batch, load_once, read_chunks
 from gptcore.tokens.tokenizer import Tokenizer, cut_into_pieces
 
 _VOCABULARY, _IDS = "vocabulary", "ids.bin"
@@ -65,13 +65,13 @@ def load_or_make_vocabulary(directory: Path, make: Callable[[], Tokenizer]) -> T
     return Tokenizer.load(goal)
 
 
-def encode_in_shards(snapshot: Path, directory: Path, mapped: Map) -> dict[str, Iterator[np.ndarray]]:
+def encode_in_shards(snapshot: Path, directory: Path, map_shards: MapShards) -> dict[str, Iterator[np.ndarray]]:
     """Encode both sides of a snapshot, and return the ids of each side, one array (tokens,) per shard.
 
     The work directory must hold the vocabulary: call `load_or_make_vocabulary` first.
     """
     shards = [shard for side in SIDES for shard in plan_shards(snapshot, side, directory)]
-    outputs = mapped("tokenize", "encoded", encode_shard, shards)
+    outputs = map_shards("tokenize", "encoded", encode_shard, shards)
     return {
         side: map(_read_ids, [output for shard, output in zip(shards, outputs) if shard.side == side]) for side in SIDES
     }
@@ -120,7 +120,7 @@ def encode_shard(shard: Shard) -> Path:
             return shard.output
         except CheckpointError:
             manifest.remove(shard.output)
-    tokenizer = _load_tokenizer(shard.directory / _VOCABULARY)
+    tokenizer = load_once(shard.directory / _VOCABULARY)  # the path names corpus and tokenizer
     with manifest.stage(shard.directory) as staged, (shard.snapshot / f"{shard.side}.txt").open("rb") as file:
         bounds = shard.bounds
         first, last = np.searchsorted(bounds, [shard.start, shard.end])
@@ -134,12 +134,6 @@ def encode_shard(shard: Shard) -> Path:
         dtype = np.dtype(dtype_of(tokenizer.n_vocab)).name
         manifest.commit(staged, shard.output, {"kind": "token part", "dtype": dtype})
     return shard.output
-
-
-@functools.lru_cache(maxsize=1)
-def _load_tokenizer(saved: Path) -> Tokenizer:
-    """Load a tokenizer, and keep it for the next shard. The path names corpus and tokenizer, so it cannot go stale."""
-    return Tokenizer.load(saved)
 
 
 def _read_ids(output: Path) -> np.ndarray:

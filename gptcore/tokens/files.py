@@ -17,9 +17,10 @@ import numpy as np
 
 from gptcore import manifest
 from gptcore.corpus import shards
+from gptcore.corpus.shards import WHOLE_BYTES
 from gptcore.corpus.snapshot import load_snapshot
-from gptcore.corpus.workers import WHOLE_BYTES, Map, map_in_processes
 from gptcore.errors import CheckpointError, ConfigError
+from gptcore.processes import MapShards, map_in_processes
 from gptcore.progress import Progress
 from gptcore.tokens import encode_shards, stream
 from gptcore.tokens.directory import SIDES, TOKENS_VERSION, Tokens, dtype_of, read_manifest, write_ids
@@ -60,14 +61,14 @@ def tokenize(
     tokens_root: Path,
     processes: int | None = None,
     vocabulary: Tokenizer | None = None,
-    mapped: Map = map_in_processes,
+    map_shards: MapShards = map_in_processes,
 ) -> Tokens:
     """Encode the train and val sides of a corpus snapshot into a directory of `tokens_root`, unless it exists already.
 
     `name` is the tokenizer as in the configuration. A tokenizer bpe:N is trained on the train side first, unless a
-    `vocabulary` of that name is given. `mapped` distributes a large corpus, in shards. This process and its children
-    encode a smaller one, and also a large one if `processes` says how many of them to use. Memory does not grow with
-    the corpus or its longest text.
+    `vocabulary` of that name is given. `map_shards` distributes a large corpus, in shards. This process and its
+    children encode a smaller one, and also a large one if `processes` says how many of them to use. Memory does not
+    grow with the corpus or its longest text.
 
     Raises ConfigError for an unknown tokenizer or a vocabulary of another name, CorpusError if the text is too short
     for the N entries of bpe:N, TokenizerError if a vocabulary is missing and cannot be downloaded, and CheckpointError
@@ -88,7 +89,7 @@ def tokenize(
 
     num_bytes = sum(source.bytes[side] for side in SIDES)
     if processes is None and num_bytes > WHOLE_BYTES:
-        started = _encode_in_shards(snapshot, tokens_root, identity, make_tokenizer, mapped)
+        started = _encode_in_shards(snapshot, tokens_root, identity, make_tokenizer, map_shards)
     else:
         started = _encode_whole(snapshot, tokens_root, num_bytes, make_tokenizer, processes)
     with started as encoding:
@@ -99,12 +100,12 @@ def tokenize(
 
 @contextmanager
 def _encode_in_shards(
-    snapshot: Path, tokens_root: Path, identity: str, make_tokenizer: Callable[[], Tokenizer], mapped: Map
+    snapshot: Path, tokens_root: Path, identity: str, make_tokenizer: Callable[[], Tokenizer], map_shards: MapShards
 ) -> Iterator[_Encoding]:
-    """Encode a large snapshot through `mapped`."""
+    """Encode a large snapshot through `map_shards`."""
     with shards.lock_work_directory(tokens_root.absolute(), identity) as directory:
         tokenizer = encode_shards.load_or_make_vocabulary(directory, make_tokenizer)
-        sides = encode_shards.encode_in_shards(snapshot.absolute(), directory, mapped)
+        sides = encode_shards.encode_in_shards(snapshot.absolute(), directory, map_shards)
         with manifest.stage(tokens_root) as staged:
             tokenizer.save(staged / "tokenizer")
             yield _Encoding(staged, tokenizer, sides)
@@ -120,9 +121,9 @@ def _encode_whole(
     with manifest.stage(tokens_root) as staged:
         tokenizer.save(staged / "tokenizer")
         num_processes = processes or choose_num_processes(num_bytes)
-        with start_encoder(tokenizer, staged / "tokenizer", num_processes) as encoder:
+        with start_encoder(tokenizer, staged / "tokenizer", num_processes) as encode:
             passages = {side: read_passages_in_chunks(snapshot, side, progress) for side in SIDES}
-            sides = {side: encoder.encode(batch_passages(passages[side])) for side in SIDES}
+            sides = {side: encode(batch_passages(passages[side])) for side in SIDES}
             yield _Encoding(staged, tokenizer, sides)
 
 

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from gptcore.config import CorpusConfig
-from gptcore.corpus import contamination, ingest, workers
+from gptcore.corpus import contamination, ingest
 from gptcore.corpus import shards as parts
-from gptcore.corpus.workers import WorkerDied, map_in_processes
 from gptcore.errors import CorpusError
+from gptcore.processes import WorkerDied, count_cpus, map_in_processes
 from gptcore.tokens import encode_shards, files
 from gptcore.tokens import tokenizer as tokenizer_room
 from tests.corpus.fatal import Fatal, die
@@ -72,17 +72,17 @@ def test_shards_give_the_same_snapshot_and_token_files_byte_for_byte(
     encoded = files.tokenize(alone.path, "bpe:300", tmp_path / "alone" / "tokens")
     small_shards(monkeypatch)
     counted: dict[str, int] = {}
-    for name, mapped in (("backwards", backwards), ("two", in_two)):
+    for name, map_shards in (("backwards", backwards), ("two", in_two)):
 
-        def counting(step: str, doing: str, function: Any, shards: Any, mapped: Any = mapped) -> list[Any]:
+        def counting(step: str, doing: str, function: Any, shards: Any, map_shards: Any = map_shards) -> list[Any]:
             counted[doing] = len(shards)
-            return mapped(step, doing, function, shards)
+            return map_shards(step, doing, function, shards)
 
         made = ingest.ingest(cfg, tmp_path / name / "corpora", tmp_path, counting)
         assert files_of(made.path) == files_of(alone.path)
         if name == "two" and way == "contiguous":
             continue  # worker processes cut longer pieces: PIECE_CHARS is patched in this process only
-        again = files.tokenize(made.path, "bpe:300", tmp_path / name / "tokens", mapped=counting)
+        again = files.tokenize(made.path, "bpe:300", tmp_path / name / "tokens", map_shards=counting)
         assert files_of(again.path) == files_of(encoded.path)
         assert not list(tmp_path.glob(f"{name}/*/.tmp-*")), "shards are swept"
     assert counted["read"] > 8 and counted["decontaminated"] > 8 and counted["encoded"] > 12
@@ -94,7 +94,7 @@ def test_a_small_corpus_is_not_split_into_shards(tmp_path: Path) -> None:
 
     write_texts(tmp_path / "texts")
     made = ingest.ingest(CorpusConfig(sources=("texts",)), tmp_path / "corpora", tmp_path, refused)
-    files.tokenize(made.path, "bytes", tmp_path / "tokens", mapped=refused)
+    files.tokenize(made.path, "bytes", tmp_path / "tokens", map_shards=refused)
 
 
 def test_the_shard_of_a_killed_process_is_repeated_and_a_shard_that_always_kills_is_an_error(tmp_path: Path) -> None:
@@ -165,7 +165,9 @@ def test_a_text_with_few_borders_is_cut_at_the_same_places_in_shards(
     small_shards(monkeypatch, 10_000)
     shards = encode_shards.plan_shards(snapshot, "train", tmp_path)
     assert len(shards) > 10 and max(shard.num_bytes for shard in shards) <= 10_000
-    assert files_of(files.tokenize(snapshot, "gpt2", tmp_path / "cut", mapped=backwards).path) == files_of(whole.path)
+    assert files_of(files.tokenize(snapshot, "gpt2", tmp_path / "cut", map_shards=backwards).path) == files_of(
+        whole.path
+    )
 
 
 def test_the_processes_end_with_the_work(tmp_path: Path) -> None:
@@ -174,4 +176,4 @@ def test_the_processes_end_with_the_work(tmp_path: Path) -> None:
     before = set(psutil.Process().children())
     in_two("ingest", "read", die, [Fatal(tmp_path, number, times=0) for number in range(2)])
     assert set(psutil.Process().children()) <= before
-    assert workers.count_cpus() >= 1
+    assert count_cpus() >= 1

@@ -76,10 +76,10 @@ def test_an_unreachable_scheduler_is_an_error_at_once() -> None:
         free.bind(("127.0.0.1", 0))
         address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
     with (
-        task_runners.open_task_runner(address) as mapped,
+        task_runners.open_task_runner(address) as map_shards,
         pytest.raises(ClusterUnreachable, match=f"nothing answers at {address}: .*refused"),
     ):
-        mapped("ingest", "read", die, [Fatal(Path(), 1, 0)])
+        map_shards("ingest", "read", die, [Fatal(Path(), 1, 0)])
 
 
 @pytest.fixture
@@ -114,12 +114,12 @@ def worked_on(task_runner: str, cfg: CorpusConfig, directory: Path) -> tuple[dic
 
     @flow(persist_result=False)
     def work() -> Any:
-        with task_runners.open_task_runner(task_runner) as mapped:
+        with task_runners.open_task_runner(task_runner) as map_shards:
             if task_runner != "dask":  # its workers take long to restart; those of a scheduler are the same
                 shards = [Fatal(directory, number, number == 1) for number in range(4)]
-                assert mapped("ingest", "read", die, shards) == [0, 1, 2, 3]
-            made = tasks.ingest(cfg, directory / "corpora", directory.parent, mapped)
-            encoded = tasks.tokenize(made.path, "gpt2", directory / "tokens", mapped=mapped)
+                assert map_shards("ingest", "read", die, shards) == [0, 1, 2, 3]
+            made = tasks.ingest(cfg, directory / "corpora", directory.parent, map_shards)
+            encoded = tasks.tokenize(made.path, "gpt2", directory / "tokens", map_shards=map_shards)
         return made.path, encoded.path
 
     directory.mkdir()

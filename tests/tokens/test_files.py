@@ -7,14 +7,14 @@ import threading
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 
-from gptcore import manifest
+from gptcore import manifest, processes
 from gptcore.config import CorpusConfig
 from gptcore.corpus import ingest
 from gptcore.corpus import snapshot as snapshots
 from gptcore.errors import CheckpointError, ConfigError, CorpusError, TokenizerError
+from gptcore.processes import WorkerDied
 from gptcore.tokens import directory, encode, files
 from gptcore.tokens import tokenizer as tokenizer_room
 from gptcore.tokens.files import load_tokens, tokenize
@@ -202,8 +202,8 @@ def test_errors_leave_nothing_behind(snapshot, tmp_path):
 
 
 def test_a_tokenizing_process_that_dies_is_an_error_and_leaves_no_process_behind(snapshot, tmp_path, monkeypatch):
-    monkeypatch.setattr(encode, "_WORKER", "import sys; sys.stdin.buffer.read(1); sys.exit(3)")
-    with pytest.raises(RuntimeError, match="exit code 3"):
+    monkeypatch.setattr(processes, "_CHILD", "import sys; sys.stdin.buffer.read(1); sys.exit(3)")
+    with pytest.raises(WorkerDied, match=r"killed 3 processes .* exit code 3"):
         tokenize(snapshot, "bytes", tmp_path / "tokens", processes=2)
     assert not list((tmp_path / "tokens").glob("*"))
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("ThreadPoolExecutor")]
@@ -219,29 +219,17 @@ def script(tmp_path: Path, program: str) -> subprocess.Popen:
 
 def test_the_processes_of_an_unguarded_script_that_imports_torch_do_not_import_torch(snapshot, tmp_path):
     program = (
-        "import torch\nfrom pathlib import Path\nfrom gptcore.tokens import encode, files\n"
-        "report = '; print(\"torch\" in sys.modules, file=sys.stderr, flush=True); _run_worker('\n"
-        "encode._WORKER = encode._WORKER.replace('; _run_worker(', report)\n"
-        f"print(files.tokenize(Path({str(snapshot)!r}), 'bytes', Path('tokens'), processes=2).counts['train'])\n"
+        "import torch\nfrom pathlib import Path\nfrom gptcore.processes import start_pool\n"
+        "from gptcore.tokens import encode, files\n"
+        f"made = files.tokenize(Path({str(snapshot)!r}), 'bytes', Path('tokens'), processes=2)\n"
+        "with start_pool(1) as pool:\n"
+        "    encoder = encode._BatchEncoder(made.load_tokenizer(), made.path / 'tokenizer')\n"
+        "    print(pool.submit(encoder, ['text']).result().tolist())\n"
+        '    print(pool.submit(eval, \'"torch" in __import__("sys").modules\').result())\n'
     )
     with script(tmp_path, program) as running:
         out, said = running.communicate()
-    assert running.returncode == 0 and int(out) > 0, said
-    assert set(said.split()) == {"False"}
-
-
-def test_tokenizing_processes_end_when_their_parent_is_killed(tmp_path):
-    get_tokenizer("bytes").save(tmp_path / "saved")
-    program = (
-        "import time\nfrom pathlib import Path\nfrom gptcore.tokens.encode import start_encoder\n"
-        "with start_encoder(None, Path('saved'), 3) as encoder:\n"
-        "    print(*(worker.pid for worker in encoder._workers), flush=True)\n    time.sleep(100)\n"
-    )
-    with script(tmp_path, program) as running:
-        workers = [psutil.Process(int(pid)) for pid in running.stdout.readline().split()]
-        running.kill()
-    _, alive = psutil.wait_procs(workers, timeout=30)
-    assert len(workers) == 2 and all(worker.status() == psutil.STATUS_ZOMBIE for worker in alive)
+    assert running.returncode == 0 and out == f"{list(b'text')}\nFalse\n", said
 
 
 def test_a_damaged_tokenizer_of_a_token_directory_is_refused(snapshot, tmp_path):

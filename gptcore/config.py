@@ -316,6 +316,15 @@ class GateConfig(Section):
     confidence: Annotated[Finite, Field(ge=0.5, le=0.999)] = 0.95
     """Confidence, between 0.5 and 0.999, with which the challenger must be better by more than the margin. It is the
     one-sided confidence of a paired bootstrap over the blocks."""
+    forget: Annotated[Finite, Field(ge=0, le=8)] | None = None
+    """Bits per byte by which the challenger may be worse on old text: held-out blocks that were in the champion's
+    corpus already. If it is worse by more, with the same confidence, it is not promoted, however good it is on new
+    text. Raise it if the text is meant to change. Default: the margin."""
+
+    @property
+    def forget_margin(self) -> float:
+        """Return `forget`, or `margin` if `forget` is empty."""
+        return self.margin if self.forget is None else self.forget
 
 
 class RetrainConfig(Section):

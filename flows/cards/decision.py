@@ -13,7 +13,7 @@ from pathlib import Path
 
 from flows.cards.verdict import SOURCES_OVERRIDDEN, WITHDRAWN, Verdict
 from gptcore.config import GateConfig
-from gptcore.evaluation.compare import MIN_BLOCKS
+from gptcore.evaluation.compare import MIN_BLOCKS, Comparison
 from gptcore.evaluation.run_report import Scores
 from gptcore.evaluation.samples import Sample
 from gptcore.training.run_directory import Result
@@ -99,7 +99,8 @@ def explain_verdict(verdict: Verdict, version: str) -> str:
     new, old = f"Version {version}", f"version {verdict.champion_version}"
     stays = f"{old} stays champion" if verdict.champion_version else "there is still no champion"
     loses = f"{new} does not become champion, the version in use."
-    difference = _format_difference(verdict)
+    difference = _format_difference(verdict.bits_per_byte, verdict.champion_bits_per_byte)
+    old_difference = _format_difference(verdict.old.challenger, verdict.old.champion) if verdict.old else ""
     sentences = {
         "beats unigram": f"{new} is the first champion, the version in use. It predicts unseen text better than word "
         "frequencies alone do.",
@@ -109,6 +110,8 @@ def explain_verdict(verdict: Verdict, version: str) -> str:
         "worse": f"{loses} It predicts unseen text worse than {old}{difference}.",
         "tie within noise": f"{loses} It predicts unseen text about as well as {old}{difference}, so the "
         "difference may be chance.",
+        "worse on old text": f"{loses} It predicts new text better than {old}, but it predicts the kinds of text that "
+        f"were there before worse{old_difference}.",
         "not finite": f"{loses} Its score is not a finite number, so it cannot be compared and {stays}.",
         "insufficient evidence": f"{loses} Too little text that neither model has learned from is left to tell which "
         f"is better, so {stays}.",
@@ -177,11 +180,11 @@ def _decision(verdict: Verdict) -> str:
     return "promoted" if verdict.promoted else "rejected"
 
 
-def _format_difference(verdict: Verdict) -> str:
+def _format_difference(challenger: float, champion: float | None) -> str:
     """Format the relative difference of the scores, for example " (5.3% fewer bits to encode it)"."""
-    if not verdict.champion_bits_per_byte:
+    if not champion:
         return ""
-    share = 1 - verdict.bits_per_byte / verdict.champion_bits_per_byte
+    share = 1 - challenger / champion
     return f" ({abs(share):.1%} {'fewer' if share >= 0 else 'more'} bits to encode it)"
 
 
@@ -216,9 +219,38 @@ def _list_evidence(card: Card) -> list[tuple[str, str]]:
     if verdict.champion_bits_per_byte is not None:
         why = "held-out text that one of the models may have trained on, or that shares 200 bytes with such text"
         rows.append(("left out", f"{verdict.excluded_bytes:,} bytes: {why}"))
+    if verdict.champion_bits_per_byte is not None:
+        rows += _list_ages(card)
     if verdict.unknown:
         rows.append(("unknown", f"what {verdict.unknown}"))
     return rows
+
+
+def _list_ages(card: Card) -> list[tuple[str, str]]:
+    """List the scores on old and on new text, and what they mean for the verdict."""
+    old, new = card.verdict.old, card.verdict.new
+    if old is None or new is None:
+        why = "it is unknown which held-out text was in the champion's corpus"
+        return [("old text", f"all blocks decide together: {why}")] if card.verdict.unknown else []
+    rows = [(f"{age} text", _format_comparison(part)) for age, part in (("old", old), ("new", new))]
+    if old.blocks < MIN_BLOCKS:
+        rule = f"all blocks decide together: fewer than {MIN_BLOCKS} blocks were in the champion's corpus (old text)"
+    else:
+        rule = (
+            "old text was in the champion's corpus already; nothing is promoted if its whole interval is below "
+            f"-{card.gate.forget_margin:g} (gate.forget)"
+        )
+    return [*rows, ("rule for old text", rule)]
+
+
+def _format_comparison(part: Comparison) -> str:
+    if not part.blocks:
+        return "0 blocks"
+    interval = "" if part.low is None or part.high is None else f", from {part.low:.4f} to {part.high:.4f}"
+    return (
+        f"{part.blocks:,} blocks, {part.bytes:,} bytes: {part.challenger:.4f} bits per byte, champion "
+        f"{part.champion:.4f}; improvement {part.improvement:.4f}{interval}"
+    )
 
 
 def _render_samples(card: Card) -> str:

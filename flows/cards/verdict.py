@@ -3,7 +3,8 @@
 flows/registry/gate.py decides the verdict, and decision.py explains it to people.
 """
 
-from dataclasses import dataclass, field
+import json
+from dataclasses import asdict, dataclass, field
 
 from gptcore.evaluation.compare import Comparison
 
@@ -19,8 +20,8 @@ class Verdict:
 
     promoted: bool
     kind: str
-    """One of better, worse, tie within noise, not finite, insufficient evidence, sources overridden, withdrawn. For a
-    first version: beats unigram, does not beat unigram, not finite."""
+    """One of better, worse, tie within noise, worse on old text, not finite, insufficient evidence, sources overridden,
+    withdrawn. For a first version: beats unigram, does not beat unigram, not finite."""
     reason: str
     """A sentence with the numbers."""
     bits_per_byte: float
@@ -39,6 +40,10 @@ class Verdict:
     """Bytes of held-out text that one of the two models may have learned from."""
     unknown: str = ""
     """The training text that could not be checked, and why; empty if all of it was checked."""
+    old: Comparison | None = None
+    """The comparison on old blocks: those that were in the champion's corpus. None if it is unknown which are old."""
+    new: Comparison | None = None
+    """The comparison on the other blocks."""
     comparison: Comparison | None = field(default=None, repr=False, compare=False)
     """The comparison, if this process has scored champion and challenger."""
     gains: tuple[float, ...] = field(default=(), repr=False, compare=False)
@@ -61,4 +66,17 @@ class Verdict:
             "gate_bytes": str(self.bytes),
             "gate_excluded_bytes": str(self.excluded_bytes),
             "gate_unknown": self.unknown,
+            "gate_old": _write(self.old),
+            "gate_new": _write(self.new),
         }
+
+
+def read_comparison(text: str) -> Comparison | None:
+    """Return the comparison in the tag `gate_old` or `gate_new`; None if the tag is empty."""
+    return Comparison(**json.loads(text)) if text else None
+
+
+def _write(comparison: Comparison | None) -> str:
+    if comparison is None:
+        return ""
+    return json.dumps({key: value for key, value in asdict(comparison).items() if key not in ("old", "new")})

@@ -1,20 +1,21 @@
 """The gate: it decides whether a registered version, the challenger, becomes the champion.
 
 The gate scores champion and challenger on the same held-out blocks, each with its own tokenizer. It uses only blocks
-that neither of them can have learned by heart. It stores the verdict and its numbers as tags of the version. See
-gptcore.evaluation.compare for how two models are compared, gptcore.corpus.clean_blocks for which blocks are clean, and
-register.py for how a version is registered.
+that neither of them can have learned by heart. Blocks that were in the champion's snapshot (old) and the others (new)
+are also scored apart. It stores the verdict and its numbers as tags of the version. See gptcore.evaluation.compare for
+how two models are compared and for the rule about old blocks, gptcore.corpus.clean_blocks for which blocks are clean,
+gptcore.corpus.diff for which are old, and register.py for how a version is registered.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 
-from flows.cards.verdict import SOURCES_OVERRIDDEN, WITHDRAWN, Verdict
+from flows.cards.verdict import SOURCES_OVERRIDDEN, WITHDRAWN, Verdict, read_comparison
 from flows.registry.ancestry import check_training_texts, read_ancestry
 from flows.registry.champion import GATE, explain_withdrawal, promote, settle
 from flows.registry.loading import load
@@ -25,10 +26,11 @@ from gptcore import manifest
 from gptcore.bundle import LoadedModel
 from gptcore.config import GateConfig
 from gptcore.corpus.clean_blocks import CleanBlocks, find_clean_blocks
+from gptcore.corpus.diff import find_old_blocks
 from gptcore.corpus.snapshot import Block, Snapshot, read_blocks
 from gptcore.errors import CheckpointError
 from gptcore.evaluation.bits_per_byte import evaluate_blocks
-from gptcore.evaluation.compare import MIN_BLOCKS, Comparison, compare, compute_gains
+from gptcore.evaluation.compare import MIN_BLOCKS, Comparison, compare, compare_by_age, compute_gains
 from gptcore.evaluation.run_report import Scores, reported_side
 
 
@@ -97,10 +99,19 @@ def judge_first(bits_per_byte: float, scores: Scores) -> Verdict:
 
 
 def decide(
-    comparison: Comparison, cfg: GateConfig, champion_version: str, excluded_bytes: int = 0, unknown: str = ""
+    comparison: Comparison,
+    cfg: GateConfig,
+    challenger: ModelVersion,
+    champion_version: str,
+    excluded_bytes: int = 0,
+    unknown: str = "",
 ) -> Verdict:
-    """Return the verdict on a comparison. A challenger wins only if it is better by more than the margin."""
-    kind = comparison.classify(cfg.margin)
+    """Return the verdict on a comparison.
+
+    A challenger wins only if it is better by more than the margin, and not worse on old text by more than
+    `gate.forget`.
+    """
+    kind = comparison.classify(cfg.margin, cfg.forget_margin)
     scored = (
         f"{comparison.challenger:.4f} bits per byte against {comparison.champion:.4f} of version {champion_version} on "
         f"the same {comparison.blocks} blocks ({comparison.bytes:,} bytes scored, {excluded_bytes:,} excluded)"
@@ -113,10 +124,13 @@ def decide(
         "better": f"{gain}, is {sure}",
         "worse": f"{gain}, so it is worse",
         "tie within noise": f"{gain}, is not {sure}",
+        "worse on old text": f"{gain}, is {sure}, but only because of new text",
         "not finite": "a score that is not finite does not win",
         "insufficient evidence": f"fewer than {MIN_BLOCKS} blocks clean for both are no sufficient evidence",
     }[kind]
-    note = f"; some training text is unknown: {unknown}" if unknown else ""
+    note = _describe_old(comparison, cfg, challenger, kind) + (
+        f"; some training text is unknown: {unknown}" if unknown else ""
+    )
     return Verdict(
         promoted=kind == "better",
         kind=kind,
@@ -130,7 +144,35 @@ def decide(
         bytes=comparison.bytes,
         excluded_bytes=excluded_bytes,
         unknown=unknown,
+        old=comparison.old,
+        new=comparison.new,
     )
+
+
+def _describe_old(comparison: Comparison, cfg: GateConfig, challenger: ModelVersion, kind: str) -> str:
+    """Describe the finding on the old blocks, and what a person may do if it prevents the promotion."""
+    old = comparison.old
+    if old is None or not old.falls_behind(cfg.forget_margin):
+        return ""
+    finding = (
+        f"; on the {old.blocks} old blocks, which were in the champion's corpus already, the improvement "
+        f"{old.improvement:.4f}, from {old.low:.4f} to {old.high:.4f}, is below -{cfg.forget_margin:g} (gate.forget)"
+    )
+    if kind != "worse on old text":
+        return finding
+    command = f"gptflow promote {challenger.name} {challenger.version} --reason WHY"
+    return f"{finding}. If the text is meant to change, promote this version with `{command}`, or raise gate.forget"
+
+
+@dataclass(frozen=True)
+class _Evidence:
+    """The blocks that count in a comparison."""
+
+    clean: CleanBlocks
+    unknown: str
+    """The training text that could not be checked, and why; empty if all of it was checked."""
+    is_old: list[bool] | None
+    """(clean blocks,): whether the champion's snapshot held the block. None if that snapshot is unknown."""
 
 
 def _compare_with_champion(
@@ -151,11 +193,15 @@ def _compare_with_champion(
         total = sum(block["nats"] for block in scored) / math.log(2) / sum(block["bytes"] for block in scored)
         return judge_first(total, scores)
     champion_model = load(root, champion)
-    clean, unknown = _find_clean_blocks(root, snapshot, side, challenger, champion)
-    champion_scores = _score_blocks(champion_model, clean.blocks, side)
-    challenger_scores = _score_blocks(load(root, challenger), clean.blocks, side)
-    comparison = compare(challenger_scores, champion_scores, cfg.confidence)
-    verdict = decide(comparison, cfg, str(champion.version), clean.excluded_bytes, unknown)
+    evidence = _find_evidence(root, snapshot, side, challenger, champion)
+    champion_scores = _score_blocks(champion_model, evidence.clean.blocks, side)
+    challenger_scores = _score_blocks(load(root, challenger), evidence.clean.blocks, side)
+    if evidence.is_old is None:
+        comparison = compare(challenger_scores, champion_scores, cfg.confidence)
+    else:
+        comparison = compare_by_age(challenger_scores, champion_scores, cfg.confidence, evidence.is_old)
+    excluded_bytes = evidence.clean.excluded_bytes
+    verdict = decide(comparison, cfg, challenger, str(champion.version), excluded_bytes, evidence.unknown)
     return replace(verdict, comparison=comparison, gains=compute_gains(challenger_scores, champion_scores))
 
 
@@ -189,18 +235,22 @@ def _verify_snapshot(snapshot: Snapshot) -> None:
         ) from None
 
 
-def _find_clean_blocks(
+def _find_evidence(
     root: StateRoot, snapshot: Snapshot, side: str, challenger: ModelVersion, champion: ModelVersion
-) -> tuple[CleanBlocks, str]:
-    """Return the blocks that are clean for both versions and their ancestors, and what is unknown about that.
+) -> _Evidence:
+    """Return the blocks that are clean for both versions and their ancestors, and which of them are old.
 
     If a training text was deleted, altered, or never on this machine, the comparison ignores it and says so.
     """
-    learned = {snapshot.path: ""}
-    for version in (champion, challenger):
-        learned |= dict(check_training_texts(root, read_ancestry(root, version)))
-    unknown = "; ".join(filter(None, learned.values()))
-    return find_clean_blocks(snapshot.path, side, [path for path, problem in learned.items() if not problem]), unknown
+    champion_texts, challenger_texts = (
+        list(check_training_texts(root, read_ancestry(root, version))) for version in (champion, challenger)
+    )
+    learned = dict([(snapshot.path, ""), *champion_texts, *challenger_texts])
+    known = [path for path, problem in learned.items() if not problem]
+    clean = find_clean_blocks(snapshot.path, side, known)
+    champion_snapshot, problem = champion_texts[0]  # the next ones are those of its ancestors
+    is_old = None if problem else find_old_blocks(champion_snapshot, snapshot.path, clean.blocks)
+    return _Evidence(clean, "; ".join(filter(None, learned.values())), is_old)
 
 
 def _score_blocks(loaded: LoadedModel, chosen: Sequence[Block], side: str) -> Sequence[dict[str, Any]]:
@@ -233,4 +283,6 @@ def _read_verdict(tags: dict[str, str]) -> Verdict:
         bytes=int(tags["gate_bytes"]),
         excluded_bytes=int(tags["gate_excluded_bytes"]),
         unknown=tags["gate_unknown"],
+        old=read_comparison(tags.get("gate_old", "")),
+        new=read_comparison(tags.get("gate_new", "")),
     )

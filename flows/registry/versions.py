@@ -165,6 +165,8 @@ def summarize(root: StateRoot, version: ModelVersion) -> dict[str, Any]:
         "gate_bytes": _parse_int(tags.get("gate_bytes")),
         "gate_excluded_bytes": _parse_int(tags.get("gate_excluded_bytes")),
         "gate_unknown": tags.get("gate_unknown") or None,
+        "gate_old": _parse_comparison(tags.get("gate_old")),
+        "gate_new": _parse_comparison(tags.get("gate_new")),
         "created_ms": version.creation_timestamp,
     }
 
@@ -184,6 +186,14 @@ def list_versions(root: StateRoot, model_name: str | None = None) -> list[ModelV
 def _parse_float(text: str | None) -> float | None:
     """Return a number, or None if the text is empty or the number is not finite, which JSON cannot express."""
     return value if text and math.isfinite(value := float(text)) else None
+
+
+def _parse_comparison(text: str | None) -> dict[str, Any] | None:
+    """Return a comparison that a tag keeps as JSON, with None for each number that is not finite."""
+    values = json.loads(text) if text else None
+    return values and {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()
+    }
 
 
 def _parse_int(text: str | None) -> int | None:

@@ -9,7 +9,7 @@ be compared. The policy for a retraining is in flows/retrain/policy.py.
 import json
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,6 +72,23 @@ def pick_new_blocks(old: Path, new: Path, max_bytes: int) -> list[Block]:
     rows = rows[np.argsort(_reverse_bytes(after.digests[rows]), kind="stable")]  # (rows,)
     count = max(1, int(np.searchsorted(np.cumsum(after.bytes[rows]), max_bytes, side="right")))
     return list(after.read_blocks(np.sort(rows[:count])))
+
+
+def find_old_blocks(old: Path, new: Path, blocks: Sequence[Block]) -> list[bool]:
+    """Return (blocks,): whether the snapshot `old` holds each of these held-out blocks of `new` in val or holdout.
+
+    It holds every block of a document that it holds, even if its own split cuts that document differently. Its train
+    side is not searched: no block that shares text with that side is scored (clean_blocks.py).
+    """
+    held_out = {entry.sha256 for side in SIDES if side != "train" for entry in read_block_entries(old, side)}
+    documents, known = _read_documents(new), set(_read_documents(old))
+    return [block.sha256 in held_out or documents[block.document] in known for block in blocks]
+
+
+def _read_documents(path: Path) -> list[str]:
+    """Return (documents,): the hash of each document, in the order of documents.jsonl."""
+    with (path / DOCUMENTS).open() as lines:
+        return [json.loads(line)["sha256"] for line in lines]
 
 
 @dataclass(frozen=True)

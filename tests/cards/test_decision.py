@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import cast
 
 import pytest
+from mlflow.entities.model_registry import ModelVersion
 
 from flows.cards.decision import Card, Side, escape, explain_verdict, render_card, render_table
 from flows.cards.verdict import Verdict
@@ -22,6 +23,7 @@ KINDS = (
     "better",
     "worse",
     "tie within noise",
+    "worse on old text",
     "not finite",
     "insufficient evidence",
     "beats unigram",
@@ -29,6 +31,9 @@ KINDS = (
     "sources overridden",
     "withdrawn",
 )
+
+
+CHALLENGER = ModelVersion("gpt-tiny", "3", creation_timestamp=0)
 
 
 def sample(words: str, prompt: str = "The model") -> Sample:
@@ -105,9 +110,40 @@ def test_the_page_shows_both_models_side_by_side_with_the_numbers_of_the_verdict
 
 def test_the_page_shows_the_gates_own_description_of_a_comparison() -> None:
     compared = Comparison(1.8, 1.9, 40, 12_345, "block", 0.95, 0.05, 0.15)
-    written = rendered(card(verdict=decide(compared, GateConfig(), "2", unknown="version 2 learned from is gone")))
+    written = rendered(
+        card(verdict=decide(compared, GateConfig(), CHALLENGER, "2", unknown="version 2 learned from is gone"))
+    )
     assert "Better: 1.8000 bits per byte against 1.9000 of version 2" in written
     assert "| unknown | what version 2 learned from is gone |" in written
+
+
+def by_age(old: Comparison, new: Comparison) -> Comparison:
+    return Comparison(1.8, 1.9, 90, 22_345, "block", 0.95, 0.05, 0.15, old=old, new=new)
+
+
+def test_the_page_scores_old_and_new_text_apart_and_names_the_rule() -> None:
+    old = Comparison(2.3701, 2.04, 50, 12_345, "block", 0.95, -0.4, -0.28)
+    new = Comparison(6.0, 8.1, 40, 10_000, "block", 0.95, 2.0, 2.2)
+    written = rendered(card(verdict=decide(by_age(old, new), GateConfig(), CHALLENGER, "2")))
+    plain = written.split("\n\n")[1]
+    assert "kinds of text that were there before worse (16.2% more bits to encode it)" in plain
+    unwrapped = written.replace(" <br>", " ")
+    assert "| old text | 50 blocks, 12,345 bytes: 2.3701 bits per byte, champion 2.0400;" in unwrapped
+    assert "improvement -0.3301, from -0.4000 to -0.2800 |" in unwrapped
+    assert "| new text | 40 blocks, 10,000 bytes: 6.0000 bits per byte, champion 8.1000;" in unwrapped
+    assert "interval is below -0.005 (gate.forget) |" in unwrapped
+    assert "`gptflow promote gpt-tiny 3 --reason WHY`".replace("`", "\\`") in written
+
+
+def test_the_page_says_why_all_blocks_decide_together() -> None:
+    few = Comparison(2.3701, 2.04, 19, 12_345, "block", 0.95, None, None)
+    none = Comparison(math.nan, math.nan, 0, 0, "block", 0.95, None, None)
+    decided = decide(by_age(few, none), GateConfig(), CHALLENGER, "2")
+    written = rendered(card(verdict=decided)).replace(" <br>", " ")
+    assert decided.promoted and "all blocks decide together: fewer than 20 blocks were in the champion" in written
+    assert "improvement -0.3301 |" in written and "| new text | 0 blocks |" in written
+    unknown = rendered(card(verdict=replace(verdict(), unknown="version 2 learned from is gone"))).replace(" <br>", " ")
+    assert "| old text | all blocks decide together: it is unknown which held-out text" in unknown
 
 
 def test_the_page_of_a_first_version_has_one_column_and_no_interval() -> None:

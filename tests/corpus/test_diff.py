@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from gptcore.config import CorpusConfig
-from gptcore.corpus.diff import Delta, compare_snapshots, pick_new_blocks
+from gptcore.corpus.diff import Delta, compare_snapshots, find_old_blocks, pick_new_blocks
 from gptcore.corpus.ingest import ingest
-from gptcore.corpus.snapshot import read_block_entries
+from gptcore.corpus.snapshot import read_block_entries, read_blocks
 from gptcore.corpus.split import SIDES
 from gptcore.errors import CheckpointError
 from gptcore.tokens.divergence import compute_token_divergence, compute_train_divergence
@@ -84,6 +84,23 @@ def test_other_settings_for_blocks_and_split_make_no_text_new(tmp_path: Path) ->
     before = snapshot(tmp_path, TEXTS)
     for settings in ({"block_bytes": 256}, {"val_fraction": 0.3}, {"split": "contiguous"}):
         assert compare_snapshots(before, snapshot(tmp_path, TEXTS, **settings)).new_share == 0
+
+
+def test_held_out_blocks_are_old_if_the_snapshot_before_held_them_out_or_held_their_whole_document(
+    tmp_path: Path,
+) -> None:
+    more = {f"more{n}.txt": prose(100 + n, 900) for n in range(40)}
+    edited = TEXTS["long.txt"].replace(" ", " An insertion. ", 1)
+    before, after = snapshot(tmp_path, TEXTS), snapshot(tmp_path, {**TEXTS, **more, "long.txt": edited})
+    own, blocks = (list(read_blocks(path, "holdout")) for path in (before, after))
+    assert find_old_blocks(before, before, own) == [True] * len(own)
+    is_old = find_old_blocks(before, after, blocks)
+    assert [block.text in {block.text for block in own} for block in blocks] == is_old
+    assert 0 < sum(is_old) < len(is_old)
+    recut = snapshot(tmp_path, {**TEXTS, **more}, block_bytes=256)
+    cut_again = list(read_blocks(recut, "holdout"))
+    is_new = [block.text in more.values() for block in cut_again]
+    assert find_old_blocks(before, recut, cut_again) == [not new for new in is_new] and any(is_new)
 
 
 def test_an_edit_of_a_long_document_makes_only_the_blocks_around_it_new(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gptcore.evaluation.compare import MIN_BLOCKS, bootstrap, compare
+from gptcore.evaluation.compare import MIN_BLOCKS, bootstrap, compare, compare_by_age
 
 
 def per_block(nats: Sequence[float], documents: Sequence[int] | None = None, size: int = 1000) -> list[dict[str, Any]]:
@@ -74,7 +74,7 @@ def test_an_equal_challenger_rarely_wins_and_one_better_by_the_margin_wins_in_1_
     for _ in range(150):
         noise = random.normal(0, 0.03, 100)
         for truth in wins:
-            wins[truth] += compare(*pair((truth + noise).tolist()), confidence=0.95).classify(0.005) == "better"
+            wins[truth] += compare(*pair((truth + noise).tolist()), confidence=0.95).classify(0.005, 0.005) == "better"
     assert wins[0.0] <= 4 and wins[0.005] <= 16
 
 
@@ -97,13 +97,48 @@ def test_an_equal_challenger_rarely_wins_and_one_better_by_the_margin_wins_in_1_
     ],
 )
 def test_a_challenger_is_better_only_beyond_the_margin_and_the_noise(gains: list[float], finding: str) -> None:
-    assert compare(*pair(gains), confidence=0.95).classify(0.005) == finding
+    assert compare(*pair(gains), confidence=0.95).classify(0.005, 0.005) == finding
+
+
+@pytest.mark.parametrize(
+    ("old", "forget", "finding"),
+    [
+        ([-0.3] * 20, 0.005, "worse on old text"),
+        ([-0.3] * 20, 0.3 - 1e-9, "worse on old text"),
+        ([-0.3] * 20, 0.3 + 1e-9, "better"),
+        ([-0.3] * 19, 0.005, "better"),
+        ([-0.3, 0.3] * 10, 0.0, "better"),
+        ([0.3] * 20, 0.0, "better"),
+        ([-0.9] * 40, 0.005, "tie within noise"),
+        ([-9.0] * 40, 0.005, "worse"),
+        ([], 0.005, "better"),
+    ],
+)
+def test_a_better_challenger_does_not_win_if_it_is_surely_worse_on_20_old_blocks(
+    old: list[float], forget: float, finding: str
+) -> None:
+    gains = [*old, *[1.0] * 30]
+    found = compare_by_age(*pair(gains), confidence=0.95, is_old=[number < len(old) for number in range(len(gains))])
+    assert found.classify(0.005, forget) == finding
+    assert found.old and found.new and (found.old.blocks, found.new.blocks) == (len(old), 30)
+    assert found.new.improvement == pytest.approx(1.0) and found.improvement == pytest.approx(np.mean(gains))
+    assert not old or found.old.improvement == pytest.approx(np.mean(old))
+
+
+def test_an_equal_challenger_is_rarely_stopped_because_of_old_text_in_simulations() -> None:
+    random = np.random.default_rng(4)
+    stopped = {0.0: 0, 0.005: 0}
+    for _ in range(150):
+        old = compare(*pair(random.normal(0, 0.03, 100).tolist()), confidence=0.95)
+        for forget in stopped:
+            stopped[forget] += old.falls_behind(forget)
+    assert stopped[0.0] <= 16 and stopped[0.005] <= 4
 
 
 def test_a_challenger_does_not_win_because_the_champion_s_score_is_not_finite() -> None:
     challenger, champion = pair([0.5] * 40)
     champion[3]["nats"] = math.inf
-    assert compare(challenger, champion, confidence=0.95).classify(0.005) == "not finite"
+    assert compare(challenger, champion, confidence=0.95).classify(0.005, 0.005) == "not finite"
 
 
 def test_whole_documents_are_drawn_from_30_on_and_single_blocks_below_30() -> None:

@@ -43,6 +43,10 @@ def test_only_a_clearly_better_challenger_becomes_champion(
     assert kept["gate_champion_bits_per_byte"] == pytest.approx(verdict.champion_bits_per_byte, abs=1e-6)
     assert (kept["gate_blocks"], kept["gate_bytes"], kept["gate_excluded_bytes"]) == (verdict.blocks, verdict.bytes, 0)
     json.dumps(kept, allow_nan=False)
+    assert kept["gate_old"]["blocks"] == verdict.blocks and kept["gate_new"]["blocks"] == 0, "the same text"
+    assert kept["gate_old"]["low"] == pytest.approx(kept["gate_low"], abs=1e-6)
+    assert ("is below -0.005 (gate.forget)" in verdict.reason) == (kind == "worse")
+    assert "gptflow promote" not in verdict.reason
     if kind == "not finite":
         assert kept["gate_bits_per_byte"] is kept["gate_low"] is kept["gate_high"] is None
     else:

@@ -42,9 +42,16 @@ def sentences(seed: int, count: int) -> str:
     return "".join(" ".join(draw.choice(words, 9)) + (".\n\n" if draw.random() < 0.3 else ". ") for _ in range(count))
 
 
-def weights_after(updates: Sequence[int]) -> list[Weights]:
-    """Train one model, and return its weights after each of these numbers of updates."""
-    ids = torch.tensor(get_tokenizer("bytes").encode(sentences(1, 400)))
+def figures(seed: int, count: int) -> str:
+    """Return tables of numbers: text unlike `sentences`."""
+    draw = np.random.default_rng(seed)
+    rows = (" ".join(f"{number:03d}" for number in draw.integers(0, 1000, 12)) for _ in range(count))
+    return "".join(row + ("\n\n" if draw.random() < 0.3 else "\n") for row in rows)
+
+
+def weights_after(updates: Sequence[int], text: str | None = None) -> list[Weights]:
+    """Train one model on `text` or on sentences, and return its weights after each of these numbers of updates."""
+    ids = torch.tensor(get_tokenizer("bytes").encode(text or sentences(1, 400)))
     torch.manual_seed(1)
     model = GPTModel(CFG)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)

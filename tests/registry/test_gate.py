@@ -2,7 +2,8 @@
 
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -22,8 +23,11 @@ from gptcore.corpus.snapshot import Snapshot, read_blocks
 from gptcore.evaluation.run_report import Scores
 from gptcore.model.gpt import GPTModel
 from gptcore.tokens.directory import Tokens
-from tests.registry.judging import CFG, NAME, Weights, scores_of, sentences, snapshot_of, weights_after
+from tests.registry.judging import CFG, NAME, Weights, figures, scores_of, sentences, snapshot_of, weights_after
 from tests.registry.judging import register as registered
+
+ROUNDED = ("bits_per_byte", "champion_bits_per_byte", "low", "high")
+"""The numbers that tags keep with 6 digits."""
 
 
 def text_snapshot(root: StateRoot, name: str, text: str, **settings: Any) -> Snapshot:
@@ -35,9 +39,14 @@ def text_snapshot(root: StateRoot, name: str, text: str, **settings: Any) -> Sna
 
 @pytest.fixture(scope="module")
 def trained() -> dict[str, Weights]:
-    """Weights after 30 and after 80 updates, the latter also slightly disturbed and with NaN, and untrained weights."""
+    """Weights after 30 and after 80 updates, the latter also slightly disturbed and with NaN, and untrained weights.
+
+    `forgetful` has learned mostly figures instead of sentences.
+    """
     poor, good = weights_after([30, 80])
+    (forgetful,) = weights_after([80], figures(1, 300) + sentences(2, 100))
     return {
+        "forgetful": forgetful,
         "poor": poor,
         "good": good,
         "nearly": {key: value + 1e-4 * torch.randn_like(value) for key, value in good.items()},
@@ -151,6 +160,54 @@ def test_missing_training_text_of_the_champion_is_reported_as_unknown_and_the_co
     assert verdict.kind == "better"
     assert "some training text is unknown" in verdict.reason and str(older.path) in verdict.reason
     assert "of models:/gpt-tiny/1 is gone" in summary(root, "2")["gate_unknown"]
+    assert verdict.old is verdict.new is None, "it is unknown which blocks are old, so all decide"
+
+
+@pytest.fixture
+def judged_with_figures(root: StateRoot, register: Callable[..., str]) -> Callable[..., Iterator[Verdict]]:
+    """A function that judges `forgetful` against `good`, whose text had so many sentences, but no figures.
+
+    It does so with one gate after another.
+    """
+
+    def call(num_sentences: int, *cfgs: GateConfig) -> Iterator[Verdict]:
+        old = text_snapshot(root, "nights", sentences(1, num_sentences))
+        judge(root, NAME, register("good", old), old, scores_of(old), GateConfig(), False)
+        (root.path / "text" / "nights" / "two.txt").write_text(figures(2, 800))
+        now = snapshot_of(root, root.path / "text" / "nights")
+        for cfg in cfgs:
+            yield judge(root, NAME, register("forgetful", now), now, scores_of(now), cfg, False)
+
+    return call
+
+
+def test_a_challenger_that_is_better_on_new_text_and_worse_on_old_text_is_promoted_only_if_forget_allows_it(
+    root: StateRoot, judged_with_figures: Callable[..., Iterator[Verdict]]
+) -> None:
+    verdicts = judged_with_figures(700, GateConfig(), GateConfig(forget=8.0))
+    verdict = next(verdicts)
+    assert (verdict.kind, verdict.promoted, champion_version(root)) == ("worse on old text", False, "1")
+    old, new = verdict.old, verdict.new
+    assert old and new and verdict.low and verdict.low > 0.005
+    assert old.blocks >= 20 and old.high is not None and old.high < -0.005 and new.low is not None and new.low > 0
+    assert (old.blocks + new.blocks, old.bytes + new.bytes) == (verdict.blocks, verdict.bytes)
+    assert f"on the {old.blocks} old blocks" in verdict.reason and "below -0.005 (gate.forget)" in verdict.reason
+    assert f"`gptflow promote {NAME} 2 --reason WHY`, or raise gate.forget" in verdict.reason
+    kept = summary(root, "2")
+    assert kept["gate_old"] == {key: value for key, value in asdict(old).items() if key not in ("old", "new")}
+    assert kept["gate_new"]["low"] == new.low and kept["verdict"] == "rejected"
+    assert gate._read_verdict(versions.resolve(root, f"models:/{NAME}/2").tags) == replace(
+        verdict, **{key: pytest.approx(getattr(verdict, key), abs=1e-6) for key in ROUNDED}
+    )
+    assert next(verdicts).promoted and champion_version(root) == "3"
+
+
+def test_with_fewer_than_20_old_blocks_all_blocks_decide_together(
+    judged_with_figures: Callable[..., Iterator[Verdict]],
+) -> None:
+    (verdict,) = judged_with_figures(350, GateConfig())
+    assert verdict.old and 0 < verdict.old.blocks < 20 and verdict.old.improvement < -0.1 and verdict.old.high is None
+    assert (verdict.kind, verdict.promoted) == ("better", True)
 
 
 def test_a_run_on_other_sources_does_not_replace_a_champion_but_one_on_the_pipelines_sources_does(

@@ -1,28 +1,16 @@
-"""The command line `gptflow`: the commands that train, serve and generate.
+"""The command line `gptflow`: its group of commands, and those that run until Ctrl-C or register deployments.
 
-Each command imports what it needs when it runs, so that help and wrong input are answered at once. See registry.py and
-exchange.py for the commands about registered versions, and exit.py for error messages and exit codes.
+Each command imports what it needs when it runs, so that help and wrong input are answered at once. See the other
+modules of this folder for the other commands, and exit.py for error messages and exit codes.
 """
 
 import os
-import sys
-from pathlib import Path
 from typing import Any
 
 import click
 
-from flows.cli import exchange, exit, registry
-from flows.cli.options import (
-    FILE,
-    JSON,
-    LIMIT,
-    QUANTIZE,
-    SET,
-    RunCommand,
-    load_pipeline,
-    load_pipelines_file,
-    open_state_root,
-)
+from flows.cli import doctor, exchange, exit, generate, registry, run
+from flows.cli.options import FILE, LIMIT, QUANTIZE, load_pipelines_file, open_state_root
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -39,29 +27,8 @@ def cli() -> None:
     """
 
 
-for _command in (*registry.COMMANDS, *exchange.COMMANDS):
+for _command in (*run.COMMANDS, *doctor.COMMANDS, *generate.COMMANDS, *registry.COMMANDS, *exchange.COMMANDS):
     cli.add_command(_command)
-
-
-@cli.command("run", cls=RunCommand, short_help="Retrain a pipeline now.")
-@click.argument("pipeline", default="quickstart")
-@SET
-@click.option("--force", is_flag=True, help="Train again even if nothing has changed.")
-@FILE
-@JSON
-def retrain(pipeline: str, overrides: tuple[str, ...], force: bool, file: str | None, json: bool) -> None:
-    """Retrain PIPELINE now: read its text, then train a model, evaluate it and register it as a version.
-
-    PIPELINE is a name in pipelines.yaml (default: quickstart). The run ends at once if there is no reason to train,
-    such as new text or new settings.
-
-    Example: gptflow run quickstart --set train.max_steps=100
-    """
-    from flows.cli.run import launch
-    from flows.config.pipelines import overrides_sources
-
-    loaded, root = load_pipeline(pipeline, overrides, file)
-    launch(loaded, root, force, json, overrides_sources(overrides))
 
 
 @cli.command(short_help="Run all pipelines by their schedules, on an existing server.")
@@ -133,91 +100,6 @@ def up(
     from flows.deployments.up import up as supervise
 
     supervise(root, Options(pipelines.path, prefect_port, mlflow_port, limit))
-
-
-@cli.command("prepare", short_help="Prepare a directory for a training by hand.")
-@click.argument("pipeline")
-@click.argument("directory", type=click.Path(path_type=Path))
-@SET
-@FILE
-def prepare_directory(pipeline: str, directory: Path, overrides: tuple[str, ...], file: str | None) -> None:
-    """Write the settings and the tokens of PIPELINE into DIRECTORY, for a training by hand.
-
-    The training is then `python -m gptcore.train DIRECTORY`, for example under a job scheduler or in a container.
-    """
-    loaded, root = load_pipeline(pipeline, overrides, file)
-    from flows.cli.prepare import prepare
-
-    tokens = prepare(loaded, root, directory)
-    counts = tokens.counts
-    click.echo(f"{directory}: {counts['train']:,} train and {counts['val']:,} val tokens, {tokens.tokenizer}")
-    click.echo(f"train it with: python -m gptcore.train {directory}")
-
-
-@cli.command("doctor", short_help="Check the installation, the servers and the champions.")
-@FILE
-@JSON
-def check_project(file: str | None, json: bool) -> None:
-    """Check packages, servers, disk, registry and schedules, and print a fix for each failure.
-
-    The command changes nothing. The exit code is 1 if a check fails.
-    """
-    from flows.cli.doctor import print_checks
-
-    sys.exit(print_checks(file, json))
-
-
-@cli.command("generate", short_help="Continue a prompt with a registered version.")
-@click.argument("uri")
-@click.option("--prompt", default="", help="The text to continue. Default: begin a new document.")
-@click.option(
-    "--max-new-tokens", default=100, show_default=True, type=click.IntRange(1), help="Maximum length of a text."
-)
-@click.option(
-    "--temperature",
-    default=0.8,
-    show_default=True,
-    type=click.FloatRange(0),
-    help="Randomness of the choice of tokens. 0 always takes the likeliest token.",
-)
-@click.option("--top-k", type=click.IntRange(1), help="Choose among this number of likeliest tokens.")
-@click.option(
-    "--top-p",
-    default=1.0,
-    show_default=True,
-    type=click.FloatRange(0, 1, min_open=True),
-    help="Choose among the likeliest tokens that together have this probability.",
-)
-@click.option(
-    "--min-p",
-    default=0.0,
-    show_default=True,
-    type=click.FloatRange(0, 1),
-    help="Choose among tokens with at least this share of the likeliest token's probability.",
-)
-@click.option(
-    "--repetition-penalty",
-    default=1.0,
-    show_default=True,
-    type=click.FloatRange(0, min_open=True),
-    help="A value above 1 makes tokens less likely that have occurred before.",
-)
-@click.option("--stop", multiple=True, metavar="TEXT", help="End before this text. May be given several times.")
-@click.option("--seed", type=click.IntRange(0), help="The same seed gives the same texts. Default: a new seed.")
-@click.option("--num-samples", default=1, show_default=True, type=click.IntRange(1), help="Number of texts.")
-@QUANTIZE
-@FILE
-def generate_texts(uri: str, file: str | None, **options: Any) -> None:
-    """Continue a prompt with the version URI. The text appears token by token.
-
-    The champion is the version that the alias @champion names.
-
-    Example: gptflow generate models:/gpt-quickstart@champion --prompt "The assert statement"
-    """
-    root = open_state_root(file)
-    from flows.cli.generate import print_texts
-
-    print_texts(root, uri, **options)
 
 
 @cli.command("serve-model", short_help="Serve a registered version over OpenAI's API.")

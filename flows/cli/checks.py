@@ -18,11 +18,12 @@ from pathlib import Path
 import psutil
 from packaging.requirements import Requirement
 
-from flows.config.pipelines import Pipeline
+from flows.config.pipelines import Pipeline, PipelinesFile
 from flows.retrain import last_success
 from flows.state import locks, relocate
 from flows.state.root import StateRoot
 from flows.state.servers import Servers, answers, read_servers, up_lock
+from gptcore.corpus import sources
 from gptcore.errors import GPTCoreError, TokenizerError
 from gptcore.tokens import tokenizer
 
@@ -67,6 +68,24 @@ class CheckTarget:
 
 
 CheckFunction = Callable[[CheckTarget], Iterator[Check]]
+
+
+def check_pipelines(file: Path) -> tuple[list[Pipeline], list[Check]]:
+    """Return the pipelines of the file that can be read, and a failed check for each mistake."""
+    pipelines, failures = [], []
+    try:
+        parsed = PipelinesFile(file)
+    except GPTCoreError as error:
+        return [], [Check("pipelines", False, str(error), "correct the file, or name another with --file")]
+    for name in parsed.names():
+        try:
+            pipeline = parsed.pipeline(name)
+            pipelines.append(pipeline)
+            sources.check(pipeline.corpus.sources, file.parent)
+            tokenizer.check(pipeline.corpus.tokenizer)
+        except GPTCoreError as error:
+            failures.append(Check("pipelines", False, f"{name}: {error}", f"correct {file}"))
+    return pipelines, failures or [Check("pipelines", True, f"{file} is valid: {join_names(parsed.names())}")]
 
 
 def check_packages(_: CheckTarget) -> Iterator[Check]:
@@ -240,10 +259,9 @@ def _explain_unreadable(path: Path) -> str | None:
 
 def check_champion(root: StateRoot, model: str) -> Check:
     """Check that the champion's bundle loads, and that its weights have the registered sha256."""
-    from flows.registry.versions import RegistryError, find_champion, locate_bundle
-    from gptcore.bundle import WEIGHTS, load
+    from flows.registry.loading import load_verified
+    from flows.registry.versions import RegistryError, find_champion
     from gptcore.errors import CheckpointError
-    from gptcore.manifest import sha256_of_file
 
     cure = f"restore its artifacts from a backup, or `gptflow rollback {model} --reason ...`"
     uri = f"models:/{model}@champion"
@@ -251,15 +269,10 @@ def check_champion(root: StateRoot, model: str) -> Check:
         if (version := find_champion(root, model)) is None:
             return Check("champion", True, f"{model} has no champion yet")
         uri = f"models:/{model}/{version.version}"
-        bundle = locate_bundle(root, model, str(version.version))
-        load(bundle)
-        actual, expected = sha256_of_file(bundle / WEIGHTS), version.tags.get("weights_sha256")
+        load_verified(root, version)
     except (RegistryError, CheckpointError, TokenizerError) as error:
         return Check("champion", False, f"the champion {uri} is damaged: {error}", cure)
-    if actual != expected:
-        message = f"the champion {uri} was altered: its weights have sha256 {actual}, registered is {expected}"
-        return Check("champion", False, message, cure)
-    return Check("champion", True, f"the champion {uri} loads, sha256 {actual[:12]}")
+    return Check("champion", True, f"the champion {uri} loads, sha256 {version.tags.get('weights_sha256', '')[:12]}")
 
 
 def check_successes(target: CheckTarget) -> Iterator[Check]:

@@ -4,22 +4,21 @@ See checks.py for the checks themselves. They run side by side, each in a thread
 the failure may be that something hangs.
 """
 
-import json as json_module
-import logging
 import os
+import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 from threading import Thread
+from typing import TYPE_CHECKING
 
 import click
 
-from flows.cli.checks import CHECKS, Check, CheckFunction, CheckTarget, join_names
-from flows.config.pipelines import Pipeline, PipelinesFile
-from flows.state.root import OPT_OUTS, StateRoot, state_root
-from gptcore.corpus import sources
+from flows.cli.options import FILE, JSON, print_json
 from gptcore.errors import GPTCoreError
-from gptcore.tokens import tokenizer
+
+if TYPE_CHECKING:
+    from flows.cli.checks import Check, CheckFunction, CheckTarget
+    from flows.state.root import StateRoot
 
 MAX_SECONDS = 120.0
 """A check that takes longer counts as failed."""
@@ -30,8 +29,19 @@ _SHORT_TIMEOUTS = {
 }
 
 
-def print_checks(file: str | None, json: bool) -> int:
-    """Print every check. Return the exit code: 1 if a check failed, else 0."""
+@click.command("doctor", short_help="Check the installation, the servers and the champions.")
+@FILE
+@JSON
+def check_project(file: str | None, json: bool) -> None:
+    """Check packages, servers, disk, registry and schedules, and print a fix for each failure.
+
+    The command changes nothing. The exit code is 1 if a check fails.
+    """
+    import logging
+    from dataclasses import asdict
+
+    from flows.state.root import OPT_OUTS, state_root
+
     path = Path(file or "pipelines.yaml").expanduser().resolve()
     for name, value in {**OPT_OUTS, **_SHORT_TIMEOUTS, "MLFLOW_CONFIGURE_LOGGING": "false"}.items():
         os.environ.setdefault(name, value)
@@ -39,15 +49,20 @@ def print_checks(file: str | None, json: bool) -> int:
     logging.captureWarnings(True)
     checks = run_checks(path, state_root(path))
     if json:
-        click.echo(json_module.dumps([asdict(check) for check in checks], indent=1))
+        print_json([asdict(check) for check in checks])
     else:
         for check in checks:
             _print_check(check)
-    return int(not all(check.ok for check in checks))
+    sys.exit(not all(check.ok for check in checks))
 
 
-def run_checks(file: Path, root: StateRoot) -> list[Check]:
+COMMANDS = (check_project,)
+
+
+def run_checks(file: Path, root: "StateRoot") -> "list[Check]":
     """Run every check on this pipelines.yaml and this state root. Return the results in a fixed order."""
+    from flows.cli.checks import CHECKS, CheckTarget, check_pipelines
+
     pipelines, results = check_pipelines(file)
     target = CheckTarget(file, root, tuple(pipelines))
     threads = [_CheckThread(name, check, target) for name, check in CHECKS.items()]
@@ -55,51 +70,37 @@ def run_checks(file: Path, root: StateRoot) -> list[Check]:
     return [*results, *(result for thread in threads for result in thread.result(deadline))]
 
 
-def check_pipelines(file: Path) -> tuple[list[Pipeline], list[Check]]:
-    """Return the pipelines of the file that can be read, and a failed check for each mistake."""
-    pipelines, failures = [], []
-    try:
-        parsed = PipelinesFile(file)
-    except GPTCoreError as error:
-        return [], [Check("pipelines", False, str(error), "correct the file, or name another with --file")]
-    for name in parsed.names():
-        try:
-            pipeline = parsed.pipeline(name)
-            pipelines.append(pipeline)
-            sources.check(pipeline.corpus.sources, file.parent)
-            tokenizer.check(pipeline.corpus.tokenizer)
-        except GPTCoreError as error:
-            failures.append(Check("pipelines", False, f"{name}: {error}", f"correct {file}"))
-    return pipelines, failures or [Check("pipelines", True, f"{file} is valid: {join_names(parsed.names())}")]
-
-
 class _CheckThread:
     """A check in a thread of its own. The process does not wait for the thread when it exits."""
 
-    def __init__(self, name: str, check: CheckFunction, target: CheckTarget) -> None:
-        self.name, self.checks, self.error = name, list[Check](), ""
+    def __init__(self, name: str, check: "CheckFunction", target: "CheckTarget") -> None:
+        self.name = name
+        self.checks: list[Check] = []
+        self.failure = ""
+        self.fix = ""
         self.thread = Thread(target=self._run, args=(check, target), daemon=True)
         self.thread.start()
 
-    def _run(self, check: CheckFunction, target: CheckTarget) -> None:
+    def _run(self, check: "CheckFunction", target: "CheckTarget") -> None:
         try:
             self.checks = list(check(target))
         except GPTCoreError as error:
-            self.checks = [Check(self.name, False, str(error), "see the message")]
+            self.failure, self.fix = str(error), "see the message"
         except Exception as error:  # a broken check must not hide the results of the others
-            self.error = f"{type(error).__name__}: {error}"
+            self.failure = f"the check itself failed: {type(error).__name__}: {error}"
+            self.fix = "report this message as a bug"
 
-    def result(self, deadline: float) -> list[Check]:
+    def result(self, deadline: float) -> "list[Check]":
         """Wait for the results until `deadline`, in monotonic seconds. A check that is late or broken has failed."""
+        from flows.cli.checks import Check
+
         self.thread.join(max(deadline - time.monotonic(), 0.0))
         if self.thread.is_alive():
             return [Check(self.name, False, f"no answer within {MAX_SECONDS:.0f} s", "find out what hangs")]
-        if self.error:
-            return [Check(self.name, False, f"the check itself failed: {self.error}", "report this message as a bug")]
-        return self.checks
+        return [Check(self.name, False, self.failure, self.fix)] if self.failure else self.checks
 
 
-def _print_check(check: Check) -> None:
+def _print_check(check: "Check") -> None:
     click.secho("ok  " if check.ok else "FAIL", fg="green" if check.ok else "red", nl=False)
     click.echo(f"  {check.check:<14}  {check.message}")
     if check.cure:

@@ -3,14 +3,13 @@
 Each command imports what it needs when it runs.
 """
 
-import json as json_module
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from flows.cli.options import FILE, JSON, check_model_name, open_state_root
+from flows.cli.options import FILE, JSON, check_model_name, open_state_root, print_json
 from flows.cli.registry import user_name
 
 if TYPE_CHECKING:
@@ -44,7 +43,7 @@ def import_model(source: str, model: str, n_heads: int | None, file: str | None,
 
     imported = import_.register(root, model, checkpoint, by=user_name())
     if json:
-        click.echo(json_module.dumps(_describe_import(imported, checkpoint, model), indent=1))
+        print_json(_describe_import(imported, checkpoint, model))
     else:
         click.echo("\n".join(_import_lines(imported, checkpoint, model)))
 
@@ -72,8 +71,7 @@ def export_version(uri: str, directory: Path, file: str | None, json: bool) -> N
     exported = versions.uri_of(version)
     sizes = {path.name: path.stat().st_size for path in sorted(directory.iterdir())}
     if json:
-        body = {"uri": exported, "directory": str(directory.absolute()), "files": sizes}
-        click.echo(json_module.dumps(body, indent=1))
+        print_json({"uri": exported, "directory": str(directory.absolute()), "files": sizes})
     else:
         click.echo(f"{exported} -> {directory}: {', '.join(sizes)}; {sum(sizes.values()):,} bytes")
 

@@ -1,14 +1,14 @@
-"""The texts of `gptflow generate`: generated side by side, printed one after the other."""
+"""`gptflow generate`: continuations of a prompt, generated side by side and printed one after the other."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from flows.state.root import StateRoot
+from flows.cli.options import FILE, QUANTIZE, open_state_root
 
 if TYPE_CHECKING:
     from gptcore.generation.batch import Batch, Request
@@ -17,8 +17,47 @@ if TYPE_CHECKING:
 _MAX_CONCURRENT = 16
 
 
-def print_texts(
-    root: StateRoot,
+@click.command("generate", short_help="Continue a prompt with a registered version.")
+@click.argument("uri")
+@click.option("--prompt", default="", help="The text to continue. Default: begin a new document.")
+@click.option(
+    "--max-new-tokens", default=100, show_default=True, type=click.IntRange(1), help="Maximum length of a text."
+)
+@click.option(
+    "--temperature",
+    default=0.8,
+    show_default=True,
+    type=click.FloatRange(0),
+    help="Randomness of the choice of tokens. 0 always takes the likeliest token.",
+)
+@click.option("--top-k", type=click.IntRange(1), help="Choose among this number of likeliest tokens.")
+@click.option(
+    "--top-p",
+    default=1.0,
+    show_default=True,
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Choose among the likeliest tokens that together have this probability.",
+)
+@click.option(
+    "--min-p",
+    default=0.0,
+    show_default=True,
+    type=click.FloatRange(0, 1),
+    help="Choose among tokens with at least this share of the likeliest token's probability.",
+)
+@click.option(
+    "--repetition-penalty",
+    default=1.0,
+    show_default=True,
+    type=click.FloatRange(0, min_open=True),
+    help="A value above 1 makes tokens less likely that have occurred before.",
+)
+@click.option("--stop", multiple=True, metavar="TEXT", help="End before this text. May be given several times.")
+@click.option("--seed", type=click.IntRange(0), help="The same seed gives the same texts. Default: a new seed.")
+@click.option("--num-samples", default=1, show_default=True, type=click.IntRange(1), help="Number of texts.")
+@QUANTIZE
+@FILE
+def generate_texts(
     uri: str,
     prompt: str,
     num_samples: int,
@@ -26,13 +65,16 @@ def print_texts(
     max_new_tokens: int,
     stop: Sequence[str],
     quantize: str | None,
+    file: str | None,
     **settings: Any,
 ) -> None:
-    """Print `num_samples` continuations of `prompt`. The first text is printed token by token, the others follow.
+    """Continue a prompt with the version URI. The text appears token by token.
 
-    `settings` are those of Sampling. Text number i, counted from 0, is drawn with seed + i. Raises ConfigError for
-    settings out of range, RegistryError for the URI, and CheckpointError for the version's files.
+    The champion is the version that the alias @champion names.
+
+    Example: gptflow generate models:/gpt-quickstart@champion --prompt "The assert statement"
     """
+    root = open_state_root(file)
     Thread(target=import_module, args=("gptcore.bundle",)).start()  # imports torch beside MLflow
     from flows.registry import versions
     from gptcore.bundle import load
@@ -49,14 +91,29 @@ def print_texts(
     tokenizer = loaded.tokenizer
     prompt_ids = tokenizer.encode_prompt(prompt)
     batch = Batch(loaded.model, min(num_samples, _MAX_CONCURRENT), len(prompt_ids) + max_new_tokens)
+
+    def start_sample(number: int) -> _Sample:
+        own_seed = None if seed is None else seed + number
+        request = batch.add(prompt_ids, max_new_tokens, sampling, seed=own_seed, eos_id=tokenizer.eot)
+        return _Sample(request, TextStream(tokenizer, stop), prompt)
+
+    _print_in_order(batch, map(start_sample, range(num_samples)))
+
+
+COMMANDS = (generate_texts,)
+
+
+def _print_in_order(batch: "Batch", samples: "Iterator[_Sample]") -> None:
+    """Generate all samples, as many at once as the batch has room for, and print one after the other.
+
+    A sample takes its room as soon as `samples` yields it. The first unfinished one is printed token by token.
+    """
     unfinished: deque[_Sample] = deque()
-    num_started = 0
-    while num_started < num_samples or unfinished:
-        while num_started < num_samples and batch.free:
-            text_seed = None if seed is None else seed + num_started
-            request = batch.add(prompt_ids, max_new_tokens, sampling, seed=text_seed, eos_id=tokenizer.eot)
-            unfinished.append(_Sample(request, TextStream(tokenizer, stop), prompt))
-            num_started += 1
+    while True:
+        while batch.free and (started := next(samples, None)) is not None:
+            unfinished.append(started)
+        if not unfinished:
+            return
         batch.step()
         for sample in unfinished:
             sample.update(batch)

@@ -1,16 +1,16 @@
-"""What several commands share: options, checks of their values, and opening the project.
+"""What several commands share: options, checks of their values, opening the project, and printing JSON.
 
 Nothing here imports torch, Prefect or MLflow, so that help and wrong input are answered at once.
 """
 
 import os
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 if TYPE_CHECKING:
-    from flows.config.pipelines import Pipeline, PipelinesFile
+    from flows.config.pipelines import PipelinesFile
     from flows.state.root import StateRoot
 
 
@@ -49,48 +49,6 @@ QUANTIZE = click.option(
     type=click.Choice(["int8"]),
     help="Round the weights to 8 bits. Generation is then at least twice as fast on a CPU.",
 )
-SET = click.option(
-    "--set",
-    "overrides",
-    metavar="KEY=VALUE",
-    multiple=True,
-    help="Override a key of the pipeline, for example train.max_steps=50. May be given several times.",
-)
-
-
-class RunCommand(click.Command):
-    """`gptflow run`, whose help lists every key of the configuration."""
-
-    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        from flows.config.pipelines import SECTIONS, Pipeline
-
-        for section in SECTIONS:
-            fields = Pipeline.model_fields[section].annotation.model_fields  # type: ignore[union-attr]
-            with formatter.section(f"Keys of {section}"):
-                formatter.write_dl(
-                    [(f"{section}.{key}", f"{field.description} [{field.default}]") for key, field in fields.items()]
-                )
-
-
-def load_pipeline(name: str, overrides: tuple[str, ...], file: str | None) -> "tuple[Pipeline, StateRoot]":
-    """Return the pipeline and a writable state root.
-
-    Every mistake that can be found without heavy imports is an error here: ConfigError or GPTCoreError.
-    """
-    from flows.config.pipelines import PipelinesFile, find_pipelines_file
-    from flows.retrain import task_runners
-    from flows.state.root import state_root
-    from gptcore.corpus import sources
-    from gptcore.tokens import tokenizer
-    from gptcore.training import memory
-
-    path = find_pipelines_file(file)
-    pipeline = PipelinesFile(path).pipeline(name, overrides)
-    sources.check(pipeline.corpus.sources, path.parent)
-    tokenizer.check(pipeline.corpus.tokenizer)
-    task_runners.check(pipeline.task_runner)
-    memory.check(pipeline.model, pipeline.train)
-    return pipeline, state_root(path).prepare()
 
 
 def load_pipelines_file(file: str | None, run_here: bool = False) -> "tuple[PipelinesFile, StateRoot]":
@@ -134,3 +92,10 @@ def redirect_library_logs(root: "StateRoot") -> None:
     handler.setFormatter(logging.Formatter("%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s"))
     logging.getLogger().addHandler(handler)
     logging.captureWarnings(True)
+
+
+def print_json(body: Any) -> None:
+    """Print plain data as JSON."""
+    import json
+
+    click.echo(json.dumps(body, indent=1))

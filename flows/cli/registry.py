@@ -3,14 +3,12 @@
 They work on the registry directly, without Prefect. Each command imports what it needs when it runs.
 """
 
-import json as json_module
 import os
-from collections.abc import Mapping
 from typing import Any
 
 import click
 
-from flows.cli.options import FILE, JSON, REASON, load_pipelines_file, open_state_root
+from flows.cli.options import FILE, JSON, REASON, load_pipelines_file, open_state_root, print_json
 
 
 @click.command("models", short_help="List the registered versions and their scores.")
@@ -32,7 +30,7 @@ def list_models(model: str | None, file: str | None, json: bool) -> None:
         champion.settle(root, name)
     summaries = [versions.summarize(root, version) for version in versions.list_versions(root, model)]
     if json:
-        _print_json(summaries)
+        print_json(summaries)
     else:
         print_models(summaries)
 
@@ -58,7 +56,7 @@ def show_lineage(uri: str, file: str | None, json: bool) -> None:
     moves = [move for move in champion.read_moves(root, version.name) if number in (move.source, move.target)]
     lineage = {**versions.describe(root, version), "moves": [move.as_dict() for move in moves]}
     if json:
-        _print_json(lineage)
+        print_json(lineage)
     else:
         print_lineage(lineage)
 
@@ -103,7 +101,7 @@ def promote(model: str, version: int, reason: str, file: str | None, json: bool)
     move = _import_champion().promote(root, model, str(version), reason, by=user_name())
     if json:
         unchanged = {"from": str(version), "to": str(version), "kind": "unchanged"}
-        _print_json({"model": model, **(unchanged if move is None else move.as_dict())})
+        print_json({"model": model, **(unchanged if move is None else move.as_dict())})
     elif move is None:
         click.echo(f"version {version} is the champion of {model} already")
     else:
@@ -126,7 +124,7 @@ def rollback(model: str, reason: str, file: str | None, json: bool) -> None:
     root = open_state_root(file)
     move = _import_champion().rollback(root, model, reason, by=user_name())
     if json:
-        _print_json({"model": model, **move.as_dict()})
+        print_json({"model": model, **move.as_dict()})
     else:
         click.echo(f"{model}: back to version {move.target}; version {move.source or '(none)'} is withdrawn")
 
@@ -149,7 +147,7 @@ def prune(dry_run: bool, file: str | None, json: bool) -> None:
 
     freed = free(root, pipelines.keep(), dry_run)
     if json:
-        _print_json({**asdict(freed), "bytes": freed.bytes, "dry_run": dry_run})
+        print_json({**asdict(freed), "bytes": freed.bytes, "dry_run": dry_run})
     else:
         click.echo("\n".join([*freed.lines(), freed.summary(dry_run)]))
 
@@ -175,7 +173,3 @@ def user_name() -> str:
         return getpass.getuser()
     except (KeyError, OSError):  # a container whose user has no name
         return f"user {os.getuid()}"
-
-
-def _print_json(body: Mapping[str, Any] | list[Any]) -> None:
-    click.echo(json_module.dumps(body, indent=1))

@@ -1,31 +1,37 @@
-"""One retraining on this machine: start Prefect, run the flow and print its outcome.
+"""A retraining on this machine: `gptflow run` runs the flow, `gptflow prepare` makes a run directory for a training.
 
 Importing Prefect, MLflow and torch and starting Prefect's server take seconds each. So they start only after the input
 was found to be right, and run side by side.
 """
 
 import gc
-import json as json_module
 import os
-import signal
 import time
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, replace
 from importlib import import_module
+from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING
 
-from rich.table import Table
+import click
 
-from flows.cli.options import redirect_library_logs
-from flows.config.pipelines import SECTIONS, Pipeline
-from flows.deployments.ephemeral_server import disable_heartbeats, start_temporary_server, wait_until_ready
-from flows.state.console import Console
-from flows.state.root import StateRoot
-from gptcore.errors import GPTCoreError
+from flows.cli.options import FILE, JSON, print_json, redirect_library_logs
+from gptcore.errors import ConfigError, GPTCoreError
 
 if TYPE_CHECKING:
+    from flows.config.pipelines import Pipeline
     from flows.retrain.flow import Outcome
+    from flows.state.console import Console
+    from flows.state.root import StateRoot
+    from gptcore.tokens.directory import Tokens
+
+SET = click.option(
+    "--set",
+    "overrides",
+    metavar="KEY=VALUE",
+    multiple=True,
+    help="Override a key of the pipeline, for example train.max_steps=50. May be given several times.",
+)
 
 
 class Interrupted(GPTCoreError):
@@ -34,14 +40,134 @@ class Interrupted(GPTCoreError):
     exit_code = 130  # as a shell reports SIGINT
 
 
-def launch(pipeline: Pipeline, root: StateRoot, force: bool, json: bool, sources_overridden: bool = False) -> None:
-    """Run the retraining flow in this process and print its outcome. Raise what the flow raised."""
+class RunCommand(click.Command):
+    """`gptflow run`, whose help lists every key of the configuration."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        from flows.config.pipelines import SECTIONS, Pipeline
+
+        for section in SECTIONS:
+            fields = Pipeline.model_fields[section].annotation.model_fields  # type: ignore[union-attr]
+            with formatter.section(f"Keys of {section}"):
+                formatter.write_dl(
+                    [(f"{section}.{key}", f"{field.description} [{field.default}]") for key, field in fields.items()]
+                )
+
+
+@click.command("run", cls=RunCommand, short_help="Retrain a pipeline now.")
+@click.argument("pipeline", default="quickstart")
+@SET
+@click.option("--force", is_flag=True, help="Train again even if nothing has changed.")
+@FILE
+@JSON
+def retrain_now(pipeline: str, overrides: tuple[str, ...], force: bool, file: str | None, json: bool) -> None:
+    """Retrain PIPELINE now: read its text, then train a model, evaluate it and register it as a version.
+
+    PIPELINE is a name in pipelines.yaml (default: quickstart). The run ends at once if there is no reason to train,
+    such as new text or new settings.
+
+    Example: gptflow run quickstart --set train.max_steps=100
+    """
+    from dataclasses import asdict
+
+    from flows.config.pipelines import overrides_sources
+    from flows.state.console import Console
+
+    loaded, root = load_pipeline(pipeline, overrides, file)
+    console = Console()
+    console.terminal.quiet = json
+    outcome = _launch(loaded, root, console, force=force, sources_overridden=overrides_sources(overrides))
+    if json:
+        print_json(asdict(outcome))
+    else:
+        _print_outcome(console, outcome)
+
+
+@click.command("prepare", short_help="Prepare a directory for a training by hand.")
+@click.argument("pipeline")
+@click.argument("directory", type=click.Path(path_type=Path))
+@SET
+@FILE
+def prepare_directory(pipeline: str, directory: Path, overrides: tuple[str, ...], file: str | None) -> None:
+    """Write the settings and the tokens of PIPELINE into DIRECTORY, for a training by hand.
+
+    The training is then `python -m gptcore.train DIRECTORY`, for example under a job scheduler or in a container.
+    """
+    loaded, root = load_pipeline(pipeline, overrides, file)
+    tokens = prepare(loaded, root, directory)
+    counts = tokens.counts
+    click.echo(f"{directory}: {counts['train']:,} train and {counts['val']:,} val tokens, {tokens.tokenizer}")
+    click.echo(f"train it with: python -m gptcore.train {directory}")
+
+
+COMMANDS = (retrain_now, prepare_directory)
+
+
+def load_pipeline(name: str, overrides: tuple[str, ...], file: str | None) -> "tuple[Pipeline, StateRoot]":
+    """Return the pipeline and a writable state root.
+
+    Every mistake that can be found without heavy imports is an error here: ConfigError or GPTCoreError.
+    """
+    from flows.config.pipelines import PipelinesFile, find_pipelines_file
+    from flows.retrain import task_runners
+    from flows.state.root import state_root
+    from gptcore.corpus import sources
+    from gptcore.tokens import tokenizer
+    from gptcore.training import memory
+
+    path = find_pipelines_file(file)
+    pipeline = PipelinesFile(path).pipeline(name, overrides)
+    sources.check(pipeline.corpus.sources, path.parent)
+    tokenizer.check(pipeline.corpus.tokenizer)
+    task_runners.check(pipeline.task_runner)
+    memory.check(pipeline.model, pipeline.train)
+    return pipeline, state_root(path).prepare()
+
+
+def prepare(pipeline: "Pipeline", root: "StateRoot", directory: Path) -> "Tokens":
+    """Ingest and tokenize the text, then make `directory` a run directory. It contains its tokens, so it can be moved.
+
+    Raises CheckpointError if the directory belongs to another training, ConfigError if it holds something else.
+    """
+    is_run_directory = (directory / "config.json").exists()
+    if directory.is_file() or (directory.is_dir() and not is_run_directory and any(directory.iterdir())):
+        raise ConfigError(
+            f"{directory.resolve()} is a file, or holds files but is not a run directory. Name a new one."
+        )
+    import shutil
+
+    from flows.registry import ancestry
+    from flows.retrain import attempts
+    from gptcore.corpus.ingest import ingest
+    from gptcore.tokens.files import tokenize
+    from gptcore.training.resolve import resolve
+    from gptcore.training.run_directory import RunDirectory
+
+    pipeline = pipeline.model_copy(update={"train": resolve(pipeline.train)})
+    start = ancestry.resolve_start(root, pipeline)
+    # Shards are processed by local processes, because there is no flow run here that could have tasks.
+    snapshot = ingest(pipeline.corpus, root.corpora, Path.cwd())
+    vocabulary = start.load_tokenizer() if start else None
+    tokens = tokenize(snapshot.path, pipeline.corpus.tokenizer, root.tokens, vocabulary=vocabulary)
+    attempts.check_fits(pipeline, tokens)
+    attempts.configure(RunDirectory(directory), pipeline, tokens, "tokens", start)
+    if not (directory / "tokens").exists():
+        shutil.copytree(tokens.path, directory / "tokens")
+    return tokens
+
+
+def _launch(
+    pipeline: "Pipeline", root: "StateRoot", console: "Console", force: bool, sources_overridden: bool
+) -> "Outcome":
+    """Run the retraining flow in this process and return its outcome. Raise what the flow raised."""
+    import signal
+    from dataclasses import replace
+
+    from flows.deployments.ephemeral_server import disable_heartbeats
+
     began = time.perf_counter()
     root.set_environment()
     redirect_library_logs(root)
-    console = Console()
-    if json:
-        console.terminal.quiet = True
     gc.disable()  # imports make no garbage, and a fifth of their time would go into looking for it
     with console.terminal.status("starting Prefect and MLflow"):
         has_own_server = _start_prefect(root)
@@ -55,15 +181,13 @@ def launch(pipeline: Pipeline, root: StateRoot, force: bool, json: bool, sources
     except KeyboardInterrupt:
         raise Interrupted("interrupted. The saved state stays. Run the same command again to resume.") from None
     seconds |= {**outcome.seconds, "total": round(time.perf_counter() - began, 2)}
-    outcome = replace(outcome, seconds=seconds)
-    if json:
-        print(json_module.dumps(asdict(outcome), indent=1))
-    else:
-        _print_outcome(console, outcome)
+    return replace(outcome, seconds=seconds)
 
 
 def _interrupt(_number: int, _frame: object) -> None:
     """Stop in order at the first Ctrl-C: the trainer saves. A second one ends the process at once, like a kill."""
+    import signal
+
     signal.signal(signal.SIGINT, _exit_at_once)
     raise KeyboardInterrupt
 
@@ -73,11 +197,13 @@ def _exit_at_once(_number: int, _frame: object) -> None:
     os._exit(Interrupted.exit_code)
 
 
-def _start_prefect(root: StateRoot) -> bool:
+def _start_prefect(root: "StateRoot") -> bool:
     """Import the flow while Prefect's server starts. Return whether the server is a temporary one.
 
     Raises GPTCoreError if the server does not answer.
     """
+    from flows.deployments.ephemeral_server import start_temporary_server, wait_until_ready
+
     server = None if "PREFECT_API_URL" in os.environ else start_temporary_server(root)
     imports = Thread(target=_import_and_open, args=(root,))
     imports.start()
@@ -99,13 +225,14 @@ def _start_prefect(root: StateRoot) -> bool:
     return server is not None
 
 
-def _import_and_open(root: StateRoot) -> None:
+def _import_and_open(root: "StateRoot") -> None:
     import_module("flows.retrain.flow")
     with suppress(Exception):  # the flow opens the database again and reports the error
         import_module("flows.tracking.runs").open_database(root)
 
 
-def _run_flow(pipeline: Pipeline, root: StateRoot, force: bool, sources_overridden: bool) -> "Outcome":
+def _run_flow(pipeline: "Pipeline", root: "StateRoot", force: bool, sources_overridden: bool) -> "Outcome":
+    from flows.config.pipelines import SECTIONS
     from flows.retrain.flow import Outcome, retrain
     from flows.tracking import errors
 
@@ -127,8 +254,10 @@ def _run_flow(pipeline: Pipeline, root: StateRoot, force: bool, sources_overridd
     return outcome
 
 
-def _print_outcome(console: Console, outcome: "Outcome") -> None:
+def _print_outcome(console: "Console", outcome: "Outcome") -> None:
     """Print why the run was skipped, or a table of its results and the commands to try next."""
+    from rich.table import Table
+
     print_ = console.terminal.print
     if outcome.verdict == "skipped":
         print_(f"[bold]skipped[/bold]  {outcome.reason}  ({outcome.seconds['total']:.1f} s)")

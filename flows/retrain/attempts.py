@@ -27,6 +27,8 @@ from gptcore.corpus.snapshot import Snapshot, load_snapshot
 from gptcore.errors import CheckpointError, ConfigError, TrainingDiverged
 from gptcore.tokens.directory import Tokens
 from gptcore.tokens.files import load_tokens
+from gptcore.training import memory
+from gptcore.training.batches import check_sizes
 from gptcore.training.resolve import TRAINING_VERSION
 from gptcore.training.run_directory import RunDirectory
 
@@ -84,6 +86,13 @@ def configure(run: RunDirectory, pipeline: Pipeline, tokens: Tokens, tokens_path
     """
     began_with = Start(uri=start.uri, weights_sha256=start.weights_sha256) if start else None
     run.prepare(_run_config(pipeline, tokens, tokens_path, began_with), start.weights if start else None)
+
+
+def check_fits(pipeline: Pipeline, tokens: Tokens) -> None:
+    """Raise an error if the text is too short for the batches, or the model too large for the memory."""
+    train, context = pipeline.train, pipeline.model.shape()["context_length"]
+    check_sizes(tokens, context, train.stride or context, train.batch_size * train.accumulation)
+    memory.check(pipeline.model, train, tokens.n_vocab)
 
 
 def find_unfinished(root: StateRoot, pipeline: Pipeline, sources_overridden: bool = False) -> Attempt | None:

@@ -40,8 +40,6 @@ from gptcore.errors import TrainingDiverged
 from gptcore.evaluation.run_report import Scores, read_samples, read_scores
 from gptcore.processes import MapShards
 from gptcore.tokens.directory import Tokens
-from gptcore.training import memory
-from gptcore.training.batches import check_sizes
 from gptcore.training.resolve import resolve
 from gptcore.training.run_directory import Paused, Result
 
@@ -220,7 +218,7 @@ class _Retraining:
                 map_shards=map_shards,
             )
             step.describe(tasks.describe_tokens(tokens))
-        self.check_fits(tokens)
+        attempts.check_fits(pipeline, tokens)
         number = attempts.next_number(
             root,
             pipeline,
@@ -246,12 +244,6 @@ class _Retraining:
         self.changes = reason.changes
         if reason.since is not None:
             self.changes += measure_divergence(self.root, self.pipeline, reason.since, tokens, snapshot)
-
-    def check_fits(self, tokens: Tokens) -> None:
-        """Raise an error if the text is too short for the batches, or the model too large for the memory."""
-        train, context = self.pipeline.train, self.pipeline.model.shape()["context_length"]
-        check_sizes(tokens, context, train.stride or context, train.batch_size * train.accumulation)
-        memory.check(self.pipeline.model, train, tokens.n_vocab)
 
     def work_on(self, attempt: Attempt) -> State[Outcome]:
         """Train and judge an attempt inside its MLflow run, which gets the error's status if a step fails."""

@@ -208,7 +208,7 @@ def test_a_check_that_hangs_or_breaks_is_reported_and_the_other_checks_still_run
         raise RuntimeError("unheard of")
 
     monkeypatch.setattr(doctor, "MAX_SECONDS", 1.0)
-    monkeypatch.setattr(doctor, "CHECKS", {"slow": hangs, "broken": breaks, "disk": checks.check_disk})
+    monkeypatch.setattr(checks, "CHECKS", {"slow": hangs, "broken": breaks, "disk": checks.check_disk})
     _, slow, broken, disk = doctor.run_checks(target.file, target.root)
     assert (slow.ok, slow.message) == (False, "no answer within 1 s")
     assert not broken.ok and "RuntimeError: unheard of" in broken.message

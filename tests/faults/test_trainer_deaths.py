@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.cli.prepare import prepare
+from flows.cli.run import prepare
 from flows.config.pipelines import Pipeline
 from flows.retrain.trainer_process import TrainerKeepsDying, train_with_restarts
 from flows.state.root import StateRoot

@@ -9,15 +9,15 @@ import difflib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, model_validator
 
 from flows.config import yaml
 from flows.config.schedule import ScheduleConfig
-from flows.config.task_runner import TaskRunnerName
-from flows.config.triggers import TriggerConfig
 from flows.config.yaml import MAX_BYTES, Marks, UnsupportedYAML
+from flows.notifications.events import CORPUS_CHANGED, MODEL_PROMOTED, model_resource, pipeline_resource
 from flows.notifications.notify import NotifyConfig
 from flows.state.lock_holder import Overlap
 from gptcore.config import (
@@ -40,6 +40,58 @@ _WATCH_SECONDS = (10, 86_400)
 _SHAPE_KEYS = ("context_length", "emb_dim", "n_heads", "n_layers")
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 """The pattern of a pipeline's name and of a registered model's name."""
+
+
+class TriggerConfig(Section):
+    """An event that starts a run of the pipeline: its corpus changed, or another model got a new champion.
+
+    The champion is the version that the alias `@champion` of a registered model names.
+    """
+
+    on: Literal["corpus_changed", "promoted"]
+    """corpus_changed: the flow `watch` saw that the pipeline's sources have changed. promoted: the gate or a person
+    made another version the champion of `model`, by a promotion or a rollback."""
+    model: str | None = None
+    """With promoted: the registered model, which is the model_name of another pipeline in the file."""
+
+    @model_validator(mode="after")
+    def _check_model(self) -> Self:
+        if self.on == "promoted" and self.model is None:
+            raise ValueError("promoted needs a model, as in {on: promoted, model: gpt-base}")
+        if self.on == "corpus_changed" and self.model is not None:
+            raise ValueError(
+                f"corpus_changed is about the pipeline's own corpus; it has no model (given: {self.model!r:.80})"
+            )
+        return self
+
+    def awaited_event(self, pipeline: str) -> tuple[str, str]:
+        """Return the name of the event that starts the pipeline, and the resource that the event is about."""
+        if self.model is None:
+            return CORPUS_CHANGED, pipeline_resource(pipeline)
+        return MODEL_PROMOTED, model_resource(self.model)
+
+
+def _check_task_runner(name: str) -> str:
+    if name in ("processes", "dask", "ray"):
+        return name
+    try:
+        parts = urlsplit(name)
+        has_address = parts.hostname is not None and parts.port is not None
+    except ValueError:
+        has_address = False
+    is_plain = has_address and "@" not in name and not any((parts.path.strip("/"), parts.query, parts.fragment))
+    if is_plain and parts.scheme in ("tcp", "tls", "ray"):
+        return name
+    # An address with an @ may hold a password, so it is not repeated.
+    problem = "an address holds no credentials" if "@" in name else f"given: {name!r:.80}"
+    raise ValueError(
+        "must be processes, dask, ray, a Dask scheduler as in tcp://HOST:8786 (or tls://), or a Ray cluster as in "
+        f"ray://HOST:10001 ({problem})"
+    )
+
+
+TaskRunnerName = Annotated[str, AfterValidator(_check_task_runner)]
+"""A value of the key `task_runner`. See flows/retrain/task_runners.py for what each value starts."""
 
 
 class Pipeline(Section):

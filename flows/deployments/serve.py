@@ -27,9 +27,8 @@ from prefect.events import DeploymentEventTrigger
 from prefect.runner import Runner
 from prefect.types.entrypoint import EntrypointType
 
-from flows.config.pipelines import Pipeline, PipelinesFile
+from flows.config.pipelines import Pipeline, PipelinesFile, TriggerConfig
 from flows.config.schedule import ScheduleConfig, interval_anchor
-from flows.config.triggers import TriggerConfig
 from flows.deployments.sync import sync_deployments
 from flows.deployments.up import READY
 from flows.operations.flows import OPERATIONS, SCHEDULES, build_parameters

@@ -2,7 +2,8 @@
 
 An event is sent as one plain request, at once. Importing Prefect would take a promotion seconds, and a caller that
 records an event as sent must know that the server took it. Only for a server that requires credentials or its own
-certificates does Prefect's client send the event. The events that start a pipeline are in flows/config/triggers.py.
+certificates does Prefect's client send the event. `TriggerConfig` in flows/config/pipelines.py says which events start
+a pipeline.
 """
 
 import http.client

@@ -19,8 +19,7 @@ from prefect.states import Completed
 from flows.cards.decision import list_details, list_scores
 from flows.cards.model_card import Evidence
 from flows.cards.verdict import Verdict
-from flows.config.pipelines import Pipeline
-from flows.config.task_runner import TaskRunnerName
+from flows.config.pipelines import Pipeline, TaskRunnerName
 from flows.notifications.notify import NotifyConfig, notify_failure, notify_promotion
 from flows.registry import ancestry, register, versions
 from flows.registry.lineage import lineage, settings_key

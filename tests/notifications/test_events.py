@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import requests
 
-from flows.config.pipelines import PipelinesFile
-from flows.config.triggers import TriggerConfig
+from flows.config.pipelines import PipelinesFile, TriggerConfig
 from flows.notifications import events
 from flows.registry import champion
 from flows.registry.champion import GATE

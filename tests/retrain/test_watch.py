@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from flows.config.pipelines import Pipeline, PipelinesFile
+from flows.config.pipelines import Pipeline, PipelinesFile, TriggerConfig
 from flows.config.schedule import ScheduleConfig
-from flows.config.triggers import TriggerConfig
 from flows.notifications.events import EventNotSent
 from flows.notifications.notify import NotifyConfig
 from flows.retrain import last_success

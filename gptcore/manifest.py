@@ -1,19 +1,22 @@
-"""Directories that are complete or do not exist.
+"""Directories and small files that are complete or do not exist.
 
 Every step of the pipeline writes a directory: a corpus snapshot, token files, a checkpoint, an evaluation. The step
 fills it under a temporary name in the same parent directory. `commit` then writes the manifest, which has the size and
 sha256 of every file, flushes everything to disk, and renames the directory. A killed process leaves a `.tmp-` directory
 that nothing reads and that the next process removes. So no step needs clean-up code to be correct. Example:
 
-    with manifest.stage(parent) as staged:
+    def fill(staged: Path) -> dict[str, Any]:
         (staged / "scores.json").write_text(scores)
-        manifest.commit(staged, parent / name, {"kind": "evaluation"})
+        return {"kind": "evaluation"}
+
+    manifest.once(parent / name, fill)
 
 The manifest, whose own sha256 is that of its text without the digest:
 
     {"format": 7, "sha256": "...", "files": {"scores.json": {"bytes": 12, "sha256": "..."}}, "about": {...}}
 
-What each directory holds is up to the modules that write it.
+What each directory holds is up to the modules that write it. A file that changes, such as a record of what is running,
+has no manifest: see `write_atomically`.
 """
 
 import contextlib
@@ -24,7 +27,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -52,6 +55,18 @@ def sha256_of_file(path: Path) -> str:
     """Return the hex sha256 of a file's bytes. Reads a little of the file at a time."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def once(goal: Path, fill: Callable[[Path], Mapping[str, Any]]) -> Path:
+    """Make the directory `goal` unless it is committed already. Return `goal`.
+
+    `fill` writes the files into the staged directory that it gets, and returns the `about` of `commit`. Raises DiskFull
+    as `stage` does.
+    """
+    if not is_committed(goal):
+        with stage(goal.parent) as staged:
+            commit(staged, goal, fill(staged))
+    return goal
 
 
 @contextlib.contextmanager
@@ -156,6 +171,30 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a small file, all of it or nothing. The directory must exist.
+
+    A reader finds the old content or the new one, even after a power cut: the file is flushed to disk under a temporary
+    name in the same directory before the rename, and the directory after it.
+    """
+    temporary = path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}")
+    temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
+    flush(temporary)
+    temporary.replace(path)
+    flush(path.parent)
+
+
+def read_json(path: Path) -> Any:
+    """Return the JSON value in the file, or None if the file is missing or half-written.
+
+    Earlier releases wrote some of these files without flushing them, so a power cut may have left half of one.
+    """
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def is_committed(directory: Path) -> bool:

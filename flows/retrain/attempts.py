@@ -18,13 +18,13 @@ from flows.config.pipelines import Pipeline
 from flows.registry import ancestry, versions
 from flows.registry.ancestry import Ancestor, WarmStart
 from flows.registry.lineage import run_key
-from flows.state.files import read_json, write_atomically
 from flows.state.root import StateRoot
 from flows.tracking import runs
 from gptcore import manifest
 from gptcore.config import RunConfig, Start
 from gptcore.corpus.snapshot import Snapshot, load_snapshot
 from gptcore.errors import CheckpointError, ConfigError, TrainingDiverged
+from gptcore.manifest import read_json, write_atomically
 from gptcore.tokens.directory import Tokens
 from gptcore.tokens.files import load_tokens
 from gptcore.training import memory

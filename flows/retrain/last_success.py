@@ -17,9 +17,9 @@ from pathlib import Path
 
 from flows.config.pipelines import Pipeline
 from flows.config.schedule import ScheduleConfig, iterate_due_times
-from flows.state.files import write_atomically
 from flows.state.root import StateRoot
 from gptcore.errors import SourceUnavailable
+from gptcore.manifest import write_atomically
 
 AWAITED = "Awaited"
 """Not a success: the pipeline has been served since then, and has yet to succeed."""

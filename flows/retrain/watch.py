@@ -22,10 +22,10 @@ from flows.config.pipelines import Pipeline
 from flows.notifications import events, notify
 from flows.retrain import last_success
 from flows.state import lock_holder, locks
-from flows.state.files import read_json, write_atomically
 from flows.state.root import StateRoot, state_root
 from gptcore.corpus.fingerprint import fingerprint_source
 from gptcore.errors import GPTCoreError
+from gptcore.manifest import read_json, write_atomically
 
 _REGISTERED = {"name", "model_name", "corpus", "schedule", "triggers", "notify"}
 

@@ -16,9 +16,9 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from flows.state import postgres
-from flows.state.files import read_json, write_atomically
 from flows.state.postgres import Database
 from gptcore.errors import ConfigError
+from gptcore.manifest import read_json, write_atomically
 
 ARTIFACTS = "GPTFLOW_ARTIFACTS"
 LOCAL = "local"

@@ -17,9 +17,9 @@ from datetime import datetime
 from pathlib import Path
 
 from flows.state import postgres_lock
-from flows.state.files import read_json
 from flows.state.lock_holder import Holder, LockHeld, Overlap
 from flows.state.postgres import Database
+from gptcore.manifest import read_json
 
 _PATIENCE_SECONDS = 1.0
 

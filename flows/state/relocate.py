@@ -21,8 +21,8 @@ from pathlib import Path
 from urllib.parse import quote
 
 from flows.state import locks
-from flows.state.files import write_atomically
 from gptcore.errors import GPTCoreError
+from gptcore.manifest import write_atomically
 
 FORMAT = 1
 """The format that this release reads and writes. A state root without state.json is older, with the same layout."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.state import locks
-from flows.state.files import read_json, write_atomically
+from gptcore.manifest import read_json, write_atomically
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,13 @@ import ipaddress
 import json
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin, urlsplit
 
 from gptcore.errors import CorpusError, SourceUnavailable
-from gptcore.manifest import flush, sha256_of_file
+from gptcore.manifest import flush, read_json, sha256_of_file
 
 if TYPE_CHECKING:
     import requests
@@ -111,9 +111,7 @@ def _revalidation_headers(body: Path) -> dict[str, str]:
 
 
 def _load_validators(file: Path) -> dict[str, Any]:
-    with suppress(FileNotFoundError, ValueError):
-        return json.loads(file.with_suffix(".json").read_text())
-    return {}
+    return read_json(file.with_suffix(".json")) or {}
 
 
 def _range_starts_at(response: "requests.Response", start: int) -> bool:

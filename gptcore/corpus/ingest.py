@@ -9,6 +9,7 @@ snapshot.py reads snapshots.
 """
 
 import contextlib
+import functools
 import tempfile
 from array import array
 from collections import Counter
@@ -83,11 +84,9 @@ def _make_snapshot(cfg: CorpusConfig, documents: DocumentStore, corpora: Path, m
     settings = _split_settings(cfg)
     hashes = [document.sha256 for document in documents.entries]
     sha256 = manifest.sha256_of({"version": CORPUS_VERSION, "split": settings, "documents": hashes})
-    goal = corpora / sha256[:16]
-    if not manifest.is_committed(goal):
-        about = {"kind": "corpus", "sha256": sha256, "split": settings, "sources": documents.per_source}
-        _publish(cfg, documents, goal, about, map_shards)
-    return load_snapshot(goal)
+    about = {"kind": "corpus", "sha256": sha256, "split": settings, "sources": documents.per_source}
+    fill = functools.partial(_write_snapshot, cfg, documents, about, map_shards)
+    return load_snapshot(manifest.once(corpora / sha256[:16], fill))
 
 
 def _split_settings(cfg: CorpusConfig) -> dict[str, Any]:
@@ -130,24 +129,24 @@ class _SideWriter:
         self.index.close()
 
 
-def _publish(
-    cfg: CorpusConfig, documents: DocumentStore, goal: Path, about: dict[str, Any], map_shards: MapShards
-) -> None:
+def _write_snapshot(
+    cfg: CorpusConfig, documents: DocumentStore, about: dict[str, Any], map_shards: MapShards, staged: Path
+) -> dict[str, Any]:
+    """Write the files of a snapshot. Return `about` with the totals."""
     dropped = Counter(dict.fromkeys(_DROPPED, 0))
     dropped.update(documents.dropped)
-    with manifest.stage(goal.parent) as staged:
-        sides = _write_sides(cfg, documents, staged, dropped)
-        removed = _remove_contamination(staged, sides, map_shards)
-        dropped.update(guard_runs=len(removed), guard_bytes=int(np.diff(removed).sum()))
-        _write_train_blocks(staged, sides["train"], removed)
-        for raw in (_RAW_TRAIN, _RAW_TRAIN_BLOCKS):
-            (staged / raw).unlink(missing_ok=True)
-        counts = {name: len(sides[name].block_bytes) for name in SIDES}
-        sizes = {name: (staged / f"{name}.txt").stat().st_size for name in SIDES}
-        _check_sides(cfg, counts, sizes, dropped)
-        documents.write_list(staged / DOCUMENTS)
-        totals = {"documents": len(documents.entries), "blocks": counts, "bytes": sizes, "dropped": dict(dropped)}
-        manifest.commit(staged, goal, {**about, **totals})
+    sides = _write_sides(cfg, documents, staged, dropped)
+    removed = _remove_contamination(staged, sides, map_shards)
+    dropped.update(guard_runs=len(removed), guard_bytes=int(np.diff(removed).sum()))
+    _write_train_blocks(staged, sides["train"], removed)
+    for raw in (_RAW_TRAIN, _RAW_TRAIN_BLOCKS):
+        (staged / raw).unlink(missing_ok=True)
+    counts = {name: len(sides[name].block_bytes) for name in SIDES}
+    sizes = {name: (staged / f"{name}.txt").stat().st_size for name in SIDES}
+    _check_sides(cfg, counts, sizes, dropped)
+    documents.write_list(staged / DOCUMENTS)
+    totals = {"documents": len(documents.entries), "blocks": counts, "bytes": sizes, "dropped": dict(dropped)}
+    return {**about, **totals}
 
 
 def _write_sides(

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
@@ -114,14 +114,13 @@ def read_shard(shard: Shard) -> Path:
     """
     scratch = shard.work_directory / _SCRATCH
     scratch.mkdir(exist_ok=True)
-    if manifest.is_committed(shard.directory):
-        if _is_current(shard, scratch):
-            return shard.directory
+    if manifest.is_committed(shard.directory) and not _is_current(shard, scratch):
         manifest.remove(shard.directory)
-    with manifest.stage(shard.work_directory) as staged:
-        states = _write_shard(shard, staged, scratch)
-        manifest.commit(staged, shard.directory, {"kind": "part", "states": states})
-    return shard.directory
+
+    def fill(staged: Path) -> dict[str, Any]:
+        return {"kind": "part", "states": _write_shard(shard, staged, scratch)}
+
+    return manifest.once(shard.directory, fill)
 
 
 def _is_current(shard: Shard, scratch: Path) -> bool:

@@ -206,12 +206,12 @@ def _decode_each(tokenizer: Tokenizer, ids: np.ndarray) -> list[str]:
 
 def _publish(run: RunDirectory, name: str, inputs: dict[str, Any], fill: Callable[[Path], None]) -> Path:
     """Return the directory `name`-<hash of inputs>; fill and commit it first if it does not exist yet."""
-    goal = run.path / f"{name}-{manifest.sha256_of(inputs)[:12]}"
-    if not manifest.is_committed(goal):
-        with manifest.stage(run.path) as staged:
-            fill(staged)
-            manifest.commit(staged, goal, {"kind": name, "inputs": inputs})
-    return goal
+
+    def fill_and_describe(staged: Path) -> dict[str, Any]:
+        fill(staged)
+        return {"kind": name, "inputs": inputs}
+
+    return manifest.once(run.path / f"{name}-{manifest.sha256_of(inputs)[:12]}", fill_and_describe)
 
 
 def _weights_sha256(run: RunDirectory) -> str:

@@ -7,10 +7,11 @@ in a work directory that belongs to this snapshot and this tokenizer, so that th
 Who runs the shards is up to the caller's `MapShards` (gptcore/processes.py). See files.py for what the ids become.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
@@ -57,12 +58,12 @@ class Shard:
 
 def load_or_make_vocabulary(directory: Path, make: Callable[[], Tokenizer]) -> Tokenizer:
     """Load the tokenizer of the work directory. If there is none, call `make`, which may train one, and save it."""
-    goal = directory / _VOCABULARY
-    if not manifest.is_committed(goal):
-        with manifest.stage(directory) as staged:
-            make().save(staged)
-            manifest.commit(staged, goal, {"kind": "vocabulary"})
-    return Tokenizer.load(goal)
+
+    def fill(staged: Path) -> dict[str, Any]:
+        make().save(staged)
+        return {"kind": "vocabulary"}
+
+    return Tokenizer.load(manifest.once(directory / _VOCABULARY, fill))
 
 
 def encode_in_shards(snapshot: Path, directory: Path, map_shards: MapShards) -> dict[str, Iterator[np.ndarray]]:
@@ -117,11 +118,15 @@ def encode_shard(shard: Shard) -> Path:
     if manifest.is_committed(shard.output):
         try:
             manifest.verify(shard.output)
-            return shard.output
         except CheckpointError:
             manifest.remove(shard.output)
+    return manifest.once(shard.output, functools.partial(_write_shard, shard))
+
+
+def _write_shard(shard: Shard, staged: Path) -> dict[str, Any]:
+    """Encode a shard into a file. Return what the manifest says about it."""
     tokenizer = load_once(shard.directory / _VOCABULARY)  # the path names corpus and tokenizer
-    with manifest.stage(shard.directory) as staged, (shard.snapshot / f"{shard.side}.txt").open("rb") as file:
+    with (shard.snapshot / f"{shard.side}.txt").open("rb") as file:
         bounds = shard.bounds
         first, last = np.searchsorted(bounds, [shard.start, shard.end])
         inner = bounds[first:last]
@@ -131,9 +136,7 @@ def encode_shard(shard: Shard) -> Path:
         follows_another = 0 < shard.start == bounds[first]  # else the shard begins the side, or inside a passage
         batches = batch_passages(passages, follows_another=follows_another)
         write_ids(staged / _IDS, (encode_batch(tokenizer, batch) for batch in batches))
-        dtype = np.dtype(dtype_of(tokenizer.n_vocab)).name
-        manifest.commit(staged, shard.output, {"kind": "token part", "dtype": dtype})
-    return shard.output
+    return {"kind": "token part", "dtype": dtype_of(tokenizer.n_vocab).name}
 
 
 def _read_ids(output: Path) -> np.ndarray:

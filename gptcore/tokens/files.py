@@ -7,8 +7,7 @@ See directory.py for the format, encode.py and encode_shards.py for the encoding
 """
 
 import importlib.metadata
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import numpy as np
 from gptcore import manifest
 from gptcore.corpus import shards
 from gptcore.corpus.shards import WHOLE_BYTES
-from gptcore.corpus.snapshot import load_snapshot
+from gptcore.corpus.snapshot import Snapshot, load_snapshot
 from gptcore.errors import CheckpointError, ConfigError
 from gptcore.processes import MapShards, map_in_processes
 from gptcore.progress import Progress
@@ -29,14 +28,34 @@ from gptcore.tokens.tokenizer import Tokenizer, cut_into_pieces, get_tokenizer, 
 
 
 @dataclass(frozen=True)
-class _Encoding:
-    """A token directory in the making."""
+class _Making:
+    """A token directory that does not exist yet."""
 
-    staged: Path
-    """The directory that will be committed. It holds the tokenizer already."""
-    tokenizer: Tokenizer
-    sides: Mapping[str, Iterable[np.ndarray]]
-    """The ids of each side: arrays (tokens,)."""
+    source: Snapshot
+    identity: str
+    goal: Path
+    make_tokenizer: Callable[[], Tokenizer]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of text to encode."""
+        return sum(self.source.bytes[side] for side in SIDES)
+
+    def write_sides(
+        self, staged: Path, tokenizer: Tokenizer, sides: Mapping[str, Iterable[np.ndarray]]
+    ) -> dict[str, Any]:
+        """Write the ids of each side, arrays (tokens,). Return what the manifest says about the directory."""
+        counts = {side: write_ids(staged / f"{side}.bin", ids) for side, ids in sides.items()}
+        return {
+            "sha256": self.identity,
+            "corpus_sha256": self.source.sha256,
+            "tokenizer": tokenizer.name,
+            "tokenizer_sha256": tokenizer.sha256,
+            "n_vocab": tokenizer.n_vocab,
+            "eot": tokenizer.eot,
+            "dtype": dtype_of(tokenizer.n_vocab).name,
+            "counts": counts,
+        }
 
 
 def load_tokens(path: Path | str) -> Tokens:
@@ -84,47 +103,40 @@ def tokenize(
         manifest.verify(goal)
         return load_tokens(goal)
 
-    def make_tokenizer() -> Tokenizer:
-        return fixed or _train_tokenizer(name, snapshot)
-
-    num_bytes = sum(source.bytes[side] for side in SIDES)
-    if processes is None and num_bytes > WHOLE_BYTES:
-        started = _encode_in_shards(snapshot, tokens_root, identity, make_tokenizer, map_shards)
+    making = _Making(source, identity, goal, make_tokenizer=lambda: fixed or _train_tokenizer(name, snapshot))
+    if processes is None and making.num_bytes > WHOLE_BYTES:
+        _encode_in_shards(making, map_shards)
     else:
-        started = _encode_whole(snapshot, tokens_root, num_bytes, make_tokenizer, processes)
-    with started as encoding:
-        counts = {side: write_ids(encoding.staged / f"{side}.bin", ids) for side, ids in encoding.sides.items()}
-        manifest.commit(encoding.staged, goal, _describe(source.sha256, identity, encoding.tokenizer, counts))
-        return load_tokens(goal)
+        _encode_whole(making, processes or choose_num_processes(making.num_bytes))
+    return load_tokens(goal)
 
 
-@contextmanager
-def _encode_in_shards(
-    snapshot: Path, tokens_root: Path, identity: str, make_tokenizer: Callable[[], Tokenizer], map_shards: MapShards
-) -> Iterator[_Encoding]:
+def _encode_in_shards(making: _Making, map_shards: MapShards) -> None:
     """Encode a large snapshot through `map_shards`."""
-    with shards.lock_work_directory(tokens_root.absolute(), identity) as directory:
-        tokenizer = encode_shards.load_or_make_vocabulary(directory, make_tokenizer)
-        sides = encode_shards.encode_in_shards(snapshot.absolute(), directory, map_shards)
-        with manifest.stage(tokens_root) as staged:
+    with shards.lock_work_directory(making.goal.parent.absolute(), making.identity) as directory:
+        tokenizer = encode_shards.load_or_make_vocabulary(directory, making.make_tokenizer)
+        sides = encode_shards.encode_in_shards(making.source.path.absolute(), directory, map_shards)
+
+        def fill(staged: Path) -> dict[str, Any]:
             tokenizer.save(staged / "tokenizer")
-            yield _Encoding(staged, tokenizer, sides)
+            return making.write_sides(staged, tokenizer, sides)
+
+        manifest.once(making.goal, fill)
 
 
-@contextmanager
-def _encode_whole(
-    snapshot: Path, tokens_root: Path, num_bytes: int, make_tokenizer: Callable[[], Tokenizer], processes: int | None
-) -> Iterator[_Encoding]:
-    """Encode a snapshot of `num_bytes` by this process and its children, while the ids are read from the result."""
-    tokenizer = make_tokenizer()
-    progress = Progress("tokenize", "encoded", num_bytes)
-    with manifest.stage(tokens_root) as staged:
+def _encode_whole(making: _Making, processes: int) -> None:
+    """Encode a snapshot by this process and its children, while the ids are written."""
+    tokenizer = making.make_tokenizer()
+    progress = Progress("tokenize", "encoded", making.num_bytes)
+
+    def fill(staged: Path) -> dict[str, Any]:
         tokenizer.save(staged / "tokenizer")
-        num_processes = processes or choose_num_processes(num_bytes)
-        with start_encoder(tokenizer, staged / "tokenizer", num_processes) as encode:
-            passages = {side: read_passages_in_chunks(snapshot, side, progress) for side in SIDES}
+        with start_encoder(tokenizer, staged / "tokenizer", processes) as encode:
+            passages = {side: read_passages_in_chunks(making.source.path, side, progress) for side in SIDES}
             sides = {side: encode(batch_passages(passages[side])) for side in SIDES}
-            yield _Encoding(staged, tokenizer, sides)
+            return making.write_sides(staged, tokenizer, sides)
+
+    manifest.once(making.goal, fill)
 
 
 def _choose_fixed_tokenizer(name: str, vocabulary: Tokenizer | None) -> Tokenizer | None:
@@ -154,17 +166,3 @@ def _compute_identity(corpus_sha256: str, name: str, fixed: Tokenizer | None) ->
     """
     vocabulary = fixed.sha256 if fixed else f"rustbpe {importlib.metadata.version('rustbpe')}"
     return manifest.sha256_of([corpus_sha256, name, vocabulary, TOKENS_VERSION])
-
-
-def _describe(corpus_sha256: str, identity: str, tokenizer: Tokenizer, counts: dict[str, int]) -> dict[str, Any]:
-    """Return what the manifest says about a token directory."""
-    return {
-        "sha256": identity,
-        "corpus_sha256": corpus_sha256,
-        "tokenizer": tokenizer.name,
-        "tokenizer_sha256": tokenizer.sha256,
-        "n_vocab": tokenizer.n_vocab,
-        "eot": tokenizer.eot,
-        "dtype": dtype_of(tokenizer.n_vocab).name,
-        "counts": counts,
-    }

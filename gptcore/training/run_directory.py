@@ -158,7 +158,7 @@ class RunDirectory:
                 self._write_config(prepared.model_copy(update={"train": train}))
 
     def _write_config(self, config: RunConfig) -> None:
-        _write_atomically(self.path / "config.json", config.model_dump_json(indent=1) + "\n")
+        manifest.write_atomically(self.path / "config.json", config.model_dump_json(indent=1) + "\n")
 
     def _copy_start(self, start: Start, weights: Path) -> None:
         with manifest.stage(self.path) as staged:
@@ -223,7 +223,7 @@ class RunDirectory:
         if not self.metrics.exists():
             return
         kept = [line for line in self.read_metrics() if line["step"] <= step]
-        _write_atomically(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
+        manifest.write_atomically(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
 
     def saved_step(self) -> int:
         """Return the updates completed at the newest checkpoint; 0 without a checkpoint."""
@@ -232,11 +232,11 @@ class RunDirectory:
     def record_failure(self, error: GPTCoreError) -> None:
         """Write the error to failure.json, for the process that started the trainer."""
         with suppress(OSError):  # a full disk may have no room for the reason; the exit code remains
-            _write_atomically(self.path / "failure.json", json.dumps(error_to_json(error)) + "\n")
+            manifest.write_atomically(self.path / "failure.json", json.dumps(error_to_json(error)) + "\n")
 
     def record_pause(self, paused: Paused) -> None:
         """Write paused.json, so that the process that started the trainer can tell a pause from a signal."""
-        _write_atomically(self.path / "paused.json", json.dumps(asdict(paused)) + "\n")
+        manifest.write_atomically(self.path / "paused.json", json.dumps(asdict(paused)) + "\n")
 
     def read_pause(self) -> Paused | None:
         """Read how the last attempt paused; None if it ended in another way."""
@@ -292,13 +292,3 @@ def _try_lock(file: IO[str]) -> bool:
 def describe_result(result: Result) -> dict[str, Any]:
     """Return what the manifest of final/ says about the directory."""
     return {"kind": "final", "result": asdict(result)}
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(f".tmp-{path.name}")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    manifest.flush(path.parent)

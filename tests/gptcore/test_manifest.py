@@ -217,3 +217,35 @@ def test_equal_values_have_equal_hashes_whatever_the_order_of_their_keys():
     assert manifest.sha256_of({"b": 1, "a": None}) == hashlib.sha256(b'{"a":null,"b":1}').hexdigest()
     with pytest.raises(ValueError):
         manifest.sha256_of(float("nan"))
+
+
+def test_a_write_that_fails_before_the_rename_leaves_the_old_text(tmp_path, monkeypatch):
+    path = tmp_path / "up.json"
+    manifest.write_atomically(path, '{"a": 1}')
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("power cut")))
+        with pytest.raises(OSError, match="power cut"):
+            manifest.write_atomically(path, '{"a": 2}')
+    assert manifest.read_json(path) == {"a": 1}
+    manifest.write_atomically(path, '{"a": 3}')
+    assert manifest.read_json(path) == {"a": 3} and [file.name for file in tmp_path.iterdir()] == ["up.json"]
+
+
+@pytest.mark.parametrize("text", [None, "", '{"a": '])
+def test_a_missing_or_half_written_file_reads_as_none(tmp_path, text):
+    if text is not None:
+        (tmp_path / "up.json").write_text(text)
+    assert manifest.read_json(tmp_path / "up.json") is None
+
+
+def test_a_directory_is_made_once_and_stays_away_if_filling_fails(tmp_path):
+    def fill_and_describe(staged):
+        fill(staged)
+        return {"kind": "test"}
+
+    with pytest.raises(ZeroDivisionError):
+        manifest.once(tmp_path / "goal", lambda staged: {"kind": 1 / 0})
+    assert list(tmp_path.iterdir()) == []
+    assert manifest.once(tmp_path / "goal", fill_and_describe) == tmp_path / "goal"
+    assert manifest.verify(tmp_path / "goal") == {"kind": "test"}
+    manifest.once(tmp_path / "goal", lambda staged: {"kind": 1 / 0})

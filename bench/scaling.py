@@ -14,6 +14,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from gptcore.config import TrainConfig
 from gptcore.training.batches import Batches
 from gptcore.training.distributed import join_ranks
 from gptcore.training.loop import update_weights
+from gptcore.training.rendezvous import local_environments, new_store
 from gptcore.training.state import TrainState
 
 CFG = {"vocab_size": 8192, "context_length": 256, "emb_dim": 384, "n_heads": 6, "n_layers": 6, "drop_rate": 0.0}
@@ -52,14 +54,13 @@ class Scaled:
 
 
 def measure(processes: int, shard: bool, optimizer: str, steps: int) -> Scaled:
-    """Start torchrun in a separate network namespace, and read the figures of rank 0."""
+    """Start the ranks in a separate network namespace, and read the figures of rank 0."""
     asked = json.dumps({"shard": shard, "optimizer": optimizer, "steps": steps})
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [sys.executable, *launcher, "-m", "bench.scaling", "--rank", asked]
+    command = [sys.executable, "-m", "bench.scaling", "--processes", str(processes), "--start", asked]
     is_alone = os.geteuid() == 0 and sys.platform == "linux"
     if is_alone:
         command = ["unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh", *command]
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "LOGLEVEL": "ERROR"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     ran = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     found = json.loads(ran.stdout.strip().splitlines()[-1])
     passes = 3 if shard else 2
@@ -71,6 +72,17 @@ def measure(processes: int, shard: bool, optimizer: str, steps: int) -> Scaled:
         mb_at_least=passes * (processes - 1) / processes * _FLOAT_BYTES * found["parameters"] / 1e6,
         loss=found["loss"],
     )
+
+
+def start_ranks(processes: int, asked: str) -> None:
+    """Start the ranks on this machine, and wait until they have ended."""
+    command = [sys.executable, "-m", "bench.scaling", "--rank", asked]
+    with tempfile.TemporaryDirectory() as directory:
+        environments = local_environments(processes, new_store(Path(directory)))
+        ranks = [subprocess.Popen(command, env={**os.environ, **environment}) for environment in environments]
+        codes = [rank.wait() for rank in ranks]
+    if any(codes):
+        raise RuntimeError(f"the ranks ended with exit codes {codes}")
 
 
 def rank(shard: bool, optimizer: str, steps: int) -> dict[str, Any]:
@@ -114,7 +126,11 @@ def main() -> None:
     parser.add_argument("--optimizer", default="adamw", choices=("adamw", "muon"))
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--rank", help=argparse.SUPPRESS)
+    parser.add_argument("--start", help=argparse.SUPPRESS)
     asked = parser.parse_args()
+    if asked.start:
+        start_ranks(asked.processes[0], asked.start)
+        return
     if asked.rank:
         found = rank(**json.loads(asked.rank))
         if found["rank"] == 0:

@@ -2,17 +2,19 @@
 
 The trainer is a child process. It has its own memory, so an out-of-memory kill costs a retry and not the flow. It holds
 the other end of a pipe: if this process dies, the child saves and stops, so a run directory never has two writers. If
-train.processes is more than one, the child is torchrun. Its own children are the trainers, and hold the pipe as well.
+train.processes is more than one, there is such a child for each rank. They meet in a file, and nothing of them listens
+to the network.
 """
 
 import os
+import re
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
-from pathlib import Path
+from contextlib import nullcontext
+from typing import Self
 from uuid import UUID
 
 import psutil
@@ -26,6 +28,7 @@ from flows.tracking import errors, runs
 from flows.tracking.metrics import MetricsFollower, MetricsLog
 from gptcore.errors import GPTCoreError
 from gptcore.training import checkpoint
+from gptcore.training.rendezvous import local_environments, new_store
 from gptcore.training.run_directory import STOPPED, MetricsLine, MetricsReader, Paused, Result, RunDirectory
 
 GRACE_SECONDS = 25.0
@@ -35,7 +38,9 @@ _POLL_SECONDS = 1.0
 _ERROR = "error: "
 """Prefix of the line with which the trainer reports a known error."""
 _MOST_DEATHS = 3
-_LAUNCHER = ("-m", "torch.distributed.run", "--standalone", f"--max-restarts={_MOST_DEATHS}", "--nproc-per-node")
+_PEERS_SECONDS = 15.0
+"""How long the other ranks may take to end after one of them has failed."""
+_RANK_LOST = re.compile(r"error: rank \d+ of \d+ has lost another rank")
 _RESTART_SECONDS = 1.0
 _PROGRESS_SECONDS = 5.0
 _AWAY_SECONDS = 60.0
@@ -60,61 +65,78 @@ def train(run: RunDirectory, on_metrics: Callable[[list[MetricsLine]], None]) ->
         on_metrics(run.read_metrics())
         return result
     reader = MetricsReader(run.metrics)
-    process = _start(run.path)
-    try:
-        while process.poll() is None:
+    with _Trainers(run) as trainers:
+        while trainers.are_running():
             on_metrics(reader.read_new_lines())
-            _wait(process, _POLL_SECONDS)
+            trainers.wait(_POLL_SECONDS)
         on_metrics(reader.read_new_lines())
-    except BaseException:
-        _stop(process)
-        raise
-    finally:
-        assert process.stdin is not None
-        process.stdin.close()  # if only torchrun died, its trainers still run: they save and stop
-    return _read_outcome(run, process.returncode)
+    return _read_outcome(run, trainers.exit_code())
 
 
-def _start(path: Path) -> psutil.Popen:
-    processes = int(RunDirectory(path).read_config().train.processes)
-    trainer = ["-m", "gptcore.train", str(path), "--stop-at-end-of-input"]
-    command = [sys.executable, *trainer] if processes == 1 else [sys.executable, *_LAUNCHER, str(processes), *trainer]
-    environment = {**os.environ} if processes == 1 else _local_environment()
-    with (path / "trainer.log").open("ab") as log:
-        # A session of its own: Ctrl-C in the terminal reaches only this process, which then stops the child properly.
-        # psutil's Popen sleeps until the child ends; subprocess's would check twenty times a second.
-        return psutil.Popen(
-            command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True, env=environment
-        )
+class _Trainers:
+    """The trainer of a run directory or, if train.processes is more than one, the trainer of each rank.
 
+    As a context, it ends the trainers that still run on exit.
+    """
 
-def _local_environment() -> dict[str, str]:
-    """Return the environment of trainers that communicate over the loopback interface only, with few log lines."""
-    loopback = "lo" if sys.platform == "linux" else "lo0"
-    quiet = {
-        "OMP_NUM_THREADS": "1",
-        "TORCH_CPP_LOG_LEVEL": "ERROR",
-        "LOGLEVEL": "ERROR",
-    }  # the trainer sets its threads itself
-    return {"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback, **quiet, **os.environ}
+    def __init__(self, run: RunDirectory) -> None:
+        """Start the trainers, which write to trainer.log."""
+        processes = int(run.read_config().train.processes)
+        self._store = new_store(run.path)
+        ranks = local_environments(processes, self._store) if processes > 1 else [{}]
+        # torch.distributed logs little. The trainer sets its threads itself.
+        settings = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"} if processes > 1 else {}
+        command = [sys.executable, "-m", "gptcore.train", str(run.path), "--stop-at-end-of-input"]
+        with (run.path / "trainer.log").open("ab") as log:
+            # A session of its own: Ctrl-C in the terminal reaches only this process, which then stops the children
+            # properly. psutil's Popen sleeps until the child ends; subprocess's would check twenty times a second.
+            self._processes = [
+                psutil.Popen(
+                    command,
+                    stdin=subprocess.PIPE,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                    env={**settings, **os.environ, **rank},
+                )
+                for rank in ranks
+            ]
 
+    def __enter__(self) -> Self:
+        return self
 
-def _wait(process: psutil.Popen, seconds: float) -> None:
-    with suppress(psutil.TimeoutExpired):
-        process.wait(seconds)
+    def __exit__(self, *error: object) -> None:
+        self._stop(GRACE_SECONDS)
+        self._store.unlink(missing_ok=True)
 
+    def are_running(self) -> bool:
+        """Whether a trainer runs. If one has failed, the others, which may wait for it, are stopped first."""
+        codes = [process.poll() for process in self._processes]
+        if any(code not in (None, 0, STOPPED) for code in codes):
+            self._stop(_PEERS_SECONDS)
+        return any(process.poll() is None for process in self._processes)
 
-def _stop(process: psutil.Popen) -> None:
-    """Let the trainer save and stop. Kill it if that takes longer than GRACE_SECONDS."""
-    # No signal: a container's stop may have signalled every process, and a second signal ends a trainer at once.
-    assert process.stdin is not None
-    process.stdin.close()
-    _wait(process, GRACE_SECONDS)
-    if process.poll() is None:
-        for each in (*process.children(recursive=True), process):  # torchrun's trainers would outlive torchrun
-            with suppress(psutil.NoSuchProcess):
-                each.kill()
-        process.wait()
+    def wait(self, seconds: float) -> None:
+        """Wait until all trainers have ended, at most so many seconds."""
+        psutil.wait_procs(self._processes, seconds)
+
+    def exit_code(self) -> int:
+        """Return the code with which the trainers ended, that of the rank that failed first as far as it is known."""
+        codes = [process.poll() for process in self._processes]
+        failed = sorted(code for code in codes if code not in (None, 0, STOPPED))
+        return failed[0] if failed else max(code or 0 for code in codes)
+
+    def _stop(self, seconds: float) -> None:
+        """Let the trainers save and stop. Kill them if that takes longer than so many seconds."""
+        # No signal: a container's stop may have signalled every process, and a second signal ends a trainer at once.
+        for process in self._processes:
+            assert process.stdin is not None
+            process.stdin.close()
+        self.wait(seconds)
+        for process in self._processes:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
 
 
 def _read_outcome(run: RunDirectory, code: int) -> Result | Paused:
@@ -127,10 +149,8 @@ def _read_outcome(run: RunDirectory, code: int) -> Result | Paused:
         raise failure
     log = run.path / "trainer.log"
     lines = log.read_text(errors="replace").strip().splitlines()
-    last = lines[-1] if lines else ""
-    if last.startswith("==="):  # the last line of the table that torchrun prints when it gives up
-        last = next((line for line in reversed(lines) if line.startswith(_ERROR)), last)
-    elif code >= 0 and last.startswith(_ERROR):  # the disk had no room for failure.json
+    last = next((line for line in reversed(lines) if not _RANK_LOST.match(line)), "")  # another rank says why
+    if code >= 0 and last.startswith(_ERROR):  # the disk had no room for failure.json
         raise GPTCoreError(last.removeprefix(_ERROR))
     how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
     raise TrainerDied(f"the trainer {how}; the last line of {log}: {last or '(none)'}")

@@ -1,16 +1,14 @@
 """The processes (ranks) that train one model together, and how they exchange values.
 
-A launcher (torchrun, Slurm, a Kubernetes job) starts the same program several times, and tells each process its rank by
-environment variables. A program started by itself is a world of one rank, for which this module loads and costs
-nothing. Only rank 0 reads and writes the run directory. An error on one rank is raised on all ranks, so that no rank
-waits for another that has stopped. parallel.py distributes the weights over the ranks.
+A program started by itself is a world of one rank, for which this module loads and costs nothing. Only rank 0 reads and
+writes the run directory. An error on one rank is raised on all ranks, so that no rank waits for another that has
+stopped. rendezvous.py says how the ranks find each other, and parallel.py distributes the weights over them.
 """
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -19,6 +17,7 @@ import torch
 from torch import Tensor
 
 from gptcore.errors import ConfigError, GPTCoreError, RankLost, error_from_json, error_to_json
+from gptcore.training.rendezvous import Place, open_store, read_place
 
 T = TypeVar("T")
 
@@ -29,13 +28,6 @@ _LONG_TIMEOUT_SECONDS = 1800.0
 """Timeout while one rank works alone, for example saves a checkpoint. It only matters for a rank that is cut off from
 the network: a rank that dies is noticed at once."""
 _CONNECT_SECONDS = 10.0
-_PORT = "29500"
-_SLURM = {
-    "RANK": "SLURM_PROCID",
-    "WORLD_SIZE": "SLURM_NTASKS",
-    "LOCAL_RANK": "SLURM_LOCALID",
-    "LOCAL_WORLD_SIZE": "SLURM_NTASKS_PER_NODE",
-}
 
 
 class Ranks:
@@ -91,16 +83,6 @@ class Ranks:
 
 
 ALONE = Ranks()
-
-
-@dataclass(frozen=True)
-class Place:
-    """The rank of this process among all processes, and among those of its machine."""
-
-    rank: int
-    size: int
-    local_rank: int
-    local_size: int
 
 
 class Group(Ranks):
@@ -199,46 +181,12 @@ class Group(Ranks):
         return json.loads(data.numpy().tobytes())
 
 
-def read_place(environment: Mapping[str, str]) -> Place | None:
-    """Read the place that a launcher gave this process; None if the process trains alone.
-
-    Reads torchrun's variables. If they are absent and MASTER_ADDR names the machine of rank 0, reads Slurm's variables.
-    Raises ConfigError naming a missing variable or one that is not a number.
-    """
-    given = dict(environment)
-    if "RANK" not in given and "MASTER_ADDR" in given and "SLURM_PROCID" in given:
-        given |= {name: given[slurm_name] for name, slurm_name in _SLURM.items() if slurm_name in given}
-    if "RANK" not in given or given.get("WORLD_SIZE") == "1":
-        return None
-    if missing := [name for name in ("WORLD_SIZE", "MASTER_ADDR") if not given.get(name)]:
-        raise ConfigError(
-            f"RANK={given['RANK']} is set, but {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not. "
-            "Launch all processes with torchrun, or set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT."
-        )
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    try:
-        return Place(
-            rank=int(given["RANK"]),
-            size=int(given["WORLD_SIZE"]),
-            local_rank=int(given.get("LOCAL_RANK", "0")),
-            local_size=int(given.get("LOCAL_WORLD_SIZE", "1")),
-        )
-    except ValueError:
-        settings = ", ".join(f"{name}={given[name]}" for name in names if name in given)
-        raise ConfigError(f"the environment has {settings}: all must be whole numbers.") from None
-
-
-def is_restarted(environment: Mapping[str, str]) -> bool:
-    """Whether torchrun watches this process and starts it again after any exit code other than 0."""
-    return "TORCHELASTIC_RUN_ID" in environment
-
-
 @contextmanager
 def join_ranks() -> Iterator[Ranks]:
     """Join the other ranks that the environment names, and leave them on exit.
 
-    Raises ConfigError for variables that contradict each other, RankLost if another rank does not appear, dies or is
-    cut off.
+    Raises ConfigError for a public address or variables that contradict each other, RankLost if another rank does not
+    appear, dies or is cut off.
     """
     place = read_place(os.environ)
     if place is None:
@@ -264,11 +212,8 @@ def join_ranks() -> Iterator[Ranks]:
 
 def _connect(place: Place, seconds: float) -> None:
     from torch import distributed
-    from torch.distributed.rendezvous import rendezvous
 
-    os.environ.setdefault("MASTER_PORT", _PORT)
-    store, _, _ = next(rendezvous("env://", place.rank, place.size, timeout=timedelta(seconds=seconds)))
-    store = distributed.PrefixStore(_attempt_name(os.environ), store)
+    store = open_store(place, timedelta(seconds=seconds))
     store.set(f"here/{place.rank}", "")
     store.wait([f"here/{rank}" for rank in range(place.size)], timedelta(seconds=seconds))
     # When all ranks are present, connecting takes no time. The timeout is short because gloo waits five times as long
@@ -281,16 +226,6 @@ def _connect(place: Place, seconds: float) -> None:
         world_size=place.size,
     )
     _set_timeout(seconds)
-
-
-def _attempt_name(environment: Mapping[str, str]) -> str:
-    """Return a prefix that tells this start of the processes from earlier ones, whose addresses stay in the store.
-
-    On several machines each torchrun counts its own restarts, so the count cannot be used. There,
-    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes torchrun create a new store each time.
-    """
-    is_on_one_machine = environment.get("GROUP_WORLD_SIZE") == "1"
-    return f"attempt {environment.get('TORCHELASTIC_RESTART_COUNT', '0') if is_on_one_machine else 'any'}"
 
 
 def _set_timeout(seconds: float) -> None:

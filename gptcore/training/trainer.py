@@ -32,8 +32,9 @@ from gptcore.tokens.directory import Tokens
 from gptcore.tokens.files import load_tokens
 from gptcore.training import checkpoint, memory, warm_start
 from gptcore.training.batches import Batches, MicroBatches, check_sizes, make_eval_batches
-from gptcore.training.distributed import ALONE, Ranks, is_restarted, join_ranks
+from gptcore.training.distributed import ALONE, Ranks, join_ranks
 from gptcore.training.loop import evaluate_loss, is_budget_reached, is_evaluation_step, run_updates, steps_in_budget
+from gptcore.training.rendezvous import is_restarted, remove_old_stores
 from gptcore.training.resolve import TRAINING_VERSION
 from gptcore.training.run_directory import STOPPED, Paused, Result, RunDirectory, Update, describe_result
 from gptcore.training.signals import Stop
@@ -71,6 +72,7 @@ def _enter(directory: RunDirectory, held: ExitStack, patience: float) -> None:
     """Take the lock, which `held` releases, and clean up after the attempt before."""
     held.enter_context(directory.lock(patience))
     manifest.sweep(directory.path, older_than_seconds=0)
+    remove_old_stores(directory.path)
     directory.remove_ending()
 
 

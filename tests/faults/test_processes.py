@@ -1,5 +1,6 @@
 """Trainings by several processes, killed and stopped: they end like a training by one process, up to rounding."""
 
+import ipaddress
 import json
 import os
 import signal
@@ -20,6 +21,7 @@ from flows.retrain import trainer_process
 from gptcore.errors import ConfigError
 from gptcore.tokens.directory import Tokens
 from gptcore.training import trainer
+from gptcore.training.rendezvous import local_environments, new_store
 from gptcore.training.run_directory import STOPPED, MetricsLine, Result, RunDirectory
 from gptcore.training.trainer import train_directory
 from tests.faults.trainings import make_tokens, outcome, prepare, updates_of
@@ -70,12 +72,18 @@ def _from_here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def train_in_turn(processes: int, *asked: tuple[RunDirectory, int]) -> None:
     """Train each run directory to a step or to its end, all in one launch of `processes` processes."""
-    script = asked[0][0].path.parent / "several.py"
-    script.write_text(SEVERAL)
     steps = json.dumps([(str(run.path), step) for run, step in asked])
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "LOGLEVEL": "ERROR"}
-    subprocess.run([sys.executable, *launcher, str(script), steps], check=True, env=environment, cwd=ROOT)
+    store = new_store(asked[0][0].path.parent)
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", SEVERAL, steps], env={**os.environ, **rank}, cwd=ROOT)
+        for rank in local_environments(processes, store)
+    ]
+    try:
+        assert [rank.wait(timeout=300) for rank in ranks] == [0] * processes
+    finally:
+        for rank in ranks:
+            rank.kill()
+        store.unlink(missing_ok=True)
 
 
 def assert_same_curve(run: RunDirectory, twin: RunDirectory) -> None:
@@ -130,16 +138,29 @@ def test_one_two_and_four_processes_learn_the_same_even_if_the_number_changes_on
     assert isinstance(uneven.read_failure(), ConfigError) and not uneven.metrics.exists()
 
 
-def trainers(run: RunDirectory) -> tuple[psutil.Process, list[psutil.Process]]:
-    """Return torchrun and the processes that it started, sorted by rank."""
+def trainers(run: RunDirectory) -> list[psutil.Process]:
+    """Return the processes that train the run directory, sorted by rank."""
     alive = (child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE)
-    (agent,) = (child for child in alive if str(run.path) in child.cmdline())
-    return agent, sorted(agent.children(), key=lambda child: int(child.environ()["RANK"]))
+    ours = (child for child in alive if str(run.path) in child.cmdline())
+    return sorted(ours, key=lambda child: int(child.environ()["RANK"]))
+
+
+def listening_beyond_this_machine(processes: list[psutil.Process]) -> list[str]:
+    """Return the addresses, other than loopback ones, at which the processes and their children listen."""
+    tree = [each for process in processes for each in (process, *process.children(recursive=True))]
+    sockets = [(each.pid, opened) for each in tree for opened in each.net_connections(kind="all")]
+    open_to_all = [
+        f"{pid}: {opened.laddr}"
+        for pid, opened in sockets
+        if opened.status == psutil.CONN_LISTEN and not ipaddress.ip_address(opened.laddr.ip).is_loopback
+    ]
+    assert any(opened.status == psutil.CONN_LISTEN for _, opened in sockets), "gloo's own sockets at least"
+    return open_to_all
 
 
 @pytest.mark.slow
 def test_a_training_by_two_processes_that_is_interrupted_and_killed_ends_like_its_twin(
-    tokens: Tokens, tmp_path: Path
+    tokens: Tokens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = {**TRAIN, "max_steps": 150, "processes": 2, "checkpoint_steps": 20}
     twin, run = (prepare(tmp_path / name, tokens, **given) for name in ("twin", "run"))  # with dropout
@@ -150,24 +171,34 @@ def test_a_training_by_two_processes_that_is_interrupted_and_killed_ends_like_it
 
     def interrupt(_: list[MetricsLine]) -> None:
         if updates_of(run) >= 10:
+            stores.extend(run.path.glob(".ranks-*"))
+            beyond.extend(listening_beyond_this_machine(trainers(run)))
             raise Interrupted
 
+    stores: list[Path] = []
+    beyond: list[str] = []
+    # An environment for several machines does not open the ports of a training on one.
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")
+    monkeypatch.setenv("MASTER_ADDR", "0.0.0.0")
+    (run.path / ".ranks-of-a-killed-start").write_bytes(b"\0" * 64)
     with pytest.raises(Interrupted):
         trainer_process.train(run, interrupt)
+    assert beyond == []
+    assert len(stores) == 1 and not list(run.path.glob(".ranks-*")), "each start meets in a file of its own"
     assert run.saved_step() == len(run.read_metrics()) >= 10, "all ranks stopped after the same update and saved"
 
     def kill() -> None:
-        for lines, victim in ((50, lambda: trainers(run)[1][1]), (100, lambda: trainers(run)[0])):
+        for lines, rank in ((50, 1), (100, 0)):
             while updates_of(run) < lines:
                 time.sleep(0.05)
-            victim().kill()
+            trainers(run)[rank].kill()
 
     thread = threading.Thread(target=kill)
     thread.start()
     said: list[str] = []
     result = trainer_process.train_with_restarts(run, lambda _: None, said.append)
     thread.join()
-    assert len(said) == 1 and "was killed by signal 9" in said[0], "torchrun handles the death of a rank"
+    assert len(said) == 2 and all("was killed by signal 9" in each for each in said), said
     assert isinstance(result, Result)
     assert outcome(run) == outcome(twin), "equal to the last bit: dropout depends on seed, step and rank"
     assert "has lost another rank, which died" in (run.path / "trainer.log").read_text()
@@ -177,7 +208,7 @@ def test_a_training_by_two_processes_that_is_interrupted_and_killed_ends_like_it
 def test_a_signal_to_one_slurm_process_stops_all_after_the_same_update(tokens: Tokens, tmp_path: Path) -> None:
     run = prepare(tmp_path / "run", tokens, max_steps=5000, batch_size=8, checkpoint_steps=None)
     slurm = {"SLURM_NTASKS": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    environment = {**os.environ, **slurm, "GLOO_SOCKET_IFNAME": "lo"}
+    environment = {**os.environ, **slurm}
     command = [sys.executable, "-m", "gptcore.train", str(run.path)]
     both = [
         subprocess.Popen(command, env={**environment, "SLURM_PROCID": rank}, text=True, stdout=subprocess.PIPE)
@@ -186,6 +217,7 @@ def test_a_signal_to_one_slurm_process_stops_all_after_the_same_update(tokens: T
     try:
         while updates_of(run) < 5 and not any(process.poll() for process in both):
             time.sleep(0.02)
+        assert listening_beyond_this_machine([psutil.Process(process.pid) for process in both]) == []
         both[1].send_signal(signal.SIGTERM)
         said = [process.communicate(timeout=60)[0] for process in both]
     finally:

@@ -7,6 +7,8 @@ import subprocess
 import sys
 import threading
 import time
+from datetime import timedelta
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,16 @@ import torch
 from gptcore.config import TrainConfig
 from gptcore.errors import CheckpointError, ConfigError, GPTCoreError, TrainingDiverged, error_from_json, error_to_json
 from gptcore.training.batches import Batches
-from gptcore.training.distributed import ALONE, TIMEOUT, Place, is_restarted, join_ranks, read_place
+from gptcore.training.distributed import ALONE, TIMEOUT, join_ranks
+from gptcore.training.rendezvous import (
+    ALLOW_PUBLIC,
+    STORE,
+    Place,
+    is_restarted,
+    local_environments,
+    open_store,
+    read_place,
+)
 from gptcore.training.resolve import resolve
 from gptcore.training.run_directory import RunDirectory
 from tests.faults.trainings import make_tokens, prepare
@@ -33,6 +44,8 @@ def test_a_place_is_read_from_torchruns_variables_or_else_from_slurms():
     assert read_place({"RANK": "0", "WORLD_SIZE": "1"}) is None, "one process is alone, even if a launcher started it"
     kubernetes = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "a"}
     assert read_place(kubernetes) == Place(1, 2, 0, 1), "one process per pod"
+    here = list(local_environments(2, Path("/run/meeting")))
+    assert [read_place(each) for each in here] == [Place(0, 2, 0, 2), Place(1, 2, 1, 2)], "no address is needed"
     assert is_restarted({"TORCHELASTIC_RUN_ID": "x"}) and not is_restarted(SLURM)
 
 
@@ -53,6 +66,34 @@ def test_a_timeout_that_is_not_a_number_is_refused_by_name(monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=f"{TIMEOUT} is 'soon'"), join_ranks():
         pass
+
+
+@pytest.mark.parametrize("address", ["8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808"])
+def test_a_public_address_is_refused_until_it_is_confirmed(monkeypatch, address):
+    for name, value in {**TORCHRUN, "MASTER_ADDR": address, TIMEOUT: "1"}.items():
+        monkeypatch.setenv(name, value)
+    with (
+        pytest.raises(ConfigError, match=rf"MASTER_ADDR={address}.* is a public address.*{ALLOW_PUBLIC}=1"),
+        join_ranks(),
+    ):
+        pass
+    monkeypatch.setenv(ALLOW_PUBLIC, "1")
+    with pytest.raises(StopIteration):
+        open_store(*patch_torchs_store(monkeypatch))
+
+
+@pytest.mark.parametrize("address", ["10.1.2.3", "192.168.1.5", "169.254.3.4", "fe80::1", "fd00::7", "100.64.0.9"])
+def test_private_and_link_local_addresses_need_no_confirmation(monkeypatch, address):
+    monkeypatch.setenv("MASTER_ADDR", address)
+    monkeypatch.delenv(STORE, raising=False)
+    with pytest.raises(StopIteration):
+        open_store(*patch_torchs_store(monkeypatch))
+
+
+def patch_torchs_store(monkeypatch: pytest.MonkeyPatch) -> tuple[Place, timedelta]:
+    """Make torch raise StopIteration instead of opening a port. Return the arguments of a call that gets there."""
+    monkeypatch.setattr(import_module("torch.distributed.rendezvous"), "rendezvous", lambda *_, **__: iter(()))
+    return Place(0, 2, 0, 1), timedelta(seconds=1)
 
 
 def test_a_single_process_joins_no_group_and_runs_everything_itself():

@@ -4,9 +4,11 @@
     config.json         the book's dict, from which GPTModel is built
     tokenizer/          the vocabulary (gptcore.tokens.tokenizer)
     lineage.json        where the model comes from, if a pipeline released it
-    README.md           the model card, if there is one
+    manifest.json       size and sha256 of each of these files (gptcore.manifest)
+    README.md           the model card, if there is one. It is not in the manifest: people complete its licence
 
-`load` reads only safetensors and JSON, so no file of a bundle can run code. Registering a bundle is up to
+`load` reads only safetensors and JSON, so no file of a bundle can run code. It refuses a bundle if a file differs from
+the manifest. Earlier releases wrote no manifest; such a bundle is loaded unchecked. Registering a bundle is up to
 flows/registry.
 """
 
@@ -22,6 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+from gptcore import manifest
 from gptcore.errors import CheckpointError, ConfigError
 from gptcore.model.gpt import GPTModel
 from gptcore.tokens.tokenizer import Tokenizer
@@ -47,8 +50,8 @@ def write_bundle(
     tokenizer: Tokenizer,
     lineage: Mapping[str, Any],
     card: str | None = None,
-) -> None:
-    """Write the bundle into `directory`, which must exist.
+) -> str:
+    """Write the bundle into `directory`, which must exist. Return the sha256 of its manifest.
 
     `cfg` is the book's dict, `weights` a safetensors file of a GPTModel(cfg), `lineage` an object for JSON, and `card`
     markdown.
@@ -57,14 +60,17 @@ def write_bundle(
     (directory / "config.json").write_text(json.dumps(dict(cfg), indent=1) + "\n")
     (directory / "lineage.json").write_text(json.dumps(dict(lineage), indent=1) + "\n")
     tokenizer.save(directory / "tokenizer")
+    sha256 = manifest.seal(directory, {"kind": "bundle"})
     if card is not None:
         (directory / CARD).write_text(card, encoding="utf-8")
+    return sha256
 
 
 def load(directory: str | Path, device: str = "cpu") -> LoadedModel:
     """Load a bundle: the model in eval mode on `device`, its tokenizer and its cfg.
 
-    Raises CheckpointError if a file is missing or damaged, and TokenizerError if that is the vocabulary. Example:
+    Raises CheckpointError if a file is missing, damaged, or altered since the bundle was written, and TokenizerError if
+    the vocabulary of a bundle without a manifest is damaged. Example:
 
         loaded = load("bundle")
         ids = torch.tensor([loaded.tokenizer.encode("The")])
@@ -72,11 +78,13 @@ def load(directory: str | Path, device: str = "cpu") -> LoadedModel:
     """
     directory = Path(directory)
     try:
+        if manifest.is_committed(directory):
+            manifest.verify(directory)
         cfg = json.loads((directory / "config.json").read_text())
         _check_shape(cfg, directory / WEIGHTS)
         model = GPTModel(cfg)
         model.load_state_dict(load_file(directory / WEIGHTS))
-    except (OSError, ValueError, RuntimeError, ConfigError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, CheckpointError, ConfigError, SafetensorError) as error:
         raise CheckpointError(f"the bundle {directory} cannot be loaded: {error}") from None
     tokenizer = Tokenizer.load(directory / "tokenizer")
     if tokenizer.n_vocab > cfg["vocab_size"]:

@@ -120,14 +120,18 @@ def commit(staged: Path, goal: Path, about: Mapping[str, Any]) -> Path:
     `about` describes the directory as an object for JSON; the manifest keeps it. If `goal` exists already, it was made
     from the same inputs: `goal` stays, and `stage` removes `staged`.
     """
-    files = sorted(path for path in staged.rglob("*") if path.is_file())
-    with ThreadPoolExecutor() as threads:  # hashing uses the CPU while flushing uses the disk
-        entries = list(threads.map(_flush_and_hash, files))
-    listed = {path.relative_to(staged).as_posix(): entry for path, entry in zip(files, entries)}
-    (staged / MANIFEST).write_text(_seal({"files": listed, "about": dict(about)}))
+    _write_manifest(staged, about, _flush_and_hash)
     for path in [staged / MANIFEST, *(p for p in staged.rglob("*") if p.is_dir()), staged]:
         flush(path)
     return _publish(staged, goal)
+
+
+def seal(directory: Path, about: Mapping[str, Any]) -> str:
+    """Write the manifest of all files in `directory`, and return the manifest's own sha256.
+
+    For a directory that someone else stores and publishes: nothing is flushed or renamed.
+    """
+    return _write_manifest(directory, about, _hash)
 
 
 def adopt(staged: Path, goal: Path) -> Path:
@@ -154,14 +158,26 @@ def _publish(staged: Path, goal: Path) -> Path:
     return goal
 
 
-def _flush_and_hash(path: Path) -> dict[str, Any]:
-    flush(path)
+def _write_manifest(directory: Path, about: Mapping[str, Any], make_entry: Callable[[Path], dict[str, Any]]) -> str:
+    """Write the manifest of all files in `directory`, with the entries that `make_entry` returns. Return its sha256."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file() and path != directory / MANIFEST)
+    with ThreadPoolExecutor() as threads:  # hashing uses the CPU while flushing uses the disk
+        entries = list(threads.map(make_entry, files))
+    listed = {path.relative_to(directory).as_posix(): entry for path, entry in zip(files, entries)}
+    body = {"format": FORMAT, "sha256": "", "files": listed, "about": dict(about)}
+    text = json.dumps(body, indent=1, allow_nan=False) + "\n"
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    (directory / MANIFEST).write_text(text.replace('"sha256": ""', f'"sha256": "{digest}"', 1))
+    return digest
+
+
+def _hash(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
 
 
-def _seal(body: Mapping[str, Any]) -> str:
-    text = json.dumps({"format": FORMAT, "sha256": "", **body}, indent=1, allow_nan=False) + "\n"
-    return text.replace('"sha256": ""', f'"sha256": "{hashlib.sha256(text.encode()).hexdigest()}"', 1)
+def _flush_and_hash(path: Path) -> dict[str, Any]:
+    flush(path)
+    return _hash(path)
 
 
 def flush(path: Path) -> None:
@@ -207,6 +223,14 @@ def read_about(directory: Path) -> dict[str, Any]:
     return _read(directory)["about"]
 
 
+def read_sha256(directory: Path) -> str:
+    """Return the manifest's own sha256. Raises CheckpointError if no manifest with a checksum can be read."""
+    body = _read(directory)
+    if body["format"] == _UNSEALED:
+        raise CheckpointError(f"{directory / MANIFEST} has format {_UNSEALED}, which has no sha256 of its own.")
+    return str(body["sha256"])
+
+
 def list_files(directory: Path) -> list[str]:
     """Return the names of the files that the manifest lists, relative to `directory`.
 
@@ -227,14 +251,29 @@ def verify(directory: Path) -> dict[str, Any]:
     body = _read(directory)
     for name, listed in body["files"].items():
         _check_inside(directory, name)
-        path = directory / name
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing, though {directory / MANIFEST} lists it.")
-        if (size := path.stat().st_size) != listed["bytes"]:
-            raise CheckpointError(f"{path} has {size} bytes, its manifest says {listed['bytes']}: it was altered.")
-        if (digest := sha256_of_file(path)) != listed["sha256"]:
-            raise CheckpointError(f"{path} has sha256 {digest}, its manifest says {listed['sha256']}: it was altered.")
+        _compare(directory / name, listed)
     return body["about"]
+
+
+def verify_file(directory: Path, name: str, path: Path) -> None:
+    """Check size and sha256 of `path` against the entry `name` of the manifest in `directory`.
+
+    Raises CheckpointError if the file is missing, altered or not listed, or if no manifest can be read.
+    """
+    listed = _read(directory)["files"].get(name)
+    if listed is None:
+        raise CheckpointError(f"{directory / MANIFEST} does not list {name}: it was altered.")
+    _compare(path, listed)
+
+
+def _compare(path: Path, listed: Mapping[str, Any]) -> None:
+    """Raise CheckpointError if the file is not the one that the manifest's entry describes."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing, though its manifest lists it.")
+    if (size := path.stat().st_size) != listed["bytes"]:
+        raise CheckpointError(f"{path} has {size} bytes, its manifest says {listed['bytes']}: it was altered.")
+    if (digest := sha256_of_file(path)) != listed["sha256"]:
+        raise CheckpointError(f"{path} has sha256 {digest}, its manifest says {listed['sha256']}: it was altered.")
 
 
 def _check_inside(directory: Path, name: str) -> None:

@@ -15,10 +15,11 @@ from mlflow import MlflowClient
 from mlflow.entities import LoggedModelOutput
 
 from flows.config.pipelines import Pipeline, PipelinesFile
+from flows.registry.versions import BUNDLE_SHA256, locate_bundle
 from flows.state.root import OPT_OUTS, StateRoot
 from gptcore.bundle import write_bundle
 from gptcore.config import ModelConfig, RunConfig, TrainConfig
-from gptcore.manifest import commit, sha256_of, sha256_of_file, stage
+from gptcore.manifest import MANIFEST, commit, seal, sha256_of, sha256_of_file, stage
 from gptcore.tokens.tokenizer import get_tokenizer
 from gptcore.training.run_directory import Result, RunDirectory, describe_result
 from tests import databases, forks, pictures
@@ -216,11 +217,11 @@ class TinyRegistry:
         bundle = Path(logged.artifact_location) / "artifacts" / "bundle"
         bundle.mkdir(parents=True)
         lineage = {**identity, "tokens_sha256": tokens_sha256, "pipeline": "tiny", "run_key": key}
-        write_bundle(bundle, TINY_CFG, weights, get_tokenizer("bytes"), lineage)
+        sha256 = write_bundle(bundle, TINY_CFG, weights, get_tokenizer("bytes"), lineage)
         self.client.finalize_logged_model(logged.model_id, "READY")
         self.client.log_outputs(run.info.run_id, [LoggedModelOutput(logged.model_id, 0)])
         self.client.set_terminated(run.info.run_id, "FINISHED")
-        tags |= {**identity, "verdict": "rejected"}
+        tags |= {**identity, "verdict": "rejected", BUNDLE_SHA256: sha256}
         uri = f"models:/{logged.model_id}"
         created = self.client.create_model_version("gpt-tiny", uri, run_id=run.info.run_id, tags=tags)
         return str(created.version)
@@ -260,6 +261,18 @@ class TinyRegistry:
                 digest = sha256_of_file(staged / "model.safetensors")
                 commit(staged, run.final, describe_result(Result(1, 1, 1.0, "max_steps", 1, 1.0, digest)))
         return run.weights
+
+
+def forge(root: StateRoot, name: str, version: str) -> None:
+    """Register the version's files as they are now, after a test has changed them."""
+    sha256 = seal(locate_bundle(root, name, version), {})
+    MlflowClient(root.tracking_uri).set_model_version_tag(name, version, BUNDLE_SHA256, sha256)
+
+
+def make_old(root: StateRoot, name: str, version: str) -> None:
+    """Turn a version into one that an earlier release registered, without a manifest."""
+    (locate_bundle(root, name, version) / MANIFEST).unlink()
+    MlflowClient(root.tracking_uri).delete_model_version_tag(name, version, BUNDLE_SHA256)
 
 
 TINY_CFG = {

@@ -136,5 +136,5 @@ def _read_card(root: "StateRoot", version: "ModelVersion", cfg: Mapping[str, Any
     path = versions.locate_bundle(root, version.name, str(version.version)) / CARD
     if path.exists():
         return path.read_text(encoding="utf-8")
-    lineage = versions.read_lineage(root, version.name, str(version.version))
+    lineage = versions.read_lineage(root, version)
     return model_card.render_card(version.name, cfg, lineage)

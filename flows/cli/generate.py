@@ -77,15 +77,14 @@ def generate_texts(
     root = open_state_root(file)
     Thread(target=import_module, args=("gptcore.bundle",)).start()  # imports torch beside MLflow
     from flows.registry import versions
-    from gptcore.bundle import load
+    from flows.registry.loading import load_verified
     from gptcore.generation.batch import Batch
     from gptcore.generation.generate import TextStream
     from gptcore.generation.quantize import quantize as round_weights
     from gptcore.generation.sampling import Sampling
 
     sampling = Sampling(**settings)
-    version = versions.resolve(root, uri)
-    loaded = load(versions.locate_bundle(root, version.name, str(version.version)))
+    loaded = load_verified(root, versions.resolve(root, uri))
     if quantize is not None:
         round_weights(loaded.model, quantize)
     tokenizer = loaded.tokenizer

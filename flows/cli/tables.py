@@ -33,7 +33,10 @@ def print_models(summaries: Sequence[Mapping[str, Any]]) -> None:
 def print_lineage(lineage: Mapping[str, Any]) -> None:
     """Print every key of a version's lineage. Nested keys have dots, as in `train.seed`."""
     table = Table(show_header=False, title=lineage["uri"], title_style="bold")
-    for key, value in _flatten({key: value for key, value in lineage.items() if key != "moves"}).items():
+    shown = {key: value for key, value in lineage.items() if key != "moves"}
+    if lineage["bundle_sha256"] is None:
+        shown["bundle_sha256"] = "none: an earlier release registered this version, so only its weights are compared"
+    for key, value in _flatten(shown).items():
         table.add_row(key, "" if value is None else str(value))
     for move in lineage["moves"]:
         table.add_row("move", _describe_move(move))

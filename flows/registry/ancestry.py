@@ -78,7 +78,7 @@ def read_ancestry(root: StateRoot, version: ModelVersion) -> list[Ancestor]:
         "weights_sha256": version.tags.get("weights_sha256"),
         "corpus_sha256": version.tags.get("corpus_sha256"),
     }
-    return [own, *versions.read_lineage(root, version.name, str(version.version)).get("ancestors", ())]
+    return [own, *versions.read_lineage(root, version).get("ancestors", ())]
 
 
 def check_training_texts(root: StateRoot, ancestry: list[Ancestor]) -> Iterator[tuple[Path, str]]:

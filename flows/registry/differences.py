@@ -22,7 +22,7 @@ from gptcore.corpus.snapshot import DOCUMENTS, Snapshot, load_snapshot
 from gptcore.errors import CheckpointError, GPTCoreError
 from gptcore.tokens.directory import Tokens
 from gptcore.tokens.files import load_tokens, tokenize
-from gptcore.tokens.tokenizer import Tokenizer
+from gptcore.tokens.tokenizer import VOCABULARY, Tokenizer
 from gptcore.training.resolve import TRAINING_VERSION, resolve
 
 Lineage = Mapping[str, Any]
@@ -161,7 +161,8 @@ def _vocabulary(root: StateRoot, then: Lineage) -> Tokenizer | None:
     """Return the vocabulary that a warm start kept. None from scratch: then it is made from the text."""
     if not then["ancestors"]:
         return None
-    return Tokenizer.load(versions.locate_bundle(root, then["model"], str(then["version"])) / "tokenizer")
+    version = versions.resolve(root, then["uri"])
+    return Tokenizer.load(versions.locate_file(root, version, f"tokenizer/{VOCABULARY}").parent)
 
 
 def _start(root: StateRoot, then: Lineage) -> tuple[Path | None, list[Difference]]:

@@ -91,10 +91,10 @@ def _add_import(
     tags = {**select_search_tags(lineage), "import_key": lineage["import_key"]}
     run_id = runs.open_import(root, f"{model_name} {lineage['import_key']}", select_search_tags(lineage))
 
-    def fill(bundle: Path) -> None:
+    def fill(bundle: Path) -> str:
         origin = {**lineage, "mlflow_run_id": run_id}
         card = model_card.render_card(model_name, checkpoint.cfg, origin)
-        write_bundle(bundle, checkpoint.cfg, weights, checkpoint.tokenizer, origin, card)
+        return write_bundle(bundle, checkpoint.cfg, weights, checkpoint.tokenizer, origin, card)
 
     outcome = {"verdict": VERDICT, "reason": f"imported from {checkpoint.source}"}
     version = add_version(root, model_name, run_id, {**tags, **outcome}, root.imports, fill)

@@ -1,4 +1,7 @@
-"""Loading a registered version as a model, after its files have been compared with the registered hash.
+"""Loading a registered version as a model, after its files have been compared with the registered hashes.
+
+The tag `bundle_sha256` names the bundle's manifest, and the manifest every file. A version that an earlier release
+registered has only the tag `weights_sha256`; then only the weights are compared.
 
 The installed gptcore reads the files, which are safetensors and JSON only. This module is separate from versions.py
 because it imports torch, which takes seconds that look-ups need not wait for.
@@ -6,7 +9,7 @@ because it imports torch, which takes seconds that look-ups need not wait for.
 
 from mlflow.entities.model_registry import ModelVersion
 
-from flows.registry.versions import RegistryError, locate_bundle, uri_of
+from flows.registry.versions import BUNDLE_SHA256, RegistryError, check_manifest, locate_bundle, uri_of
 from flows.state.root import StateRoot
 from gptcore import manifest
 from gptcore.bundle import WEIGHTS, LoadedModel
@@ -29,6 +32,8 @@ def load_verified(root: StateRoot, version: ModelVersion, device: str = "cpu") -
     """Load like `load`, but raise CheckpointError or TokenizerError, whose messages say nothing of a promotion."""
     bundle = locate_bundle(root, version.name, str(version.version))
     weights, expected = bundle / WEIGHTS, version.tags.get("weights_sha256")
-    if expected and weights.exists() and (digest := manifest.sha256_of_file(weights)) != expected:
-        raise CheckpointError(f"{weights} has sha256 {digest}, registered was {expected}: the file was altered.")
-    return load_bundle(bundle, device)
+    if BUNDLE_SHA256 in version.tags:
+        check_manifest(version, bundle)
+    elif expected and weights.exists() and (digest := manifest.sha256_of_file(weights)) != expected:
+        raise CheckpointError(f"{weights} has sha256 {digest}, registered was {expected}: it was altered.")
+    return load_bundle(bundle, device)  # compares the files with the manifest

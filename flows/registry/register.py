@@ -22,7 +22,7 @@ import gptcore
 from flows.cards import model_card
 from flows.cards.model_card import Champion, Evidence
 from flows.registry import artifacts
-from flows.registry.versions import BUNDLE, find, find_champion
+from flows.registry.versions import BUNDLE, BUNDLE_SHA256, find, find_champion
 from flows.state import postgres_lock
 from flows.state.root import StateRoot
 from gptcore import manifest
@@ -77,12 +77,12 @@ def register(root: StateRoot, run: RunDirectory, tokens: Tokens, candidate: Cand
         champion_facts = Champion(str(champion.version), f"{float(score):.4f}" if score else None)
     tags = {**select_search_tags(lineage), "run_key": candidate.run_key, "attempt": str(candidate.attempt)}
 
-    def fill(bundle: Path) -> None:
+    def fill(bundle: Path) -> str:
         manifest.verify(run.final)  # the registered weights are the ones that were scored
         origin = {**lineage, "mlflow_run_id": candidate.mlflow_run_id}
         cfg = run.read_config().cfg()
         card = model_card.render_card(candidate.model_name, cfg, origin, candidate.evidence, champion_facts)
-        write_bundle(bundle, cfg, run.weights, tokens.load_tokenizer(), origin, card)
+        return write_bundle(bundle, cfg, run.weights, tokens.load_tokenizer(), origin, card)
 
     return add_version(root, candidate.model_name, candidate.mlflow_run_id, tags, run.path, fill)
 
@@ -93,17 +93,20 @@ def add_version(
     mlflow_run_id: str,
     tags: Mapping[str, str],
     workplace: Path,
-    fill: Callable[[Path], None],
+    fill: Callable[[Path], str],
 ) -> str:
     """Log the bundle that `fill` writes as a model of the MLflow run, and register it. Return the version.
 
-    `fill` receives an empty directory for the bundle, inside `workplace`. If a killed attempt has already logged the
-    model, that model is registered. Raises LockLost if a lock between machines was lost meanwhile.
+    `fill` receives an empty directory for the bundle, inside `workplace`, and returns what `write_bundle` does. If a
+    killed attempt has already logged the model, that model is registered. Raises LockLost if a lock between machines
+    was lost meanwhile.
     """
     mlflow.set_tracking_uri(root.tracking_uri)
     client = MlflowClient(root.tracking_uri)
     uri = _reuse_logged_model(client, root, mlflow_run_id) or _log_model(mlflow_run_id, workplace, fill)
     client.update_run(mlflow_run_id, status="RUNNING")  # logging ended the run, but its evidence is not logged yet
+    model_id = uri.removeprefix("models:/")
+    sha256 = client.get_logged_model(model_id).tags.get(BUNDLE_SHA256)  # a killed earlier release wrote none
     postgres_lock.ensure_held()
     with contextlib.suppress(MlflowException):  # the registered model exists already
         client.create_registered_model(model_name)
@@ -111,8 +114,8 @@ def add_version(
         model_name,
         uri,
         run_id=mlflow_run_id,
-        tags=dict(tags),
-        model_id=uri.removeprefix("models:/"),  # an MLflow server accepts no version without it
+        tags={**tags, BUNDLE_SHA256: sha256} if sha256 else dict(tags),
+        model_id=model_id,  # an MLflow server accepts no version without it
     )
     return str(created.version)
 
@@ -159,18 +162,19 @@ def _reuse_logged_model(client: MlflowClient, root: StateRoot, mlflow_run_id: st
     return uri
 
 
-def _log_model(mlflow_run_id: str, workplace: Path, fill: Callable[[Path], None]) -> str:
+def _log_model(mlflow_run_id: str, workplace: Path, fill: Callable[[Path], str]) -> str:
     """Log the bundle that `fill` writes, and its lineage.json, to the MLflow run. Return the model's URI."""
     with manifest.stage(workplace) as temporary:
         bundle = temporary / BUNDLE
         bundle.mkdir()
-        fill(bundle)
+        sha256 = fill(bundle)
         with mlflow.start_run(run_id=mlflow_run_id):
             mlflow.log_artifact(str(bundle / "lineage.json"))
             return mlflow.pyfunc.log_model(
                 name="gpt",
                 python_model=str(Path(__file__).with_name("pyfunc_model.py")),
                 artifacts={BUNDLE: str(bundle)},
+                tags={BUNDLE_SHA256: sha256},
                 code_paths=[str(Path(str(gptcore.__file__)).parent)],
                 signature=SIGNATURE,
                 pip_requirements=[f"{package}=={installed(package).partition('+')[0]}" for package in REQUIREMENTS],

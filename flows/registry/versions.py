@@ -18,10 +18,13 @@ from mlflow.exceptions import MlflowException
 from flows.cards.verdict import SOURCES_OVERRIDDEN
 from flows.config.pipelines import Pipeline
 from flows.state.root import StateRoot
-from gptcore.errors import GPTCoreError
+from gptcore import manifest
+from gptcore.errors import CheckpointError, GPTCoreError
 
 CHAMPION = "champion"
 BUNDLE = "bundle"
+BUNDLE_SHA256 = "bundle_sha256"
+"""Tag of a version: the sha256 of its bundle's manifest. Earlier releases registered bundles without a manifest."""
 
 
 class RegistryError(GPTCoreError):
@@ -88,6 +91,31 @@ def locate_bundle(root: StateRoot, name: str, version: str, file: str = "") -> P
         ) from None
 
 
+def locate_file(root: StateRoot, version: ModelVersion, file: str) -> Path:
+    """Return the local path of a file of the version's bundle, after comparing it with what was registered.
+
+    Raises RegistryError if the file is missing or was altered. A version without the tag BUNDLE_SHA256 has nothing to
+    compare with.
+    """
+    name, number = version.name, str(version.version)
+    path = locate_bundle(root, name, number, file)
+    if BUNDLE_SHA256 in version.tags:
+        listing = locate_bundle(root, name, number, manifest.MANIFEST).parent
+        try:
+            check_manifest(version, listing)
+            manifest.verify_file(listing, file, path)
+        except CheckpointError as error:
+            raise RegistryError(f"{uri_of(version)} is damaged: {error} Restore its artifacts from a backup.") from None
+    return path
+
+
+def check_manifest(version: ModelVersion, bundle: Path) -> None:
+    """Raise CheckpointError if the manifest in `bundle` is not the one that was registered. Hashes no other file."""
+    path, expected = bundle / manifest.MANIFEST, version.tags[BUNDLE_SHA256]
+    if (sha256 := manifest.read_sha256(bundle)) != expected:
+        raise CheckpointError(f"{path} has sha256 {sha256}, registered was {expected}: it was altered.")
+
+
 def uri_of(version: ModelVersion) -> str:
     """Return the URI models:/NAME/VERSION."""
     return f"models:/{version.name}/{version.version}"
@@ -108,12 +136,11 @@ def find_newest_finished(root: StateRoot, pipeline: Pipeline) -> ModelVersion | 
 
 def describe(root: StateRoot, version: ModelVersion) -> dict[str, Any]:
     """Return a version's tags and whole lineage as one JSON object."""
-    name, number = version.name, str(version.version)
     return {
         **summarize(root, version),
-        **read_lineage(root, name, number),
+        **read_lineage(root, version),
         "mlflow_run_id": version.run_id,
-        "uri": f"models:/{name}/{number}",
+        "uri": uri_of(version),
     }
 
 
@@ -123,14 +150,14 @@ def address(root: StateRoot, name: str, version: str) -> str | None:
     return f"{ui}/#/models/{name}/versions/{version}" if ui else None
 
 
-def read_lineage(root: StateRoot, name: str, version: str) -> dict[str, Any]:
-    """Return the contents of the version's lineage.json. Raises RegistryError if the file is missing or damaged."""
-    path = locate_bundle(root, name, version, "lineage.json")
+def read_lineage(root: StateRoot, version: ModelVersion) -> dict[str, Any]:
+    """Return the contents of the version's lineage.json. Raises RegistryError if the file is missing or altered."""
+    path = locate_file(root, version, "lineage.json")
     try:
         lineage: dict[str, Any] = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise RegistryError(
-            f"models:/{name}/{version} has no readable lineage, {path}: {error}. Restore its artifacts from a backup."
+            f"{uri_of(version)} has no readable lineage, {path}: {error}. Restore its artifacts from a backup."
         ) from None
     return lineage
 
@@ -144,6 +171,7 @@ def summarize(root: StateRoot, version: ModelVersion) -> dict[str, Any]:
         "version": int(version.version),
         "aliases": sorted(alias for alias, number in aliases.items() if str(number) == str(version.version)),
         "weights_sha256": tags.get("weights_sha256"),
+        "bundle_sha256": tags.get(BUNDLE_SHA256),
         "holdout_bits_per_byte": _parse_float(tags.get("holdout_bits_per_byte")),
         "corpus_sha256": tags.get("corpus_sha256"),
         "tokenizer": tags.get("tokenizer"),

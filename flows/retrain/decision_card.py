@@ -10,6 +10,7 @@ import base64
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from flows.cards.decision import Card, Rows, Side, escape, explain_verdict, rend
 from flows.cards.verdict import Verdict
 from flows.config.pipelines import Pipeline
 from flows.registry import versions
+from flows.registry.loading import load_verified
 from flows.state.root import StateRoot
 from flows.tracking import errors, runs
 from gptcore.corpus.snapshot import Snapshot
@@ -89,8 +91,8 @@ def _build_side(root: StateRoot, name: str, version: str, samples: Path | str | 
     """Build a version's column. `samples` is the directory of its samples, or the reason why they are missing."""
     column, problem = (read_samples(samples), "") if isinstance(samples, Path) else ([], samples or "")
     try:
-        facts = _format_facts(versions.read_lineage(root, name, version))
-    except versions.RegistryError:
+        facts = _format_facts(versions.read_lineage(root, versions.resolve(root, f"models:/{name}/{version}")))
+    except (versions.RegistryError, versions.UnknownVersion):
         facts = {}
     link = _link_version(root, name, version)
     return Side(version=version, link=link, facts=facts, samples=column, problem=problem)
@@ -122,9 +124,10 @@ def _sample_champion(root: StateRoot, done: JudgedRetraining) -> Path | str | No
     if not number:
         return None
     try:
-        bundle = versions.locate_bundle(root, name, number)
-        weights = versions.read_lineage(root, name, number)["weights_sha256"]
-        return sample_champion(done.run, done.snapshot, bundle, weights, done.pipeline.sample)
+        champion = versions.resolve(root, f"models:/{name}/{number}")
+        weights = versions.read_lineage(root, champion)["weights_sha256"]
+        make_model = partial(load_verified, root, champion)
+        return sample_champion(done.run, done.snapshot, make_model, weights, done.pipeline.sample)
     except GPTCoreError as error:
         return str(error)
 

@@ -155,7 +155,7 @@ def _describe_settings(root: StateRoot, pipeline: Pipeline, newest: ModelVersion
     """Return a sentence that names the settings that differ from those of the newest training."""
     sentence = f"the settings are not those of version {newest.version}"
     try:
-        then = flatten(versions.read_lineage(root, newest.name, str(newest.version))["config"])
+        then = flatten(versions.read_lineage(root, newest)["config"])
     except (versions.RegistryError, KeyError):
         return sentence
     now = flatten(pipeline.model_dump(mode="json"))

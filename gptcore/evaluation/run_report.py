@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from gptcore import manifest
-from gptcore.bundle import load
+from gptcore.bundle import LoadedModel
 from gptcore.config import SampleConfig
 from gptcore.corpus.snapshot import Block, Snapshot, read_blocks
 from gptcore.evaluation import plots
@@ -124,17 +124,22 @@ def plot_run(run: RunDirectory, evaluation: Path) -> Path:
 
 
 def sample_champion(
-    run: RunDirectory, snapshot: Snapshot, champion: Path, weights_sha256: str, cfg: SampleConfig
+    run: RunDirectory,
+    snapshot: Snapshot,
+    load_champion: Callable[[str], LoadedModel],
+    weights_sha256: str,
+    cfg: SampleConfig,
 ) -> Path:
-    """Let the model in the bundle `champion`, with its own tokenizer, continue the run's prompts with the same seeds.
+    """Let the champion, with its own tokenizer, continue the run's prompts with the same seeds.
 
-    Returns the directory of the samples. Raises CheckpointError or TokenizerError if the bundle cannot be loaded.
+    `load_champion` loads it on a device, if its samples do not exist yet. `weights_sha256` names its weights. Returns
+    the directory of the samples.
     """
     inputs = {"weights": weights_sha256, "sample": cfg.model_dump(mode="json")}
 
     def fill(directory: Path) -> None:
         train = run.read_config().train
-        loaded = load(champion, train.device)
+        loaded = load_champion(train.device)
         write_samples(loaded.model, loaded.tokenizer, cfg, train.seed, snapshot.path / "train.txt", directory)
 
     return _publish(run, "champion-samples", inputs, fill)

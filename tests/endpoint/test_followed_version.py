@@ -54,7 +54,7 @@ def test_the_previous_champion_is_served_until_the_files_of_a_damaged_one_are_re
         followed.update()
         assert followed.current.id == "gpt-tiny/1"
         assert "models:/gpt-tiny/2 cannot be loaded" in str(followed.problem)
-        assert "the file was altered" in str(followed.problem)
+        assert "it was altered" in str(followed.problem)
     weights.write_bytes(intact)
     followed.update()
     assert followed.current.id == "gpt-tiny/1", "the bundle is not read again at every update"
@@ -83,7 +83,7 @@ def test_a_version_that_cannot_be_served_at_the_start_is_an_error(champion: Tiny
     with pytest.raises(UnknownVersion, match="models:/gpt-tiny/3 does not exist"):
         FollowedVersion(champion.root, "models:/gpt-tiny/3")
     damage(champion.root, "1")
-    with pytest.raises(CheckpointError, match="the file was altered"):
+    with pytest.raises(CheckpointError, match="it was altered"):
         FollowedVersion(champion.root, CHAMPION)
 
 

@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import save_file
 
 import gptcore
-from gptcore import bundle
+from gptcore import bundle, manifest
 from gptcore.errors import CheckpointError, TokenizerError
 from gptcore.model.gpt import GPTModel
-from gptcore.tokens.tokenizer import get_tokenizer
+from gptcore.tokens.tokenizer import VOCABULARY, get_tokenizer
 
 CFG = {
     "vocab_size": 257,
@@ -85,7 +85,10 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_bundle_is_refused_with_its_path(directory, damage):
+@pytest.mark.parametrize("has_manifest", [True, False])
+def test_a_damaged_bundle_is_refused_with_its_path(directory, damage, has_manifest):
+    if not has_manifest:
+        (directory / "manifest.json").unlink()
     DAMAGES[damage](directory)
     with pytest.raises(CheckpointError, match=f"the bundle {directory} cannot be loaded"):
         bundle.load(directory)
@@ -96,7 +99,33 @@ def test_a_bundle_that_does_not_exist_is_refused_with_its_path(tmp_path):
         bundle.load(tmp_path / "nowhere")
 
 
+ALTERATIONS = {
+    "config.json": lambda data: json.dumps({**json.loads(data), "n_heads": 8}).encode(),
+    "lineage.json": lambda data: data.replace(b"123", b"124"),
+    "model.safetensors": lambda data: data[:-1] + bytes([data[-1] ^ 64]),
+    f"tokenizer/{VOCABULARY}": lambda data: data + b" ",
+}
+
+
+@pytest.mark.parametrize("name", ALTERATIONS)
+def test_a_file_that_was_altered_but_can_still_be_read_is_refused(directory, name):
+    assert sorted(ALTERATIONS) == manifest.list_files(directory)
+    bundle.load(directory)
+    path = directory / name
+    path.write_bytes(ALTERATIONS[name](path.read_bytes()))
+    with pytest.raises(CheckpointError, match=f"the bundle {directory} cannot be loaded: {path} .* it was altered"):
+        bundle.load(directory)
+
+
+def test_the_card_may_be_edited_and_a_bundle_of_an_earlier_release_has_no_manifest(directory, model):
+    (directory / bundle.CARD).write_text("license: MIT")
+    bundle.load(directory)
+    (directory / "manifest.json").unlink()
+    bundle.load(directory)
+
+
 def test_a_damaged_vocabulary_raises_a_tokenizer_error(directory):
+    (directory / "manifest.json").unlink()
     for path in (directory / "tokenizer").rglob("*"):
         os.truncate(path, 5)
     with pytest.raises(TokenizerError):

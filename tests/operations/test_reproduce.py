@@ -16,6 +16,7 @@ from flows.registry import versions
 from flows.registry.differences import differences, materials
 from flows.retrain.flow import retrain
 from flows.state.root import StateRoot
+from tests.fixtures import forge
 from tests.servers import gptflow
 
 URI = "models:/gpt-tiny/1"
@@ -72,6 +73,7 @@ def rewrite(root: StateRoot, edit: Edit) -> None:
     lineage = json.loads(path.read_text())
     edit(lineage)
     path.write_text(json.dumps(lineage))
+    forge(root, "gpt-tiny", "1")
 
 
 def reproduce(root: StateRoot, *options: str, uri: str = URI) -> "subprocess.CompletedProcess[str]":

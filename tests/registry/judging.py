@@ -92,6 +92,7 @@ def register(root: StateRoot, weights: Weights, corpus: Snapshot) -> str:
     bundle = source / "artifacts" / versions.BUNDLE
     bundle.mkdir(parents=True)
     save_file(weights, source / "weights")
-    write_bundle(bundle, CFG, source / "weights", get_tokenizer("bytes"), {})
-    tags = {"corpus_sha256": corpus.sha256, "weights_sha256": manifest.sha256_of_file(bundle / WEIGHTS)}
+    sha256 = write_bundle(bundle, CFG, source / "weights", get_tokenizer("bytes"), {})
+    digest = manifest.sha256_of_file(bundle / WEIGHTS)
+    tags = {"corpus_sha256": corpus.sha256, "weights_sha256": digest, versions.BUNDLE_SHA256: sha256}
     return str(client.create_model_version(NAME, str(source), tags=tags).version)

@@ -147,8 +147,8 @@ def python(program: str, **environment: str) -> str:
 def test_the_earlier_release_wrote_the_version_of_these_tests(earlier: Earlier, old_code: Path) -> None:
     from flows.registry.lineage import source_sha256
 
-    recorded = versions.read_lineage(earlier.root, "gpt-tiny", "1")["gptcore_sha256"]
-    assert recorded == source_sha256(old_code / "gptcore") != source_sha256(REPOSITORY / "gptcore")
+    lineage = versions.read_lineage(earlier.root, versions.resolve(earlier.root, "models:/gpt-tiny/1"))
+    assert lineage["gptcore_sha256"] == source_sha256(old_code / "gptcore") != source_sha256(REPOSITORY / "gptcore")
 
 
 def test_an_unchanged_pipeline_is_skipped_even_after_a_release_that_adds_a_key(

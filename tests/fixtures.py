@@ -1,7 +1,6 @@
 """Fixtures for the flow tests: a state root, a tiny pipeline, and one Prefect server for all tests."""
 
 import os
-import random
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -10,7 +9,6 @@ from threading import Thread
 import mlflow
 import psutil
 import pytest
-import yaml
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModelOutput
 
@@ -29,39 +27,7 @@ from tests.state import objects as object_store
 from tests.state import postgres as postgresql
 from tests.state.objects import Objects
 from tests.state.postgres import Postgres
-
-WORDS = (
-    "the a model learns from text and writes what comes next while every night new words arrive in many files".split()
-)
-
-
-def prose(seed: int, num_words: int = 3000) -> str:
-    """Return made-up English in paragraphs."""
-    draw = random.Random(seed)
-    sentences = [
-        " ".join(draw.choices(WORDS, k=draw.randint(5, 15))).capitalize() + "." for _ in range(num_words // 10)
-    ]
-    return "".join(sentence + ("\n\n" if draw.random() < 0.2 else " ") for sentence in sentences)
-
-
-def write_project(path: Path) -> Path:
-    """Write a text and a pipelines.yaml whose pipeline `tiny` trains in a second. Return the directory."""
-    (path / "text").mkdir()
-    (path / "text" / "one.txt").write_text(prose(1, num_words=9000))  # 20 holdout blocks, as the gate requires
-    pipeline = {
-        "corpus": {
-            "sources": ["text"],
-            "tokenizer": "bytes",
-            "block_bytes": 256,
-            "val_fraction": 0.15,
-            "holdout_fraction": 0.15,
-        },
-        "model": {"context_length": 32, "emb_dim": 32, "n_heads": 2, "n_layers": 1},
-        "train": {"max_steps": 60, "batch_size": 8, "learning_rate": 0.01, "eval_every": 20, "threads": 1},
-        "sample": {"prompts": ["The model"], "temperatures": [0.0], "max_new_tokens": 20},
-    }
-    (path / "pipelines.yaml").write_text(yaml.safe_dump({"pipelines": {"tiny": pipeline}}))
-    return path
+from tests.tiny import TINY_CFG, TINY_MODEL, write_project
 
 
 @pytest.fixture(autouse=True)
@@ -243,13 +209,12 @@ class TinyRegistry:
         """Create a run directory, finished or not, and return the path of its weights."""
         run = RunDirectory(self.root.run_directory("tiny", key, 1))
         train = TrainConfig(device="cpu", precision="fp32", compile=False, threads=1)
-        shape = {key: value for key, value in TINY_CFG.items() if key not in ("vocab_size",)}
         config = RunConfig(
             training_version=1,
             tokens=f"../../../tokens/{tokens_sha256[:16]}",
             tokens_sha256=tokens_sha256,
-            model=ModelConfig(**shape),
-            vocab_size=257,
+            model=ModelConfig(**TINY_MODEL),
+            vocab_size=TINY_CFG["vocab_size"],
             train=train,
             run_key=key,
         )
@@ -273,17 +238,6 @@ def make_old(root: StateRoot, name: str, version: str) -> None:
     """Turn a version into one that an earlier release registered, without a manifest."""
     (locate_bundle(root, name, version) / MANIFEST).unlink()
     MlflowClient(root.tracking_uri).delete_model_version_tag(name, version, BUNDLE_SHA256)
-
-
-TINY_CFG = {
-    "vocab_size": 257,
-    "context_length": 8,
-    "emb_dim": 8,
-    "n_heads": 2,
-    "n_layers": 1,
-    "drop_rate": 0.0,
-    "qkv_bias": False,
-}
 
 
 def write_weights(path: Path, seed: int) -> None:

@@ -17,7 +17,6 @@ from tempfile import TemporaryFile
 from typing import IO, Any
 
 import psutil
-import yaml
 from mlflow import MlflowClient
 
 from flows.state.root import OPT_OUTS, StateRoot
@@ -160,16 +159,6 @@ def prefect_server(directory: Path, databases: Path, **environment: str) -> Iter
     finally:
         process.terminate()
         process.wait(60)
-
-
-def write(project: Path, watch_seconds: int = 3600, **pipelines: dict[str, Any]) -> None:
-    """Write `pipelines` to the project's pipelines.yaml, each the fixture's `tiny` with some keys replaced."""
-    path, kept = project / "pipelines.yaml", project / "tiny.yaml"
-    if not kept.exists():
-        path.rename(kept)
-    tiny = yaml.safe_load(kept.read_text())["pipelines"]["tiny"]
-    asked = {name: {**tiny, **keys} for name, keys in pipelines.items()}
-    path.write_text(json.dumps({"watch_seconds": watch_seconds, "pipelines": asked}))
 
 
 class Serving:

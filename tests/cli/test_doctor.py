@@ -12,7 +12,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import yaml
 
 from flows.cli import checks, doctor
 from flows.cli.checks import Check, CheckTarget
@@ -23,6 +22,7 @@ from flows.state import relocate
 from flows.state.root import StateRoot
 from flows.state.servers import Servers, write_servers
 from tests.servers import gptflow
+from tests.tiny import write_pipelines
 
 DAILY = {"schedule": {"cron": "30 2 * * *"}}
 
@@ -36,8 +36,7 @@ def target(project: Path, root: StateRoot, monkeypatch: pytest.MonkeyPatch) -> C
 
 def scheduled(target: CheckTarget, **more: Any) -> CheckTarget:
     """Return the target with a pipeline that runs daily."""
-    given = {**yaml.safe_load(target.file.read_text())["pipelines"]["tiny"], **DAILY}
-    target.file.write_text(yaml.safe_dump({"pipelines": {"tiny": given}}))
+    write_pipelines(target.file.parent, tiny=DAILY)
     pipelines: tuple[Pipeline, ...] = (PipelinesFile(target.file).pipeline("tiny"),)
     return CheckTarget(target.file, target.root, pipelines, **more)
 

@@ -10,16 +10,7 @@ from gptcore.corpus.clean_blocks import find_clean_blocks
 from gptcore.corpus.contamination import RUN_BYTES, find_contained
 from gptcore.corpus.ingest import ingest
 from gptcore.corpus.snapshot import Snapshot, read_blocks, read_passages
-
-
-def prose(seed: int, num_bytes: int) -> str:
-    drawn = random.Random(seed)
-    words = ["".join(drawn.choices("abcdefghijklmnopqrstuvwxyzß日", k=drawn.randint(2, 9))) for _ in range(300)]
-    sentences, length = [], 0
-    while length < num_bytes:
-        sentences.append(" ".join(drawn.choices(words, k=drawn.randint(4, 12))) + drawn.choice([". ", ".\n\n"]))
-        length += len(sentences[-1].encode())
-    return "".join(sentences)
+from tests.tiny import odd_prose
 
 
 def snapshot(tmp_path: Path, name: str, texts: list[str], **settings: object) -> Snapshot:
@@ -35,7 +26,7 @@ def windows(data: bytes) -> set[bytes]:
     return {data[at : at + RUN_BYTES] for at in range(len(data) - RUN_BYTES + 1)}
 
 
-TEXTS = [prose(seed, 300 + 30 * seed) for seed in range(60)]
+TEXTS = [odd_prose(seed, 300 + 30 * seed) for seed in range(60)]
 
 
 def test_the_holdout_of_a_snapshot_is_clean_of_its_own_training_text(tmp_path: Path) -> None:
@@ -50,7 +41,7 @@ def test_the_holdout_of_a_snapshot_is_clean_of_its_own_training_text(tmp_path: P
 def test_exactly_the_blocks_that_are_in_another_training_text_are_excluded(tmp_path: Path, split: str) -> None:
     own = snapshot(tmp_path, "own", TEXTS, split=split)
     held_out = [block.text for block in read_blocks(own.path, "holdout")]
-    other_texts = [prose(900 + seed, 2000) for seed in range(10)]
+    other_texts = [odd_prose(900 + seed, 2000) for seed in range(10)]
     other_texts[0] += held_out[0]  # a block in the middle of another text
     other_texts[1] = held_out[1][:150] + other_texts[1]  # too short a run to count
     other_texts[2] = other_texts[2][:700] + held_out[2][20:260] + other_texts[2][700:]
@@ -68,10 +59,10 @@ def test_exactly_the_blocks_that_are_in_another_training_text_are_excluded(tmp_p
 
 
 def test_a_block_shorter_than_a_run_is_excluded_if_the_other_text_contains_all_of_it(tmp_path: Path) -> None:
-    short = [f"Note {seed}: {prose(seed, 40 + seed)}" for seed in range(60)]
+    short = [f"Note {seed}: {odd_prose(seed, 40 + seed)}" for seed in range(60)]
     own = snapshot(tmp_path, "own", short)
     held_out = [block.text for block in read_blocks(own.path, "holdout")]
-    other_texts = [prose(99, 3000), f"Before it. {held_out[0]} After it. {prose(98, 400)}", held_out[1][:-1]]
+    other_texts = [odd_prose(99, 3000), f"Before it. {held_out[0]} After it. {odd_prose(98, 400)}", held_out[1][:-1]]
     other = snapshot(tmp_path, "other", other_texts, val_fraction=0.01, holdout_fraction=0, split="contiguous")
     clean = find_clean_blocks(own.path, "holdout", [other.path])
     assert [block.text for block in clean.blocks] == held_out[1:]
@@ -79,7 +70,7 @@ def test_a_block_shorter_than_a_run_is_excluded_if_the_other_text_contains_all_o
 
 
 def test_needles_of_any_length_are_found_at_any_place(tmp_path: Path) -> None:
-    text = prose(7, 3 << 19).encode()  # several chunks
+    text = odd_prose(7, 3 << 19).encode()  # several chunks
     draw = random.Random(8)
     lengths = [1, 3, 11, 12, 13, 47, 48, 49, 95, 96, 97, 199, 200]
     edge = 1 << 19

@@ -1,7 +1,6 @@
 """Differences between two snapshots, against changes made by hand and divergences known in advance."""
 
 import json
-import random
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +19,10 @@ from gptcore.errors import CheckpointError
 from gptcore.tokens.divergence import compute_token_divergence, compute_train_divergence
 from gptcore.tokens.encode import encode_side
 from gptcore.tokens.files import tokenize
+from tests.tiny import odd_prose
 
-
-def prose(seed: int, chars: int) -> str:
-    drawn = random.Random(seed)
-    words = ["".join(drawn.choices("abcdefghijklmnopqrstuvwxyzß日", k=drawn.randint(2, 9))) for _ in range(300)]
-    made, length = [], 0
-    while length < chars:
-        made.append(" ".join(drawn.choices(words, k=drawn.randint(5, 40))) + ".")
-        length += len(made[-1]) + 2
-    return "\n\n".join(made)[:chars]
-
-
-TEXTS = {f"{number:02d}.txt": prose(number, 600 + 50 * number) for number in range(40)} | {
-    "long.txt": prose(99, 50_000)
+TEXTS = {f"{number:02d}.txt": odd_prose(number, 600 + 50 * number) for number in range(40)} | {
+    "long.txt": odd_prose(99, 50_000)
 }
 TOTAL = sum(len(text.encode()) for text in TEXTS.values())
 
@@ -48,7 +37,7 @@ def snapshot(tmp_path: Path, texts: dict[str, str], *source: str, **settings: An
 
 
 def test_added_removed_and_changed_documents_are_counted_with_their_bytes(tmp_path: Path) -> None:
-    added, edited, removed = prose(50, 1000), prose(51, 1200), TEXTS["01.txt"]
+    added, edited, removed = odd_prose(50, 1000), odd_prose(51, 1200), TEXTS["01.txt"]
     now = {**TEXTS, "more.txt": added, "02.txt": edited}
     del now["01.txt"]
     delta = compare_snapshots(snapshot(tmp_path, TEXTS), snapshot(tmp_path, now))
@@ -89,7 +78,7 @@ def test_other_settings_for_blocks_and_split_make_no_text_new(tmp_path: Path) ->
 def test_held_out_blocks_are_old_if_the_snapshot_before_held_them_out_or_held_their_whole_document(
     tmp_path: Path,
 ) -> None:
-    more = {f"more{n}.txt": prose(100 + n, 900) for n in range(40)}
+    more = {f"more{n}.txt": odd_prose(100 + n, 900) for n in range(40)}
     edited = TEXTS["long.txt"].replace(" ", " An insertion. ", 1)
     before, after = snapshot(tmp_path, TEXTS), snapshot(tmp_path, {**TEXTS, **more, "long.txt": edited})
     own, blocks = (list(read_blocks(path, "holdout")) for path in (before, after))
@@ -129,7 +118,7 @@ def test_text_that_moved_from_one_document_to_another_is_not_new(tmp_path: Path)
 
 
 def test_new_blocks_come_from_every_side_with_their_own_text(tmp_path: Path) -> None:
-    more = {f"more{n}.txt": prose(100 + n, 900) for n in range(40)}
+    more = {f"more{n}.txt": odd_prose(100 + n, 900) for n in range(40)}
     before, after = snapshot(tmp_path, TEXTS), snapshot(tmp_path, {**TEXTS, **more})
     found = pick_new_blocks(before, after, 10**9)
     assert sorted(block.text for block in found) == sorted(more.values())
@@ -140,7 +129,7 @@ def test_new_blocks_come_from_every_side_with_their_own_text(tmp_path: Path) -> 
 
 
 def test_a_choice_of_new_blocks_is_repeatable_within_its_size_and_from_all_sides(tmp_path: Path) -> None:
-    more = {f"more{n}.txt": prose(100 + n, 900) for n in range(60)}
+    more = {f"more{n}.txt": odd_prose(100 + n, 900) for n in range(60)}
     before, after = snapshot(tmp_path, TEXTS), snapshot(tmp_path, {**TEXTS, **more})
     chosen = pick_new_blocks(before, after, 30_000)
     assert pick_new_blocks(before, after, 30_000) == chosen
@@ -155,7 +144,7 @@ def test_a_choice_of_new_blocks_is_repeatable_within_its_size_and_from_all_sides
 def test_a_train_block_cut_for_contamination_is_counted_but_not_scored(tmp_path: Path) -> None:
     before = snapshot(tmp_path, TEXTS, split="contiguous")
     holdout = (before / "holdout.txt").read_text(encoding="utf-8")
-    carrier = prose(200, 500) + holdout[:400] + prose(201, 500)
+    carrier = odd_prose(200, 500) + holdout[:400] + odd_prose(201, 500)
     after = snapshot(tmp_path, {"00": carrier, **TEXTS}, split="contiguous")
     cut = [entry for entry in read_block_entries(after, "train") if entry.offset is None]
     assert len(cut) == 1
@@ -209,7 +198,7 @@ def test_the_divergence_is_symmetric_between_zero_and_one(one: np.ndarray, other
 @pytest.mark.parametrize("name", ["bytes", "bpe:300"])
 def test_two_train_sides_are_compared_with_the_tokenizer_of_the_older_snapshot(tmp_path: Path, name: str) -> None:
     before = snapshot(tmp_path, TEXTS)
-    after = snapshot(tmp_path, {**TEXTS, "digits.txt": "".join(f"{n * 7919}\n" for n in range(3000))})
+    after = snapshot(tmp_path, {**TEXTS, "digits.txt": "".join(f"{n * 7919}\n" for n in range(30_000))})
     old, new = (tokenize(path, name, tmp_path / "tokens") for path in (before, after))
     assert (old.tokenizer_sha256 == new.tokenizer_sha256) == (name == "bytes")
     expected = compute_token_divergence(

@@ -14,16 +14,7 @@ from gptcore.corpus.ingest import ingest
 from gptcore.corpus.snapshot import Snapshot, load_snapshot, read_block_entries, read_blocks, read_passages
 from gptcore.corpus.split import SIDES
 from gptcore.errors import CheckpointError
-
-
-def prose(seed: int, chars: int) -> str:
-    drawn = random.Random(seed)
-    words = ["".join(drawn.choices("abcdefghijklmnopqrstuvwxyzäß日", k=drawn.randint(2, 9))) for _ in range(400)]
-    made, length = [], 0
-    while length < chars:
-        made.append(" ".join(drawn.choices(words, k=drawn.randint(5, 60))) + ".")
-        length += len(made[-1]) + 2
-    return "\n\n".join(made)[:chars]
+from tests.tiny import odd_prose
 
 
 def write(directory: Path, texts: dict[str, str]) -> None:
@@ -44,7 +35,7 @@ def side_of_blocks(snapshot: Snapshot) -> dict[str, str]:
     return {block.sha256: side for side in ("val", "holdout") for block in read_blocks(snapshot.path, side)}
 
 
-MANY = {f"{number:03d}.txt": prose(number, 900 + 40 * number) for number in range(100)}
+MANY = {f"{number:03d}.txt": odd_prose(number, 900 + 40 * number) for number in range(100)}
 
 
 def test_python_docs_fill_all_sides_with_the_default_settings(tmp_path: Path) -> None:
@@ -88,7 +79,7 @@ def test_all_text_is_on_exactly_one_side(tmp_path: Path) -> None:
 
 
 def test_neighbouring_train_blocks_are_one_passage(tmp_path: Path) -> None:
-    text = prose(1, 40_000)
+    text = odd_prose(1, 40_000)
     snapshot = snapshot_of(tmp_path, {"a.txt": text})
     found = list(read_passages(snapshot.path, "train"))
     assert len(found) < snapshot.blocks["train"]
@@ -102,8 +93,8 @@ def test_neighbouring_train_blocks_are_one_passage(tmp_path: Path) -> None:
 @pytest.mark.parametrize("way", ["hash", "contiguous"])
 def test_every_train_block_that_was_not_cut_for_contamination_is_at_its_listed_offset(tmp_path: Path, way: str) -> None:
     drawn = random.Random(5)
-    stock = [prose(number, 260) for number in range(40)]
-    texts = {f"{number}.txt": "\n\n".join(drawn.choices(stock, k=9)) + prose(number, 5000) for number in range(20)}
+    stock = [odd_prose(number, 260) for number in range(40)]
+    texts = {f"{number}.txt": "\n\n".join(drawn.choices(stock, k=9)) + odd_prose(number, 5000) for number in range(20)}
     snapshot = snapshot_of(tmp_path, texts, split=way)
     train = (snapshot.path / "train.txt").read_bytes()
     entries = list(read_block_entries(snapshot.path, "train"))
@@ -159,8 +150,8 @@ def test_copies_and_blank_documents_are_dropped_and_counted(tmp_path: Path) -> N
 
 
 def test_a_block_that_is_in_two_documents_is_kept_once(tmp_path: Path) -> None:
-    common = prose(500, 30_000)
-    texts = {"a.txt": common + prose(501, 9000), "b.txt": common + prose(502, 9000)}
+    common = odd_prose(500, 30_000)
+    texts = {"a.txt": common + odd_prose(501, 9000), "b.txt": common + odd_prose(502, 9000)}
     snapshot = snapshot_of(tmp_path, texts)
     assert snapshot.dropped["duplicate_blocks"] > 20
     assert snapshot.dropped["duplicate_bytes"] > 25_000
@@ -179,7 +170,7 @@ def test_a_growing_corpus_leaves_every_block_on_its_side(tmp_path: Path) -> None
 
 
 def test_an_edited_document_leaves_the_other_blocks_on_their_sides(tmp_path: Path) -> None:
-    text = prose(7, 60_000)
+    text = odd_prose(7, 60_000)
     before = snapshot_of(tmp_path, {"a.txt": text})
     after = snapshot_of(tmp_path, {"a.txt": text[:20_000] + " An insertion. " + text[20_000:]})
     assert len(side_of_blocks(before).items() ^ side_of_blocks(after).items()) <= 6
@@ -193,7 +184,7 @@ def test_the_settings_of_the_split_are_part_of_the_identity_of_a_snapshot(tmp_pa
 @pytest.mark.parametrize("way", ["hash", "contiguous"])
 def test_no_train_passage_shares_200_bytes_with_another_side(tmp_path: Path, way: str) -> None:
     drawn = random.Random(3)
-    stock = [prose(number, 260) for number in range(40)]
+    stock = [odd_prose(number, 260) for number in range(40)]
     texts = {
         f"{number}.txt": "".join(f"{drawn.choice(stock)}{drawn.random()}\n\n" for _ in range(30))
         for number in range(20)
@@ -217,7 +208,7 @@ def test_no_train_passage_shares_200_bytes_with_another_side(tmp_path: Path, way
 
 @pytest.mark.parametrize("chars", [20_479, 20_480, 99_991, 8191])
 def test_contiguous_trains_on_the_first_nine_tenths_of_the_text_as_in_the_book(tmp_path: Path, chars: int) -> None:
-    text = prose(chars, chars)
+    text = odd_prose(chars, chars)
     snapshot = snapshot_of(tmp_path, {"a.txt": text}, split="contiguous", val_fraction=0.1, holdout_fraction=0)
     border = int(0.9 * len(text))
     assert list(read_passages(snapshot.path, "train")) == [text[:border]]
@@ -227,7 +218,7 @@ def test_contiguous_trains_on_the_first_nine_tenths_of_the_text_as_in_the_book(t
 
 
 def test_a_contiguous_split_follows_the_order_of_the_sources(tmp_path: Path) -> None:
-    texts = {name: prose(number, 5000) for number, name in enumerate("cab")}
+    texts = {name: odd_prose(number, 5000) for number, name in enumerate("cab")}
     snapshot = snapshot_of(tmp_path, texts, "c", "a", "b", split="contiguous", val_fraction=0.05, holdout_fraction=0.05)
     whole = texts["c"] + texts["a"] + texts["b"]
     assert list(read_passages(snapshot.path, "train")) == [texts["c"], texts["a"], texts["b"][:3500]]

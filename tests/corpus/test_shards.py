@@ -18,7 +18,7 @@ from gptcore.processes import WorkerDied, count_cpus, map_in_processes
 from gptcore.tokens import encode_shards, files
 from gptcore.tokens import tokenizer as tokenizer_room
 from tests.corpus.fatal import Fatal, die
-from tests.corpus.test_ingest import prose
+from tests.tiny import odd_prose
 
 
 def small_shards(monkeypatch: pytest.MonkeyPatch, num_bytes: int = 40_000) -> None:
@@ -31,15 +31,15 @@ def small_shards(monkeypatch: pytest.MonkeyPatch, num_bytes: int = 40_000) -> No
 def write_texts(directory: Path) -> None:
     """Write documents of every kind and size, blank ones, copies, and passages that several documents share."""
     draw = random.Random(7)
-    stock = [prose(number, 260) for number in range(40)]
+    stock = [odd_prose(number, 260) for number in range(40)]
     directory.mkdir()
     for number in range(60):
         text = "".join(f"{draw.choice(stock)}{draw.random()}\n\n" for _ in range(draw.randint(1, 30)))
         (directory / f"{number:02d}.txt").write_text(text)
     (directory / "05.txt").write_bytes((directory / "50.txt").read_bytes())
     (directory / "17.txt").write_text(" \n" * 30_000)
-    (directory / "long.md").write_text(prose(99, 150_000))
-    rows = [{"text": prose(number, 700)} for number in range(200, 260)] + [{"text": ""}, {"text": stock[0]}]
+    (directory / "long.md").write_text(odd_prose(99, 150_000))
+    rows = [{"text": odd_prose(number, 700)} for number in range(200, 260)] + [{"text": ""}, {"text": stock[0]}]
     lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
     (directory / "rows.jsonl.gz").write_bytes(gzip.compress(lines))
 
@@ -157,7 +157,7 @@ def test_a_text_with_few_borders_is_cut_at_the_same_places_in_shards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs = "".join(letter * 3_000 for letter in "abcdefghijklmnopqrstuvwxyz") + " 日本" * 9_000 + "\n" * 5_000
-    (tmp_path / "a.txt").write_text(runs + prose(1, 20_000))
+    (tmp_path / "a.txt").write_text(runs + odd_prose(1, 20_000))
     cfg = CorpusConfig(sources=("a.txt",), split="contiguous", val_fraction=0.1, holdout_fraction=0)
     snapshot = ingest.ingest(cfg, tmp_path / "corpora", tmp_path).path
     monkeypatch.setattr(tokenizer_room, "PIECE_CHARS", 700)

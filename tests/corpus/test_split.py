@@ -14,17 +14,7 @@ from gptcore.corpus import contamination
 from gptcore.corpus.blocks import WHOLE_DOCUMENT_BYTES, cut_blocks
 from gptcore.corpus.contamination import RUN_BYTES, PassageFile, find_shared_runs
 from gptcore.corpus.split import side_of
-
-WORDS = ["the", "of", "größe", "日本語", "🎈", "model", "holdout", "e.g.", "x" * 30]
-
-
-def prose(seed: int, paragraphs: int, words_each: int = 60) -> bytes:
-    drawn = random.Random(seed)
-    made = []
-    for _ in range(paragraphs):
-        count = drawn.randint(1, 2 * words_each)
-        made.append(" ".join(f"{drawn.choice(WORDS)}{drawn.randrange(1000)}" for _ in range(count)) + ".")
-    return "\n\n".join(made).encode()
+from tests.tiny import odd_prose
 
 
 def sliced(data: bytes, size: int) -> Iterable[bytes]:
@@ -32,15 +22,15 @@ def sliced(data: bytes, size: int) -> Iterable[bytes]:
 
 
 SHAPES = {
-    "paragraphs": prose(1, 200),
-    "one paragraph of lines": prose(2, 500, 10).replace(b"\n\n", b"\n"),
-    "one line": prose(3, 1, 20_000),
-    "one line of sentences": prose(4, 500, 10).replace(b"\n\n", b" "),
+    "paragraphs": odd_prose(1, 70_000).encode(),
+    "one paragraph of lines": odd_prose(2, 40_000).encode().replace(b"\n\n", b"\n"),
+    "one line": odd_prose(3, 150_000).replace("\n\n", " ").encode(),
+    "one line of sentences": odd_prose(4, 40_000).encode().replace(b"\n\n", b" "),
     "one word": "日本語".encode() * 5000,
     "blank lines": b"\n" * 50_000,
     "spaces": b" " * 50_000,
     "dots": b"." * 50_000,
-    "CRLF": prose(5, 200).replace(b"\n", b"\r\n"),
+    "CRLF": odd_prose(5, 70_000).encode().replace(b"\n", b"\r\n"),
     "one byte over": b"word " * (WHOLE_DOCUMENT_BYTES // 5 + 1),
 }
 
@@ -69,21 +59,21 @@ def test_any_text_is_cut_without_loss(text: str, size: int) -> None:
 
 
 def test_a_short_document_is_one_block_and_an_empty_document_has_none() -> None:
-    document = prose(1, 100)[: WHOLE_DOCUMENT_BYTES - 2] + b"ab"
+    document = odd_prose(1, 40_000).encode()[: WHOLE_DOCUMENT_BYTES - 2] + b"ab"
     assert list(cut_blocks(sliced(document, 100), 256)) == [document]
     assert list(cut_blocks([], 256)) == []
 
 
 @pytest.mark.parametrize("shape", ["paragraphs", "one paragraph of lines", "one line", "one line of sentences"])
 def test_blocks_have_about_the_requested_length(shape: str) -> None:
-    lengths = [len(block) for block in cut_blocks([SHAPES[shape] * 3 + prose(9, 100)], 1024)]
+    lengths = [len(block) for block in cut_blocks([SHAPES[shape] * 3 + odd_prose(9, 40_000).encode()], 1024)]
     assert 512 < np.mean(lengths) < 2048
 
 
 @given(st.integers(0, 10**6), st.integers(0, 10**6), st.sampled_from([" word", "\n\nA paragraph.\n\n", "é" * 40]))
 @settings(max_examples=40, deadline=None)
 def test_an_insertion_changes_only_the_blocks_near_it(seed: int, place: int, inserted: str) -> None:
-    text = prose(seed, 150).decode()
+    text = odd_prose(seed, 50_000)
     at = place % len(text)
     before = list(cut_blocks([text.encode()], 1024))
     after = list(cut_blocks([(text[:at] + inserted + text[at:]).encode()], 1024))

@@ -11,7 +11,8 @@ import pytest
 from flows.config.pipelines import Pipeline, PipelinesFile
 from flows.retrain.parameters import build_flow_parameters, merge_parameters
 from gptcore.errors import ConfigError
-from tests.servers import Prefect, Serving, write
+from tests.servers import Prefect, Serving
+from tests.tiny import write_pipelines
 
 OPERATIONS = ("promote", "rollback", "prune")
 NIGHT = "pipelines:\n  night:\n    schedule:\n"
@@ -78,7 +79,9 @@ def scheduled(project: Path) -> Path:
 def test_the_server_has_the_deployments_of_the_file_and_every_change_is_listed(
     scheduled: Path, server: Prefect
 ) -> None:
-    write(scheduled, one={"schedule": {"cron": "0 2 * * *", "timezone": "Europe/Berlin"}}, two={"tags": ["mine"]})
+    write_pipelines(
+        scheduled, one={"schedule": {"cron": "0 2 * * *", "timezone": "Europe/Berlin"}}, two={"tags": ["mine"]}
+    )
     with Serving(scheduled, server) as lines:
         assert lines == ["added      one", "added      two", *(f"added      {name}" for name in OPERATIONS)]
         schedule = server.ask("deployments/name/retrain/one")["schedules"]
@@ -86,7 +89,7 @@ def test_the_server_has_the_deployments_of_the_file_and_every_change_is_listed(
             ("0 2 * * *", "Europe/Berlin", True)
         ]
         assert {"gptflow", "mine"} < set(server.ask("deployments/name/retrain/two")["tags"])
-    write(scheduled, one={}, three={"schedule": {"interval": 7200, "paused": True}})
+    write_pipelines(scheduled, one={}, three={"schedule": {"interval": 7200, "paused": True}})
     with Serving(scheduled, server) as lines:
         assert lines == [
             "changed    one",
@@ -107,7 +110,7 @@ def test_the_server_has_the_deployments_of_the_file_and_every_change_is_listed(
 
 @pytest.mark.slow
 def test_a_run_refuses_wrong_parameters_and_changes_only_the_given_ones(scheduled: Path, server: Prefect) -> None:
-    write(scheduled, form={})
+    write_pipelines(scheduled, form={})
     with Serving(scheduled, server):
         run = server.start("form", train={"max_steps": 5})
         with pytest.raises(urllib.error.HTTPError) as refused:

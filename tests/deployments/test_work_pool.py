@@ -22,7 +22,8 @@ from flows.config.pipelines import PipelinesFile
 from flows.deployments.work_pool import deploy
 from flows.state.root import StateRoot
 from gptcore.errors import GPTCoreError
-from tests.servers import Prefect, Receiver, Serving, clean, gptflow, living, wait_for, write
+from tests.servers import Prefect, Receiver, Serving, clean, gptflow, living, wait_for
+from tests.tiny import write_pipelines
 
 pytestmark = pytest.mark.slow
 TEMPLATES = Path(__file__).parents[2] / "deploy"
@@ -140,7 +141,9 @@ def test_deploy_refuses_settings_that_its_runs_could_not_work_with(
 def test_a_process_worker_in_another_directory_retrains_and_then_skips_an_unchanged_pipeline(
     project: Path, server: Prefect, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    write(project, night={"schedule": {"cron": "0 2 * * *"}, "triggers": [{"on": "corpus_changed"}], "tags": ["mine"]})
+    write_pipelines(
+        project, night={"schedule": {"cron": "0 2 * * *"}, "triggers": [{"on": "corpus_changed"}], "tags": ["mine"]}
+    )
     deploy = ("deploy", "--work-pool", "machines")
     done = gptflow(project, *deploy, PREFECT_API_URL=server.url)
     assert done.returncode == 0, done.stderr
@@ -183,10 +186,10 @@ def test_a_pipeline_removed_from_the_file_leaves_the_pool_and_serve_takes_over_t
         assert done.returncode == 0, done.stderr
         return done.stdout.splitlines()[:-1]
 
-    write(project, one={}, two={})
+    write_pipelines(project, one={}, two={})
     deployed()
     assert deployed() == [f"unchanged  {name}" for name in ("one", "two", "promote", "rollback", "prune")]
-    write(project, one={"schedule": {"interval": 3600}})
+    write_pipelines(project, one={"schedule": {"interval": 3600}})
     lines = deployed()
     assert lines[0] == "changed    one" and lines[-1] == "removed    two"
     with pytest.raises(urllib.error.HTTPError, match="404"):
@@ -203,7 +206,7 @@ LONG = {"max_steps": 3000, "eval_every": 1000, "checkpoint_steps": 50}
 
 
 def deployed(project: Path, server: Prefect, **pipelines: dict[str, Any]) -> None:
-    write(project, **pipelines)
+    write_pipelines(project, **pipelines)
     done = gptflow(project, "deploy", "--work-pool", "machines", PREFECT_API_URL=server.url)
     assert done.returncode == 0, done.stderr
 

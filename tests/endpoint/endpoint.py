@@ -16,16 +16,9 @@ from gptcore.model.gpt import GPTModel
 from gptcore.tokens.tokenizer import get_tokenizer
 from tests.registry.made_versions import endless
 from tests.servers import free_ports, wait_for
+from tests.tiny import TINY_CFG
 
-CFG = {
-    "vocab_size": 257,
-    "context_length": 32,
-    "emb_dim": 16,
-    "n_heads": 2,
-    "n_layers": 1,
-    "drop_rate": 0.0,
-    "qkv_bias": False,
-}
+CFG = {**TINY_CFG, "context_length": 32, "n_layers": 1}
 
 
 def tiny_version(number: int) -> ServedVersion:

@@ -13,13 +13,7 @@ from gptcore.errors import CorpusError
 from gptcore.evaluation import baselines as module
 from gptcore.evaluation.baselines import count_tokens, measure_compressed_size, score_baselines, sum_unigram_nats
 from gptcore.tokens.tokenizer import get_tokenizer
-
-WORDS = ["the", "of", "and", "model", "text", "token", "holdout", "loss", "gradient", "champion", "registry", "epoch"]
-
-
-def prose(seed, words):
-    drawn = random.Random(seed)
-    return " ".join(drawn.choice(WORDS) for _ in range(words))
+from tests.tiny import prose
 
 
 def blocks(*texts):

@@ -18,6 +18,7 @@ from gptcore.model.gpt import GPTModel
 from gptcore.model.loss import calc_loss_loader
 from gptcore.tokens.tokenizer import get_tokenizer
 from gptcore.training.preserve import preserve_training_state
+from tests.tiny import TINY_CFG
 
 TEXTS = [
     "The quick brown fox jumps over the lazy dog.",
@@ -35,8 +36,7 @@ def tokenizer():
 @pytest.fixture
 def model(tokenizer):
     torch.manual_seed(0)
-    cfg = {"context_length": 16, "emb_dim": 16, "n_heads": 2, "n_layers": 2, "drop_rate": 0.5, "qkv_bias": False}
-    model = GPTModel({"vocab_size": tokenizer.n_vocab, **cfg})
+    model = GPTModel({**TINY_CFG, "drop_rate": 0.5})
     with torch.no_grad():
         model.out_head.weight *= 5  # far from uniform, so that a wrong window changes the score
     return model

@@ -15,6 +15,7 @@ from gptcore.evaluation.samples import Sample, compute_distinct, find_longest_co
 from gptcore.generation.generate import generate
 from gptcore.model.gpt import GPTModel
 from gptcore.tokens.tokenizer import get_tokenizer
+from tests.tiny import TINY_CFG, prose
 
 
 @pytest.fixture
@@ -25,8 +26,7 @@ def tokenizer():
 @pytest.fixture
 def model(tokenizer):
     torch.manual_seed(0)
-    cfg = {"context_length": 16, "emb_dim": 16, "n_heads": 2, "n_layers": 1, "drop_rate": 0.5, "qkv_bias": False}
-    return GPTModel({"vocab_size": tokenizer.n_vocab, **cfg})
+    return GPTModel({**TINY_CFG, "drop_rate": 0.5})
 
 
 @pytest.fixture
@@ -54,9 +54,7 @@ def test_the_longest_copy_is_as_long_as_brute_force_finds_and_is_in_both_texts(t
 
 
 def test_the_longest_copy_agrees_with_difflib_on_prose(tmp_path):
-    drawn = random.Random(0)
-    words = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "nobody", "watches"]
-    corpus, text = (" ".join(drawn.choice(words) for _ in range(n)) for n in (600, 120))
+    corpus, text = prose(0, 600), prose(1, 120)
     (tmp_path / "train.txt").write_text(corpus)
     match = SequenceMatcher(None, text, corpus, autojunk=False).find_longest_match()
     assert len(find_longest_copies([text], tmp_path / "train.txt")[0]) == match.size

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import yaml
 from mlflow import MlflowClient
 
 from flows.config.pipelines import SECTIONS, Pipeline
@@ -23,6 +22,7 @@ from gptcore.training.run_directory import RunDirectory
 from tests import databases
 from tests.faults.trainings import updates_of
 from tests.servers import Prefect, begin, clean, free_ports, gptflow, wait_for
+from tests.tiny import write_pipelines
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 STEPS = 2500
@@ -185,9 +185,7 @@ def test_a_training_that_loses_its_prefect_server_finishes_and_its_version_gets_
         env=clean(PREFECT_HOME=str(root.prefect / "ephemeral")),
     )
     wait_for(lambda: answers(f"{url}/api/health"), 120)
-    settings = yaml.safe_load((project / "pipelines.yaml").read_text())
-    settings["pipelines"]["tiny"]["train"]["max_steps"] = STEPS
-    (project / "pipelines.yaml").write_text(yaml.safe_dump(settings))
+    write_pipelines(project, tiny={"train": {"max_steps": STEPS}})
     log = project / "run.log"
     environment = {"PREFECT_API_URL": f"{url}/api", "PREFECT_CLIENT_MAX_RETRIES": "1"}
     process = begin(project, log, "run", "tiny", **environment)

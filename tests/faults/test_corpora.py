@@ -25,9 +25,10 @@ from gptcore.corpus.snapshot import Snapshot, read_passages
 from gptcore.corpus.split import SIDES
 from gptcore.errors import CorpusError
 from gptcore.tokens.files import tokenize
-from tests.corpus.test_ingest import MANY, prose, snapshot_of
+from tests.corpus.test_ingest import MANY, snapshot_of
 from tests.corpus.test_sources import make_tree, names, read_sources, texts
 from tests.retrain.test_policy import TRAINED, asking, run
+from tests.tiny import odd_prose
 
 # Too little text.
 
@@ -92,15 +93,15 @@ ODD = "\ufeffBOM, NUL \0, CRLF\r\n, \r, \x85, \u2028, \ufffe, \U0010ffff and e\u
 
 def test_special_strings_nuls_byte_order_marks_and_line_ends_stay_as_they_are(tmp_path: Path) -> None:
     odd = "\ufeffA NUL \0, <|endoftext|> and\r\nCRLF.\r\n\r\n"
-    texts = {f"{number}.txt": odd + prose(number, 300) for number in range(60)}
+    texts = {f"{number}.txt": odd + odd_prose(number, 300) for number in range(60)}
     snapshot = snapshot_of(tmp_path, texts)
     found = sorted(text for side in SIDES for text in read_passages(snapshot.path, side))
     assert found == sorted(texts.values())
 
 
 def test_a_byte_that_is_not_utf8_is_refused_with_file_and_offset_or_replaced_as_configured(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_bytes(prose(1, 3000).encode() + b"\xff" + prose(2, 3000).encode())
-    offset = len(prose(1, 3000).encode())
+    (tmp_path / "a.txt").write_bytes(odd_prose(1, 3000).encode() + b"\xff" + odd_prose(2, 3000).encode())
+    offset = len(odd_prose(1, 3000).encode())
     settings = {"sources": ("a.txt",), "block_bytes": 256, "val_fraction": 0.2, "holdout_fraction": 0.2}
     with pytest.raises(CorpusError, match=rf"a\.txt is not UTF-8: byte 0xff at offset {offset}\. .*errors: replace"):
         ingest(CorpusConfig(**settings), tmp_path / "corpora", tmp_path)
@@ -121,7 +122,7 @@ def test_a_lone_surrogate_in_json_is_an_invalid_byte_and_a_pair_is_a_character(t
 
 @pytest.mark.parametrize("name", ["bytes", "gpt2"])
 def test_odd_text_survives_tokenizing_and_decoding(tmp_path: Path, name: str) -> None:
-    snapshot = snapshot_of(tmp_path, {f"{number}.txt": f"{ODD}{prose(number, 400)}" for number in range(40)})
+    snapshot = snapshot_of(tmp_path, {f"{number}.txt": f"{ODD}{odd_prose(number, 400)}" for number in range(40)})
     tokens = tokenize(snapshot.path, name, tmp_path / "tokens")
     vocabulary = tokens.load_tokenizer()
     decoded = vocabulary.decode(tokens.side("train").tolist())
@@ -216,7 +217,7 @@ def test_a_long_text_in_a_hundred_parquet_rows_is_held_in_memory_once(tmp_path: 
 @pytest.mark.parametrize("name", ["bytes", "gpt2", "bpe:300"])
 def test_the_end_of_text_string_inside_a_document_does_not_end_it(tmp_path: Path, name: str) -> None:
     marks = "<|endoftext|> <|endofprompt|> <|fim_prefix|> <|im_start|> <s> </s> [CLS] "
-    with_marks = {f"{number}.txt": marks + prose(number, 900) for number in range(60)}
+    with_marks = {f"{number}.txt": marks + odd_prose(number, 900) for number in range(60)}
     plain = {key: text.replace("<|endoftext|>", "@@@") for key, text in with_marks.items()}
     counted = []
     for given in (with_marks, plain):
@@ -289,7 +290,7 @@ def test_a_file_that_keeps_changing_or_disappears_is_refused(tmp_path: Path) -> 
 def test_a_snapshot_has_the_hash_of_the_text_that_was_read_even_if_the_file_was_edited_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "a.txt").write_text(before := prose(1, 9000))
+    (tmp_path / "a.txt").write_text(before := odd_prose(1, 9000))
     spool = ingestion.Spool
 
     def edit_after_reading(*given: Any) -> Any:
@@ -323,10 +324,10 @@ def test_unchanged_and_reordered_text_gives_the_same_snapshot_and_a_new_document
     first = taken(MANY)
     assert taken(MANY).path == first.path
     assert taken({f"z{key}": text for key, text in reversed(MANY.items())}).path == first.path
-    more = taken({**MANY, "new.txt": prose(777, 2000)})
+    more = taken({**MANY, "new.txt": odd_prose(777, 2000)})
     delta = compare_snapshots(first.path, more.path)
     assert (delta.documents_added, delta.documents_kept, delta.documents_removed) == (1, len(MANY), 0)
-    assert delta.new_bytes == len(prose(777, 2000).encode()) and delta.removed_bytes == 0
+    assert delta.new_bytes == len(odd_prose(777, 2000).encode()) and delta.removed_bytes == 0
 
 
 @pytest.mark.slow
@@ -342,7 +343,7 @@ def test_unchanged_and_reordered_text_is_skipped_and_a_new_document_is_trained_o
     assert name == "Skipped" and "nothing changed since version 1" in outcome.reason
     name, outcome = run(asking(tiny, retrain={"when": "always"}))
     assert (name, outcome.uri) == ("Kept champion", "models:/gpt-tiny/2")
-    (project / "text" / "two.txt").write_text(new := prose(2, 3000))
+    (project / "text" / "two.txt").write_text(new := odd_prose(2, 3000))
     name, outcome = run(tiny)
     assert name in TRAINED and outcome.uri == "models:/gpt-tiny/3"
     changes = dict(outcome.changes)

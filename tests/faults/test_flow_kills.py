@@ -12,7 +12,6 @@ from typing import Any
 
 import psutil
 import pytest
-import yaml
 from mlflow import MlflowClient
 
 from flows.registry import versions
@@ -21,8 +20,8 @@ from flows.state import locks
 from flows.state.root import StateRoot
 from gptcore.training.run_directory import RunDirectory
 from tests import databases
-from tests.fixtures import write_project
 from tests.servers import Prefect, Process, Serving, begin, living, wait_for
+from tests.tiny import write_project
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 STEPS = 900
@@ -56,16 +55,11 @@ class Project:
 
     def __init__(self, directory: Path, server: Prefect, migrated: Path) -> None:
         directory.mkdir()
-        self.directory, self.server = write_project(directory), server
+        # No checkpoint falls on the end of an epoch or of the training.
+        train = {"max_steps": STEPS, "accumulation": 2, "checkpoint_steps": 70, "eval_every": 100}
+        self.directory, self.server = write_project(directory, model={"drop_rate": 0.1}, train=train), server
         self.root = StateRoot(directory / "mlruns")
         databases.give(self.root.path, migrated)
-        path = directory / "pipelines.yaml"
-        settings = yaml.safe_load(path.read_text())
-        tiny = settings["pipelines"]["tiny"]
-        tiny["model"]["drop_rate"] = 0.1
-        # No checkpoint falls on the end of an epoch or of the training.
-        tiny["train"] |= {"max_steps": STEPS, "accumulation": 2, "checkpoint_steps": 70, "eval_every": 100}
-        path.write_text(yaml.safe_dump(settings))
         (directory / "hook").mkdir()
         (directory / "hook" / "sitecustomize.py").write_text(HOOK)
         self.starts = 0

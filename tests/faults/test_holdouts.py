@@ -13,7 +13,7 @@ from gptcore import manifest
 from gptcore.corpus import split
 from gptcore.corpus.snapshot import Snapshot, read_block_entries, read_blocks, read_passages
 from gptcore.errors import CheckpointError
-from tests.corpus.test_ingest import MANY, prose, snapshot_of
+from tests.corpus.test_ingest import MANY, snapshot_of
 from tests.registry.test_gate import (
     champion_version,
     judged,
@@ -23,6 +23,7 @@ from tests.registry.test_gate import (
     summary,
     trained,
 )
+from tests.tiny import odd_prose
 
 __all__ = ["judged", "register", "scores", "snapshot", "trained"]
 
@@ -50,7 +51,7 @@ def test_an_altered_holdout_is_not_used_for_scores(
 def test_holdout_text_copied_into_train_is_removed_and_counted(tmp_path: Path, way: str) -> None:
     before = snapshot_of(tmp_path, MANY, split=way)
     stolen = max([block.text for block in read_blocks(before.path, "holdout")][-5:], key=len)
-    carriers = (f"{prose(seed, 700)}<<{stolen}>>{prose(seed, 800)}" for seed in range(900, 1000))
+    carriers = (f"{odd_prose(seed, 700)}<<{stolen}>>{odd_prose(seed, 800)}" for seed in range(900, 1000))
     carrier = next(
         one for one in carriers if split.side_of(hashlib.sha256(one.encode()).hexdigest(), 0.2, 0.2) == "train"
     )

@@ -30,17 +30,8 @@ from gptcore.tokens.directory import Tokens
 from gptcore.tokens.files import load_tokens, tokenize
 from gptcore.tokens.tokenizer import END_OF_TEXT, VOCABULARY, Tokenizer, get_tokenizer
 from tests.corpus.test_sources import read_sources
-from tests.fixtures import TinyRegistry, prose
-
-CFG = {
-    "vocab_size": 257,
-    "context_length": 16,
-    "emb_dim": 16,
-    "n_heads": 2,
-    "n_layers": 2,
-    "drop_rate": 0.5,
-    "qkv_bias": True,
-}
+from tests.fixtures import TinyRegistry
+from tests.tiny import TINY_CFG, prose
 
 
 class Payload:
@@ -83,10 +74,10 @@ def executed(tmp_path: Path) -> Iterator[Path]:
 @pytest.fixture
 def bundled(tmp_path: Path) -> Path:
     """A bundle of an untrained model, without a manifest: a hostile one could be made to fit."""
-    save_file(GPTModel(CFG).state_dict(), tmp_path / "weights.safetensors")
+    save_file(GPTModel(TINY_CFG).state_dict(), tmp_path / "weights.safetensors")
     path = tmp_path / "bundle"
     path.mkdir()
-    bundle.write_bundle(path, CFG, tmp_path / "weights.safetensors", get_tokenizer("bytes"), {})
+    bundle.write_bundle(path, TINY_CFG, tmp_path / "weights.safetensors", get_tokenizer("bytes"), {})
     (path / manifest.MANIFEST).unlink()
     return path
 
@@ -232,7 +223,7 @@ class serving:
 def test_a_bundle_whose_config_does_not_fit_its_weights_is_refused_before_the_model_is_built(
     bundled: Path, changes: dict[str, Any]
 ) -> None:
-    (bundled / "config.json").write_text(json.dumps({**CFG, **changes}))
+    (bundled / "config.json").write_text(json.dumps({**TINY_CFG, **changes}))
     with pytest.raises(CheckpointError, match="cannot be loaded"):
         bundle.load(bundled)
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import psutil
 import pytest
-import yaml
 from mlflow import MlflowClient
 
 from flows.state.root import StateRoot
 from gptcore.training.run_directory import RunDirectory
 from tests.faults.trainings import updates_of
 from tests.servers import Prefect, Process, begin, gptflow, wait_for
+from tests.tiny import write_pipelines
 
 pytestmark = pytest.mark.slow
 
@@ -22,9 +22,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture
 def training(project: Path, server: Prefect) -> Iterator[Process]:
     """A `gptflow run tiny` that has logged some updates of a long training."""
-    settings = yaml.safe_load((project / "pipelines.yaml").read_text())
-    settings["pipelines"]["tiny"]["train"] |= {"max_steps": 1000, "checkpoint_steps": 100}
-    (project / "pipelines.yaml").write_text(yaml.safe_dump(settings))
+    write_pipelines(project, tiny={"train": {"max_steps": 1000, "checkpoint_steps": 100}})
     process = begin(project, project / "run.log", "run", "tiny", PREFECT_API_URL=server.url)
     wait_for(lambda: process.poll() is not None or steps(project) > 150, 120)
     yield process

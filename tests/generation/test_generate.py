@@ -19,16 +19,9 @@ from gptcore.generation.generate import (
 )
 from gptcore.model.gpt import GPTModel
 from gptcore.tokens.tokenizer import get_tokenizer
+from tests.tiny import TINY_CFG
 
-CFG = {
-    "vocab_size": 257,
-    "context_length": 16,
-    "emb_dim": 32,
-    "n_heads": 4,
-    "n_layers": 2,
-    "drop_rate": 0.0,
-    "qkv_bias": False,
-}
+CFG = {**TINY_CFG, "emb_dim": 32, "n_heads": 4}
 
 
 def seeded_model(**changes: object) -> GPTModel:

@@ -29,17 +29,10 @@ from gptcore import (
     train_model_simple,
 )
 from gptcore.tokens.tokenizer import load_tiktoken_encoding
+from tests.tiny import TINY_CFG
 
 TEXT = "The old man looked at the sea. He said nothing, and the sea said nothing to him. " * 6
-CFG = {
-    "vocab_size": 301,
-    "context_length": 16,
-    "emb_dim": 32,
-    "n_heads": 4,
-    "n_layers": 2,
-    "drop_rate": 0.0,
-    "qkv_bias": False,
-}
+CFG = {**TINY_CFG, "vocab_size": 301, "emb_dim": 32, "n_heads": 4}
 
 
 @pytest.fixture(scope="module")

@@ -12,16 +12,9 @@ from gptcore import bundle, manifest
 from gptcore.errors import CheckpointError, TokenizerError
 from gptcore.model.gpt import GPTModel
 from gptcore.tokens.tokenizer import VOCABULARY, get_tokenizer
+from tests.tiny import TINY_CFG
 
-CFG = {
-    "vocab_size": 257,
-    "context_length": 16,
-    "emb_dim": 16,
-    "n_heads": 2,
-    "n_layers": 2,
-    "drop_rate": 0.5,
-    "qkv_bias": True,
-}
+CFG = {**TINY_CFG, "drop_rate": 0.5, "qkv_bias": True}
 
 
 @pytest.fixture

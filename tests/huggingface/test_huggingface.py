@@ -15,17 +15,10 @@ from gptcore.generation.generate import generate
 from gptcore.huggingface import export, import_, tokenizer_json
 from gptcore.model.gpt import GPTModel
 from gptcore.tokens.tokenizer import assemble_tokenizer, get_tokenizer, train_bpe
+from tests.tiny import TINY_CFG
 
 pytestmark = pytest.mark.slow
-SEED = {
-    "vocab_size": 257,
-    "context_length": 12,
-    "emb_dim": 16,
-    "n_heads": 2,
-    "n_layers": 2,
-    "drop_rate": 0.1,
-    "qkv_bias": False,
-}
+SEED = {**TINY_CFG, "context_length": 12, "drop_rate": 0.1}
 BYTES = get_tokenizer("bytes")
 IDS = torch.randint(0, 257, (3, 12), generator=torch.Generator().manual_seed(1))
 

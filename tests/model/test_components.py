@@ -17,16 +17,9 @@ from gptcore.model.gpt import GPTModel, RMSNorm, SquaredReLU, is_untouched_gpt, 
 from gptcore.model.loss import calc_loss_batch
 from gptcore.training import memory
 from gptcore.training.optim import make_optimizer
+from tests.tiny import TINY_CFG
 
-SEVEN = {
-    "vocab_size": 101,
-    "context_length": 12,
-    "emb_dim": 24,
-    "n_heads": 3,
-    "n_layers": 2,
-    "drop_rate": 0.0,
-    "qkv_bias": False,
-}
+SEVEN = {**TINY_CFG, "vocab_size": 101, "context_length": 12, "emb_dim": 24, "n_heads": 3}
 EVERY_PART = [{key: value} for key, values in COMPONENTS.items() for value in values]
 MODELS = [*EVERY_PART, RECIPES["modern"], {**RECIPES["modern"], "bias": True, "norm": "layer", "init": "gpt2"}]
 

@@ -10,16 +10,9 @@ from gptcore.errors import ConfigError
 from gptcore.model.attention import MultiHeadAttention
 from gptcore.model.gpt import GELU, FeedForward, GPTModel, LayerNorm, TransformerBlock, eval_mode, is_untouched_gpt
 from gptcore.model.loss import calc_loss_batch
+from tests.tiny import TINY_CFG
 
-CFG = {
-    "vocab_size": 101,
-    "context_length": 12,
-    "emb_dim": 24,
-    "n_heads": 3,
-    "n_layers": 2,
-    "drop_rate": 0.0,
-    "qkv_bias": False,
-}
+CFG = {**TINY_CFG, "vocab_size": 101, "context_length": 12, "emb_dim": 24, "n_heads": 3}
 GPT2_SMALL = {
     "vocab_size": 50257,
     "context_length": 1024,

@@ -12,16 +12,9 @@ from gptcore.errors import ConfigError
 from gptcore.model import loss as loss_module
 from gptcore.model.gpt import GPTModel
 from gptcore.model.loss import calc_loss_batch, calc_loss_loader, fused_cross_entropy
+from tests.tiny import TINY_CFG
 
-CFG = {
-    "vocab_size": 67,
-    "context_length": 8,
-    "emb_dim": 16,
-    "n_heads": 2,
-    "n_layers": 1,
-    "drop_rate": 0.0,
-    "qkv_bias": False,
-}
+CFG = {**TINY_CFG, "vocab_size": 67, "context_length": 8}
 
 
 def inputs(

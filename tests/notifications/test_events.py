@@ -13,7 +13,8 @@ from flows.notifications import events
 from flows.registry import champion
 from flows.registry.champion import GATE
 from gptcore.errors import ConfigError
-from tests.servers import Prefect, Receiver, Serving, clean, gptflow, prefect_server, wait_for, write
+from tests.servers import Prefect, Receiver, Serving, clean, gptflow, prefect_server, wait_for
+from tests.tiny import write_pipelines
 
 MODEL = "gpt-tiny"
 FILE = "pipelines:\n  base: {model_name: gpt-base}\n  night:\n    triggers:\n      - "
@@ -137,7 +138,7 @@ def test_a_promotion_starts_the_pipelines_with_a_trigger_on_it_until_the_trigger
         return [run["state"]["type"] for run in server.runs() if run["parameters"].get("pipeline") == pipeline]
 
     follower, other = ({"triggers": [{"on": "promoted", "model": f"gpt-{name}"}]} for name in ("base", "idle"))
-    write(project, base={}, idle={}, follower=follower, other=other)
+    write_pipelines(project, base={}, idle={}, follower=follower, other=other)
     names = [
         "follower on gptflow.model.promoted of gptflow.model.gpt-base",
         "other on gptflow.model.promoted of gptflow.model.gpt-idle",
@@ -148,7 +149,7 @@ def test_a_promotion_starts_the_pipelines_with_a_trigger_on_it_until_the_trigger
         wait_for(lambda: runs("follower") == ["COMPLETED"], 100)
     with Serving(project, server) as lines:
         assert "unchanged  follower" in lines and sorted(automations()) == names
-    write(project, base={}, idle={}, follower={})
+    write_pipelines(project, base={}, idle={}, follower={})
     with Serving(project, server) as lines:
         assert "changed    follower" in lines and "removed    other" in lines and automations() == []
     assert runs("follower") == ["COMPLETED"] and runs("other") == []

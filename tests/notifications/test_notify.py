@@ -13,7 +13,8 @@ from flows.notifications.notify import Message, NotifyConfig, send
 from flows.retrain.parameters import build_flow_parameters, merge_parameters
 from flows.state.root import StateRoot
 from gptcore.errors import ConfigError, CorpusError
-from tests.servers import Prefect, Receiver, Serving, wait_for, write
+from tests.servers import Prefect, Receiver, Serving, wait_for
+from tests.tiny import write_pipelines
 
 FILE = "pipelines:\n  night:\n    notify:\n      - "
 LOG = logging.getLogger("test")
@@ -123,7 +124,7 @@ def test_a_served_pipeline_reports_promotions_failures_kills_and_stops(
         return [(message["event"], message["title"], message["flow_run_id"]) for message in receiver.got]
 
     dead = {"webhook": "http://127.0.0.1:9/hook"}  # an unreachable target must not affect the others
-    write(project, night={"notify": [dead, {"webhook": f"{receiver.url}/hook"}]})
+    write_pipelines(project, night={"notify": [dead, {"webhook": f"{receiver.url}/hook"}]})
     with Serving(project, server):
         first = server.start("night")
         assert server.ended(first)["name"] == "Promoted"

@@ -1,7 +1,6 @@
 """Training a version again: equal conditions give equal weights, and different conditions are named first."""
 
 import json
-import random
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -9,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from flows.config.pipelines import SECTIONS, PipelinesFile
 from flows.registry import versions
@@ -18,6 +16,7 @@ from flows.retrain.flow import retrain
 from flows.state.root import StateRoot
 from tests.fixtures import forge
 from tests.servers import gptflow
+from tests.tiny import write_project
 
 URI = "models:/gpt-tiny/1"
 Edit = Callable[[dict[str, Any]], None]
@@ -27,17 +26,7 @@ Edit = Callable[[dict[str, Any]], None]
 def released(tmp_path_factory: pytest.TempPathFactory, prefect_server: None) -> Iterator[Path]:
     """A project with one version, made once. The fixture `root` restores its state after each test."""
     project = tmp_path_factory.mktemp("released")
-    (project / "text").mkdir()
-    draw = random.Random(1)
-    words = "the a model learns from text and writes what comes next while every night".split()
-    sentences = (" ".join(draw.choices(words, k=draw.randint(5, 15))).capitalize() + ".\n\n" for _ in range(900))
-    (project / "text" / "one.txt").write_text("".join(sentences))
-    corpus = {"sources": ["text"], "tokenizer": "bytes", "block_bytes": 256, "holdout_fraction": 0.15}
-    model = {"context_length": 32, "emb_dim": 32, "n_heads": 2, "n_layers": 1, "drop_rate": 0.1}
-    train = {"max_steps": 30, "batch_size": 8, "learning_rate": 0.01, "eval_every": 10, "threads": 1}
-    sample = {"prompts": ["The model"], "temperatures": [0.0], "max_new_tokens": 5}
-    pipeline = {"corpus": corpus, "model": model, "train": train, "sample": sample}
-    (project / "pipelines.yaml").write_text(yaml.safe_dump({"pipelines": {"tiny": pipeline}}))
+    write_project(project, model={"drop_rate": 0.1}, train={"max_steps": 30}, sample={"max_new_tokens": 5})
     root = StateRoot(project / "mlruns").prepare()
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("GPTFLOW_HOME", str(root.path))

@@ -21,37 +21,23 @@ from gptcore.evaluation.bits_per_byte import evaluate_blocks
 from gptcore.evaluation.run_report import Scores
 from gptcore.model.gpt import GPTModel
 from gptcore.tokens.tokenizer import get_tokenizer
+from tests.tiny import TINY_CFG, prose
 
 NAME = "gpt-tiny"
-CFG = {
-    "vocab_size": 257,
-    "context_length": 32,
-    "emb_dim": 32,
-    "n_heads": 2,
-    "n_layers": 1,
-    "drop_rate": 0.0,
-    "qkv_bias": False,
-}
+CFG = {**TINY_CFG, "context_length": 32, "emb_dim": 32, "n_layers": 1}
 Weights = dict[str, torch.Tensor]
 
 
-def sentences(seed: int, count: int) -> str:
-    """Return paragraphs of made-up English."""
-    draw = np.random.default_rng(seed)
-    words = [f"{a}{b}" for a in ("ba", "do", "mi", "qu") for b in ("la", "ne", "st", "xy", "zu")]
-    return "".join(" ".join(draw.choice(words, 9)) + (".\n\n" if draw.random() < 0.3 else ". ") for _ in range(count))
-
-
 def figures(seed: int, count: int) -> str:
-    """Return tables of numbers: text unlike `sentences`."""
+    """Return tables of numbers: text unlike prose."""
     draw = np.random.default_rng(seed)
     rows = (" ".join(f"{number:03d}" for number in draw.integers(0, 1000, 12)) for _ in range(count))
     return "".join(row + ("\n\n" if draw.random() < 0.3 else "\n") for row in rows)
 
 
 def weights_after(updates: Sequence[int], text: str | None = None) -> list[Weights]:
-    """Train one model on `text` or on sentences, and return its weights after each of these numbers of updates."""
-    ids = torch.tensor(get_tokenizer("bytes").encode(text or sentences(1, 400)))
+    """Train one model on `text` or on prose, and return its weights after each of these numbers of updates."""
+    ids = torch.tensor(get_tokenizer("bytes").encode(text or prose(1, 4000)))
     torch.manual_seed(1)
     model = GPTModel(CFG)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)

@@ -7,22 +7,14 @@ from flows.state.root import StateRoot
 from gptcore.huggingface.import_ import Checkpoint
 from gptcore.model.gpt import GPTModel
 from gptcore.tokens.tokenizer import get_tokenizer
+from tests.tiny import TINY_CFG
 
-CFG = {
-    "vocab_size": 257,
-    "context_length": 64,
-    "emb_dim": 32,
-    "n_heads": 2,
-    "n_layers": 1,
-    "drop_rate": 0.0,
-    "qkv_bias": True,
-    "tied": True,
-}
+CFG = {**TINY_CFG, "context_length": 64, "n_layers": 1, "qkv_bias": True, "tied": True}
 
 
-def bring_versions(root: StateRoot, name: str, count: int, emb_dim: int = 32, n_layers: int = 1) -> None:
+def bring_versions(root: StateRoot, name: str, count: int, **changes: int) -> None:
     """Register `count` random models that read bytes and never end a text. The first one is champion."""
-    cfg = {**CFG, "emb_dim": emb_dim, "n_layers": n_layers}
+    cfg = {**CFG, **changes}
     for seed in range(count):
         torch.manual_seed(seed)
         weights = endless(GPTModel(cfg)).state_dict()

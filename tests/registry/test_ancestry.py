@@ -12,8 +12,8 @@ from flows.registry.ancestry import read_ancestry
 from flows.state.root import StateRoot
 from gptcore.errors import ConfigError
 from gptcore.training.run_directory import RunDirectory
-from tests.fixtures import prose
 from tests.retrain.test_policy import asking, run
+from tests.tiny import prose
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_server", "root")]
 

@@ -23,8 +23,9 @@ from gptcore.corpus.snapshot import Snapshot, read_blocks
 from gptcore.evaluation.run_report import Scores
 from gptcore.model.gpt import GPTModel
 from gptcore.tokens.directory import Tokens
-from tests.registry.judging import CFG, NAME, Weights, figures, scores_of, sentences, snapshot_of, weights_after
+from tests.registry.judging import CFG, NAME, Weights, figures, scores_of, snapshot_of, weights_after
 from tests.registry.judging import register as registered
+from tests.tiny import prose
 
 ROUNDED = ("bits_per_byte", "champion_bits_per_byte", "low", "high")
 """The numbers that tags keep with 6 digits."""
@@ -41,10 +42,10 @@ def text_snapshot(root: StateRoot, name: str, text: str, **settings: Any) -> Sna
 def trained() -> dict[str, Weights]:
     """Weights after 30 and after 80 updates, the latter also slightly disturbed and with NaN, and untrained weights.
 
-    `forgetful` has learned mostly figures instead of sentences.
+    `forgetful` has learned mostly figures instead of words.
     """
     poor, good = weights_after([30, 80])
-    (forgetful,) = weights_after([80], figures(1, 300) + sentences(2, 100))
+    (forgetful,) = weights_after([80], figures(1, 300) + prose(2, 1000))
     return {
         "forgetful": forgetful,
         "poor": poor,
@@ -57,7 +58,7 @@ def trained() -> dict[str, Weights]:
 
 @pytest.fixture
 def snapshot(root: StateRoot) -> Snapshot:
-    return text_snapshot(root, "own", sentences(1, 700))
+    return text_snapshot(root, "own", prose(1, 7000))
 
 
 @pytest.fixture
@@ -129,7 +130,7 @@ def test_text_that_the_champion_learned_from_is_excluded_and_reported(
     root: StateRoot, snapshot: Snapshot, register: Callable[..., str], judged: Callable[..., Verdict]
 ) -> None:
     known = [block.text for block in read_blocks(snapshot.path, "holdout")][:3]
-    text = sentences(3, 50) + "".join(known) + sentences(4, 50)
+    text = prose(3, 500) + "".join(known) + prose(4, 500)
     older = text_snapshot(root, "older", text, split="contiguous", val_fraction=0.01, holdout_fraction=0.0)
     judged(register("poor", older))
     verdict = judged(register("good"))
@@ -142,7 +143,7 @@ def test_text_that_the_champion_learned_from_is_excluded_and_reported(
 def test_with_too_few_clean_blocks_the_champion_stays(
     root: StateRoot, snapshot: Snapshot, register: Callable[..., str], judged: Callable[..., Verdict]
 ) -> None:
-    older = text_snapshot(root, "older", sentences(1, 700), split="contiguous", val_fraction=0.01, holdout_fraction=0.0)
+    older = text_snapshot(root, "older", prose(1, 7000), split="contiguous", val_fraction=0.01, holdout_fraction=0.0)
     judged(register("poor", older))
     verdict = judged(register("good"))
     assert verdict.kind == "insufficient evidence" and verdict.blocks < 20
@@ -153,7 +154,7 @@ def test_with_too_few_clean_blocks_the_champion_stays(
 def test_missing_training_text_of_the_champion_is_reported_as_unknown_and_the_comparison_continues(
     root: StateRoot, register: Callable[..., str], judged: Callable[..., Verdict]
 ) -> None:
-    older = text_snapshot(root, "older", sentences(6, 300))
+    older = text_snapshot(root, "older", prose(6, 3000))
     judged(register("poor", older))
     shutil.rmtree(older.path)
     verdict = judged(register("good"))
@@ -165,13 +166,13 @@ def test_missing_training_text_of_the_champion_is_reported_as_unknown_and_the_co
 
 @pytest.fixture
 def judged_with_figures(root: StateRoot, register: Callable[..., str]) -> Callable[..., Iterator[Verdict]]:
-    """A function that judges `forgetful` against `good`, whose text had so many sentences, but no figures.
+    """A function that judges `forgetful` against `good`, whose text had so many words, but no figures.
 
     It does so with one gate after another.
     """
 
-    def call(num_sentences: int, *cfgs: GateConfig) -> Iterator[Verdict]:
-        old = text_snapshot(root, "nights", sentences(1, num_sentences))
+    def call(num_words: int, *cfgs: GateConfig) -> Iterator[Verdict]:
+        old = text_snapshot(root, "nights", prose(1, num_words))
         judge(root, NAME, register("good", old), old, scores_of(old), GateConfig(), False)
         (root.path / "text" / "nights" / "two.txt").write_text(figures(2, 800))
         now = snapshot_of(root, root.path / "text" / "nights")
@@ -184,7 +185,7 @@ def judged_with_figures(root: StateRoot, register: Callable[..., str]) -> Callab
 def test_a_challenger_that_is_better_on_new_text_and_worse_on_old_text_is_promoted_only_if_forget_allows_it(
     root: StateRoot, judged_with_figures: Callable[..., Iterator[Verdict]]
 ) -> None:
-    verdicts = judged_with_figures(700, GateConfig(), GateConfig(forget=8.0))
+    verdicts = judged_with_figures(7000, GateConfig(), GateConfig(forget=8.0))
     verdict = next(verdicts)
     assert (verdict.kind, verdict.promoted, champion_version(root)) == ("worse on old text", False, "1")
     old, new = verdict.old, verdict.new
@@ -205,7 +206,7 @@ def test_a_challenger_that_is_better_on_new_text_and_worse_on_old_text_is_promot
 def test_with_fewer_than_20_old_blocks_all_blocks_decide_together(
     judged_with_figures: Callable[..., Iterator[Verdict]],
 ) -> None:
-    (verdict,) = judged_with_figures(350, GateConfig())
+    (verdict,) = judged_with_figures(3500, GateConfig())
     assert verdict.old and 0 < verdict.old.blocks < 20 and verdict.old.improvement < -0.1 and verdict.old.high is None
     assert (verdict.kind, verdict.promoted) == ("better", True)
 

@@ -9,7 +9,7 @@ from flows.config.pipelines import SECTIONS, Pipeline
 from flows.registry import versions
 from flows.retrain.flow import Outcome, retrain
 from flows.state.root import StateRoot
-from tests.fixtures import prose
+from tests.tiny import prose
 
 pytestmark = pytest.mark.usefixtures("prefect_server", "root")
 TRAINED = ("Promoted", "Kept champion")

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
@@ -26,6 +25,7 @@ from gptcore.errors import ConfigError
 from gptcore.tokens import files
 from tests.corpus.fatal import Fatal, die
 from tests.corpus.test_shards import files_of, small_shards, write_texts
+from tests.tiny import write_pipelines
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,9 +41,7 @@ def test_a_task_runner_is_a_name_or_an_address_as_the_engine_prints_it(project: 
     "given", ["threads", "tcp://10.0.0.1", "http://10.0.0.1:8786", "ray://h:10001/x", "tcp://h:x", 7, "dask://h:1"]
 )
 def test_any_other_task_runner_is_refused_with_its_line_and_the_valid_values(project: Path, given: Any) -> None:
-    body = yaml.safe_load((project / "pipelines.yaml").read_text())
-    body["pipelines"]["tiny"]["task_runner"] = given
-    (project / "pipelines.yaml").write_text(yaml.safe_dump(body))
+    write_pipelines(project, tiny={"task_runner": given})
     with pytest.raises(ConfigError, match=r"pipelines\.yaml:\d+: pipelines\.tiny\.task_runner: ") as refused:
         PipelinesFile(project / "pipelines.yaml").pipeline("tiny")
     assert isinstance(given, int) or refused.match(r"processes, dask, ray, .* tcp://HOST:8786 .* ray://HOST:10001")

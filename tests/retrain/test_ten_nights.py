@@ -18,7 +18,8 @@ from flows.registry.gate import judge
 from flows.state.root import StateRoot
 from gptcore.config import GateConfig
 from gptcore.corpus.snapshot import Block, Snapshot, read_blocks
-from tests.registry.judging import NAME, register, scores_of, sentences, snapshot_of, weights_after
+from tests.registry.judging import NAME, register, scores_of, snapshot_of, weights_after
+from tests.tiny import prose
 
 RUN_BYTES = 200
 SETTINGS = {"block_bytes": 1024, "val_fraction": 0.1, "holdout_fraction": 0.25}
@@ -39,7 +40,7 @@ class Corpus:
     def grow(self, last_night: Snapshot | None = None) -> None:
         for _ in range(6):
             self.written += 1
-            (self.path / f"{self.written:03}.txt").write_text(sentences(self.written, 140))
+            (self.path / f"{self.written:03}.txt").write_text(prose(self.written, 1400))
 
     def edit(self, last_night: Snapshot | None = None) -> None:
         """Change one word in every paragraph of half of the documents. Most of each block stays as it was."""
@@ -64,7 +65,7 @@ class Corpus:
         assert last_night is not None
         held_out = [block.text for block in read_blocks(last_night.path, "holdout")]
         for path, text in zip(self.some(5), self.draw.sample(held_out, 5)):
-            path.write_text(f"{path.read_text()} As was said: {text.strip()} {sentences(900, 20)}")
+            path.write_text(f"{path.read_text()} As was said: {text.strip()} {prose(900, 200)}")
 
 
 def runs_of(text: bytes) -> set[bytes]:

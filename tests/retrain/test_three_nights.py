@@ -12,8 +12,8 @@ from mlflow import MlflowClient
 
 from flows.registry.versions import find_champion, list_versions
 from flows.state.root import StateRoot
-from tests.fixtures import prose
-from tests.servers import Up, wait_for, write
+from tests.servers import Up, wait_for
+from tests.tiny import prose, write_pipelines
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -30,7 +30,7 @@ def registered(root: StateRoot) -> list[tuple[int, str]]:
 
 
 def test_a_schedule_retrains_only_when_the_text_has_changed(up: Up, root: StateRoot, project: Path) -> None:
-    write(project, tiny={"schedule": {"cron": "* * * * *"}})
+    write_pipelines(project, tiny={"schedule": {"cron": "* * * * *"}})
     up.start()
     wait_for(lambda: len(nights(up)) == 1, 120)
     (first,) = nights(up)

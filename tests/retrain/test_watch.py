@@ -16,8 +16,8 @@ from flows.retrain.watch import look_at_sources, look_at_successes, read_memory,
 from flows.state import locks
 from flows.state.root import StateRoot
 from gptcore.errors import ConfigError
-from tests.fixtures import prose
-from tests.servers import Prefect, Receiver, Serving, wait_for, write
+from tests.servers import Prefect, Receiver, Serving, wait_for
+from tests.tiny import prose, write_pipelines
 
 
 @pytest.fixture(autouse=True)
@@ -169,7 +169,7 @@ def test_a_changed_text_is_trained_on_without_a_schedule(project: Path, server: 
     def runs() -> list[str]:
         return [run["state"]["name"] for run in server.runs() if run["parameters"].get("pipeline") == "night"]
 
-    write(project, watch_seconds=10, night={"triggers": [{"on": "corpus_changed"}]})
+    write_pipelines(project, watch_seconds=10, night={"triggers": [{"on": "corpus_changed"}]})
     with Serving(project, server) as lines:
         assert lines[-1] == "added      watch"
         wait_for(lambda: runs() == ["Promoted"], 100)
@@ -178,7 +178,7 @@ def test_a_changed_text_is_trained_on_without_a_schedule(project: Path, server: 
         wait_for(lambda: len(runs()) == 2 and set(runs()) <= {"Promoted", "Kept champion"}, 100)
         wait_for(lambda: len(looked(server)) > looks + 2, 100)
         assert len(runs()) == 2
-    write(project, night={})
+    write_pipelines(project, night={})
     with Serving(project, server) as lines:
         assert "removed    watch" in lines
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from mlflow import MlflowClient
 
 from flows.registry import versions
@@ -18,6 +17,7 @@ from flows.state.root import StateRoot
 from gptcore.bundle import load
 from gptcore.errors import GPTCoreError
 from tests.servers import Prefect, Up, clean, gptflow
+from tests.tiny import write_pipelines
 
 
 def cells(database: Path, text: str) -> list[tuple[str, str, str]]:
@@ -227,8 +227,7 @@ def test_gptflow_up_updates_the_deployments_of_a_moved_state(up: Up, tmp_path: P
     up.start()
     up.stop()
     moved = (up.project / "mlruns").rename(tmp_path / "moved")
-    tiny = yaml.safe_load((up.project / "pipelines.yaml").read_text())["pipelines"]["tiny"]
-    (up.project / "pipelines.yaml").write_text(yaml.safe_dump({"pipelines": {"other": tiny}}))
+    write_pipelines(up.project, other={})
     up.root = StateRoot(moved)
     up.start(GPTFLOW_HOME=str(moved))
     said = up.log.read_text()

@@ -13,10 +13,10 @@ from mlflow import MlflowClient
 from flows.state.object_store import Store
 from flows.state.postgres import parse
 from gptcore import manifest
-from tests.fixtures import prose, write_project
-from tests.servers import Up, begin, gptflow, living, write
+from tests.servers import Up, begin, gptflow, living
 from tests.state.objects import Objects
 from tests.state.postgres import Postgres
+from tests.tiny import prose, write_pipelines, write_project
 
 pytestmark = pytest.mark.deep
 
@@ -28,7 +28,7 @@ def test_up_shares_its_state_on_postgresql_and_s3_with_a_second_machine_and_leak
     for project in (first, second):
         project.mkdir()
         write_project(project)
-    write(first, tiny={"schedule": {"cron": "0 3 * * *"}})
+    write_pipelines(first, tiny={"schedule": {"cron": "0 3 * * *"}})
     objects.client().create_bucket(Bucket="shared")
     url = postgres.new()
     secrets = {"PGPASSWORD": postgres.password, **objects.environment}

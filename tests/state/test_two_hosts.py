@@ -8,9 +8,9 @@ import pytest
 from mlflow import MlflowClient
 
 from flows.state.postgres import parse
-from tests.fixtures import write_project
-from tests.servers import wait_for, write
+from tests.servers import wait_for
 from tests.state import hosts, objects, postgres
+from tests.tiny import write_project
 
 pytestmark = pytest.mark.deep
 
@@ -23,12 +23,11 @@ def is_at_its_lock(project: Path) -> bool:
 def test_a_host_that_is_cut_off_stops_and_publishes_nothing_while_the_other_resumes_from_its_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train = {"max_steps": 7000, "eval_every": 1000, "checkpoint_steps": 200, "learning_rate": 0.003, "threads": 1}
+    train = {"max_steps": 7000, "eval_every": 1000, "checkpoint_steps": 200, "learning_rate": 0.003}
     projects = [tmp_path / "one", tmp_path / "two"]
     for project in projects:
         project.mkdir()
-        write_project(project)
-        write(project, tiny={"train": {**train, "batch_size": 8}, "overlap": "wait"})
+        write_project(project, train=train, overlap="wait")
     first, second = (project / "run.log" for project in projects)
     with hosts.two() as (one, two), postgres.running(hosts.SERVER) as server, objects.running(hosts.SERVER) as store:
         store.client().create_bucket(Bucket="state")

@@ -21,12 +21,12 @@ from gptcore.training.resolve import TRAINING_VERSION
 from gptcore.training.run_directory import RunDirectory
 from gptcore.training.signals import Stop
 from gptcore.training.trainer import train_directory
-from tests.corpus.test_ingest import prose
+from tests.tiny import TINY_MODEL, odd_prose
 
 
 @pytest.fixture
 def tokens(tmp_path: Path) -> Tokens:
-    (tmp_path / "a.txt").write_text(prose(1, 60_000))
+    (tmp_path / "a.txt").write_text(odd_prose(1, 60_000))
     cfg = CorpusConfig(sources=("a.txt",), val_fraction=0.2, holdout_fraction=0.1, block_bytes=512)
     return tokenize(ingest.ingest(cfg, tmp_path / "corpora", tmp_path).path, "bytes", tmp_path / "tokens")
 
@@ -151,7 +151,7 @@ def test_a_run_directory_that_names_a_url_trains_the_same_weights(tokens: Tokens
                 training_version=TRAINING_VERSION,
                 tokens=place,
                 tokens_sha256=tokens.sha256,
-                model=ModelConfig(context_length=16, emb_dim=8, n_heads=2, n_layers=1),
+                model=ModelConfig(**TINY_MODEL),
                 vocab_size=tokens.n_vocab,
                 train=TrainConfig(
                     max_steps=3, batch_size=2, device="cpu", precision="fp32", compile=False, threads=1, eval_batches=2

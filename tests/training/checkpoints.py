@@ -11,16 +11,9 @@ from gptcore.training import checkpoint
 from gptcore.training.batches import Batches
 from gptcore.training.loop import run_updates
 from gptcore.training.state import TrainState
+from tests.tiny import TINY_CFG
 
-CFG = {
-    "vocab_size": 257,
-    "context_length": 16,
-    "emb_dim": 16,
-    "n_heads": 2,
-    "n_layers": 2,
-    "drop_rate": 0.1,
-    "qkv_bias": True,
-}
+CFG = {**TINY_CFG, "drop_rate": 0.1, "qkv_bias": True}
 TRAIN = TrainConfig(max_steps=12, batch_size=2, device="cpu", threads=1, precision="fp32", compile=False)
 TOKENS = np.random.default_rng(0).integers(0, 257, 161).astype(np.uint16)
 IDENTITY = {"model.emb_dim": 16, "train.learning_rate": 1e-3}

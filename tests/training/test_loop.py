@@ -19,17 +19,9 @@ from gptcore.training.batches import Batches, make_eval_batches
 from gptcore.training.loop import compute_mean_loss, is_evaluation_step, run_updates, steps_in_budget, update_weights
 from gptcore.training.resolve import resolve
 from gptcore.training.state import TrainState
+from tests.tiny import TINY_CFG
 
-CONTEXT = 16
-CFG = {
-    "vocab_size": 257,
-    "context_length": CONTEXT,
-    "emb_dim": 16,
-    "n_heads": 2,
-    "n_layers": 2,
-    "drop_rate": 0.0,
-    "qkv_bias": False,
-}
+CONTEXT = TINY_CFG["context_length"]
 TOKENS = np.random.default_rng(0).integers(0, 257, 20 * CONTEXT + 1).astype(np.uint16)
 
 
@@ -43,7 +35,7 @@ def batches(train):
     return Batches(TOKENS, CONTEXT, CONTEXT, train.batch_size, train.accumulation, train.seed)
 
 
-def trained(train, cfg=CFG, between=lambda state: None):
+def trained(train, cfg=TINY_CFG, between=lambda state: None):
     state = TrainState.initial(cfg, train)
     for _ in run_updates(state, batches(train), train):
         between(state)
@@ -60,9 +52,9 @@ def weights_of(model):
 def test_the_initial_weights_depend_only_on_the_random_seed():
     train = train_config(seed=5)
     torch.manual_seed(5)
-    expected = weights_of(GPTModel(CFG))
+    expected = weights_of(GPTModel(TINY_CFG))
     torch.manual_seed(99)
-    state = TrainState.initial(CFG, train)
+    state = TrainState.initial(TINY_CFG, train)
     assert weights_of(state.model) == expected
     assert state.model.training and state.step == 0
 
@@ -70,7 +62,7 @@ def test_the_initial_weights_depend_only_on_the_random_seed():
 def test_training_lowers_the_loss_on_the_training_tokens():
     train = train_config(max_steps=60, learning_rate=1e-2)
     every = make_eval_batches(TOKENS, CONTEXT, 4, None)
-    state = TrainState.initial(CFG, train)
+    state = TrainState.initial(TINY_CFG, train)
     before = compute_mean_loss(state.model, every, state.device)
     assert before == pytest.approx(math.log(257), rel=0.1), "an untrained model is close to uniform"
     assert compute_mean_loss(trained(train).model, every, state.device) < before - 1
@@ -78,7 +70,7 @@ def test_training_lowers_the_loss_on_the_training_tokens():
 
 def test_every_update_is_reported_with_its_numbers():
     train = train_config(max_steps=7, accumulation=2, learning_rate=0.01, schedule="linear", warmup_steps=1)
-    state = TrainState.initial(CFG, train)
+    state = TrainState.initial(TINY_CFG, train)
     updates = list(run_updates(state, batches(train), train))
     assert [update.step for update in updates] == list(range(1, 8))
     assert [update.tokens_seen for update in updates] == [128 * step for step in range(1, 8)]
@@ -100,7 +92,7 @@ def test_accumulating_two_batches_of_four_gives_the_weights_of_one_batch_of_eigh
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_an_update_gives_a_tied_matrix_the_same_gradient_as_autograd(accumulation):
     train = train_config(accumulation=accumulation, grad_clip=0.0)
-    state, plain = (TrainState.initial({**CFG, "tied": True, "init": "gpt2"}, train) for _ in range(2))
+    state, plain = (TrainState.initial({**TINY_CFG, "tied": True, "init": "gpt2"}, train) for _ in range(2))
     micro_batches = batches(train).make_micro_batches(0)
     for inputs, targets in micro_batches:
         loss = torch.nn.functional.cross_entropy(plain.model(inputs).flatten(0, 1), targets.flatten())
@@ -122,7 +114,7 @@ def test_blocks_are_compiled_if_compile_is_true():
 
 def test_the_gradient_is_clipped_to_the_configured_norm():
     train = train_config(max_steps=1, grad_clip=0.01)
-    state = TrainState.initial(CFG, train)
+    state = TrainState.initial(TINY_CFG, train)
     (update,) = run_updates(state, batches(train), train)
     gradients = torch.cat([parameter.grad.flatten() for parameter in state.model.parameters()])
     assert update.grad_norm > 0.01
@@ -131,14 +123,14 @@ def test_the_gradient_is_clipped_to_the_configured_norm():
 
 def test_clipping_can_be_switched_off():
     train = train_config(max_steps=1, grad_clip=0)
-    state = TrainState.initial(CFG, train)
+    state = TrainState.initial(TINY_CFG, train)
     (update,) = run_updates(state, batches(train), train)
     gradients = torch.cat([parameter.grad.flatten() for parameter in state.model.parameters()])
     assert gradients.norm().item() == pytest.approx(update.grad_norm)
 
 
 def test_equal_seeds_give_equal_weights_and_different_seeds_do_not():
-    cfg = {**CFG, "drop_rate": 0.1}
+    cfg = {**TINY_CFG, "drop_rate": 0.1}
     one, same, other = (trained(train_config(max_steps=4, seed=seed), cfg) for seed in (1, 1, 2))
     assert weights_of(one.model) == weights_of(same.model) != weights_of(other.model)
 
@@ -148,7 +140,7 @@ def test_equal_seeds_give_equal_weights_and_different_seeds_do_not():
 
 @pytest.mark.parametrize("every", [1, 3])
 def test_evaluating_and_sampling_at_any_frequency_leave_the_weights_bitwise_unchanged(every):
-    cfg, train = {**CFG, "drop_rate": 0.1}, train_config(max_steps=12)
+    cfg, train = {**TINY_CFG, "drop_rate": 0.1}, train_config(max_steps=12)
     held_out = make_eval_batches(TOKENS, CONTEXT, 4, 2)
 
     def look(state):
@@ -162,7 +154,7 @@ def test_evaluating_and_sampling_at_any_frequency_leave_the_weights_bitwise_unch
 
 
 def test_the_mean_loss_weighs_a_smaller_last_batch_by_its_size():
-    state = TrainState.initial(CFG, train_config())
+    state = TrainState.initial(TINY_CFG, train_config())
     every = make_eval_batches(TOKENS, CONTEXT, 8, None)
     assert [len(inputs) for inputs, _ in every] == [8, 8, 4]
     one_by_one = [
@@ -204,7 +196,7 @@ def nan_gradient(state):
 )
 def test_divergence_is_raised_before_the_update(inject, said, grad_clip):
     train = train_config(max_steps=10, accumulation=2, grad_clip=grad_clip)
-    state = TrainState.initial(CFG, train)
+    state = TrainState.initial(TINY_CFG, train)
     steps = run_updates(state, batches(train), train)
     for _ in range(3):
         next(steps)
@@ -219,7 +211,7 @@ def test_divergence_is_raised_before_the_update(inject, said, grad_clip):
 
 def test_the_error_of_a_diverged_training_says_what_to_change():
     train = train_config(max_steps=1)
-    state = TrainState.initial(CFG, train)
+    state = TrainState.initial(TINY_CFG, train)
     poisoned_weight(state)
     with pytest.raises(TrainingDiverged, match=r"Lower train\.learning_rate"):
         next(run_updates(state, batches(train), train))
@@ -249,7 +241,7 @@ def test_a_budget_of_seconds_ends_the_training_and_drives_the_schedule(monkeypat
     clock = iter(range(10_000))
     monkeypatch.setattr(loop.time, "perf_counter", lambda: next(clock))
     train = train_config(max_seconds=4, schedule="linear", learning_rate=1.0)
-    state = TrainState.initial(CFG, train)
+    state = TrainState.initial(TINY_CFG, train)
     updates = list(run_updates(state, batches(train), train))
     assert state.seconds == 4, "each update took one second of the clock"
     assert [update.learning_rate for update in updates] == pytest.approx([1.0, 0.75, 0.5, 0.25])
@@ -294,7 +286,7 @@ def simple_setup(drop_rate=0.0):
     ids = torch.from_numpy(TOKENS[: 18 * CONTEXT + 1].astype(np.int64))
     windows = TensorDataset(ids[:-1].view(18, CONTEXT), ids[1:].view(18, CONTEXT))
     torch.manual_seed(123)
-    model = GPTModel({**CFG, "drop_rate": drop_rate})
+    model = GPTModel({**TINY_CFG, "drop_rate": drop_rate})
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.1)
     return model, DataLoader(windows, batch_size=2, shuffle=True), DataLoader(windows, batch_size=2), optimizer
 

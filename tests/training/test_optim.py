@@ -8,16 +8,9 @@ from gptcore.config import TrainConfig
 from gptcore.model.gpt import GPTModel
 from gptcore.training.muon import Muon, orthogonalise
 from gptcore.training.optim import learning_rate, make_optimizer, set_learning_rate
+from tests.tiny import TINY_CFG
 
-CFG = {
-    "vocab_size": 257,
-    "context_length": 16,
-    "emb_dim": 16,
-    "n_heads": 2,
-    "n_layers": 2,
-    "drop_rate": 0.0,
-    "qkv_bias": True,
-}
+CFG = {**TINY_CFG, "qkv_bias": True}
 
 
 def test_weight_decay_acts_on_matrices_and_not_on_biases_and_gains():

@@ -11,8 +11,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.fixtures import write_project
 from tests.servers import Up
+from tests.tiny import write_project
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page

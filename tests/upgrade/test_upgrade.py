@@ -3,7 +3,6 @@
 The earlier release is a commit of this repository. Each run of this test lets it write everything again.
 """
 
-import json
 import re
 import shutil
 import signal
@@ -15,14 +14,13 @@ from pathlib import Path
 
 import psutil
 import pytest
-import yaml
 
 from flows.registry import versions
 from flows.state.root import StateRoot
 from gptcore.training.run_directory import RunDirectory
 from tests import databases
-from tests.fixtures import write_project
 from tests.servers import Prefect, begin, clean, gptflow, wait_for
+from tests.tiny import write_pipelines, write_project
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 EARLIER = "a424947"
@@ -98,11 +96,8 @@ def earlier(
     """A version, deployments and an interrupted training, all made by the earlier release."""
     project = write_project(tmp_path_factory.mktemp("upgrade"))
     databases.give(project / "mlruns", migrated)
-    body = yaml.safe_load((project / "pipelines.yaml").read_text())
-    tiny = body["pipelines"]["tiny"]
-    train = {**tiny["train"], "max_steps": STEPS, "accumulation": 2, "checkpoint_steps": 70, "eval_every": 100}
-    body["pipelines"]["long"] = {**tiny, "train": train, "model": {**tiny["model"], "drop_rate": 0.1}}
-    (project / "pipelines.yaml").write_text(json.dumps(body))
+    train = {"max_steps": STEPS, "accumulation": 2, "checkpoint_steps": 70, "eval_every": 100}
+    write_pipelines(project, tiny={}, long={"train": train, "model": {"drop_rate": 0.1}})
     old = {"cold": True, "PYTHONPATH": str(old_code)}
 
     done = gptflow(project, "run", "tiny", PREFECT_API_URL=server.url, **old)

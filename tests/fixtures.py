@@ -18,6 +18,7 @@ from flows.state.root import OPT_OUTS, StateRoot
 from gptcore.bundle import write_bundle
 from gptcore.config import ModelConfig, RunConfig, TrainConfig
 from gptcore.manifest import MANIFEST, commit, seal, sha256_of, sha256_of_file, stage
+from gptcore.tokens.directory import Tokens
 from gptcore.tokens.tokenizer import get_tokenizer
 from gptcore.training.run_directory import Result, RunDirectory, describe_result
 from tests import databases, forks, pictures
@@ -27,7 +28,7 @@ from tests.state import objects as object_store
 from tests.state import postgres as postgresql
 from tests.state.objects import Objects
 from tests.state.postgres import Postgres
-from tests.tiny import TINY_CFG, TINY_MODEL, write_project
+from tests.tiny import TINY_CFG, TINY_MODEL, make_tokens, write_project
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +56,12 @@ def _undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 def project(tmp_path: Path) -> Path:
     """A directory with a text and a pipelines.yaml whose pipeline `tiny` trains in a second."""
     return write_project(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Tokens:
+    """Tokens of prose for tests that train. Tests only read them."""
+    return make_tokens(tmp_path_factory.mktemp("tokens"))
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The tiny model, the made-up text and the tiny pipeline of the tests. A test of another shape replaces some keys."""
+"""The tiny model, corpus and pipeline of the tests. A test that needs another shape replaces some of the keys."""
 
 import random
 from collections.abc import Sequence
@@ -7,6 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from gptcore.config import CorpusConfig
+from gptcore.corpus.ingest import ingest
+from gptcore.corpus.snapshot import Snapshot
+from gptcore.tokens.directory import Tokens
+from gptcore.tokens.files import tokenize
 
 WORDS = (
     "the a model learns from text and writes what comes next while every night new words arrive in many files".split()
@@ -52,6 +58,19 @@ def prose(seed: int, num_words: int = 3000, words: Sequence[str] = WORDS) -> str
 def odd_prose(seed: int, chars: int) -> str:
     """Return exactly `chars` characters of prose with words of several scripts."""
     return prose(seed, chars + 10, ODD_WORDS)[:chars]
+
+
+def make_snapshot(root: Path, num_words: int = 870, **changes: Any) -> Snapshot:
+    """Write prose, and ingest it below `root`. A fifth of it goes to each of val and holdout."""
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "text.txt").write_text(prose(7, num_words))
+    settings = {"block_bytes": 256, "val_fraction": 0.2, "holdout_fraction": 0.2, **changes}
+    return ingest(CorpusConfig(sources=("text.txt",), **settings), root / "corpora", root)
+
+
+def make_tokens(root: Path, num_words: int = 870) -> Tokens:
+    """Tokenize prose as bytes below `root`. With 870 words, the training text has 3020 tokens."""
+    return tokenize(make_snapshot(root, num_words).path, "bytes", root / "tokens")
 
 
 def write_pipelines(project: Path, watch_seconds: int = 3600, **pipelines: dict[str, Any]) -> None:

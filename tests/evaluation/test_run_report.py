@@ -2,7 +2,6 @@
 
 import json
 import math
-import random
 from pathlib import Path
 
 import numpy as np
@@ -10,65 +9,39 @@ import pytest
 import torch
 
 from gptcore import manifest
-from gptcore.config import CorpusConfig, RunConfig, SampleConfig
-from gptcore.corpus.ingest import ingest
+from gptcore.config import SampleConfig
 from gptcore.corpus.snapshot import read_blocks
-from gptcore.evaluation.bits_per_byte import score_blocks
+from gptcore.evaluation.bits_per_byte import evaluate_blocks, score_blocks
 from gptcore.evaluation.parallel import score_in_processes
 from gptcore.evaluation.run_report import evaluate_run, plot_run, read_samples, read_scores, reported_side, sample_run
 from gptcore.evaluation.weights import load_model
 from gptcore.processes import ProcessPool
 from gptcore.tokens.files import tokenize
-from gptcore.training.resolve import TRAINING_VERSION
+from gptcore.training.batches import make_eval_batches
+from gptcore.training.loop import compute_mean_loss
 from gptcore.training.run_directory import RunDirectory
-from gptcore.training.signals import Stop
-from gptcore.training.trainer import train_directory
+from tests.tiny import make_snapshot
+from tests.trainings import finish, prepare
 
-WORDS = (
-    "the old man looked at a grey sea and said that nothing would come of it but more wind and a little rain".split()
-)
 SAMPLE = SampleConfig(prompts=("The sea", ""), temperatures=(0.0, 0.8), max_new_tokens=12)
 PICTURES = {"losses", "schedule", "throughput", "loss-by-position", "surprise"}
 
 
-def write_text(path: Path, num_bytes: int) -> None:
-    """Write made-up English in paragraphs of three sentences, always the same."""
-    draw = random.Random(7)
-    text = ""
-    while len(text) < num_bytes:
-        sentences = (" ".join(draw.choices(WORDS, k=draw.randint(5, 12))).capitalize() + "." for _ in range(3))
-        text += " ".join(sentences) + "\n\n"
-    path.write_text(text)
-
-
-def finished(root: Path, holdout_fraction: float):
+def finished(root: Path, **corpus: float):
     """Train a run directory to its end. Return it with its snapshot and tokens."""
-    write_text(root / "text.txt", 4500)
-    asked = {"sources": ("text.txt",), "tokenizer": "bytes", "block_bytes": 256}
-    snapshot = ingest(
-        CorpusConfig(**asked, val_fraction=0.2, holdout_fraction=holdout_fraction), root / "corpora", root
-    )
+    snapshot = make_snapshot(root, **corpus)
     tokens = tokenize(snapshot.path, "bytes", root / "tokens")
-    run = RunDirectory(root / "run")
-    train = {"max_steps": 40, "batch_size": 4, "learning_rate": 1e-2, "eval_every": 5, "device": "cpu", "threads": 1}
-    run.prepare(
-        RunConfig(
-            training_version=TRAINING_VERSION,
-            tokens="../tokens/" + tokens.path.name,
-            tokens_sha256=tokens.sha256,
-            model={"context_length": 32, "emb_dim": 16, "n_heads": 2, "n_layers": 2, "drop_rate": 0.1},
-            vocab_size=tokens.n_vocab,
-            train={**train, "precision": "fp32", "compile": False},
-            run_key="ab" * 32,
-        )
+    # It ends after an evaluation that is not better than the one before.
+    run = prepare(
+        root / "run", tokens, learning_rate=0.05, schedule="constant", max_steps=500, eval_every=5, patience=1
     )
-    train_directory(run.path, Stop())
+    finish(run)
     return run, snapshot, tokens
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    return finished(tmp_path_factory.mktemp("with-holdout"), 0.2)
+    return finished(tmp_path_factory.mktemp("with-holdout"))
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +93,18 @@ def test_a_trained_model_scores_better_than_the_uniform_baseline(evaluation):
     assert 0 < scores.reported.bits_per_byte < scores.baselines.uniform_bits_per_byte
 
 
+def test_the_reported_weights_are_those_of_the_best_evaluation_and_not_the_last_ones(made, evaluation):
+    run, snapshot, tokens = made
+    result = run.read_result()
+    assert result.best_step < result.steps, "the last evaluation is not the best"
+    model, tokenizer = load_model(run, tokens)
+    train = run.read_config().train
+    batches = make_eval_batches(tokens.side("val"), 32, train.batch_size, train.eval_batches)
+    assert compute_mean_loss(model, batches, torch.device("cpu")) == pytest.approx(result.best_val_loss, rel=1e-6)
+    again = evaluate_blocks(model, tokenizer, list(read_blocks(snapshot.path, "holdout")), "cpu")
+    assert read_scores(evaluation).reported.bits_per_byte == pytest.approx(again.bits_per_byte, rel=1e-6)
+
+
 def test_the_surprise_file_has_the_reported_text_token_by_token(made, evaluation):
     surprise = json.loads((evaluation / "surprise.json").read_text())
     assert len(surprise["tokens"]) == len(surprise["nats"])
@@ -129,7 +114,7 @@ def test_the_surprise_file_has_the_reported_text_token_by_token(made, evaluation
 
 
 def test_without_a_holdout_the_reported_score_is_vals_and_marked_as_also_used_for_selection(tmp_path):
-    run, snapshot, tokens = finished(tmp_path, 0.0)
+    run, snapshot, tokens = finished(tmp_path, holdout_fraction=0.0)
     scores = read_scores(evaluate_run(run, snapshot, tokens))
     assert reported_side(snapshot) == "val"
     assert scores.holdout is None

@@ -21,7 +21,8 @@ from gptcore import manifest
 from gptcore.tokens.directory import Tokens
 from gptcore.training.run_directory import STOPPED, RunDirectory
 from tests.faults.dying import Life, live, live_until
-from tests.faults.trainings import SCENARIOS, make_tokens, outcome, prepare
+from tests.tiny import make_tokens
+from tests.trainings import SCENARIOS, outcome, prepare
 
 
 class Differs(AssertionError):

@@ -20,9 +20,9 @@ from flows.state.root import StateRoot
 from flows.state.servers import answers
 from gptcore.training.run_directory import RunDirectory
 from tests import databases
-from tests.faults.trainings import updates_of
 from tests.servers import Prefect, begin, clean, free_ports, gptflow, wait_for
 from tests.tiny import write_pipelines
+from tests.trainings import updates_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 STEPS = 2500

@@ -14,12 +14,7 @@ from gptcore.tokens.directory import Tokens
 from gptcore.training import parallel, trainer
 from gptcore.training.signals import Stop
 from gptcore.training.trainer import train_directory
-from tests.faults.trainings import TRAIN, make_tokens, outcome, prepare
-
-
-@pytest.fixture(scope="module")
-def tokens(tmp_path_factory: pytest.TempPathFactory) -> Tokens:
-    return make_tokens(tmp_path_factory.mktemp("tokens"))
+from tests.trainings import TRAIN, outcome, prepare
 
 
 class Spoiled:

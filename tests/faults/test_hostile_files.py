@@ -217,7 +217,7 @@ class serving:
         {"vocab_size": True},
         {"drop_rate": float("nan")},
         {"emb_dim": None},
-        {"qkv_bias": False},
+        {"qkv_bias": True},
     ],
 )
 def test_a_bundle_whose_config_does_not_fit_its_weights_is_refused_before_the_model_is_built(

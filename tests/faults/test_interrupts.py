@@ -12,9 +12,9 @@ from mlflow import MlflowClient
 
 from flows.state.root import StateRoot
 from gptcore.training.run_directory import RunDirectory
-from tests.faults.trainings import updates_of
 from tests.servers import Prefect, Process, begin, gptflow, wait_for
 from tests.tiny import write_pipelines
+from tests.trainings import updates_of
 
 pytestmark = pytest.mark.slow
 

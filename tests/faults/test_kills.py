@@ -25,14 +25,9 @@ from tests.faults.kills import (
     killed_at,
     lives_to_its_end,
 )
-from tests.faults.trainings import SCENARIOS, make_tokens, prepare
+from tests.trainings import SCENARIOS, prepare
 
 SAID_OF_A_FULL_DISK = re.compile(r"error: .* is full: more than the [0-9,]+ bytes .* are needed and [0-9,]+ are free")
-
-
-@pytest.fixture(scope="module")
-def tokens(tmp_path_factory: pytest.TempPathFactory) -> Tokens:
-    return make_tokens(tmp_path_factory.mktemp("tokens"))
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from mlflow import MlflowClient
 from flows.state.root import StateRoot
 from flows.tracking.metrics import LOGGED, MetricsLog
 from tests.faults.kills import Twin, killed_at, lives_to_its_end
-from tests.faults.trainings import make_tokens
+from tests.tiny import make_tokens
 
 
 @pytest.mark.slow

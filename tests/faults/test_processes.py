@@ -24,11 +24,12 @@ from gptcore.training import trainer
 from gptcore.training.rendezvous import local_environments, new_store
 from gptcore.training.run_directory import STOPPED, MetricsLine, Result, RunDirectory
 from gptcore.training.trainer import train_directory
-from tests.faults.trainings import make_tokens, outcome, prepare, updates_of
+from tests.tiny import TINY_MODEL, make_tokens
+from tests.trainings import StopAfter, outcome, prepare, updates_of
 
 ROOT = Path(trainer.__file__).parents[2]
 # 257 rows of embeddings and 100 updates, some of them in another epoch: nothing divides evenly.
-MODEL = {"context_length": 32, "emb_dim": 16, "n_heads": 2, "n_layers": 2, "tied": True}
+MODEL = {**TINY_MODEL, "context_length": 32, "tied": True}
 TRAIN = {"max_steps": 100, "batch_size": 8, "eval_every": 33, "eval_batches": 3, "checkpoint_steps": None}
 SEVERAL = """
 import json, sys
@@ -37,7 +38,7 @@ from gptcore.errors import GPTCoreError
 from gptcore.training.distributed import join_ranks
 from gptcore.training.run_directory import RunDirectory
 from gptcore.training.trainer import train_directory
-from tests.faults.test_processes import StopAfter
+from tests.trainings import StopAfter
 
 with join_ranks() as ranks:
     for path, step in json.loads(sys.argv[1]):
@@ -48,20 +49,9 @@ with join_ranks() as ranks:
 """
 
 
-class StopAfter:
-    """A request to stop that is made once update `step` is logged."""
-
-    def __init__(self, run: RunDirectory, step: int) -> None:
-        self.run, self.step = run, step
-
-    @property
-    def reason(self) -> str | None:
-        return "the test" if updates_of(self.run) >= self.step else None
-
-
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory: pytest.TempPathFactory) -> Tokens:
-    return make_tokens(tmp_path_factory.mktemp("tokens"), paragraphs=250)
+    return make_tokens(tmp_path_factory.mktemp("tokens"), num_words=2250)
 
 
 @pytest.fixture(autouse=True)
@@ -124,7 +114,7 @@ def test_one_two_and_four_processes_learn_the_same_even_if_the_number_changes_on
     mixed, uneven = made("mixed", shard=True), made("uneven", batch_size=6)
     train_in_turn(4, (copies, to_the_end), (shards, to_the_end), (mixed, 30), (uneven, to_the_end))
     by_four = saved_shapes(mixed)
-    assert train_directory(mixed.path, StopAfter(mixed, 60)) is None  # type: ignore[arg-type]
+    assert train_directory(mixed.path, StopAfter(mixed, 60)) is None
     assert saved_shapes(mixed) == by_four, "a checkpoint does not depend on the number of processes"
     by_two = made("muon-2", optimizer="muon")
     train_in_turn(2, (mixed, to_the_end), (by_two, to_the_end))

@@ -1,6 +1,5 @@
 """Input that a trainer refuses: the checkpoint of another training, other tokens, code in place of weights."""
 
-import json
 import os
 import pickle
 from pathlib import Path
@@ -17,24 +16,13 @@ from gptcore.tokens.directory import Tokens
 from gptcore.training.run_directory import RunDirectory
 from tests.faults.dying import live
 from tests.faults.kills import Twin, killed_at
-from tests.faults.trainings import make_tokens, prepare
-
-
-@pytest.fixture(scope="module")
-def tokens(tmp_path_factory: pytest.TempPathFactory) -> Tokens:
-    return make_tokens(tmp_path_factory.mktemp("tokens"))
+from tests.tiny import make_tokens
+from tests.trainings import edit_config, prepare
 
 
 @pytest.fixture
 def run(tmp_path: Path, tokens: Tokens) -> RunDirectory:
     return prepare(tmp_path / "run", tokens)
-
-
-def edit(run: RunDirectory, section: str | None, key: str, value: Any) -> None:
-    path = run.path / "config.json"
-    config = json.loads(path.read_text())
-    (config[section] if section else config)[key] = value
-    path.write_text(json.dumps(config))
 
 
 # Checkpoints of another training.
@@ -53,7 +41,7 @@ def test_a_checkpoint_of_another_configuration_or_tokenizer_is_refused_with_key_
     run: RunDirectory, section: str | None, key: str, value: Any, said: str
 ) -> None:
     assert killed_at(run, "after update 5 begins")
-    edit(run, section, key, value)
+    edit_config(run, section, key, value)
     life = live(run)
     assert life.code == 1 and said in life.said and "Traceback" not in life.said
     assert isinstance(run.read_failure(), CheckpointError)
@@ -64,11 +52,11 @@ def test_a_checkpoint_of_another_corpus_is_refused_with_both_identities(
     run: RunDirectory, tokens: Tokens, tmp_path: Path
 ) -> None:
     assert killed_at(run, "after update 5 begins")
-    other = make_tokens(tmp_path / "other", paragraphs=130)
-    edit(run, None, "tokens", str(other.path))
+    other = make_tokens(tmp_path / "other", num_words=1100)
+    edit_config(run, None, "tokens", str(other.path))
     life = live(run)
     assert life.code == 1 and f"has identity {other.sha256}, config.json expects {tokens.sha256}" in life.said
-    edit(run, None, "tokens_sha256", other.sha256)
+    edit_config(run, None, "tokens_sha256", other.sha256)
     life = live(run)
     assert life.code == 1 and f"tokens is '{tokens.sha256}', this training has '{other.sha256}'" in life.said
 

@@ -14,7 +14,7 @@ from flows.config.pipelines import Pipeline
 from flows.retrain.trainer_process import TrainerKeepsDying, train_with_restarts
 from flows.state.root import StateRoot
 from gptcore.training.run_directory import Result, RunDirectory
-from tests.faults.trainings import updates_of
+from tests.trainings import updates_of
 
 pytestmark = pytest.mark.slow
 

@@ -1,7 +1,6 @@
 """The trainer as its own program, `python -m gptcore.train`: its exit codes and its output."""
 
 import contextlib
-import json
 import os
 import subprocess
 import sys
@@ -9,20 +8,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 from gptcore.tokens.directory import Tokens
 from gptcore.training import trainer
 from gptcore.training.run_directory import STOPPED, RunDirectory
-from tests.faults.trainings import make_tokens, prepare
+from tests.trainings import edit_config, prepare
 
 LONG = {"max_steps": 2000, "checkpoint_steps": None}
 """Long enough that the training does not finish before it is stopped."""
-
-
-@pytest.fixture(scope="module")
-def tokens(tmp_path_factory: pytest.TempPathFactory) -> Tokens:
-    return make_tokens(tmp_path_factory.mktemp("tokens"))
 
 
 @contextlib.contextmanager
@@ -66,11 +58,8 @@ def test_a_program_whose_session_is_over_says_so_and_how_to_resume(tmp_path: Pat
 
 def test_the_program_refuses_a_wrong_config_without_a_traceback(tmp_path: Path, tokens: Tokens) -> None:
     run = prepare(tmp_path / "run", tokens)
-    path = run.path / "config.json"
-    config = json.loads(path.read_text())
-    config["train"]["learning_rate"] = -1
-    path.write_text(json.dumps(config))
+    edit_config(run, "train", "learning_rate", -1)
     with started(run) as process:
         output, _ = process.communicate()
     assert process.returncode == 2
-    assert output.startswith(f"error: {path}: train.learning_rate: ") and "Traceback" not in output
+    assert output.startswith(f"error: {run.path / 'config.json'}: train.learning_rate: ") and "Traceback" not in output

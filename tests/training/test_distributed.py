@@ -30,7 +30,8 @@ from gptcore.training.rendezvous import (
 )
 from gptcore.training.resolve import resolve
 from gptcore.training.run_directory import RunDirectory
-from tests.faults.trainings import make_tokens, prepare
+from tests.tiny import make_tokens
+from tests.trainings import prepare
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "a"}
 SLURM = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1", "SLURM_NTASKS_PER_NODE": "2"}

@@ -3,86 +3,32 @@
 Killed trainers are tested in tests/faults.
 """
 
-import json
 import platform
-import random
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from gptcore import manifest
-from gptcore.config import CorpusConfig, RunConfig
-from gptcore.corpus.ingest import ingest
 from gptcore.errors import CheckpointError, ConfigError, CorpusError, GPTCoreError
-from gptcore.tokens.files import load_tokens, tokenize
+from gptcore.tokens.files import load_tokens
 from gptcore.training import trainer
 from gptcore.training.batches import Batches
 from gptcore.training.resolve import TRAINING_VERSION
-from gptcore.training.run_directory import RunDirectory
 from gptcore.training.signals import Stop
 from gptcore.training.trainer import train_directory
+from tests.trainings import StopAfter, edit_config, finish, outcome, prepare
 
-WORDS = (
-    "the old man looked at a grey sea and said that nothing would come of it but more wind and a little rain".split()
-)
-MODEL = {"context_length": 32, "emb_dim": 16, "n_heads": 2, "n_layers": 2, "drop_rate": 0.1}
-TRAIN = {
-    "max_steps": 21,
-    "batch_size": 4,
-    "accumulation": 2,
-    "learning_rate": 1e-2,
-    "warmup_steps": 2,
-    "eval_every": 4,
-    "eval_batches": 2,
-    "checkpoint_steps": 4,
-    "device": "cpu",
-    "precision": "fp32",
-    "compile": False,
-    "threads": 1,
-}
-MEASURED = {"tokens_per_second", "seconds", "memory_mb", "time_ms"}
-
-
-def write_text(path: Path, num_bytes: int) -> None:
-    """Write made-up English in paragraphs of three sentences, always the same."""
-    draw = random.Random(7)
-    text = ""
-    while len(text) < num_bytes:
-        sentences = (" ".join(draw.choices(WORDS, k=draw.randint(5, 12))).capitalize() + "." for _ in range(3))
-        text += " ".join(sentences) + "\n\n"
-    path.write_text(text)
-
-
-@pytest.fixture(scope="module")
-def tokens(tmp_path_factory):
-    root = tmp_path_factory.mktemp("tokens")
-    write_text(root / "text.txt", 4500)
-    asked = {"sources": ("text.txt",), "tokenizer": "bytes", "block_bytes": 256}
-    cfg = CorpusConfig(**asked, val_fraction=0.2, holdout_fraction=0.2)
-    return tokenize(ingest(cfg, root / "corpora", root).path, "bytes", root / "tokens")
+TRAIN = {"max_steps": 21, "batch_size": 4, "eval_every": 4, "keep_checkpoints": 2}
 
 
 @pytest.fixture
 def make(tmp_path, tokens):
     """A function that makes a run directory with the given name and training keys."""
 
-    def prepared(name="run", model=MODEL, **train):
-        run = RunDirectory(tmp_path / name)
-        run.prepare(
-            RunConfig(
-                training_version=TRAINING_VERSION,
-                tokens=str(tokens.path),
-                tokens_sha256=tokens.sha256,
-                model=model,
-                vocab_size=tokens.n_vocab,
-                train={**TRAIN, **train},
-                run_key="ab" * 32,
-            )
-        )
-        return run
+    def prepared(name="run", **train):
+        return prepare(tmp_path / name, tokens, **{**TRAIN, **train})
 
     return prepared
 
@@ -92,32 +38,9 @@ def steps_per_epoch(tokens):
     return Batches(tokens.side("train"), 32, 32, 4, 2, 123).steps_per_epoch
 
 
-class StopAfter:
-    """A stand-in for `Stop` that requests a stop once update `step` is logged."""
-
-    def __init__(self, run: RunDirectory, step: int) -> None:
-        self.run, self.step = run, step
-
-    @property
-    def reason(self):
-        return None if self.run.read_metrics()[-1]["step"] < self.step else "the test"
-
-
-def finish(run):
-    return train_directory(run.path, Stop())
-
-
 def stop_after(run, step):
     assert train_directory(run.path, StopAfter(run, step)) is None
     assert run.read_result() is None
-
-
-def what_came_out(run):
-    """Return the metrics and the result, with the hash of the weights but without measured times and memory."""
-    lines = [{key: value for key, value in line.items() if key not in MEASURED} for line in run.read_metrics()]
-    result = run.read_result()
-    assert manifest.sha256_of_file(run.weights) == result.weights_sha256
-    return lines, {key: value for key, value in vars(result).items() if key != "seconds"}
 
 
 def checkpoints(run):
@@ -199,7 +122,7 @@ def test_a_training_stopped_when_its_patience_has_run_out_makes_no_further_updat
     run = make(learning_rate=1e-30, eval_every=1, patience=3)
     stop_after(run, 4)
     finish(run)
-    assert what_came_out(run) == what_came_out(twin)
+    assert outcome(run) == outcome(twin)
 
 
 # Stopped and resumed.
@@ -216,7 +139,7 @@ def twin(make, twin_outcome):
     if not twin_outcome:
         run = make("twin")
         finish(run)
-        twin_outcome.append(what_came_out(run))
+        twin_outcome.append(outcome(run))
     return twin_outcome[0]
 
 
@@ -228,7 +151,7 @@ def test_an_interrupted_training_ends_like_its_uninterrupted_twin(make, twin, st
     run = make()
     stop_after(run, step)
     finish(run)
-    assert what_came_out(run) == twin
+    assert outcome(run) == twin
 
 
 def test_a_training_interrupted_every_few_updates_ends_like_its_uninterrupted_twin(make, twin):
@@ -236,7 +159,7 @@ def test_a_training_interrupted_every_few_updates_ends_like_its_uninterrupted_tw
     for step in (1, 2, 5, 11, 20):
         stop_after(run, step)
     finish(run)
-    assert what_came_out(run) == twin
+    assert outcome(run) == twin
 
 
 # Trained in sessions.
@@ -275,7 +198,7 @@ def test_a_training_in_sessions_ends_like_its_uninterrupted_twin(make, twin, ste
     reached = sessions_until_finished(run)
     assert reached == list(range(reached[0], 21, reached[0])) and len(reached) >= 3
     assert reached[0] < steps_per_epoch < reached[-1], "the sessions cross the end of an epoch"
-    assert what_came_out(run) == twin
+    assert outcome(run) == twin
 
 
 def test_even_the_shortest_session_makes_one_update(make):
@@ -301,31 +224,24 @@ def test_a_directory_can_resume_in_sessions_of_another_length(make, twin):
     assert finish(run) is None
     run = make(session_seconds=3600.0)
     finish(run)
-    assert what_came_out(run) == twin
+    assert outcome(run) == twin
 
 
 # Changed, refused and failed.
 
 
-def edit(run, section, key, value):
-    path = run.path / "config.json"
-    config = json.loads(path.read_text())
-    (config[section] if section else config)[key] = value
-    path.write_text(json.dumps(config))
-
-
 def test_checkpoint_settings_may_change_between_attempts(make, twin):
     run = make()
     stop_after(run, 6)
-    edit(run, "train", "checkpoint_steps", 5)
-    edit(run, "train", "keep_checkpoints", 1)
+    edit_config(run, "train", "checkpoint_steps", 5)
+    edit_config(run, "train", "keep_checkpoints", 1)
     finish(run)
-    assert what_came_out(run) == twin
+    assert outcome(run) == twin
 
 
 def test_a_directory_of_another_training_version_is_refused_with_both_versions(make):
     run = make()
-    edit(run, None, "training_version", 999)
+    edit_config(run, None, "training_version", 999)
     with pytest.raises(CheckpointError, match=f"version 999, this release has version {TRAINING_VERSION}"):
         finish(run)
 

@@ -1,7 +1,6 @@
 """Small trainings of several kinds and their outcomes, for tests that compare a training with its twin."""
 
 import json
-import random
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,16 +9,16 @@ import torch
 from safetensors.torch import save_file
 
 from gptcore import manifest
-from gptcore.config import CorpusConfig, ModelConfig, RunConfig, Start, TrainConfig
-from gptcore.corpus.ingest import ingest
+from gptcore.config import ModelConfig, RunConfig, Start, TrainConfig
 from gptcore.model.gpt import GPTModel
 from gptcore.tokens.directory import Tokens
-from gptcore.tokens.files import tokenize
 from gptcore.training.resolve import TRAINING_VERSION
-from gptcore.training.run_directory import RunDirectory
+from gptcore.training.run_directory import Result, RunDirectory
+from gptcore.training.signals import Stop
+from gptcore.training.trainer import train_directory
+from tests.tiny import TINY_MODEL
 
-WORDS = "the old man looked at a grey sea and said that nothing would come of it but wind and rain".split()
-MODEL = {"context_length": 32, "emb_dim": 16, "n_heads": 2, "n_layers": 2, "drop_rate": 0.1, "qkv_bias": True}
+MODEL = {**TINY_MODEL, "context_length": 32, "drop_rate": 0.1, "qkv_bias": True}
 TRAIN = {
     "max_steps": 10,
     "batch_size": 6,
@@ -55,23 +54,13 @@ SCENARIOS: dict[str, dict[str, Any]] = {
 MEASURED = {"tokens_per_second", "seconds", "memory_mb", "time_ms"}
 
 
-def make_tokens(root: Path, paragraphs: int = 110) -> Tokens:
-    """Tokenize made-up English, always the same, as bytes."""
-    draw = random.Random(7)
-    text = "".join(" ".join(draw.choices(WORDS, k=9)).capitalize() + ".\n\n" for _ in range(paragraphs))
-    root.mkdir(parents=True, exist_ok=True)
-    (root / "text.txt").write_text(text)
-    asked = {"sources": ("text.txt",), "block_bytes": 256, "val_fraction": 0.2, "holdout_fraction": 0.2}
-    return tokenize(ingest(CorpusConfig(**asked), root / "corpora", root).path, "bytes", root / "tokens")
-
-
 def prepare(
-    path: Path, tokens: Tokens, start: bool = False, model: dict[str, Any] = MODEL, **train: Any
+    path: Path, tokens: Tokens, start: bool | Path = False, model: dict[str, Any] = MODEL, **train: Any
 ) -> RunDirectory:
-    """Prepare a run directory with TRAIN updated by `train`. With `start`, it starts from another model's weights."""
+    """Prepare a run directory with TRAIN updated by `train`. With `start`, it starts from these or from new weights."""
     run = RunDirectory(path)
-    weights = None
-    if start:
+    weights = start if isinstance(start, Path) else None
+    if start is True:
         torch.manual_seed(5)
         path.parent.mkdir(parents=True, exist_ok=True)
         weights = path.with_name("ancestor.safetensors")
@@ -91,18 +80,42 @@ def prepare(
     return run
 
 
+def edit_config(run: RunDirectory, section: str | None, key: str, value: Any) -> None:
+    """Change a key in the config.json of a run directory, at the top or in a section."""
+    path = run.path / "config.json"
+    config = json.loads(path.read_text())
+    (config[section] if section else config)[key] = value
+    path.write_text(json.dumps(config))
+
+
+class StopAfter:
+    """A stand-in for `Stop`: a request to stop that is made once update `step` is logged."""
+
+    def __init__(self, run: RunDirectory, step: int) -> None:
+        self.run, self.step = run, step
+
+    @property
+    def reason(self) -> str | None:
+        return "the test" if updates_of(self.run) >= self.step else None
+
+
+def finish(run: RunDirectory) -> Result | None:
+    """Train to the end, or to the end of a session. Return the result, or None after a session."""
+    return train_directory(run.path, Stop())
+
+
 def updates_of(run: RunDirectory) -> int:
     """Return the number of logged updates. Unlike `read_metrics`, it parses nothing, so it can be called often."""
     return run.metrics.read_bytes().count(b"\n") if run.metrics.exists() else 0
 
 
 def outcome(run: RunDirectory) -> dict[str, Any]:
-    """Return the weights' hash, the result and every metrics line, without measured times and memory."""
+    """Return the result, with the weights' hash, and every metrics line, without measured times and memory."""
     result = run.read_result()
     assert result is not None, f"{run.path} is not finished"
+    assert manifest.sha256_of_file(run.weights) == result.weights_sha256
     lines = [{key: value for key, value in line.items() if key not in MEASURED} for line in run.read_metrics()]
     return {
-        "weights": manifest.sha256_of_file(run.weights),
         "result": {**asdict(result), "seconds": None},
         "lines": [json.dumps(line, sort_keys=True) for line in lines],
     }

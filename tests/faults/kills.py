@@ -2,7 +2,7 @@
 
     python -m tests.faults.kills --kills 200 --seed 1
 
-Each scenario of tests.faults.trainings gets an equal share of the kills: half at named points, half at random times.
+Each scenario of tests.trainings gets an equal share of the kills: half at named points, half at random times.
 The program prints the points of the kills. Its exit code is 1 if a killed training ended differently from its twin.
 """
 

@@ -1,5 +1,6 @@
 """Events: invalid `triggers`, the event of each promotion and rollback, and the deployments that it starts."""
 
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -106,10 +107,20 @@ def test_an_event_that_cannot_be_sent_is_logged_and_the_promotion_succeeds(
     assert len(messages) == 2 and "500" in messages[0] and all("127.0.0.1 did not take" in line for line in messages)
 
 
-def test_promotions_and_corpus_changes_need_no_prefect_server(registry: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_prefect_server_promotions_and_corpus_changes_connect_to_nothing_and_warn_of_nothing(
+    registry: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    addresses: list[Any] = []
+
+    def refuse(_: socket.socket, address: Any) -> None:
+        addresses.append(address)
+        raise ConnectionRefusedError
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.delenv("PREFECT_API_URL")
     events.send_corpus_changed("tiny", ["text"])
     assert champion.promote(registry.root, MODEL, "1", "first", "ann") is not None
+    assert addresses == [] and [record for record in caplog.records if record.name == events.__name__] == []
 
 
 @pytest.mark.slow

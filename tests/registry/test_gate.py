@@ -46,6 +46,7 @@ def trained() -> dict[str, Weights]:
     """
     poor, good = weights_after([30, 80])
     (forgetful,) = weights_after([80], figures(1, 300) + prose(2, 1000))
+    torch.manual_seed(1)  # noise that improves about as many blocks as it worsens
     return {
         "forgetful": forgetful,
         "poor": poor,

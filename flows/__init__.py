@@ -26,4 +26,5 @@ def load(uri: str, device: str = "cpu") -> "LoadedModel":
 
     export_passwords()
     root = state_root()
+    root.prepare_registry()
     return loading.load(root, versions.resolve(root, uri), device)

@@ -21,6 +21,7 @@ from packaging.requirements import Requirement
 from flows.config.pipelines import Pipeline, PipelinesFile
 from flows.retrain import last_success
 from flows.state import locks, relocate
+from flows.state.databases import Condition, SQLiteDatabase, prefect_database
 from flows.state.root import StateRoot
 from flows.state.servers import Servers, answers, read_servers, up_lock
 from gptcore.corpus import sources
@@ -228,8 +229,7 @@ def check_registry(target: CheckTarget) -> Iterator[Check]:
     if root.database is not None:
         with root.database.open_cursor():  # MLflow would wait minutes for a server that does not answer
             pass
-    is_local = root.tracking_uri == f"sqlite:///{root.path / 'mlflow.db'}"
-    if is_local and (why := _explain_unreadable(root.path)):
+    if (local := root.mlflow_database) is not None and (why := _explain_unreadable(root.path, local)):
         yield Check("registry", True, why)
         return
     from mlflow.exceptions import MlflowException
@@ -247,10 +247,12 @@ def check_registry(target: CheckTarget) -> Iterator[Check]:
         yield check_champion(root, name)
 
 
-def _explain_unreadable(path: Path) -> str | None:
-    """Return why the registry cannot be read without changing the state root, or None."""
-    if not (path / "mlflow.db").exists():
+def _explain_unreadable(path: Path, database: SQLiteDatabase) -> str | None:
+    """Return why the registry cannot be read without changing the state root, or None. Raises DatabaseBroken."""
+    if (condition := database.check()) in (Condition.MISSING, Condition.EMPTY):
         return "no model is registered yet"
+    if condition is Condition.OLD:
+        return "not checked: the next command has to migrate its database first"
     try:
         return "not checked: the next command has to update its paths first" if relocate.is_moved(path) else None
     except GPTCoreError:
@@ -330,11 +332,23 @@ def check_vocabulary(target: CheckTarget) -> Iterator[Check]:
         yield Check("vocabulary", True, "GPT-2's vocabulary is installed, and needs no network")
 
 
+def check_prefect_databases(target: CheckTarget) -> Iterator[Check]:
+    """Check that the databases of Prefect's servers in the state root can be used. There are none before the first run.
+
+    The database of `gptflow run` keeps only the history of its runs.
+    """
+    for home in (target.root.prefect, target.root.prefect / "ephemeral"):
+        database = prefect_database(home)
+        if database.check() is not Condition.MISSING:
+            yield Check("database", True, f"{database.path} can be used")
+
+
 CHECKS: dict[str, CheckFunction] = {
     "versions": check_packages,
     "prefect server": check_prefect_import,
     "up": check_servers,
     "backends": check_backends,
+    "prefect databases": check_prefect_databases,
     "disk": check_disk,
     "state root": check_state_root,
     "registry": check_registry,

@@ -77,6 +77,7 @@ def open_state_root(file: str | None) -> "StateRoot":
     root = state_root(find_pipelines_file(file) if file else None).prepare()
     root.set_environment()
     redirect_library_logs(root)
+    root.prepare_registry()
     return root
 
 

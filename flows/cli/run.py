@@ -144,6 +144,8 @@ def prepare(pipeline: "Pipeline", root: "StateRoot", directory: Path) -> "Tokens
     from gptcore.training.run_directory import RunDirectory
 
     pipeline = pipeline.model_copy(update={"train": resolve(pipeline.train)})
+    if pipeline.train.start_from != ancestry.SCRATCH:
+        root.prepare_registry()
     start = ancestry.resolve_start(root, pipeline)
     # Shards are processed by local processes, because there is no flow run here that could have tasks.
     snapshot = ingest(pipeline.corpus, root.corpora, Path.cwd())

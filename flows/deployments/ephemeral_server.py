@@ -16,15 +16,18 @@ import time
 import urllib.request
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 
 from flows.deployments.child_process import Child
+from flows.state.databases import prefect_database
 from flows.state.root import StateRoot
 from flows.state.servers import answers
 from gptcore.errors import GPTCoreError
 
 HOST = "127.0.0.1"
-_START_SECONDS = 120.0
+_START_SECONDS = 300.0
+"""Long, because several servers may start at once on a busy machine, and one of them creates the database for all."""
 _STOP_SECONDS = 5.0
 _PARENT_CHECK_SECONDS = 1.0
 _WARM_UP_SECONDS = 10.0
@@ -35,6 +38,7 @@ def start_temporary_server(root: StateRoot) -> Child:
     """Start a server that lives until this process ends, and set PREFECT_API_URL to its address.
 
     Call this before Prefect is imported. Then the server stops at exit only after Prefect has sent its last messages.
+    Raises DatabaseBroken if the server's database cannot be used.
     """
     with socket.socket() as free:
         free.bind((HOST, 0))
@@ -53,11 +57,17 @@ def start_temporary_server(root: StateRoot) -> Child:
         "PREFECT_SERVER_EVENTS_STREAM_OUT_ENABLED": "0",
         "PREFECT_SERVER_LOGS_STREAM_OUT_ENABLED": "0",
     }
+    environment = {**os.environ, **settings, "PYTHONSAFEPATH": "1"}
+    home = ""
+    if (database := root.find_prefect_database(environment)) is not None:
+        database.check()
+        environment["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = database.url
+        home = str(database.path.parent)
     server = Child(
         name="Prefect's temporary server",
-        command=(sys.executable, "-m", "flows.deployments.ephemeral_server", str(port)),
+        command=(sys.executable, "-m", "flows.deployments.ephemeral_server", str(port), home),
         log=root.logs / "prefect-temporary.log",
-        environment={**os.environ, **settings, "PYTHONSAFEPATH": "1"},
+        environment=environment,
         is_healthy=lambda _: answers(f"{api}/health"),
     )
     server.start()
@@ -95,12 +105,18 @@ def disable_heartbeats() -> Iterator[None]:
         yield
 
 
-def serve(port: int) -> None:
-    """Serve Prefect's API until SIGTERM, or until the parent process has ended."""
+def serve(port: int, home: str) -> None:
+    """Serve Prefect's API until SIGTERM, or until the parent process has ended.
+
+    First create or migrate the server's database in the directory `home`. Empty: the database is not gptflow's.
+    """
     threading.Thread(target=_stop_with_parent, args=(os.getppid(),), daemon=True).start()
     gc.disable()  # imports and migrations make no garbage, and a fifth of their time would go into looking for it
     import uvicorn
     from prefect.server.api import server
+
+    if home:
+        prefect_database(Path(home)).prepare()
 
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -143,4 +159,7 @@ def _stop_with_parent(parent: int) -> None:
 
 
 if __name__ == "__main__":
-    serve(int(sys.argv[1]))
+    try:
+        serve(int(sys.argv[1]), sys.argv[2])
+    except GPTCoreError as error:
+        sys.exit(f"error: {error}")

@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,8 +20,10 @@ import click
 import psutil
 
 from flows.deployments.child_process import Child
-from flows.state import lock_holder, locks
+from flows.state import databases, lock_holder, locks
 from flows.state.backends import Backends
+from flows.state.databases import Condition, SQLiteDatabase
+from flows.state.postgres import PREFECT_URL, Database
 from flows.state.root import StateRoot
 from flows.state.servers import Servers, answers, find_running_servers, read_servers, up_lock, write_servers
 from gptcore.errors import ConfigError, GPTCoreError
@@ -30,8 +32,6 @@ HOST = "127.0.0.1"
 RUN_GRACE_SECONDS = 25.0
 """How long flow runs may take to save when everything stops. A flow run gives its trainer the same time."""
 _CHILD_GRACE_SECONDS = 3.0
-_DATABASES_OF_PREFECT = ("PREFECT_SERVER_DATABASE_CONNECTION_URL", "PREFECT_API_DATABASE_CONNECTION_URL")
-"""Variables that name a user's own database for Prefect's server."""
 _START_SECONDS = 180.0
 _TICK_SECONDS = 0.5
 READY = "serving"
@@ -117,8 +117,12 @@ class _Supervisor:
             environment.setdefault("PYTHONTZPATH", "")
         if environment["PREFECT_HOME"] == str(root.prefect / "ephemeral"):
             environment["PREFECT_HOME"] = str(root.prefect)
-        if root.database is not None and not any(name in environment for name in _DATABASES_OF_PREFECT):
+        self.prefect_database: SQLiteDatabase | Database | None = root.find_prefect_database(environment)
+        if root.database is not None and not databases.is_prefect_elsewhere(environment):
+            self.prefect_database = root.database
             environment |= {**root.database.prefect_environment, **environment}
+        elif isinstance(self.prefect_database, SQLiteDatabase):
+            environment[PREFECT_URL] = self.prefect_database.url
         return environment
 
     @property
@@ -149,8 +153,10 @@ class _Supervisor:
             local = self.root.path / "mlflow.db"
             if backends.database is not None and local.exists():
                 click.echo(f"the contents of {local} stay in that file; `--database local` uses it again")
-        for child in self.servers():
-            child.start()
+        self.prepare_databases()
+        if not self.stopping.is_set():
+            for child in self.servers():
+                child.start()
         for child in self.servers():
             self.wait_until_healthy(child)
         self.record()  # if this process crashes from here on, the next start finds the children
@@ -160,6 +166,45 @@ class _Supervisor:
         if not self.stopping.is_set():
             self.print_changes()
             _print_urls(self.record())
+
+    def prepare_databases(self) -> None:
+        """Create or migrate the databases of the servers, unless they are complete, in child processes side by side.
+
+        Raises GPTCoreError if a database cannot be used.
+        """
+        makers = [
+            Child(
+                name=f"the program that prepares {package}'s database",
+                command=(sys.executable, "-m", "flows.state.databases", package, place),
+                log=self.root.logs / f"{package}-database.log",
+                environment=self.prefect.environment,
+                is_healthy=Child.is_alive,
+            )
+            for package, place in self.list_databases()
+        ]
+        try:
+            for maker in makers:
+                maker.start()
+            while not self.stopping.is_set() and any(maker.is_alive() for maker in makers):
+                self.stopping.wait(0.1)
+            for maker in makers:
+                if maker.process is not None and maker.process.poll():
+                    raise GPTCoreError(f"{maker.name} failed. {maker.last_lines()}")
+        finally:
+            for maker in makers:
+                maker.wait(0)
+
+    def list_databases(self) -> Iterator[tuple[str, str]]:
+        """Yield package and place of each database that is not complete. Raises DatabaseBroken."""
+        local, shared = self.root.mlflow_database, self.root.database
+        if local is not None and local.check() is not Condition.WHOLE:
+            yield "mlflow", str(local.path.parent)
+        elif shared is not None and self.root.tracking_uri == shared.tracking_uri:
+            yield "mlflow", shared.url
+        if isinstance(self.prefect_database, Database):
+            yield "prefect", self.prefect_database.url
+        elif self.prefect_database is not None and self.prefect_database.check() is not Condition.WHOLE:
+            yield "prefect", str(self.prefect_database.path.parent)
 
     def wait_until_healthy(self, child: Child) -> None:
         """Wait for the child, or until everything is to stop. Raise GPTCoreError if it ends or never gets healthy."""

@@ -14,7 +14,7 @@ from flows.config.pipelines import PipelinesFile
 from flows.config.schedule import ScheduleConfig
 from flows.operations import retention
 from flows.registry import champion
-from flows.state.root import state_root
+from flows.state.root import StateRoot, state_root
 
 ModelName = Annotated[str, Field(min_length=1)]
 Reason = Annotated[str, Field(min_length=1, max_length=2000)]
@@ -29,7 +29,7 @@ def promote(model: ModelName, version: Annotated[int, Field(ge=1)], reason: Reas
         version: Number of the version to promote.
         reason: Why the champion changes. The log of moves keeps it.
     """
-    move = champion.promote(state_root().prepare(), model, str(version), reason, by=_requester())
+    move = champion.promote(_open_registry(), model, str(version), reason, by=_requester())
     if move is None:
         return Completed(name="Unchanged", message=f"version {version} is the champion of {model} already")
     return Completed(name="Promoted", message=f"{model}: version {move.source or '(none)'} -> {move.target}: {reason}")
@@ -43,7 +43,7 @@ def rollback(model: ModelName, reason: Reason) -> State[None]:
         model: Registered model, such as gpt-quickstart.
         reason: Why the champion changes. The log of moves keeps it.
     """
-    move = champion.rollback(state_root().prepare(), model, reason, by=_requester())
+    move = champion.rollback(_open_registry(), model, reason, by=_requester())
     return Completed(
         name="Rolled back", message=f"{model}: version {move.source or '(none)'} -> {move.target}: {reason}"
     )
@@ -57,7 +57,7 @@ def prune(keep: dict[str, Annotated[int, Field(ge=1, le=10_000)]], dry_run: bool
         keep: Number of newest versions to keep, for each registered model.
         dry_run: Only list what would be deleted.
     """
-    freed = retention.prune(state_root().prepare(), keep, dry_run)
+    freed = retention.prune(_open_registry(), keep, dry_run)
     for line in freed.lines():
         get_run_logger().info(line)
     return Completed(message=freed.summary(dry_run))
@@ -73,6 +73,12 @@ SCHEDULES = {prune.name: ScheduleConfig(cron="0 12 * * *")}
 def build_parameters(operation: Flow[..., Any], file: PipelinesFile) -> dict[str, Any]:
     """Return the default parameters of an operation's deployment."""
     return {"keep": file.keep()} if operation is prune else {}
+
+
+def _open_registry() -> StateRoot:
+    root = state_root().prepare()
+    root.prepare_registry()
+    return root
 
 
 def _requester() -> str:

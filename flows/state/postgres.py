@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from psycopg2.extensions import connection as Connection
 
 VARIABLE = "GPTFLOW_DATABASE"
+PREFECT_URL = "PREFECT_SERVER_DATABASE_CONNECTION_URL"
+"""The variable with the URL of Prefect's database."""
 SCHEMAS = ("gptflow", "mlflow", "prefect")
 _SCHEMES = ("postgresql", "postgres", "postgresql+psycopg2", "postgresql+asyncpg")
 _AS_VARIABLES = {"sslmode": "PGSSLMODE", "sslrootcert": "PGSSLROOTCERT"}
@@ -70,7 +72,7 @@ class Database:
     def prefect_environment(self) -> dict[str, str]:
         """The variables that let Prefect's server use the database."""
         return {
-            "PREFECT_SERVER_DATABASE_CONNECTION_URL": self.url.replace("postgresql://", "postgresql+asyncpg://", 1),
+            PREFECT_URL: self.url.replace("postgresql://", "postgresql+asyncpg://", 1),
             "PREFECT_SERVER_DATABASE_SQLALCHEMY_CONNECT_ARGS_SEARCH_PATH": "prefect, public",
         }
 

@@ -190,7 +190,9 @@ def _replace_prefix(connection: sqlite3.Connection, table: str, column: str, bef
 
 def _list_spellings(old: str, new: str) -> list[tuple[str, str]]:
     """Return the old and the new path, as paths and as the file URIs that MLflow makes of them."""
-    pairs = [(old, new), (f"file://{old}", f"file://{new}"), (f"file://{quote(old)}", f"file://{quote(new)}")]
+    uri = f"file://{quote(new)}"
+    path = uri if "%" in new else new  # MLflow decodes the `%20` in a path
+    pairs = [(old, path), (f"file://{old}", f"file://{new}"), (f"file://{quote(old)}", uri)]
     return list(dict.fromkeys(pairs))
 
 

@@ -20,14 +20,16 @@ This module imports neither Prefect nor MLflow.
 
 import os
 import tempfile
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from flows.state import backends, locks, relocate
+from flows.state import backends, databases, locks, relocate
 from flows.state.backends import Backends
+from flows.state.databases import SQLiteDatabase
 from flows.state.lock_holder import Holder, Overlap
 from flows.state.postgres import Database
 from flows.state.servers import find_running_servers
@@ -108,11 +110,19 @@ class StateRoot:
         backend = os.environ.get("MLFLOW_BACKEND_STORE_URI", "")
         if given := os.environ.get("MLFLOW_TRACKING_URI") or (backend if backend.startswith("postgres") else None):
             return given
-        return database.tracking_uri if database else f"sqlite:///{self.path / 'mlflow.db'}"
+        return database.tracking_uri if database else databases.mlflow_database(self.path).url
+
+    @property
+    def mlflow_database(self) -> SQLiteDatabase | None:
+        """MLflow's SQLite database in the state root; None if a server holds the registry instead."""
+        database = databases.mlflow_database(self.path)
+        return database if self.tracking_uri == database.url else None
 
     @property
     def tracking_address(self) -> str:
         """The tracking URI for messages: without the password and without the driver's options."""
+        if self.mlflow_database is not None:
+            return f"sqlite:///{self.path / 'mlflow.db'}"
         parts = urlsplit(self.tracking_uri)
         if parts.password is None:
             return self.tracking_uri.partition("?")[0]
@@ -123,7 +133,10 @@ class StateRoot:
         """Return the place for a new experiment's files; None if a user's tracking server decides."""
         if (store := self.backends.artifacts) is not None:
             return f"{store}/artifacts/{experiment}"
-        return None if self.tracking_uri.startswith("http") else str(self.artifacts / experiment)
+        if self.tracking_uri.startswith("http"):
+            return None
+        directory = self.artifacts / experiment
+        return directory.as_uri() if "%" in str(directory) else str(directory)  # MLflow decodes the `%20` in a path
 
     def find_mlflow_ui(self) -> str | None:
         """Return the URL of MLflow's UI: a user's tracking server, else that of `gptflow up` while it is up."""
@@ -178,7 +191,7 @@ class StateRoot:
         """Make the state root ready for this process: it can be written, and its paths are right after a move.
 
         Also moves the passwords of the environment's databases to PGPASSWORD (`backends.export_passwords`). Raises
-        GPTCoreError with the path and the reason, as `relocate.update_location` does, and ConfigError.
+        GPTCoreError with the path and the reason, as `relocate.update_location` does, DatabaseBroken and ConfigError.
         """
         backends.export_passwords()
         try:
@@ -192,8 +205,26 @@ class StateRoot:
                 f"the state root {self.path} cannot be written: {error.strerror}. "
                 "Free space, fix its permissions, or set GPTFLOW_HOME to another directory."
             ) from None
+        if self.mlflow_database is not None:
+            self.mlflow_database.check()
         relocate.update_location(self.path)
         return self
+
+    def prepare_registry(self) -> None:
+        """Create MLflow's tables, or migrate them to the installed MLflow, unless they are complete.
+
+        Call this before using MLflow. Raises DatabaseBroken.
+        """
+        if (database := self.mlflow_database) is not None:
+            database.prepare()
+        elif self.database is not None and self.tracking_uri == self.database.tracking_uri:
+            databases.mlflow_tables(self.database).prepare()
+
+    def find_prefect_database(self, environment: Mapping[str, str]) -> SQLiteDatabase | None:
+        """Return the SQLite database of a Prefect server with this environment; None if it is not in the state root."""
+        home = Path(environment.get("PREFECT_HOME", ""))
+        is_own = home in (self.prefect, self.prefect / "ephemeral") and not databases.is_prefect_elsewhere(environment)
+        return databases.prefect_database(home) if is_own else None
 
     @property
     def id(self) -> str:

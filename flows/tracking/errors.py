@@ -14,7 +14,7 @@ from mlflow.exceptions import MlflowException
 from prefect.exceptions import PrefectException
 from sqlalchemy.exc import OperationalError
 
-from flows.state import object_store
+from flows.state import databases, object_store
 from flows.state.root import StateRoot
 from gptcore.errors import DiskFull, GPTCoreError, SourceUnavailable
 from gptcore.manifest import is_out_of_space
@@ -37,7 +37,7 @@ class PrefectUnreachable(GPTCoreError):
 
 def is_transient(error: BaseException) -> bool:
     """Whether the error may be gone in a moment, so that a retry helps. Not for wrong input or a full disk."""
-    if is_disk_full(error):
+    if is_disk_full(error) or databases.is_damage(error):
         return False
     is_store_unreachable = isinstance(object_store.translate_error(error, ""), object_store.StoreUnreachable)
     return isinstance(error, OSError | SourceUnavailable) or is_mlflow_unreachable(error) or is_store_unreachable
@@ -86,6 +86,8 @@ def translate_error(error: Exception, root: StateRoot) -> GPTCoreError | None:
         return DiskFull(
             f"the disk is full: {path} could not be written, {free:,} bytes are free. Free space. {_RESUME}"
         )
+    if databases.is_damage(error) and (database := root.mlflow_database) is not None:
+        return database.describe_damage(message)
     if is_mlflow_unreachable(error):
         fix = "Start its server, or wait until its database is not locked"
         return MLflowUnreachable(f"MLflow at {root.tracking_address} does not answer: {message}. {fix}. {_RESUME}")

@@ -27,12 +27,12 @@ _CLOSING_PAUSES = (0.0, 0.5, 2.0)
 
 
 def open_database(root: StateRoot) -> None:
-    """Connect to MLflow, which creates the tables of a new database. That takes seconds, so callers do it in parallel.
+    """Connect to MLflow, after creating the tables of a new database. Both take seconds, so callers do it in parallel.
 
-    A lock admits one process at a time: two that create the same tables break each other's migration.
+    Raises DatabaseBroken.
     """
-    with root.hold(root.path / "mlflow.lock", overlap="wait"):
-        MlflowClient(root.tracking_uri).search_experiments(max_results=1)
+    root.prepare_registry()
+    MlflowClient(root.tracking_uri).search_experiments(max_results=1)
 
 
 def open_run(root: StateRoot, pipeline: Pipeline, run_key: str, attempt: int, tags: Mapping[str, str]) -> str:

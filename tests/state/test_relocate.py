@@ -178,7 +178,7 @@ def test_a_newer_format_and_a_damaged_file_are_refused_with_the_fix(tmp_path: Pa
         root.prepare()
     (root.path / "state.json").unlink()
     (root.path / "mlflow.db").write_text("no database" * 100)
-    with pytest.raises(GPTCoreError, match=r"mlflow\.db cannot be used.*restore it from a backup"):
+    with pytest.raises(GPTCoreError, match=r"mlflow\.db cannot be used.*Restore it from a backup"):
         root.prepare()
 
 

@@ -234,10 +234,10 @@ def check_registry(target: CheckTarget) -> Iterator[Check]:
         return
     from mlflow.exceptions import MlflowException
 
-    from flows.registry.versions import list_versions
+    from flows.registry.versions import list_models
 
     try:
-        names = sorted({version.name for version in list_versions(root)})
+        names = list_models(root)
     except MlflowException as error:
         message = f"the registry at {root.tracking_address} does not answer: {str(error).splitlines()[0]}"
         yield Check("registry", False, message, "start the tracking server, or restore the database from a backup")

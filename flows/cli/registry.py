@@ -26,9 +26,10 @@ def list_models(model: str | None, file: str | None, json: bool) -> None:
     from flows.cli.tables import print_models
     from flows.registry import champion, versions
 
-    for name in {version.name for version in versions.list_versions(root, model)}:
-        champion.settle(root, name)
-    summaries = [versions.summarize(root, version) for version in versions.list_versions(root, model)]
+    for name in versions.list_models(root):
+        if model in (None, name):
+            champion.settle(root, name)
+    summaries = versions.summarize_all(root, model)
     if json:
         print_json(summaries)
     else:

@@ -7,6 +7,7 @@ or JSON.
 import json
 import math
 import re
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ CHAMPION = "champion"
 BUNDLE = "bundle"
 BUNDLE_SHA256 = "bundle_sha256"
 """Tag of a version: the sha256 of its bundle's manifest. Earlier releases registered bundles without a manifest."""
+_NEWEST = 20
+"""Versions that a search for the newest finished one reads at a time."""
 
 
 class RegistryError(GPTCoreError):
@@ -68,7 +71,7 @@ def resolve(root: StateRoot, uri: str) -> ModelVersion:
             return client.get_model_version_by_alias(name, alias)
         return client.get_model_version(name, number)
     except MlflowException:
-        known = ", ".join(sorted(model.name for model in client.search_registered_models())) or "none yet"
+        known = ", ".join(list_models(root)) or "none yet"
         raise UnknownVersion(
             f"{uri} does not exist in {root.tracking_address}. Registered models: {known}; `gptflow models` lists "
             "versions."
@@ -123,15 +126,14 @@ def uri_of(version: ModelVersion) -> str:
 
 def find_newest_finished(root: StateRoot, pipeline: Pipeline) -> ModelVersion | None:
     """Return the pipeline's newest version with any verdict, None without one. Ignore experiments on other sources."""
-    candidates = MlflowClient(root.tracking_uri).search_model_versions(f"name = '{pipeline.model_name}'")
-    own = (
-        version
-        for version in candidates
-        if "verdict" in version.tags
-        and version.tags.get("pipeline") == pipeline.name
-        and version.tags.get("gate_kind") != SOURCES_OVERRIDDEN
-    )
-    return max(own, key=lambda version: int(version.version), default=None)
+    search = MlflowClient(root.tracking_uri).search_model_versions
+    # Reading a version and its tags takes a millisecond. The newest ones come first, so one page is enough as a rule.
+    newest_first = {"order_by": ["version_number DESC"], "max_results": _NEWEST}
+    for version in iterate_results(search, filter_string=f"name = '{pipeline.model_name}'", **newest_first):
+        is_own = "verdict" in version.tags and version.tags.get("pipeline") == pipeline.name
+        if is_own and version.tags.get("gate_kind") != SOURCES_OVERRIDDEN:
+            return version
+    return None
 
 
 def describe(root: StateRoot, version: ModelVersion) -> dict[str, Any]:
@@ -165,11 +167,28 @@ def read_lineage(root: StateRoot, version: ModelVersion) -> dict[str, Any]:
 def summarize(root: StateRoot, version: ModelVersion) -> dict[str, Any]:
     """Return what a version's tags and aliases say, with the keys of `describe`."""
     aliases = MlflowClient(root.tracking_uri).get_registered_model(version.name).aliases
+    return _summarize(version, [alias for alias, number in aliases.items() if str(number) == str(version.version)])
+
+
+def summarize_all(root: StateRoot, model_name: str | None = None) -> list[dict[str, Any]]:
+    """Summarize all versions of one model or of all models, by model and number. Raises UnknownVersion.
+
+    The number of queries does not grow with the number of versions.
+    """
+    listed = list_versions(root, model_name)
+    aliases: dict[tuple[str, str], list[str]] = {}
+    for model in iterate_results(MlflowClient(root.tracking_uri).search_registered_models):
+        for alias, number in model.aliases.items():
+            aliases.setdefault((model.name, str(number)), []).append(alias)
+    return [_summarize(version, aliases.get((version.name, str(version.version)), ())) for version in listed]
+
+
+def _summarize(version: ModelVersion, aliases: Sequence[str]) -> dict[str, Any]:
     tags = version.tags
     return {
         "model": version.name,
         "version": int(version.version),
-        "aliases": sorted(alias for alias, number in aliases.items() if str(number) == str(version.version)),
+        "aliases": sorted(aliases),
         "weights_sha256": tags.get("weights_sha256"),
         "bundle_sha256": tags.get(BUNDLE_SHA256),
         "holdout_bits_per_byte": _parse_float(tags.get("holdout_bits_per_byte")),
@@ -199,16 +218,32 @@ def summarize(root: StateRoot, version: ModelVersion) -> dict[str, Any]:
     }
 
 
+def list_models(root: StateRoot) -> list[str]:
+    """Return the names of all registered models, sorted."""
+    return sorted(model.name for model in iterate_results(MlflowClient(root.tracking_uri).search_registered_models))
+
+
 def list_versions(root: StateRoot, model_name: str | None = None) -> list[ModelVersion]:
     """Return all versions of one model or of all models, by model and number. Raises UnknownVersion."""
     client = MlflowClient(root.tracking_uri)
     # A quote would end the string in the filter, and a registered model's name cannot have one.
     is_possible = "'" not in (model_name or "")
-    matches = client.search_model_versions(f"name = '{model_name}'" if model_name else None) if is_possible else []
-    if model_name and not matches:
-        known = ", ".join(sorted(model.name for model in client.search_registered_models())) or "none yet"
+    own = f"name = '{model_name}'" if model_name else None
+    matches = iterate_results(client.search_model_versions, filter_string=own) if is_possible else ()
+    listed = sorted(matches, key=lambda version: (version.name, int(version.version)))
+    if model_name and not listed:
+        known = ", ".join(list_models(root)) or "none yet"
         raise UnknownVersion(f"there is no registered model {model_name!r}. Registered models: {known}.")
-    return sorted(matches, key=lambda version: (version.name, int(version.version)))
+    return listed
+
+
+def iterate_results(search: Callable[..., Any], **settings: Any) -> Iterator[Any]:
+    """Yield the results of all pages of a search of MLflow's client."""
+    page = search(**settings)
+    yield from page
+    while page.token:
+        page = search(**settings, page_token=page.token)
+        yield from page
 
 
 def _parse_float(text: str | None) -> float | None:

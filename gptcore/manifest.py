@@ -24,6 +24,7 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import tempfile
 import time
@@ -312,10 +313,18 @@ def _check_seal(data: bytes, body: Mapping[str, Any]) -> None:
 
 def remove(directory: Path) -> None:
     """Remove a committed directory. At every instant the directory is complete or gone."""
+    shutil.rmtree(set_aside(directory), ignore_errors=True)
+
+
+def set_aside(directory: Path) -> Path:
+    """Rename a committed directory to a temporary name, which is returned. Processes that read its files keep them.
+
+    This takes no time, however many files there are. `sweep` removes the directory if nobody else does.
+    """
     doomed = directory.with_name(f"{TEMPORARY}removed-{directory.name}")
-    shutil.rmtree(doomed, ignore_errors=True)
-    directory.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+    if doomed.exists():  # a killed process left it
+        doomed = doomed.with_name(f"{doomed.name}-{secrets.token_hex(4)}")
+    return directory.rename(doomed)
 
 
 def sweep(parent: Path, older_than_seconds: float = _STALE_SECONDS) -> None:

@@ -11,16 +11,18 @@ Retention deletes all files of a dropped version: its run directory, the artifac
 run. The run's params and metrics stay. Then it deletes abandoned trainings, and the snapshots and token files that no
 kept version or training names.
 
-A version is removed from the registry before its files. So if the process is killed in between, all kept versions are
-complete. A tag of the MLflow run records that its files are still to be deleted, and the next call deletes them.
+A pipeline's lock is held only while directories are renamed, so that no run of the pipeline is skipped. Their files are
+deleted afterwards. A version is removed from the registry before its files. So if the process is killed in between, all
+kept versions are complete. A tag of the MLflow run records that its files are still to be deleted, and the next call
+deletes them.
 """
 
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from mlflow import MlflowClient
 from mlflow.entities import Run
@@ -30,7 +32,7 @@ from mlflow.exceptions import MlflowException
 from flows.registry import artifacts
 from flows.registry.champion import hold_champion
 from flows.registry.moves import trace_champions
-from flows.registry.versions import RegistryError
+from flows.registry.versions import RegistryError, list_models, list_versions, uri_of
 from flows.retrain import mirror
 from flows.retrain.attempts import read_current
 from flows.state import postgres_lock
@@ -99,23 +101,29 @@ class _Pruning:
         self.root, self.keep, self.dry_run = root, keep, dry_run
         self.client = MlflowClient(root.tracking_uri)
         self.freed = Freed()
+        self.doomed: dict[Path, Path] = {}
+        """Where each path is that `free` has renamed."""
+        self.tokens_of_configs: dict[tuple[Path, int], str] = {}
+        """Name of the token directory, by path and time of a run directory's config.json."""
 
     def run(self) -> Freed:
         """Delete what is no longer needed, or list it in a dry run. Champions cannot change meanwhile."""
+        store = self.root.store
+        runs_before = store.list_times("runs/") if store is not None else {}
         with ExitStack() as held:
-            models = {model.name for model in _fetch_all(self.client.search_registered_models)}
+            models = set(list_models(self.root))
             pruned = sorted(models & self.keep.keys())
             reachable = {
                 name: set(trace_champions(held.enter_context(hold_champion(self.root, name)))) for name in pruned
             }
-            every = _fetch_all(self.client.search_model_versions)
+            every = list_versions(self.root)
             kept, dropped = self.select(every, reachable)
             for version in dropped:
                 self.drop(version)
         for run in self.find_runs_to_free(kept, dropped):
             self.free_run(run)
         self.free_abandoned(every)
-        self.free_shared(kept)
+        self.free_shared(kept, runs_before)
         self.sweep()
         return self.freed
 
@@ -140,11 +148,11 @@ class _Pruning:
         while True:
             runs = {version.run_id for version in kept}
             named = starts | {uri for v in kept for uri in (v.source, v.tags.get(STARTED_FROM))}
-            needed = [v for v in rest if v.run_id in runs or f"models:/{v.name}/{v.version}" in named]
-            if not needed:
+            is_needed = [version.run_id in runs or uri_of(version) in named for version in rest]
+            if not any(is_needed):
                 return kept, rest
-            kept = kept + needed
-            rest = [version for version in rest if version not in needed]
+            kept = kept + [version for version, needed in zip(rest, is_needed) if needed]
+            rest = [version for version, needed in zip(rest, is_needed) if not needed]
 
     def find_aliased(self, name: str) -> set[str]:
         """Return the versions of a model that have an alias."""
@@ -179,12 +187,14 @@ class _Pruning:
     def free_run(self, run: Run) -> None:
         """Delete the run directory, the logged models and the artifacts of an MLflow run."""
         key = run.data.tags.get(_PRUNED_KEY) or run.data.tags["run_key"]
+        is_restarted = self.is_restarted(run, key)
         for directory in (self.root.path / "runs").glob(f"*/{key[:16]}-{run.data.tags['attempt']}"):
             with try_lock(directory / "lock") as is_free:
                 if not is_free:
                     return  # a process uses it; the next call tries again
-                if not self.is_restarted(run, key):
+                if not is_restarted:
                     self.free(directory)
+        self.delete_freed()
         for output in run.outputs.model_outputs if run.outputs else ():
             with suppress(MlflowException):  # deleted by a call that was killed
                 self.free_artifacts(self.client.get_logged_model(output.model_id).artifact_location)
@@ -205,6 +215,7 @@ class _Pruning:
             with self.root.try_lock(self.root.lock_path(directory.parent.name)) as is_free:
                 if is_free and directory.name not in read_current(directory.parent).values():
                     self.free(directory)
+            self.delete_freed()
 
     def find_starts(self) -> Iterator[str]:
         """Yield the URI of the version that each unfinished training of a pipeline started from."""
@@ -232,24 +243,42 @@ class _Pruning:
             with suppress(OSError):
                 path.parent.rmdir()
 
-    def free_shared(self, kept: Versions) -> None:
-        """Delete snapshots and token files that no kept version or run directory names, unless a pipeline runs."""
+    def free_shared(self, kept: Versions, runs_before: Mapping[str, datetime]) -> None:
+        """Delete snapshots and token files that no kept version or run directory names, unless a pipeline runs.
+
+        `runs_before` lists the trainings in the object store when this call began.
+        """
+        self.find_tokens_in_use()  # reads every config.json, so that under the locks only new ones are left to read
+        store, tokens, corpora = self.root.store, *self.find_needed(kept)
+        unpublished = self.list_unused_in_store(store, tokens, corpora) if store is not None else []
         with ExitStack() as locked:
             for path in self.list_locks():
                 if not locked.enter_context(self.root.try_lock(path)):
                     self.freed.busy.append(path.stem)
             if self.freed.busy:
                 return
-            tokens = {version.tags.get("tokens_sha256", "")[:16] for version in kept}
-            corpora = {version.tags.get("corpus_sha256", "")[:16] for version in kept}
-            tokens |= set(self.find_tokens_in_use())
-            corpora |= {sha256 for name in tokens if (sha256 := self.find_corpus(name)) is not None}
+            tokens, corpora = self.find_needed(kept)
             for parent, needed in ((self.root.tokens, tokens), (self.root.corpora, corpora)):
                 for directory in sorted(parent.iterdir()) if parent.exists() else ():
                     if directory.name not in needed and manifest.is_committed(directory):
                         self.free(directory)
-            if (store := self.root.store) is not None:
-                self.free_mirrored(store, tokens, corpora)
+            is_unchanged = store is not None and store.list_times("runs/") == runs_before  # else the next call does it
+            unpublished = [name for name in unpublished if Path(name).name not in tokens | corpora]
+            if store is not None and is_unchanged and not self.dry_run:
+                store.unpublish(unpublished)
+        self.delete_freed()
+        if store is not None and is_unchanged:
+            self.freed.paths |= {f"{store.url}/state/{name}": 0 for name in unpublished}
+            if not self.dry_run:
+                for name in unpublished:
+                    store.remove(name)
+                store.sweep()
+
+    def find_needed(self, kept: Versions) -> tuple[set[str], set[str]]:
+        """Return the names of the token directories and of the snapshots that versions and run directories name."""
+        tokens = {version.tags.get("tokens_sha256", "")[:16] for version in kept} | self.find_tokens_in_use()
+        corpora = {version.tags.get("corpus_sha256", "")[:16] for version in kept}
+        return tokens, corpora | {sha256 for name in tokens if (sha256 := self.find_corpus(name)) is not None}
 
     def list_locks(self) -> list[Path]:
         """Return the lock paths of all pipelines, including those that run only on other machines."""
@@ -258,26 +287,25 @@ class _Pruning:
         names = {name for name in elsewhere if name.endswith(".lock")} - {"mlflow.lock"}
         return sorted({*directory.glob("*.lock"), *(directory / name for name in names)})
 
-    def free_mirrored(self, store: Store, tokens: set[str], corpora: set[str]) -> None:
-        """Delete the same directories from the object store, except those that trainings of other machines need."""
+    def list_unused_in_store(self, store: Store, tokens: set[str], corpora: set[str]) -> list[str]:
+        """Return the same directories in the object store, except those that trainings of other machines need."""
         runs, used_tokens = mirror.find_in_use(store)
         corpora = corpora | {mirror.find_corpus(store, name) for name in used_tokens}
         unused = [f"tokens/{name}" for name in store.list_directories("tokens") if name not in tokens | used_tokens]
         unused += [f"corpora/{name}" for name in store.list_directories("corpora") if name not in corpora]
-        unused += sorted(mirror.list_runs(store) - runs)
-        for directory in unused:
-            self.freed.paths[f"{store.url}/state/{directory}"] = 0
-            if not self.dry_run:
-                store.remove(directory)
-        if not self.dry_run:
-            store.sweep()
+        return unused + sorted(mirror.list_runs(store) - runs)
 
-    def find_tokens_in_use(self) -> Iterator[str]:
-        """Yield the token directory that each run directory names, except run directories that a dry run lists."""
+    def find_tokens_in_use(self) -> set[str]:
+        """Return the token directories that run directories name, except run directories that a dry run lists."""
+        in_use = set()
         for path in (self.root.path / "runs").glob("*/*/config.json"):
             if str(path.parent) not in self.freed.paths and not path.parent.name.startswith(manifest.TEMPORARY):
-                with suppress(ConfigError):
-                    yield RunDirectory(path.parent).read_config().tokens_sha256[:16]
+                with suppress(ConfigError, FileNotFoundError):
+                    key = (path, path.stat().st_mtime_ns)
+                    if key not in self.tokens_of_configs:
+                        self.tokens_of_configs[key] = RunDirectory(path.parent).read_config().tokens_sha256[:16]
+                    in_use.add(self.tokens_of_configs[key])
+        return in_use
 
     def find_corpus(self, tokens: str) -> str | None:
         """Return the name of the snapshot that a token directory was made from. None if the directory is incomplete."""
@@ -292,31 +320,31 @@ class _Pruning:
         for parent in (*own, *runs.glob("*/"), *runs.glob("*/*/")):
             for leftover in manifest.list_stale(parent):
                 self.free(leftover)
+        self.delete_freed()
 
     def free(self, path: Path) -> None:
-        """Delete a file or directory. At every instant, a directory is either complete or gone under its own name."""
-        self.freed.paths[str(path)] = _measure_size(path)
-        if self.dry_run:
-            return
-        if path.is_file():
-            path.unlink()
-        elif path.name.startswith(manifest.TEMPORARY):
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            manifest.remove(path)
+        """Rename a directory, so that it is gone under its own name. `delete_freed` deletes its files."""
+        is_renamed = not self.dry_run and path.is_dir() and not path.name.startswith(manifest.TEMPORARY)
+        self.doomed[path] = manifest.set_aside(path) if is_renamed else path
+        self.freed.paths[str(path)] = 0
+
+    def delete_freed(self) -> None:
+        """Measure what `free` has renamed, and delete it. No lock may be held, because many files take minutes.
+
+        If the process is killed meanwhile, the next sweep deletes the rest.
+        """
+        for path, doomed in self.doomed.items():
+            self.freed.paths[str(path)] = _measure_size(doomed)
+            if self.dry_run:
+                continue
+            if doomed.is_file():
+                doomed.unlink()
+            else:
+                shutil.rmtree(doomed, ignore_errors=True)
+        self.doomed.clear()
 
 
 def _measure_size(path: Path) -> int:
     """Return the size of a file, or of all files below a directory, in bytes."""
     files = path.rglob("*") if path.is_dir() else [path]
     return sum(file.lstat().st_size for file in files if not file.is_dir())
-
-
-def _fetch_all(search: Any) -> list[Any]:
-    """Return the results of all pages of a search."""
-    page = search()
-    results = list(page)
-    while page.token:
-        page = search(page_token=page.token)
-        results += page
-    return results

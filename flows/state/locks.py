@@ -22,6 +22,8 @@ from flows.state.postgres import Database
 from gptcore.manifest import read_json
 
 _PATIENCE_SECONDS = 1.0
+_UNSIGNED_PATIENCE_SECONDS = 60.0
+"""How long `hold` waits for a lock that no run has signed. `try_lock` holds it, for example while `prune` renames."""
 
 
 @contextmanager
@@ -30,8 +32,8 @@ def hold(
 ) -> Iterator[Holder | None]:
     """Hold the lock inside this context, in `database` too. Yields the previous holder if it died with the lock.
 
-    If the lock is held by another process, `overlap` decides: "wait" waits, "skip" raises LockHeld after a second. The
-    second is there because `try_lock` takes a lock for a moment, which must not be mistaken for a run.
+    If the lock is held by another process, `overlap` decides: "wait" waits, "skip" raises LockHeld after a second, or
+    later if nobody has signed the lock: `try_lock` takes a lock for a moment, which must not be mistaken for a run.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as file:
@@ -82,14 +84,15 @@ def find_holder(path: Path, database: Database | None = None) -> Holder | None:
 
 
 def _lock_patiently(descriptor: int, path: Path) -> None:
-    """Take the lock within a second. Raises LockHeld."""
-    deadline = time.monotonic() + _PATIENCE_SECONDS
+    """Take the lock, and wait for a moment if it is held. Raises LockHeld."""
+    began = time.monotonic()
     while True:
         try:
             return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise LockHeld(_read_signature(path)) from None
+            holder = _read_signature(path)
+            if time.monotonic() - began > (_PATIENCE_SECONDS if holder else _UNSIGNED_PATIENCE_SECONDS):
+                raise LockHeld(holder) from None
         time.sleep(0.1)
 
 

@@ -19,7 +19,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -35,6 +36,7 @@ from gptcore.manifest import MANIFEST
 _SEAL = r"[0-9a-f]{16}"
 _STALE = timedelta(days=1)
 _PROBE = "probe"
+_THREADS = 8
 
 
 class StoreUnreachable(SourceUnavailable):
@@ -141,6 +143,11 @@ class Store:
         for key, _ in list(self._list_objects(f"{relative}/")):
             self.delete(key)
 
+    def unpublish(self, directories: Sequence[str]) -> None:
+        """Remove the manifests of published directories, after which nobody finds these. `remove` removes the rest."""
+        with ThreadPoolExecutor(_THREADS) as threads:
+            list(threads.map(lambda relative: self.delete(f"{relative}/{MANIFEST}"), directories))
+
     def sweep(self, older_than: timedelta = _STALE) -> list[str]:
         """Remove old files of killed or late uploads, which have the seal of no manifest. Return their keys."""
         objects = dict(self._list_objects(""))
@@ -219,6 +226,10 @@ class Store:
     def list_keys(self, prefix: str) -> list[str]:
         """Return every key that begins with `prefix`."""
         return [key for key, _ in self._list_objects(prefix)]
+
+    def list_times(self, prefix: str) -> dict[str, datetime]:
+        """Return when the object of every key that begins with `prefix` was written."""
+        return dict(self._list_objects(prefix))
 
     def _list_objects(self, prefix: str) -> Iterator[tuple[str, datetime]]:
         """Yield every key that begins with `prefix`, without PREFIX/state/, and when its object was written."""

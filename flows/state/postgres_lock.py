@@ -38,6 +38,8 @@ _GIVEN_UP_SECONDS = FREED_SECONDS - 5.0
 _RETRY_SECONDS = 0.5
 _WAIT_SECONDS = 1.0
 _PATIENCE_SECONDS = 1.0
+_UNSIGNED_PATIENCE_SECONDS = 60.0
+"""How long `hold` waits for a lock that no run has signed, as in locks.py."""
 _CLIENT = {
     "keepalives_idle": _IDLE_SECONDS,
     "keepalives_interval": _INTERVAL_SECONDS,
@@ -173,10 +175,12 @@ class _Session:
     def acquire(self, overlap: Overlap) -> None:
         """Take the lock, and wait for it if `overlap` is "wait". Raises LockHeld."""
         # Python handles a signal between two queries, but not while a query waits in the server.
-        deadline = time.monotonic() + _PATIENCE_SECONDS
+        began = time.monotonic()
         while not self.try_acquire():
-            if overlap == "skip" and time.monotonic() > deadline:
-                raise LockHeld(read_holder(self.database, self.name))
+            if overlap == "skip" and (waited := time.monotonic() - began) > _PATIENCE_SECONDS:
+                holder = read_holder(self.database, self.name)
+                if holder is not None or waited > _UNSIGNED_PATIENCE_SECONDS:
+                    raise LockHeld(holder)
             time.sleep(_WAIT_SECONDS if overlap == "wait" else _PATIENCE_SECONDS / 4)
 
     def sign(self, flow_run: str) -> None:

@@ -4,8 +4,10 @@ import contextlib
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,25 @@ def test_the_error_of_a_second_process_names_the_lock_holder_and_since_when_it_h
     assert locks.find_holder(tmp_path / "x.lock") == held.value.holder
     with locks.hold(tmp_path / "y.lock"):
         pass
+
+
+def test_a_lock_that_no_run_has_signed_is_waited_for_instead_of_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, has_waited = tmp_path / "x.lock", threading.Event()
+    path.touch()
+    monkeypatch.setattr(locks, "_PATIENCE_SECONDS", -1.0)
+    monkeypatch.setattr("time.sleep", lambda _: has_waited.set())
+
+    def hold() -> bool:
+        with locks.hold(path):
+            return True
+
+    with ThreadPoolExecutor(1) as thread:
+        with locks.try_lock(path) as is_free:  # as `prune` takes it
+            held = thread.submit(hold)
+            assert is_free and has_waited.wait(60) and not held.done()
+        assert held.result()
 
 
 def test_a_waiting_process_gets_the_lock_when_it_is_free(other: "subprocess.Popen[str]", tmp_path: Path) -> None:

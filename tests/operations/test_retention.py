@@ -127,6 +127,55 @@ def test_a_locked_run_directory_and_all_snapshots_are_kept_while_a_pipeline_runs
     assert not first.exists()
 
 
+def test_no_lock_of_a_pipeline_is_held_while_files_are_deleted(
+    tiny_registry: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tiny_registry.root
+    for corpus in ("old", "new"):
+        tiny_registry.register(corpus=corpus)
+    _, tokens = tiny_registry.text("abandoned")
+    abandoned = tiny_registry.run_directory(0, manifest.sha256_of("abandoned"), tokens, 1, is_finished=False)
+    with locks.hold(root.lock_path("tiny")):
+        pass
+    delete, deleted = shutil.rmtree, []
+
+    def delete_unlocked(path: Path, **options: Any) -> None:
+        with root.try_lock(root.lock_path("tiny")) as is_free:
+            assert is_free, f"{path} is deleted under the lock"
+        deleted.append(Path(path).name)
+        delete(path, **options)
+
+    monkeypatch.setattr("shutil.rmtree", delete_unlocked)
+    prune(root, {MODEL: 1})
+    assert not abandoned.parents[1].exists()
+    gone_names = {
+        manifest.sha256_of([kind, name])[:16] for kind in ("corpus", "tokens") for name in ("old", "abandoned")
+    }
+    assert {f".tmp-removed-{name}" for name in gone_names} <= set(deleted)
+
+
+@pytest.mark.parametrize("kind", ["runs", "tokens", "corpora"])
+def test_what_a_killed_call_has_renamed_is_deleted_by_a_later_one(
+    tiny_registry: Any, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    root, delete = tiny_registry.root, shutil.rmtree
+    for corpus in ("old", "new"):
+        tiny_registry.register(corpus=corpus)
+
+    def delete_or_die(path: Path, **options: Any) -> None:
+        if Path(path).is_relative_to(root.path / kind):
+            raise KeyboardInterrupt
+        delete(path, **options)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("shutil.rmtree", delete_or_die)
+        prune(root, {MODEL: 1})
+    (left,) = (root.path / kind).rglob(".tmp-removed-*")
+    os.utime(left, (0, 0))
+    prune(root, {MODEL: 1})
+    assert not left.exists() and len(names(root.corpora)) == len(names(root.tokens)) == 1
+
+
 def test_stale_temporary_directories_are_removed_and_fresh_ones_are_kept(tiny_registry: Any) -> None:
     root = tiny_registry.root
     for name in (".tmp-stale", ".tmp-fresh"):

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from gptcore.components import RECIPES
-from gptcore.sections import Section
+from gptcore.sections import Added, Section
 
 SizeName = Literal["nano", "mini", "small", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]
 
@@ -62,6 +62,10 @@ class CorpusConfig(Section):
     holdout_fraction: Fraction = 0.05
     """Share of the text that neither training nor the choice of the checkpoint sees, and that the reported scores are
     measured on. With 0, the scores are measured on val and marked as such."""
+    duplicates: Annotated[Literal["drop", "keep"], Added(before="drop")] = "drop"
+    """What becomes of copies, also with other line ends, indents, case or quoting marks. drop: each text is learned
+    once. keep: copies stay in train, so that what is there more often is learned more often. Copies never stay in val
+    or holdout."""
     errors: Literal["strict", "replace"] = "strict"
     """What to do with bytes that are not UTF-8. strict: refuse the file and report where they are. replace: put U+FFFD
     in their place."""

@@ -217,7 +217,7 @@ def _list_evidence(card: Card) -> list[tuple[str, str]]:
         which = "that neither model has trained on" if card.champion else "that the model has not trained on"
         rows.append(("scored on", f"{verdict.blocks:,} blocks, {verdict.bytes:,} bytes of text {which}"))
     if verdict.champion_bits_per_byte is not None:
-        why = "held-out text that one of the models may have trained on, or that shares 200 bytes with such text"
+        why = "held-out text that one of the models may have trained on, or that shares 128 letters with such text"
         rows.append(("left out", f"{verdict.excluded_bytes:,} bytes: {why}"))
     if verdict.champion_bits_per_byte is not None:
         rows += _list_ages(card)

@@ -90,6 +90,9 @@ def _compare_text(root: StateRoot, pipeline: Pipeline, snapshot: Snapshot, newes
         delta = compare_snapshots(before, snapshot.path)
     except CheckpointError as error:
         return Reason(True, f"the text changed since version {number}; how much is unknown: {error}")
+    if delta.has_same_documents:
+        same = (("text", f"the same documents as version {number} learned from; this release splits them differently"),)
+        return Reason(False, f"nothing changed since version {number} of {newest.name}", changes=same)
     drift, drift_row = _measure_drift(root, pipeline, snapshot, newest)
     rows = (*_build_rows(delta), drift_row)
     return replace(_apply_policy(pipeline, delta, drift, number), changes=rows)

@@ -1,13 +1,14 @@
-"""Find contamination: runs of 200 bytes or more that two texts share.
+"""Find contamination: runs of 128 bytes or more that the views of two texts share.
 
-ingest.py removes these runs from the training text, and clean_blocks.py excludes the blocks that hold one from a
-comparison of models. This module only finds the runs.
+A view holds the letters, digits and symbols of a text, so a copy with other line ends, indents or quoting marks is
+found too (normalize.py). ingest.py removes the runs from the text, and clean_blocks.py excludes the blocks that hold
+one from a comparison of models. This module only finds the runs.
 
-The method is exact up to collisions of 64-bit hashes, and needs memory for a hundredth of the other text only. Every
-run of 200 bytes holds one whole 101-byte gram that starts at a multiple of 100 in the other text. So only these grams
-are indexed. The text is then read once in chunks with a rolling hash. Where a gram of the text is in the index, all
-windows of 200 bytes around the gram are compared. Hashes are polynomials modulo 2^64 in an odd base, computed as
-differences of prefix sums, over bytes that are first mapped to random 64-bit numbers.
+The method is exact up to collisions of 64-bit hashes, and needs memory for an eighth of the other view only. Every run
+of 128 bytes holds one whole 65-byte gram that starts at a multiple of 64 in the other view. So only these grams are
+indexed. The view is then read once in chunks with a rolling hash. Where a gram of the view is in the index, all windows
+of 128 bytes around the gram are compared. Hashes are polynomials modulo 2^64 in an odd base, computed as differences of
+prefix sums, over bytes that are first mapped to random 64-bit numbers.
 """
 
 import functools
@@ -20,31 +21,23 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from gptcore.corpus.normalize import MIN_VIEW_BYTES, NormalizedFile, PassageFile
 from gptcore.corpus.shards import SHARD_BYTES, WHOLE_BYTES
 from gptcore.processes import MapShards
 
-RUN_BYTES = 200
-"""The shortest run that counts as shared."""
+RUN_BYTES = MIN_VIEW_BYTES
+"""The shortest run of a view that counts as shared."""
 
 Positions = npt.NDArray[np.int64]
 Hashes = npt.NDArray[np.uint64]
 R = TypeVar("R")
 
-_GRAM_BYTES = 101
-_GRID_BYTES = 100  # _GRID_BYTES - 1 + _GRAM_BYTES == RUN_BYTES
+_GRAM_BYTES = 65
+_GRID_BYTES = 64  # _GRID_BYTES - 1 + _GRAM_BYTES == RUN_BYTES
 _CHUNK_BYTES = 1 << 19
 _FILTER_BITS = 23
 _NEEDLE_GRAMS = (96, 48, 24, 12)
 _SEED = 0x6770_7466_6C6F_77
-
-
-@dataclass(frozen=True)
-class PassageFile:
-    """A file whose bytes are passages, one directly after another. A run counts only within one passage."""
-
-    path: Path
-    bounds: Positions
-    """(passages + 1,) the offsets at which the passages begin, from 0, and the end of the last one."""
 
 
 @dataclass(frozen=True)
@@ -72,33 +65,33 @@ class SearchShard:
 
 
 def find_shared_runs(
-    text: PassageFile, others: Sequence[PassageFile], map_shards: MapShards | None = None
+    text: NormalizedFile, others: Sequence[NormalizedFile], map_shards: MapShards | None = None
 ) -> Positions:
-    """Return (runs, 2): start and end of each run of `text`, at least RUN_BYTES long, that a passage of `others` holds.
+    """Return (runs, 2): start and end in the text of each run whose view a passage of one of `others` holds too.
 
-    The runs are in order, extended outward to whole UTF-8 characters, and joined where they overlap or touch. A long
-    text is searched in shards, which `map_shards` distributes. The arrays that the shards need are saved in a temporary
-    directory beside the text.
-
-    For example, a passage `b"x" + shared` and another text `shared` of 300 bytes give `[[1, 301]]`.
+    The view of a run is at least RUN_BYTES long and lies within one passage. The runs are in order, end at whole
+    characters, and are joined where they overlap or touch. A long text is searched in shards, which `map_shards`
+    distributes. The arrays that the shards need are saved in a temporary directory beside the view.
     """
-    grams = [_hash_grid_grams(other) for other in others]
+    views = [other.view for other in others]
+    grams = [_hash_grid_grams(view) for view in views]
     index = np.unique(np.concatenate([hashes for _, hashes in grams])) if grams else np.empty(0, np.uint64)  # (grams,)
     if not len(index):
         return np.empty((0, 2), np.int64)
-    occurrences = _search(text, _find_indexed_grams, {"index": index}, map_shards)
+    occurrences = _search(text.view, _find_indexed_grams, {"index": index}, map_shards)
     ranges = np.concatenate([starts for starts, _ in occurrences])  # (ranges, 2)
     starts = _merge_ranges(ranges[:, 0], ranges[:, 1])  # (ranges, 2) in which the windows to compare start
     hits = np.unique(np.concatenate([hashes for _, hashes in occurrences]))  # (hits,) hashes of grams that both hold
     shared = _hash_windows_around(
-        others, [positions[np.isin(hashes, hits)] for positions, hashes in grams]
+        views, [positions[np.isin(hashes, hits)] for positions, hashes in grams]
     )  # (windows,)
     runs = [np.empty((0, 2), np.int64)]
     if len(shared):
-        arrays = {"bounds": text.bounds, "starts": starts, "shared": shared}
-        runs += _search(text, _find_shared_windows, arrays, map_shards)
-    extended = _extend_to_characters(text.path, np.concatenate(runs))  # (runs, 2)
-    return _merge_ranges(extended[:, 0], extended[:, 1])
+        arrays = {"bounds": text.view.bounds, "starts": starts, "shared": shared}
+        runs += _search(text.view, _find_shared_windows, arrays, map_shards)
+    joined = np.concatenate(runs)  # (runs, 2)
+    found = text.find_in_text(_merge_ranges(joined[:, 0], joined[:, 1]))  # (runs, 2)
+    return _merge_ranges(found[:, 0], found[:, 1])
 
 
 def _search(
@@ -295,17 +288,3 @@ def _merge_ranges(starts: Positions, ends: Positions) -> Positions:
     is_first = np.concatenate([[True], starts[1:] > reach[:-1]])  # (ranges,)
     is_last = np.concatenate([is_first[1:], [True]])  # (ranges,)
     return np.stack([starts[is_first], reach[is_last]], axis=1)
-
-
-def _extend_to_characters(path: Path, runs: Positions) -> Positions:
-    """Return the runs, (runs, 2), with both ends moved outward to whole UTF-8 characters."""
-    extended = runs.copy()
-    with path.open("rb") as file:
-        for run in extended:
-            file.seek(max(int(run[0]) - 3, 0))
-            before = file.read(min(int(run[0]), 3) + 1)
-            run[0] -= next(back for back in range(len(before)) if before[-1 - back] & 0xC0 != 0x80)
-            file.seek(int(run[1]))
-            after = file.read(3)
-            run[1] += next((on for on, byte in enumerate(after) if byte & 0xC0 != 0x80), len(after))
-    return extended

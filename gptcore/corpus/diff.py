@@ -36,6 +36,8 @@ class Delta:
     """Bytes of the blocks that the old snapshot does not hold on any side."""
     removed_bytes: int
     """Bytes of the old snapshot's blocks that the new one does not hold."""
+    has_same_documents: bool
+    """Whether both hold the same documents. The snapshots may still differ in what was removed as contamination."""
 
     @property
     def new_share(self) -> float:
@@ -56,6 +58,7 @@ def compare_snapshots(old: Path, new: Path) -> Delta:
         bytes=int(after.bytes.sum()),
         new_bytes=int(after.bytes[after.are_missing_from(before)].sum()),
         removed_bytes=int(before.bytes[before.are_missing_from(after)].sum()),
+        has_same_documents=sorted(_read_documents(old)) == sorted(_read_documents(new)),
     )
 
 

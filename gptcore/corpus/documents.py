@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gptcore.corpus.blocks import cut_blocks
+from gptcore.corpus.normalize import MIN_VIEW_BYTES, normalize
 from gptcore.corpus.sources import Document
 from gptcore.progress import Progress
 
@@ -30,15 +31,20 @@ class DocumentEntry(NamedTuple):
     offset: int
     bytes: int
     chars: int
+    view_sha256: str
+    """Hash of the normalised view. Empty if the view is too short to tell a copy from a coincidence."""
+    is_copy: bool = False
+    """Whether the document is a copy of another one, perhaps in another form."""
 
 
 class DocumentStore:
-    """The documents that have text and are not an exact copy of an earlier one, with counts of those left out.
+    """The documents that have text, with counts of those left out. Copies are left out unless `keeps_copies`.
 
     Subclasses say where the text is: they implement `read_chunks`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, keeps_copies: bool) -> None:
+        self._keeps_copies = keeps_copies
         self.entries: list[DocumentEntry] = []
         self.dropped: Counter[str] = Counter()
         """empty_documents, duplicate_documents, duplicate_bytes."""
@@ -46,17 +52,37 @@ class DocumentStore:
         self._seen: set[str] = set()
 
     def add(self, document: DocumentEntry, is_blank: bool) -> bool:
-        """Count the next document. Keep it unless it is blank or a copy, and return whether it was kept."""
+        """Count the next document. Keep it unless it is blank or an exact copy, and return whether it was kept."""
         self._totals.setdefault(document.source, Counter()).update(documents=1, bytes=document.bytes)
         if is_blank:
             self.dropped.update(empty_documents=1)
-        elif document.sha256 in self._seen:
+        elif document.sha256 in self._seen and not self._keeps_copies:
             self.dropped.update(duplicate_documents=1, duplicate_bytes=document.bytes)
         else:
             self._seen.add(document.sha256)
             self.entries.append(document)
             return True
         return False
+
+    def settle_copies(self) -> None:
+        """Leave out or mark the documents that are copies of another one in another form. Call this after all `add`.
+
+        Documents with the same view are copies. Of these, the shortest is the original, so that line ends, indents and
+        quoting marks make a copy; then the one with the smallest hash. So the order of the documents does not matter.
+        """
+        originals: dict[str, DocumentEntry] = {}
+        for document in self.entries:
+            original = originals.setdefault(document.view_sha256 or document.sha256, document)
+            if (document.bytes, document.sha256) < (original.bytes, original.sha256):
+                originals[document.view_sha256 or document.sha256] = document
+        kept = []
+        for document in self.entries:
+            is_copy = originals[document.view_sha256 or document.sha256] is not document
+            if is_copy and not self._keeps_copies:
+                self.dropped.update(duplicate_documents=1, duplicate_bytes=document.bytes)
+            else:
+                kept.append(document._replace(is_copy=is_copy))
+        self.entries = kept
 
     @property
     def per_source(self) -> list[dict[str, Any]]:
@@ -96,9 +122,9 @@ class DocumentStore:
 class Spool(DocumentStore):
     """The documents that one process has read, in one file."""
 
-    def __init__(self, file: IO[bytes], documents: Iterable[Document]) -> None:
-        """Write every document into the empty `file`, and remove it from the file again if it is blank or a copy."""
-        super().__init__()
+    def __init__(self, file: IO[bytes], documents: Iterable[Document], keeps_copies: bool = False) -> None:
+        """Write every document into the empty `file`, and remove it from the file again if `add` does not keep it."""
+        super().__init__(keeps_copies)
         self._file = file
         progress = Progress("ingest", "read")
         for document in documents:
@@ -109,6 +135,7 @@ class Spool(DocumentStore):
             if not self.add(chunks.make_entry(document, offset), chunks.is_blank):
                 file.seek(offset)
                 file.truncate()
+        self.settle_copies()
 
     def read_chunks(self, start: int, end: int) -> Iterator[bytes]:
         """See `DocumentStore`."""
@@ -120,8 +147,8 @@ class MeasuredChunks:
 
     def __init__(self, chunks: Iterable[bytes]) -> None:
         self._chunks = chunks
-        self._digest = hashlib.sha256()
-        self._bytes = self._chars = 0
+        self._digest, self._view_digest = hashlib.sha256(), hashlib.sha256()
+        self._bytes = self._chars = self._view_bytes = 0
         self.is_blank = True
 
     def __iter__(self) -> Iterator[bytes]:
@@ -130,12 +157,16 @@ class MeasuredChunks:
             self._chars += len(find_character_starts(chunk))
             self._bytes += len(chunk)
             self._digest.update(chunk)
+            view = normalize(chunk)
+            self._view_bytes += len(view)
+            self._view_digest.update(view)
             yield chunk
 
     def make_entry(self, document: Document, offset: int) -> DocumentEntry:
         """Return the entry of the document, whose text begins at `offset`. All chunks must have been read."""
+        view_sha256 = self._view_digest.hexdigest() if self._view_bytes >= MIN_VIEW_BYTES else ""
         sha256 = self._digest.hexdigest()
-        return DocumentEntry(document.name, document.source, sha256, offset, self._bytes, self._chars)
+        return DocumentEntry(document.name, document.source, sha256, offset, self._bytes, self._chars, view_sha256)
 
 
 def read_chunks(file: IO[bytes], start: int, end: int) -> Iterator[bytes]:

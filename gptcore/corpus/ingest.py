@@ -3,13 +3,15 @@
 All documents are first written one after another into a temporary file. So the bytes that are hashed are the bytes that
 are used, and a corpus need not fit into memory. The documents of a large corpus are written in shards, by several
 processes (shards.py). The documents are cut into blocks, and split.py assigns the blocks to their sides.
-Then contamination is removed from train: text that val or holdout holds too (contamination.py).
+Then contamination is removed (contamination.py): from train the text that val or holdout holds too, and from val the
+text that holdout holds too.
 
 snapshot.py reads snapshots.
 """
 
 import contextlib
 import functools
+import hashlib
 import tempfile
 from array import array
 from collections import Counter
@@ -23,16 +25,17 @@ import numpy as np
 from gptcore import manifest
 from gptcore.config import CorpusConfig
 from gptcore.corpus import contamination, shards, sources, split
-from gptcore.corpus.contamination import PassageFile, Positions
+from gptcore.corpus.contamination import Positions
 from gptcore.corpus.documents import DocumentStore, Spool, read_chunks
+from gptcore.corpus.normalize import PassageFile, normalize, normalize_file
 from gptcore.corpus.shards import WHOLE_BYTES, ShardDocuments
-from gptcore.corpus.snapshot import DOCUMENTS, TRAIN_BLOCKS, Snapshot, load_snapshot, passage_bounds
+from gptcore.corpus.snapshot import DOCUMENTS, TRAIN_BLOCKS, BlockEntry, Snapshot, load_snapshot, passage_bounds
 from gptcore.corpus.split import SIDES
 from gptcore.errors import CorpusError
 from gptcore.processes import MapShards, map_in_processes
 from gptcore.progress import Progress
 
-CORPUS_VERSION = 2
+CORPUS_VERSION = 3
 """Raised when equal documents would give other blocks, sides or files."""
 
 _DROPPED = (
@@ -42,8 +45,11 @@ _DROPPED = (
     "duplicate_bytes",
     "guard_runs",
     "guard_bytes",
+    "val_guard_runs",
+    "val_guard_bytes",
 )
-_RAW_TRAIN, _RAW_TRAIN_BLOCKS = "train.raw", "train-blocks.raw"
+_RAW = {"train": ("train.raw", "train-blocks.raw"), "val": ("val.raw", "val-blocks.raw")}
+"""The text and the list of blocks of a side before contamination is removed."""
 
 
 def ingest(cfg: CorpusConfig, corpora: Path, base: Path, map_shards: MapShards = map_in_processes) -> Snapshot:
@@ -65,11 +71,11 @@ def ingest(cfg: CorpusConfig, corpora: Path, base: Path, map_shards: MapShards =
     if sum(file.num_bytes for file in files) <= WHOLE_BYTES or len(files) == 1:
         with tempfile.TemporaryFile(dir=corpora) as file:
             documents = sources.read_documents(files, downloads, cfg.errors)
-            return _make_snapshot(cfg, Spool(file, documents), corpora, map_shards)
+            return _make_snapshot(cfg, Spool(file, documents, cfg.duplicates == "keep"), corpora, map_shards)
     with shards.lock_work_directory(corpora.absolute(), key) as directory:
         planned = shards.plan_shards(files, cfg.errors, cfg.block_bytes, directory)
         shard_directories = map_shards("ingest", "read", shards.read_shard, planned)
-        with contextlib.closing(ShardDocuments(shard_directories)) as shard_documents:
+        with contextlib.closing(ShardDocuments(shard_directories, cfg.duplicates == "keep")) as shard_documents:
             return _make_snapshot(cfg, shard_documents, corpora, map_shards)
 
 
@@ -91,7 +97,8 @@ def _make_snapshot(cfg: CorpusConfig, documents: DocumentStore, corpora: Path, m
 
 def _split_settings(cfg: CorpusConfig) -> dict[str, Any]:
     keys = ("split", "block_bytes", "val_fraction", "holdout_fraction")
-    return {key: getattr(cfg, key) for key in keys}
+    kept = {"duplicates": cfg.duplicates} if cfg.duplicates == "keep" else {}
+    return {key: getattr(cfg, key) for key in keys} | kept
 
 
 @dataclass
@@ -136,13 +143,14 @@ def _write_snapshot(
     dropped = Counter(dict.fromkeys(_DROPPED, 0))
     dropped.update(documents.dropped)
     sides = _write_sides(cfg, documents, staged, dropped)
-    removed = _remove_contamination(staged, sides, map_shards)
-    dropped.update(guard_runs=len(removed), guard_bytes=int(np.diff(removed).sum()))
-    _write_train_blocks(staged, sides["train"], removed)
-    for raw in (_RAW_TRAIN, _RAW_TRAIN_BLOCKS):
+    runs = _find_contamination(staged, sides, map_shards)
+    _cut_train(staged, sides["train"], runs["train"])
+    counts = {name: len(sides[name].block_bytes) for name in SIDES} | {"val": _cut_val(staged, runs["val"])}
+    for raw in (name for names in _RAW.values() for name in names):
         (staged / raw).unlink(missing_ok=True)
-    counts = {name: len(sides[name].block_bytes) for name in SIDES}
     sizes = {name: (staged / f"{name}.txt").stat().st_size for name in SIDES}
+    dropped.update(guard_runs=len(runs["train"]), guard_bytes=int(np.diff(runs["train"]).sum()))
+    dropped.update(val_guard_runs=len(runs["val"]), val_guard_bytes=sum(sides["val"].block_bytes) - sizes["val"])
     _check_sides(cfg, counts, sizes, dropped)
     documents.write_list(staged / DOCUMENTS)
     totals = {"documents": len(documents.entries), "blocks": counts, "bytes": sizes, "dropped": dict(dropped)}
@@ -152,11 +160,11 @@ def _write_snapshot(
 def _write_sides(
     cfg: CorpusConfig, documents: DocumentStore, staged: Path, dropped: Counter[str]
 ) -> dict[str, _SideWriter]:
-    """Write all sides with the lists of their blocks, train as it is before contamination is removed.
+    """Write all sides with the lists of their blocks, train and val as they are before contamination is removed.
 
     Counts duplicate blocks in `dropped`.
     """
-    files = {name: (f"{name}.txt", f"{name}.jsonl") for name in SIDES} | {"train": (_RAW_TRAIN, _RAW_TRAIN_BLOCKS)}
+    files = {name: (f"{name}.txt", f"{name}.jsonl") for name in SIDES} | _RAW
     sides = {
         name: _SideWriter((staged / text).open("wb"), (staged / index).open("w"))
         for name, (text, index) in files.items()
@@ -167,8 +175,7 @@ def _write_sides(
         progress.add(len(block.data))
         place = (block.document, block.side)
         if block.side in sides:
-            is_joined = block.side == "train" or cfg.split == "contiguous"
-            sides[block.side].add(block, extends_passage=is_joined and place == last)
+            sides[block.side].add(block, extends_passage=place == last)
         else:
             dropped.update(duplicate_blocks=1, duplicate_bytes=len(block.data))
         last = place
@@ -177,30 +184,77 @@ def _write_sides(
     return sides
 
 
-def _remove_contamination(staged: Path, sides: dict[str, _SideWriter], map_shards: MapShards) -> Positions:
-    """Write train.txt and its index without the runs that val or holdout hold too.
+def _find_contamination(staged: Path, sides: dict[str, _SideWriter], map_shards: MapShards) -> dict[str, Positions]:
+    """Find the runs of train that val or holdout holds too, and those of val that holdout holds too.
 
-    Returns (runs, 2), the start and end of each removed run in the file as it was before.
+    Returns (runs, 2) for both sides: the start and end of each run in the file as it is before they are removed.
     """
-    train, val, holdout = (
-        PassageFile(staged / file, passage_bounds(sides[name].passage_bytes))
-        for name, file in (("train", _RAW_TRAIN), ("val", "val.txt"), ("holdout", "holdout.txt"))
-    )
-    removed = contamination.find_shared_runs(train, [val, holdout], map_shards)
-    passages = _list_clean_passages(sides["train"].passage_documents, train.bounds, removed)
+    with tempfile.TemporaryDirectory(prefix="views-", dir=staged) as views:
+        train, val, holdout = (
+            normalize_file(
+                PassageFile(staged / file, passage_bounds(sides[name].passage_bytes)), Path(views).absolute() / name
+            )
+            for name, file in (("train", _RAW["train"][0]), ("val", _RAW["val"][0]), ("holdout", "holdout.txt"))
+        )
+        return {
+            "train": contamination.find_shared_runs(train, [val, holdout], map_shards),
+            "val": contamination.find_shared_runs(val, [holdout], map_shards),
+        }
+
+
+def _cut_train(staged: Path, train: _SideWriter, removed: Positions) -> None:
+    """Write train.txt, its index and the list of its blocks without the runs `removed`, (runs, 2)."""
+    raw_text = staged / _RAW["train"][0]
+    passages = _list_clean_passages(train.passage_documents, passage_bounds(train.passage_bytes), removed)
     offset = 0
     with (staged / "train.jsonl").open("w") as index:
         for document, start, end in passages:
             index.write(f'{{"document": {document}, "offset": {offset}, "bytes": {end - start}}}\n')
             offset += end - start
+    _write_train_blocks(staged, train, removed)
     if not len(removed):
-        train.path.rename(staged / "train.txt")
-        return removed
-    with train.path.open("rb") as raw, (staged / "train.txt").open("wb") as text:
+        raw_text.rename(staged / "train.txt")
+        return
+    with raw_text.open("rb") as raw, (staged / "train.txt").open("wb") as text:
         for _, start, end in passages:
             for chunk in read_chunks(raw, start, end):
                 text.write(chunk)
-    return removed
+
+
+def _cut_val(staged: Path, removed: Positions) -> int:
+    """Write val.txt and the list of its blocks without the runs `removed`, (runs, 2). Return the number of blocks.
+
+    What is left of a block in one piece is a block of its own, unless it holds nothing but white space and punctuation.
+    """
+    raw_text, raw_blocks = (staged / name for name in _RAW["val"])
+    count = offset = 0
+    with (
+        raw_text.open("rb") as raw,
+        raw_blocks.open() as lines,
+        (staged / "val.txt").open("wb") as text,
+        (staged / "val.jsonl").open("w") as index,
+    ):
+        for entry in map(BlockEntry.from_json, lines):
+            for data in _cut_block(raw.read(entry.bytes), entry, removed):
+                sha256 = hashlib.sha256(data).hexdigest()
+                index.write(BlockEntry(entry.document, offset, len(data), sha256).to_json() + "\n")
+                text.write(data)
+                offset, count = offset + len(data), count + 1
+    return count
+
+
+def _cut_block(data: bytes, entry: BlockEntry, removed: Positions) -> list[bytes]:
+    """Return the pieces of a block that the runs `removed`, (runs, 2), leave. A block without a run is one piece."""
+    assert entry.offset is not None
+    low, high = (
+        np.searchsorted(removed[:, 1], entry.offset, side="right"),
+        np.searchsorted(removed[:, 0], entry.offset + entry.bytes),
+    )
+    if low >= high:
+        return [data]
+    borders = [0, *(removed[low:high].ravel() - entry.offset).clip(0, entry.bytes).tolist(), entry.bytes]
+    pieces = [data[start:end] for start, end in zip(borders[::2], borders[1::2])]
+    return [piece for piece in pieces if normalize(piece)]
 
 
 def _write_train_blocks(staged: Path, train: _SideWriter, removed: Positions) -> None:
@@ -212,7 +266,7 @@ def _write_train_blocks(staged: Path, train: _SideWriter, removed: Positions) ->
     before = np.searchsorted(ends, starts, side="right")  # (blocks,) number of runs before each block
     firsts = np.append(removed[:, 0], np.iinfo(np.int64).max)[before]  # (blocks,) start of the next run
     is_whole, offsets = firsts >= starts + sizes, starts - total[before]  # (blocks,) each
-    with (staged / _RAW_TRAIN_BLOCKS).open() as raw, (staged / TRAIN_BLOCKS).open("w") as index:
+    with (staged / _RAW["train"][1]).open() as raw, (staged / TRAIN_BLOCKS).open("w") as index:
         for line, is_kept, offset in zip(raw, is_whole.tolist(), offsets.tolist()):
             document, _, rest = line.split(", ", 2)
             index.write(f'{document}, "offset": {offset if is_kept else "null"}, {rest}')

@@ -2,7 +2,7 @@
 
     text.bin         the documents that are not blank, one after another
     blocks.bin       length and sha256 of each of their blocks
-    documents.jsonl  every document: name, source, sha256, offset, bytes, characters, whether it is blank
+    documents.jsonl  every document: the values of its DocumentEntry, and whether it is blank
 
 A shard is a list of files that are read together: about 16 MiB of text at most, unless a single file is larger. The
 name of a shard directory follows from the shard, and its manifest says which bytes it was made from. So the next run
@@ -36,7 +36,7 @@ SHARD_BYTES = 16 * 1024 * 1024
 """About how much text a shard holds."""
 WHOLE_BYTES = 256 * 1024 * 1024
 """Up to this much text is processed without shards: at 100 MB, shards took two processes longer than no shards."""
-SHARDS_VERSION = 1
+SHARDS_VERSION = 2
 """Raised when equal files would give other shard directories."""
 
 _TEXT, _BLOCKS, _DOCUMENTS = "text.bin", "blocks.bin", "documents.jsonl"
@@ -178,8 +178,8 @@ def _append_document(document: Document, block_bytes: int, text: IO[bytes], bloc
 class ShardDocuments(DocumentStore):
     """The documents of several shard directories. Offsets continue from one directory to the next, as in one file."""
 
-    def __init__(self, directories: Sequence[Path]) -> None:
-        super().__init__()
+    def __init__(self, directories: Sequence[Path], keeps_copies: bool = False) -> None:
+        super().__init__(keeps_copies)
         self._directories = directories
         self._offsets: list[int] = []
         self._open_shards: dict[int, _OpenShard] = {}
@@ -187,9 +187,11 @@ class ShardDocuments(DocumentStore):
         for directory in directories:
             self._offsets.append(offset)
             with (directory / _DOCUMENTS).open() as lines:
-                for name, source, sha256, start, size, chars, is_blank in map(json.loads, lines):
-                    self.add(DocumentEntry(name, source, sha256, offset + start, size, chars), is_blank)
+                for *values, is_blank in map(json.loads, lines):
+                    document = DocumentEntry(*values)
+                    self.add(document._replace(offset=offset + document.offset), is_blank)
             offset += (directory / _TEXT).stat().st_size
+        self.settle_copies()
 
     def read_chunks(self, start: int, end: int) -> Iterator[bytes]:
         """See `DocumentStore`."""

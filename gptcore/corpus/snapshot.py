@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gptcore import manifest
-from gptcore.corpus import contamination
 from gptcore.corpus.contamination import Positions
+from gptcore.corpus.normalize import PassageFile
 from gptcore.errors import CheckpointError
 
 DOCUMENTS = "documents.jsonl"
@@ -38,8 +38,9 @@ class Snapshot:
     bytes: dict[str, int]
     """Size of each side's file."""
     dropped: dict[str, int]
-    """empty_documents, duplicate_documents, duplicate_blocks, duplicate_bytes, guard_runs, guard_bytes. The guard_
-    counts are the runs and bytes of contamination that were removed from train."""
+    """empty_documents, duplicate_documents, duplicate_blocks, duplicate_bytes, guard_runs, guard_bytes, val_guard_runs,
+    val_guard_bytes. The guard_ counts are the runs and bytes of contamination that were removed from train, and the
+    val_guard_ counts those that were removed from val."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,17 @@ class BlockEntry(NamedTuple):
     offset: int | None
     """Byte of {side}.txt at which the block begins. None for a train block that lost contamination."""
     bytes: int
-    """Length of the block, before contamination was removed."""
+    """Length of the block; for train, before contamination was removed."""
     sha256: str
+
+    @classmethod
+    def from_json(cls, line: str) -> "BlockEntry":
+        """Read a line of a side's list of blocks."""
+        return cls(**json.loads(line))
+
+    def to_json(self) -> str:
+        """Return the line of a side's list of blocks."""
+        return json.dumps(self._asdict())
 
 
 def load_snapshot(path: Path) -> Snapshot:
@@ -74,8 +84,8 @@ def read_passages(path: Path, side: str) -> Iterator[str]:
     """Yield the passages (contiguous text) of one side, in order.
 
     A passage of train is a sequence of neighbouring blocks of one document. It ends where contamination was removed or
-    where a block of another side came between. In val and holdout each block is a passage; with split contiguous, each
-    document is.
+    where a block of another side came between. In val and holdout each block is a passage; with split contiguous, the
+    neighbouring blocks of a document are.
     """
     lengths = _read_passage_lengths(path, side)
     with (path / f"{side}.txt").open("rb") as file:
@@ -92,7 +102,7 @@ def read_blocks(path: Path, side: str) -> Iterator[Block]:
 
 
 def read_block_entries(path: Path, side: str) -> Iterator[BlockEntry]:
-    """Yield the blocks of any side without their text, in order, as they were before contamination was removed.
+    """Yield the blocks of any side without their text, in order; those of train as they were before the cuts.
 
     Raises CheckpointError for train if an earlier release, which kept no list of train blocks, made the snapshot.
     """
@@ -103,12 +113,12 @@ def read_block_entries(path: Path, side: str) -> Iterator[BlockEntry]:
             "Start a new run: it reads the sources again."
         )
     with index.open() as lines:
-        yield from (BlockEntry(**json.loads(line)) for line in lines)
+        yield from map(BlockEntry.from_json, lines)
 
 
-def side_text(path: Path, side: str) -> contamination.PassageFile:
+def side_text(path: Path, side: str) -> PassageFile:
     """Return one side of a snapshot with the bounds of its passages, for a search for contamination."""
-    return contamination.PassageFile(path / f"{side}.txt", passage_bounds(list(_read_passage_lengths(path, side))))
+    return PassageFile(path / f"{side}.txt", passage_bounds(list(_read_passage_lengths(path, side))))
 
 
 def passage_bounds(lengths: Sequence[int]) -> Positions:

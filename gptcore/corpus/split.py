@@ -21,7 +21,7 @@ class BlockWithSide(NamedTuple):
 
     document: int
     side: str
-    """One of SIDES, or `duplicate` for a block that is on a side already."""
+    """One of SIDES, or `duplicate` for a copy that is left out."""
     sha256: str
     data: bytes
 
@@ -32,14 +32,17 @@ def assign_blocks(cfg: CorpusConfig, documents: DocumentStore) -> Iterator[Block
 
 
 def _assign_by_hash(cfg: CorpusConfig, documents: DocumentStore) -> Iterator[BlockWithSide]:
-    """Yield all blocks with the side of their hash. The second copy of a block has the side `duplicate`."""
+    """Yield all blocks with the side of their hash, or `duplicate` for copies that are left out."""
     seen: set[bytes] = set()
     for number, document in enumerate(documents.entries):
         for data, digest in documents.read_blocks(document, cfg.block_bytes):
             sha256 = digest.hex()
-            side = "duplicate" if digest in seen else side_of(sha256, cfg.val_fraction, cfg.holdout_fraction)
+            side = side_of(sha256, cfg.val_fraction, cfg.holdout_fraction)
+            if (document.is_copy or digest in seen) and not (cfg.duplicates == "keep" and side == "train"):
+                side = "duplicate"
+            else:
+                seen.add(digest)
             yield BlockWithSide(number, side, sha256, data)
-            seen.add(digest)
 
 
 def _assign_by_position(cfg: CorpusConfig, documents: DocumentStore) -> Iterator[BlockWithSide]:
@@ -60,8 +63,9 @@ def _assign_by_position(cfg: CorpusConfig, documents: DocumentStore) -> Iterator
             else:
                 cuts = cut_blocks(documents.read_chunks(start, end), cfg.block_bytes)
                 blocks = ((data, hashlib.sha256(data).digest()) for data in cuts)
+            is_left_out = document.is_copy and side != "train"
             for data, digest in blocks:
-                yield BlockWithSide(number, side, digest.hex(), data)
+                yield BlockWithSide(number, "duplicate" if is_left_out else side, digest.hex(), data)
         first += document.chars
 
 

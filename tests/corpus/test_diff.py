@@ -51,6 +51,7 @@ def test_added_removed_and_changed_documents_are_counted_with_their_bytes(tmp_pa
         bytes=TOTAL + new_bytes - removed_bytes,
         new_bytes=new_bytes,
         removed_bytes=removed_bytes,
+        has_same_documents=False,
     )
     assert delta.new_share == new_bytes / (TOTAL + new_bytes - removed_bytes)
 
@@ -65,7 +66,7 @@ def test_renaming_copying_and_reordering_do_not_count_as_changes(tmp_path: Path,
         snapshot(tmp_path, {**TEXTS, "copy.txt": TEXTS["03.txt"], "empty.txt": ""}, split=way),
         snapshot(tmp_path, {"all.jsonl": lines}, split=way),
     ):
-        assert compare_snapshots(before, after) == Delta(0, 0, 0, 41, TOTAL, 0, 0)
+        assert compare_snapshots(before, after) == Delta(0, 0, 0, 41, TOTAL, 0, 0, True)
         assert pick_new_blocks(before, after, 10**9) == []
 
 

@@ -43,7 +43,7 @@ def test_python_docs_fill_all_sides_with_the_default_settings(tmp_path: Path) ->
     assert snapshot.documents + snapshot.dropped["duplicate_documents"] > 70
     assert all(snapshot.blocks[side] for side in SIDES)
     assert sum(snapshot.bytes.values()) + sum(
-        snapshot.dropped[key] for key in ("duplicate_bytes", "guard_bytes")
+        snapshot.dropped[key] for key in ("duplicate_bytes", "guard_bytes", "val_guard_bytes")
     ) == sum(source["bytes"] for source in manifest.read_about(snapshot.path)["sources"])
 
 
@@ -146,6 +146,8 @@ def test_copies_and_blank_documents_are_dropped_and_counted(tmp_path: Path) -> N
         "duplicate_bytes": len(MANY["000.txt"].encode()),
         "guard_runs": 0,
         "guard_bytes": 0,
+        "val_guard_runs": 0,
+        "val_guard_bytes": 0,
     }
 
 

@@ -9,6 +9,7 @@ from flows.config.pipelines import SECTIONS, Pipeline
 from flows.registry import versions
 from flows.retrain.flow import Outcome, retrain
 from flows.state.root import StateRoot
+from gptcore.corpus import ingest
 from tests.tiny import prose
 
 pytestmark = pytest.mark.usefixtures("prefect_server", "root")
@@ -53,7 +54,7 @@ def test_a_run_trains_only_if_the_champion_is_worse_on_the_new_text(tiny: Pipeli
 
 
 def test_changed_settings_are_trained_under_any_policy_and_a_rejected_training_is_not_repeated(
-    tiny: Pipeline, root: StateRoot, caplog: pytest.LogCaptureFixture
+    tiny: Pipeline, root: StateRoot, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     strict = asking(tiny, retrain={"when": "share", "min_new_share": 0.9})
     run(strict)
@@ -62,6 +63,9 @@ def test_changed_settings_are_trained_under_any_policy_and_a_rejected_training_i
     assert (name, outcome.uri) == ("Kept champion", "models:/gpt-tiny/2")
     assert "the settings are not those of version 1: train.max_steps 60 -> 5" in caplog.text
     assert run(worse)[1].reason.startswith("nothing changed since version 2")
+    with monkeypatch.context() as later_release:
+        later_release.setattr(ingest, "CORPUS_VERSION", 99)
+        assert run(worse)[1].reason.startswith("nothing changed since version 2"), "the same documents"
     # Back to the first settings: the newest training had others, but version 1 was trained with these.
     name, outcome = run(strict)
     assert name == "Skipped" and "learned exactly this" in outcome.reason

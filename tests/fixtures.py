@@ -19,7 +19,7 @@ from gptcore.bundle import write_bundle
 from gptcore.config import ModelConfig, RunConfig, TrainConfig
 from gptcore.manifest import MANIFEST, commit, seal, sha256_of, sha256_of_file, stage
 from gptcore.tokens.directory import Tokens
-from gptcore.tokens.tokenizer import get_tokenizer
+from gptcore.tokens.tokenizer import Tokenizer, get_tokenizer
 from gptcore.training.run_directory import Result, RunDirectory, describe_result
 from tests import databases, forks, pictures
 from tests.servers import Prefect, Receiver, Up, clean
@@ -56,6 +56,12 @@ def _undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 def project(tmp_path: Path) -> Path:
     """A directory with a text and a pipelines.yaml whose pipeline `tiny` trains in a second."""
     return write_project(tmp_path)
+
+
+@pytest.fixture
+def tokenizer() -> Tokenizer:
+    """The tokenizer of the tiny model: a byte is a token."""
+    return get_tokenizer("bytes")
 
 
 @pytest.fixture(scope="session")

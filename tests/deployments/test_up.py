@@ -56,7 +56,7 @@ def test_up_answers_runs_flows_reports_that_it_is_up_already_and_leaves_no_proce
 def test_dead_servers_are_restarted_the_next_start_ends_what_a_kill_left_and_doctor_reports_both(
     up: Up,
 ) -> None:
-    def told() -> tuple[int, list[dict[str, Any]]]:
+    def run_doctor() -> tuple[int, list[dict[str, Any]]]:
         done = up.command("doctor", "--json")
         return done.returncode, json.loads(done.stdout)
 
@@ -67,8 +67,8 @@ def test_dead_servers_are_restarted_the_next_start_ends_what_a_kill_left_and_doc
     wait_for(lambda: not set(before.values()) & set(up.servers().processes.values()), 90)
     wait_for(lambda: answers(f"{up.servers().prefect_api}/health") and answers(f"{up.servers().mlflow}/health"), 60)
     # What the killed MLflow server left behind may still answer while the new one starts.
-    wait_for(lambda: told()[0] == 0, 60)
-    _, found = told()
+    wait_for(lambda: run_doctor()[0] == 0, 60)
+    _, found = run_doctor()
     servers = [check["message"].split(" at ")[0] for check in found if check["check"] == "servers"]
     assert sorted(servers) == [
         "MLflow answers",
@@ -88,7 +88,7 @@ def test_dead_servers_are_restarted_the_next_start_ends_what_a_kill_left_and_doc
     for process in reversed(up.processes()):
         process.kill()
     up.process.wait(30)
-    code, found = told()
+    code, found = run_doctor()
     assert code == 1
     assert [check["message"] for check in found if not check["ok"]] == [
         "gptflow was up and was killed: nothing is scheduled or started any more"

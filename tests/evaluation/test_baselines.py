@@ -12,17 +12,11 @@ from gptcore.corpus.snapshot import Block
 from gptcore.errors import CorpusError
 from gptcore.evaluation import baselines as module
 from gptcore.evaluation.baselines import count_tokens, measure_compressed_size, score_baselines, sum_unigram_nats
-from gptcore.tokens.tokenizer import get_tokenizer
 from tests.tiny import prose
 
 
 def blocks(*texts):
     return [Block(document=0, sha256=str(index), text=text) for index, text in enumerate(texts)]
-
-
-@pytest.fixture
-def tokenizer():
-    return get_tokenizer("bytes")
 
 
 def scored(tokenizer, tmp_path, train, *held_out):

@@ -16,7 +16,6 @@ from gptcore.evaluation.bits_per_byte import Evaluation, evaluate_blocks, evalua
 from gptcore.generation.quantize import quantize
 from gptcore.model.gpt import GPTModel
 from gptcore.model.loss import calc_loss_loader
-from gptcore.tokens.tokenizer import get_tokenizer
 from gptcore.training.preserve import preserve_training_state
 from tests.tiny import TINY_CFG
 
@@ -26,11 +25,6 @@ TEXTS = [
     "x",
     "a somewhat longer text, so that several windows are needed to see it all " * 2,
 ]
-
-
-@pytest.fixture
-def tokenizer():
-    return get_tokenizer("bytes")
 
 
 @pytest.fixture

@@ -14,13 +14,7 @@ from gptcore.evaluation import samples as module
 from gptcore.evaluation.samples import Sample, compute_distinct, find_longest_copies, render_samples, write_samples
 from gptcore.generation.generate import generate
 from gptcore.model.gpt import GPTModel
-from gptcore.tokens.tokenizer import get_tokenizer
 from tests.tiny import TINY_CFG, prose
-
-
-@pytest.fixture
-def tokenizer():
-    return get_tokenizer("bytes")
 
 
 @pytest.fixture

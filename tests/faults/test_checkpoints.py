@@ -18,6 +18,7 @@ from gptcore import manifest
 from gptcore.errors import CheckpointError, DiskFull, NewerFormat
 from gptcore.training import checkpoint
 from gptcore.training.state import TrainState
+from tests.faults.test_hostile_files import Payload
 from tests.training.checkpoints import CFG, IDENTITY, TRAIN, everything, names, restored, saved, train_on
 
 NEWEST = "step-00000006"
@@ -224,16 +225,6 @@ def test_a_committed_directory_of_another_kind_is_not_a_checkpoint(tmp_path: Pat
 
 
 # Hostile checkpoints.
-
-
-class Payload:
-    """An object that creates a file when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        return Path.touch, (self.path,)
 
 
 @pytest.mark.parametrize("name", ["model", "optimizer", "random", "best"])

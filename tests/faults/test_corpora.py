@@ -10,9 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import mlflow
 import pytest
-from mlflow import MlflowClient
 
 from flows.config.pipelines import Pipeline
 from flows.state.root import StateRoot
@@ -27,6 +25,7 @@ from gptcore.errors import CorpusError
 from gptcore.tokens.files import tokenize
 from tests.corpus.test_ingest import MANY, snapshot_of
 from tests.corpus.test_sources import make_tree, names, read_sources, texts
+from tests.retrain.test_flow import mlflow_runs
 from tests.retrain.test_policy import TRAINED, asking, run
 from tests.tiny import odd_prose
 
@@ -78,11 +77,6 @@ def test_too_little_text_is_refused_with_counts_and_the_minimum_before_any_mlflo
         run(asking(tiny, corpus=corpus_keys, model=model_keys))
     assert mlflow_runs(root) == []
     assert not list(root.corpora.glob(".tmp-*")) and not list((root.path / "runs").glob("*/*"))
-
-
-def mlflow_runs(root: StateRoot) -> list[mlflow.entities.Run]:
-    client = MlflowClient(root.tracking_uri)
-    return client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
 
 
 # Odd and huge text.

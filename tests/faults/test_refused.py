@@ -1,6 +1,5 @@
 """Input that a trainer refuses: the checkpoint of another training, other tokens, code in place of weights."""
 
-import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from gptcore.tokens.directory import Tokens
 from gptcore.training.run_directory import RunDirectory
 from tests.faults.dying import live
 from tests.faults.kills import Twin, killed_at
+from tests.faults.test_hostile_files import Payload
 from tests.tiny import make_tokens
 from tests.trainings import edit_config, prepare
 
@@ -86,16 +86,6 @@ def test_weights_damaged_after_the_training_are_neither_judged_nor_registered(
 # Hostile checkpoints.
 
 
-class Payload:
-    """An object that creates a directory when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.path),)
-
-
 def test_a_pickle_planted_in_a_checkpoint_is_not_executed_and_the_training_ends_like_its_twin(
     tmp_path: Path, tokens: Tokens
 ) -> None:
@@ -104,7 +94,7 @@ def test_a_pickle_planted_in_a_checkpoint_is_not_executed_and_the_training_ends_
     assert killed_at(run, "after update 12 begins")
     payload = pickle.dumps(Payload(tmp_path / "executed"))
     pickle.loads(payload)
-    (tmp_path / "executed").rmdir()
+    (tmp_path / "executed").unlink()
     (run.checkpoints / "step-00000010" / "model.safetensors").write_bytes(payload)
     life = live(run)
     assert life.code == 0 and "checkpoint skipped" in life.said

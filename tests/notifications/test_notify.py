@@ -120,7 +120,7 @@ def test_a_block_on_the_server_gets_the_message_and_a_missing_block_is_logged(
 def test_a_served_pipeline_reports_promotions_failures_kills_and_stops(
     project: Path, server: Prefect, receiver: Receiver
 ) -> None:
-    def told() -> list[tuple[str, ...]]:
+    def list_messages() -> list[tuple[str, ...]]:
         return [(message["event"], message["title"], message["flow_run_id"]) for message in receiver.got]
 
     dead = {"webhook": "http://127.0.0.1:9/hook"}  # an unreachable target must not affect the others
@@ -142,7 +142,7 @@ def test_a_served_pipeline_reports_promotions_failures_kills_and_stops(
         flow_process(project).terminate()
         assert server.ended(stopped)["type"] == "CRASHED"
         wait_for(lambda: len(receiver.got) == 4, 30)
-    assert told() == [
+    assert list_messages() == [
         ("promotion", "night: gpt-night has a new champion", first),
         ("failure", "night: failed", failed),
         ("failure", "night: crashed", killed),

@@ -109,7 +109,7 @@ def scheduler(tmp_path: Path) -> Iterator[str]:
     log.close()
 
 
-def worked_on(task_runner: str, cfg: CorpusConfig, directory: Path) -> tuple[dict[str, bytes], list[str]]:
+def run_in_flow(task_runner: str, cfg: CorpusConfig, directory: Path) -> tuple[dict[str, bytes], list[str]]:
     """Make a snapshot and its tokens in a flow run; return their files and the names of the tasks."""
 
     @flow(persist_result=False)
@@ -150,7 +150,7 @@ def test_dask_and_ray_make_the_same_bytes_and_a_killed_worker_costs_only_its_sha
     home.mkdir()
     monkeypatch.setenv("HOME", str(home))
     directory = tmp_path / "directory"
-    made, names = worked_on(task_runner, cfg, directory)
+    made, names = run_in_flow(task_runner, cfg, directory)
     assert made == expected
     assert (directory / "1-0").exists() == (task_runner != "dask"), "a worker was killed"
     for begin in ("ingest: read", "ingest: decontaminated", "tokenize: encoded"):

@@ -173,15 +173,15 @@ def test_a_changed_text_is_trained_on_without_a_schedule(project: Path, server: 
     with Serving(project, server) as lines:
         assert lines[-1] == "added      watch"
         wait_for(lambda: runs() == ["Promoted"], 100)
-        looks = len(looked(server))
+        looks = len(list_watch_runs(server))
         (project / "text" / "two.txt").write_text(prose(2))
         wait_for(lambda: len(runs()) == 2 and set(runs()) <= {"Promoted", "Kept champion"}, 100)
-        wait_for(lambda: len(looked(server)) > looks + 2, 100)
+        wait_for(lambda: len(list_watch_runs(server)) > looks + 2, 100)
         assert len(runs()) == 2
     write_pipelines(project, night={})
     with Serving(project, server) as lines:
         assert "removed    watch" in lines
 
 
-def looked(server: Prefect) -> list[str]:
+def list_watch_runs(server: Prefect) -> list[str]:
     return [run["id"] for run in server.runs() if run["name"] == "watch" and run["end_time"]]

@@ -20,6 +20,15 @@ COMPONENTS: dict[str, tuple[Any, ...]] = {
 
 RECIPES: dict[str, dict[str, Any]] = {
     "gpt2": {component: options[0] for component, options in COMPONENTS.items()},
-    "modern": dict(zip(COMPONENTS, ("rotary", "rms", "relu2", True, True, False, False, "zero"))),
+    "modern": {
+        "positions": "rotary",
+        "norm": "rms",
+        "activation": "relu2",
+        "qk_norm": True,
+        "emb_norm": True,
+        "bias": False,
+        "tied": False,
+        "init": "zero",
+    },
 }
 """The option that each recipe chooses for each component. gpt2 is the book's model."""

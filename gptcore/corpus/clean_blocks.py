@@ -21,10 +21,9 @@ from gptcore.manifest import TEMPORARY
 
 @dataclass(frozen=True)
 class CleanBlocks:
-    """The clean blocks of one side, and how much was excluded."""
+    """The clean blocks of one side, and how much of it was excluded."""
 
     blocks: tuple[Block, ...]
-    excluded_blocks: int
     excluded_bytes: int
     """Bytes of whole blocks: a block that shares a run is excluded as a whole."""
 
@@ -53,4 +52,4 @@ def find_clean_blocks(snapshot: Path, side: str, trained_on: Sequence[Path]) -> 
     is_clean = [not shared and normalize(text) not in known for shared, text in zip(is_shared, texts)]
     kept = tuple(block for block, clean in zip(blocks, is_clean) if clean)
     excluded_bytes = sum(len(text) for text, clean in zip(texts, is_clean) if not clean)
-    return CleanBlocks(kept, len(blocks) - len(kept), excluded_bytes)
+    return CleanBlocks(kept, excluded_bytes)

@@ -80,19 +80,6 @@ def load_snapshot(path: Path) -> Snapshot:
     return Snapshot(path, *(about[key] for key in ("sha256", "documents", "blocks", "bytes", "dropped")))
 
 
-def read_passages(path: Path, side: str) -> Iterator[str]:
-    """Yield the passages (contiguous text) of one side, in order.
-
-    A passage of train is a sequence of neighbouring blocks of one document. It ends where contamination was removed or
-    where a block of another side came between. In val and holdout each block is a passage; with split contiguous, the
-    neighbouring blocks of a document are.
-    """
-    lengths = _read_passage_lengths(path, side)
-    with (path / f"{side}.txt").open("rb") as file:
-        for length in lengths:
-            yield file.read(length).decode()
-
-
 def read_blocks(path: Path, side: str) -> Iterator[Block]:
     """Yield the blocks of val or holdout, in order."""
     assert side != "train", "a block of train may have lost contamination"
@@ -117,18 +104,20 @@ def read_block_entries(path: Path, side: str) -> Iterator[BlockEntry]:
 
 
 def side_text(path: Path, side: str) -> PassageFile:
-    """Return one side of a snapshot with the bounds of its passages, for a search for contamination."""
-    return PassageFile(path / f"{side}.txt", passage_bounds(list(_read_passage_lengths(path, side))))
+    """Return one side of a snapshot with the bounds of its passages (contiguous text).
+
+    A passage of train is a sequence of neighbouring blocks of one document. It ends where contamination was removed or
+    where a block of another side came between. In val and holdout each block is a passage; with split contiguous, the
+    neighbouring blocks of a document are.
+    """
+    is_joined = side != "train" and manifest.read_about(path)["split"]["split"] == "contiguous"
+    lengths = _join_lengths(_read_index(path, side), is_joined)
+    return PassageFile(path / f"{side}.txt", passage_bounds(list(lengths)))
 
 
 def passage_bounds(lengths: Sequence[int]) -> Positions:
     """Return (passages + 1,): the offsets at which passages of these lengths begin, and the end of the last one."""
     return np.concatenate([[0], np.cumsum(np.asarray(lengths, np.int64))]).astype(np.int64)
-
-
-def _read_passage_lengths(path: Path, side: str) -> Iterator[int]:
-    is_joined = side != "train" and manifest.read_about(path)["split"]["split"] == "contiguous"
-    return _join_lengths(_read_index(path, side), is_joined)
 
 
 def _read_index(path: Path, side: str) -> Iterator[dict[str, Any]]:

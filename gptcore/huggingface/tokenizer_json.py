@@ -73,11 +73,9 @@ def convert_to_json(tokenizer: Tokenizer) -> dict[str, Any]:
     """
     encoding = tokenizer.encoding
     ranks, special, pattern = encoding._mergeable_ranks, encoding._special_tokens, encoding._pat_str
-    names = {_spell(entry): rank for entry, rank in ranks.items()}
-    if (both := names.keys() & special.keys()) or pattern not in (GPT2_PATTERN, *_TRANSLATED):
+    if (both := {_spell(entry) for entry in ranks} & special.keys()) or pattern not in (GPT2_PATTERN, *_TRANSLATED):
         reason = f"it has {both.pop()!r} twice" if both else f"the translation of its pattern is unknown: {pattern!r}"
         raise ExchangeError(f"the tokenizer {tokenizer.name} cannot be expressed as {TOKENIZER}: {reason}.")
-    merges, unreachable = derive_merges(ranks)
     return {
         "version": "1.0",
         "truncation": None,
@@ -89,18 +87,24 @@ def convert_to_json(tokenizer: Tokenizer) -> dict[str, Any]:
         "pre_tokenizer": _make_pre_tokenizer(pattern),
         "post_processor": None,
         "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": bool(unreachable),  # looks a whole word up first, as tiktoken does
-            "vocab": {**names, **special},
-            "merges": [[_spell(left), _spell(right)] for left, right in merges],
-        },
+        "model": _make_model(ranks, special),
+    }
+
+
+def _make_model(ranks: Ranks, special: Mapping[str, int]) -> dict[str, Any]:
+    """Return the vocabulary and its merges."""
+    merges, unreachable = derive_merges(ranks)
+    return {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": False,
+        "byte_fallback": False,
+        "ignore_merges": bool(unreachable),  # looks a whole word up first, as tiktoken does
+        "vocab": {**{_spell(entry): rank for entry, rank in ranks.items()}, **special},
+        "merges": [[_spell(left), _spell(right)] for left, right in merges],
     }
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from gptcore.config import TrainConfig
 from gptcore.errors import TrainingDiverged
+from gptcore.model.gpt import GPTModel
 from gptcore.model.loss import calc_loss_batch
 from gptcore.training.batches import Batches, MicroBatches, feed
 from gptcore.training.optim import learning_rate, set_learning_rate
@@ -21,7 +22,6 @@ from gptcore.training.parallel import local_shard
 from gptcore.training.preserve import preserve_training_state
 from gptcore.training.run_directory import Update
 from gptcore.training.state import TrainState
-from gptcore.training.tied_head import add_gradient_in_place
 
 
 def run_updates(state: TrainState, batches: Batches, cfg: TrainConfig) -> Iterator[Update]:
@@ -86,7 +86,7 @@ def _accumulate_gradients(state: TrainState, micro_batches: MicroBatches, precis
     """Add up the gradients of the micro-batches. Return each one's share of the mean loss: scalars."""
     losses = []
     is_alone = state.ranks.size == 1
-    with add_gradient_in_place(state.model) if is_alone else contextlib.nullcontext():
+    with _add_tied_gradient_in_place(state.model) if is_alone else contextlib.nullcontext():
         for number, (inputs, targets) in enumerate(micro_batches, 1):
             is_last = number == len(micro_batches)
             with autocast(state.device, precision):
@@ -94,6 +94,40 @@ def _accumulate_gradients(state: TrainState, micro_batches: MicroBatches, precis
             loss.backward()
             losses.append(loss.detach())
     return losses
+
+
+@contextlib.contextmanager
+def _add_tied_gradient_in_place(model: GPTModel) -> Iterator[None]:
+    """Inside this context, add the embedding's gradient to a tied head's in place, in the rows of the batch's tokens.
+
+    Autograd would make a second matrix of zeros, as large as the vocabulary, and add it. A GPU would have to wait for
+    the number of rows, so this does nothing there.
+    """
+    weight = model.tok_emb.weight  # (vocabulary, emb_dim)
+    if not (model.is_tied and weight.requires_grad and weight.device.type == "cpu"):
+        yield
+        return
+
+    def detach_embedded(_: nn.Module, inputs: tuple[Tensor], embedded: Tensor) -> Tensor:
+        # ids: (unique,); rows_of_tokens: (batch, tokens), the index in `ids` of each token
+        ids, rows_of_tokens = torch.unique(inputs[0], return_inverse=True)
+
+        def add(gradient: Tensor) -> None:  # (batch, tokens, emb_dim)
+            rows = gradient.new_zeros(len(ids), gradient.shape[-1]).index_add_(
+                0, rows_of_tokens.flatten(), gradient.flatten(0, 1)
+            )  # (unique, emb_dim)
+            assert weight.grad is not None, "the head's gradient comes first"
+            weight.grad[ids] += rows  # each id once: with repeated ids, threads would add in a random order
+
+        leaf = embedded.detach().requires_grad_()  # (batch, tokens, emb_dim)
+        leaf.register_hook(add)
+        return leaf
+
+    handle = model.tok_emb.register_forward_hook(detach_embedded)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _compute_norm(gradients: Sequence[Tensor]) -> Tensor:

@@ -1,11 +1,10 @@
 """The meaning of `auto` on this machine, and the version of training's arithmetic."""
 
-import os
-
 import torch
 
 from gptcore.config import TrainConfig, explain_uneven
 from gptcore.errors import ConfigError
+from gptcore.processes import count_cpus
 
 TRAINING_VERSION = 2
 """Raised whenever the arithmetic of training changes, so that run keys of different arithmetic differ."""
@@ -29,7 +28,6 @@ def resolve(train: TrainConfig) -> TrainConfig:
     precision = train.precision
     if precision == "auto":
         precision = "bf16" if device.startswith("cuda") else "fp32"
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     gpus = max(1, torch.cuda.device_count()) if device == "cuda" else 1
     processes = gpus if train.processes == "auto" else train.processes
     if (wrong := explain_uneven(train.batch_size, processes, "processes")) is not None:
@@ -39,7 +37,7 @@ def resolve(train: TrainConfig) -> TrainConfig:
             "device": device,
             "precision": precision,
             "compile": device.startswith("cuda") if train.compile == "auto" else train.compile,
-            "threads": threads if train.threads == "auto" else train.threads,
+            "threads": count_cpus() if train.threads == "auto" else train.threads,
             "processes": processes,
         }
     )

@@ -126,10 +126,7 @@ class _Training:
         check_sizes(tokens, context, stride, train.batch_size * train.accumulation)
         # A rank without a device fails here, before any rank waits for another.
         ranks.run_on_all_ranks(lambda: str(ranks.choose_device(train.device)))
-        state = TrainState.initial(config.cfg(), train, ranks)
-        if not checkpoint.restore(directory.checkpoints, state, _identity(config)) and config.start is not None:
-            _load_start(state, directory, config.start.weights_sha256)
-        ranks.run_on_rank_0(lambda: directory.truncate_metrics(state.step))
+        state = _restore_state(directory, config, ranks)
         sides = {side: tokens.side(side) for side in ("train", "val")}
         val_eval_batches = make_eval_batches(sides["val"], context, train.batch_size, train.eval_batches)
         return cls(
@@ -290,6 +287,15 @@ class _Training:
         }
         limits = {key: limit for key in used if (limit := getattr(train, key)) is not None}
         return next((key for key, limit in limits.items() if used[key] >= limit), "patience")
+
+
+def _restore_state(directory: RunDirectory, config: RunConfig, ranks: Ranks) -> TrainState:
+    """Make the state, from the newest checkpoint if there is one. Remove the metrics of later updates."""
+    state = TrainState.initial(config.cfg(), config.train, ranks)
+    if not checkpoint.restore(directory.checkpoints, state, _identity(config)) and config.start is not None:
+        _load_start(state, directory, config.start.weights_sha256)
+    ranks.run_on_rank_0(lambda: directory.truncate_metrics(state.step))
+    return state
 
 
 def _load_start(state: TrainState, directory: RunDirectory, sha256: str) -> None:

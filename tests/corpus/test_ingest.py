@@ -11,9 +11,10 @@ import pytest
 from gptcore import manifest
 from gptcore.config import CorpusConfig
 from gptcore.corpus.ingest import ingest
-from gptcore.corpus.snapshot import Snapshot, load_snapshot, read_block_entries, read_blocks, read_passages
+from gptcore.corpus.snapshot import Snapshot, load_snapshot, read_block_entries, read_blocks
 from gptcore.corpus.split import SIDES
 from gptcore.errors import CheckpointError
+from tests.corpus.passages import read_passages
 from tests.tiny import odd_prose
 
 

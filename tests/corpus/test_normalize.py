@@ -17,7 +17,8 @@ from gptcore.corpus.clean_blocks import find_clean_blocks
 from gptcore.corpus.contamination import RUN_BYTES
 from gptcore.corpus.ingest import ingest
 from gptcore.corpus.normalize import PassageFile, normalize, normalize_file
-from gptcore.corpus.snapshot import Snapshot, read_blocks, read_passages
+from gptcore.corpus.snapshot import Snapshot, read_blocks
+from tests.corpus.passages import read_passages
 
 PROSE = (
     "It was “late”; the lamp – a small one – had gone out. Nobody spoke: Zoë's café was closed.\n\nThen, at 9:30, … "
@@ -126,7 +127,7 @@ def test_the_copies_of_another_night_give_the_gate_no_evidence(tmp_path: Path, f
             assert share_of_leaked_runs(held_out.path, side, learned.path) == 0
     assert share_of_leaked_runs(third.path, "holdout", first.path) > 0.5, "the copies are on other sides"
     clean = find_clean_blocks(third.path, "holdout", [first.path])
-    assert clean.excluded_blocks > 0.5 * third.blocks["holdout"]
+    assert len(clean.blocks) < 0.5 * third.blocks["holdout"]
     learned_text = "".join(normalize(text.encode()).decode() for text in read_passages(first.path, "train"))
     assert not any(normalize(block.text.encode()).decode() in learned_text for block in clean.blocks)
 

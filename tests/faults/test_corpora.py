@@ -19,10 +19,11 @@ from gptcore.corpus import formats, sources
 from gptcore.corpus import ingest as ingestion
 from gptcore.corpus.diff import compare_snapshots
 from gptcore.corpus.ingest import ingest
-from gptcore.corpus.snapshot import Snapshot, read_passages
+from gptcore.corpus.snapshot import Snapshot
 from gptcore.corpus.split import SIDES
 from gptcore.errors import CorpusError
 from gptcore.tokens.files import tokenize
+from tests.corpus.passages import read_passages
 from tests.corpus.test_ingest import MANY, snapshot_of
 from tests.corpus.test_sources import make_tree, names, read_sources, texts
 from tests.retrain.test_flow import mlflow_runs

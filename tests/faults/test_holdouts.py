@@ -11,8 +11,9 @@ from flows.cards.verdict import Verdict
 from flows.state.root import StateRoot
 from gptcore import manifest
 from gptcore.corpus import split
-from gptcore.corpus.snapshot import Snapshot, read_block_entries, read_blocks, read_passages
+from gptcore.corpus.snapshot import Snapshot, read_block_entries, read_blocks
 from gptcore.errors import CheckpointError
+from tests.corpus.passages import read_passages
 from tests.corpus.test_ingest import MANY, snapshot_of
 from tests.registry.test_gate import (
     champion_version,

@@ -12,13 +12,14 @@ import pytest
 from gptcore import manifest, processes
 from gptcore.config import CorpusConfig
 from gptcore.corpus import ingest
-from gptcore.corpus import snapshot as snapshots
+from gptcore.corpus.snapshot import load_snapshot
 from gptcore.errors import CheckpointError, ConfigError, CorpusError, TokenizerError
 from gptcore.processes import WorkerDied
 from gptcore.tokens import directory, encode, files
 from gptcore.tokens import tokenizer as tokenizer_room
 from gptcore.tokens.files import load_tokens, tokenize
 from gptcore.tokens.tokenizer import get_tokenizer
+from tests.corpus.passages import read_passages
 
 FIRST = "".join(f"The {n}th cat, naïvely; 日本 and <|endoftext|>.\r\n\t{n * 7919} !!!\n\n" for n in range(200))
 SECOND = "".join(f"Another document, line {n}: {n * n * 104729} clouds in the mountains.\n" for n in range(200))
@@ -39,7 +40,7 @@ def ingested(tmp_path: Path, **settings) -> Path:
 def expected_ids(snapshot: Path, side: str, tokenizer) -> list[int]:
     """Return the ids of the passages one after another, with an end-of-text id between them."""
     ids: list[int] = []
-    for number, passage in enumerate(snapshots.read_passages(snapshot, side)):
+    for number, passage in enumerate(read_passages(snapshot, side)):
         ids += [tokenizer.eot] * (number > 0) + tokenizer.encode(passage)
     return ids
 
@@ -52,7 +53,7 @@ def test_a_side_is_its_passages_with_one_end_of_text_between_them(snapshot, tmp_
         assert made.side(side).tolist() == expected_ids(snapshot, side, tokenizer)
         assert made.counts[side] == len(made.side(side))
     train = made.side("train")
-    num_passages = len(list(snapshots.read_passages(snapshot, "train")))
+    num_passages = len(list(read_passages(snapshot, "train")))
     assert num_passages > 1 and (train == made.eot).sum() == num_passages - 1
     assert made.eot not in (train[0], train[-1])
     assert (made.tokenizer, made.n_vocab, made.eot) == (name, tokenizer.n_vocab, tokenizer.eot)
@@ -141,7 +142,7 @@ def test_the_manifest_names_the_corpus_the_tokenizer_and_the_counts(snapshot, tm
     made = tokenize(snapshot, "gpt2", tmp_path / "tokens")
     assert manifest.verify(made.path) == {
         "sha256": made.sha256,
-        "corpus_sha256": snapshots.load_snapshot(snapshot).sha256,
+        "corpus_sha256": load_snapshot(snapshot).sha256,
         "tokenizer": "gpt2",
         "tokenizer_sha256": get_tokenizer("gpt2").sha256,
         "n_vocab": 50257,

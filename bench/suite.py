@@ -20,11 +20,12 @@ from typing import Any
 KINDS = {
     "gptcore.train": "trainer",
     "flows.deployments.ephemeral_server": "Prefect's temporary server",
+    "flows.deployments.up_servers prefect": "Prefect server",
+    "flows.deployments.up_servers mlflow": "MLflow server",
     "prefect server": "Prefect server",
     "prefect.server": "Prefect server",
     "prefect.engine": "flow run of a runner or worker",
     "prefect worker": "worker",
-    "mlflow server": "MLflow server",
     "flows.cli": "gptflow, started cold",
     "tests.forks": "what tests fork from",
     "multiprocessing.forkserver": "what tests fork from",

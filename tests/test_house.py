@@ -15,7 +15,7 @@ GPTCORE = (
 )
 """Floors from the bottom up. A room imports only rooms of its own or a lower floor."""
 FLOWS = (
-    *(("state",), ("notifications",), ("config",), ("tracking",), ("cards",), ("registry",), ("retrain",)),
+    *(("state", "web"), ("notifications",), ("config",), ("tracking",), ("cards",), ("registry",), ("retrain",)),
     *(("operations",), ("watch", "operate"), ("deployments",), ("endpoint",), ("cli",), ("__init__",)),
 )
 FLOORS = {

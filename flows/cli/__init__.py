@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from flows.cli import doctor, exchange, exit, generate, registry, run
-from flows.cli.options import FILE, LIMIT, QUANTIZE, load_pipelines_file, open_state_root
+from flows.cli.options import ALLOWED_HOSTS, FILE, LIMIT, QUANTIZE, load_pipelines_file, open_state_root
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -81,10 +81,17 @@ def deploy(work_pool: str, image: str | None, file: str | None) -> None:
     "Set its password as PGPASSWORD.",
 )
 @click.option("--artifacts", metavar="URL", help="Object store for the files of versions and runs: s3://BUCKET/PREFIX.")
+@ALLOWED_HOSTS
 @LIMIT
 @FILE
 def up(
-    prefect_port: int, mlflow_port: int, database: str | None, artifacts: str | None, limit: int, file: str | None
+    prefect_port: int,
+    mlflow_port: int,
+    database: str | None,
+    artifacts: str | None,
+    allowed_hosts: tuple[str, ...],
+    limit: int,
+    file: str | None,
 ) -> None:
     """Start Prefect's server, MLflow's server and the deployments of all pipelines, and run them until Ctrl-C.
 
@@ -99,7 +106,7 @@ def up(
     from flows.deployments.up import Options
     from flows.deployments.up import up as supervise
 
-    supervise(root, Options(pipelines.path, prefect_port, mlflow_port, limit))
+    supervise(root, Options(pipelines.path, prefect_port, mlflow_port, limit, allowed_hosts))
 
 
 @cli.command("serve-model", short_help="Serve a registered version over OpenAI's API.")
@@ -111,6 +118,7 @@ def up(
     help="Address to listen at. Beyond this machine, anyone who can reach the address can use the server.",
 )
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(1, 65535), help="Port to listen at.")
+@ALLOWED_HOSTS
 @click.option(
     "--max-concurrent",
     default=16,

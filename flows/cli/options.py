@@ -3,6 +3,7 @@
 Nothing here imports torch, Prefect or MLflow, so that help and wrong input are answered at once.
 """
 
+import logging
 import os
 import re
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,24 @@ def check_model_name(_context: click.Context, _option: click.Parameter, name: st
     return name
 
 
+def parse_allowed_hosts(_context: click.Context, _option: click.Parameter, text: str) -> tuple[str, ...]:
+    """Return the hosts of a comma-separated list. Raise BadParameter for anything else."""
+    from flows.web import guard
+
+    try:
+        return guard.parse_allowed_hosts(text)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+ALLOWED_HOSTS = click.option(
+    "--allowed-hosts",
+    default="",
+    metavar="HOSTS",
+    callback=parse_allowed_hosts,
+    help="Names beside localhost by which browsers may reach the server, for example that of a reverse proxy: NAME "
+    "or NAME:PORT, separated by commas. Other names and the web pages of other sites are refused.",
+)
 FILE = click.option("--file", metavar="PATH", help="The pipelines.yaml to use. Default: the one in this directory.")
 REASON = click.option(
     "--reason",
@@ -83,13 +102,11 @@ def open_state_root(file: str | None) -> "StateRoot":
 
 def redirect_library_logs(root: "StateRoot") -> None:
     """Write the logs and warnings of libraries to a file instead of the screen. Call this before importing them."""
-    import logging
-
     os.environ.setdefault("MLFLOW_CONFIGURE_LOGGING", "false")
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     os.environ.setdefault("PREFECT_INTERNAL_LOGGING_LEVEL", "CRITICAL")
     logging.raiseExceptions = False  # a log line that cannot be sent must not print a traceback
-    handler = logging.FileHandler(root.logs / "libraries.log", delay=True)
+    handler = _LibraryLog(root.logs / "libraries.log", delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s"))
     logging.getLogger().addHandler(handler)
     logging.captureWarnings(True)
@@ -100,3 +117,13 @@ def print_json(body: Any) -> None:
     import json
 
     click.echo(json.dumps(body, indent=1))
+
+
+class _LibraryLog(logging.FileHandler):
+    """A file of log lines, opened at the first. A line is lost if the file cannot be opened; its caller goes on."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            super().emit(record)
+        except OSError:  # such as a full table of file descriptors
+            self.handleError(record)

@@ -112,13 +112,15 @@ def serve(port: int, home: str) -> None:
     """
     threading.Thread(target=_stop_with_parent, args=(os.getppid(),), daemon=True).start()
     gc.disable()  # imports and migrations make no garbage, and a fifth of their time would go into looking for it
-    import uvicorn
     from prefect.server.api import server
+
+    from flows.web.guard import Guard
+    from flows.web.server import Config, Server
 
     if home:
         prefect_database(Path(home)).prepare()
 
-    class Server(uvicorn.Server):
+    class TemporaryServer(Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
             gc.freeze()
@@ -138,7 +140,8 @@ def serve(port: int, home: str) -> None:
                     await asyncio.wait_for(stopped.wait(), _TICK_SECONDS)
 
     server.background_worker = _skip_background_worker
-    Server(uvicorn.Config(server.create_app(), host=HOST, port=port, log_level="error", lifespan="on")).run()
+    app = Guard(server.create_app(), HOST)
+    TemporaryServer(Config(app, host=HOST, port=port, log_level="error", lifespan="on")).run()
 
 
 @asynccontextmanager

@@ -20,6 +20,7 @@ import click
 import psutil
 
 from flows.deployments.child_process import Child
+from flows.deployments.up_servers import HOST, mlflow_command, prefect_command
 from flows.state import databases, lock_holder, locks
 from flows.state.backends import Backends
 from flows.state.databases import Condition, SQLiteDatabase
@@ -28,7 +29,6 @@ from flows.state.root import StateRoot
 from flows.state.servers import Servers, answers, find_running_servers, read_servers, up_lock, write_servers
 from gptcore.errors import ConfigError, GPTCoreError
 
-HOST = "127.0.0.1"
 RUN_GRACE_SECONDS = 25.0
 """How long flow runs may take to save when everything stops. A flow run gives its trainer the same time."""
 _CHILD_GRACE_SECONDS = 3.0
@@ -46,6 +46,8 @@ class Options:
     prefect_port: int
     mlflow_port: int
     limit: int
+    allowed_hosts: tuple[str, ...] = ()
+    """Names beside those of loopback by which the servers are reached, for example through a reverse proxy."""
 
 
 def up(root: StateRoot, options: Options) -> None:
@@ -100,7 +102,7 @@ class _Supervisor:
         def child(name: str, is_healthy: Callable[[Child], bool], *command: str) -> Child:
             return Child(name, (sys.executable, *command), self.root.logs / f"{name}.log", environment, is_healthy)
 
-        prefect = ("-m", "prefect", "server", "start", "--host", HOST, "--port", str(self.options.prefect_port))
+        prefect = prefect_command(self.options.prefect_port, self.options.allowed_hosts)
         self.prefect = child("prefect", _check_url(f"{api}/health"), *prefect)
         self.mlflow = None
         if self.tracking_server is None:
@@ -112,6 +114,8 @@ class _Supervisor:
         root = self.root
         environment = {**os.environ, "PREFECT_API_URL": api, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
         environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
+        # The UI then uses the name in the browser's address bar, such as localhost or that of a proxy.
+        environment.setdefault("PREFECT_UI_API_URL", "/api")
         if importlib.util.find_spec("tzdata"):
             # Prefect lists all time zones for every schedule that it reads: 17 ms from the system's 600 files.
             environment.setdefault("PYTHONTZPATH", "")
@@ -139,9 +143,8 @@ class _Supervisor:
     def mlflow_command(self) -> list[str]:
         files = self.root.backends.artifacts
         destination = f"{files}/artifacts" if files else str(self.root.artifacts)
-        store = ["--backend-store-uri", self.root.tracking_uri, "--artifacts-destination", destination]
-        address = ["--host", HOST, "--port", str(self.options.mlflow_port), "--workers", "1"]
-        return ["-m", "mlflow", "server", *store, *address]
+        hosts = self.options.allowed_hosts
+        return mlflow_command(self.options.mlflow_port, hosts, self.root.tracking_uri, destination)
 
     def servers(self) -> list[Child]:
         return [child for child in (self.prefect, self.mlflow) if child is not None]

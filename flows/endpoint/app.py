@@ -2,20 +2,19 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from flows.endpoint.completion import Completion, EventStream
 from flows.endpoint.followed_version import FollowedVersion
-from flows.endpoint.origin_check import SameOrigin, allowed_hosts
 from flows.endpoint.protocol import RequestError, error_body, parse
 from flows.endpoint.scheduler import Scheduler
+from flows.web.guard import Guard
 
 MAX_BODY_BYTES = 2**20
 BODY_SECONDS = 30.0
@@ -23,10 +22,17 @@ BODY_SECONDS = 30.0
 _log = logging.getLogger(__name__)
 
 
-def create_app(followed: FollowedVersion, scheduler: Scheduler, max_tokens: int, host: str = "127.0.0.1") -> FastAPI:
-    """Return the application that serves `followed`.
+def create_app(
+    followed: FollowedVersion,
+    scheduler: Scheduler,
+    max_tokens: int,
+    host: str = "127.0.0.1",
+    allowed_hosts: Collection[str] = (),
+) -> FastAPI:
+    """Return the application that serves `followed`, behind the guard.
 
-    A request may ask for up to `max_tokens` tokens per text. `host` is the address at which the server will listen.
+    A request may ask for up to `max_tokens` tokens per text. `host` is the address at which the server will listen, and
+    `allowed_hosts` are other names by which it is reached.
     """
 
     @asynccontextmanager
@@ -36,8 +42,7 @@ def create_app(followed: FollowedVersion, scheduler: Scheduler, max_tokens: int,
         scheduler.stop("the server has stopped")
 
     app = FastAPI(title="gptflow", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
-    app.add_middleware(SameOrigin)
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=allowed_hosts(host), www_redirect=False)
+    app.add_middleware(Guard, listens_at=host, allowed_hosts=allowed_hosts)
     app.add_exception_handler(RequestError, _answer_request_error)
     app.add_exception_handler(HTTPException, _answer_http_error)
     app.add_exception_handler(Exception, _answer_other_error)

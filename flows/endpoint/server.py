@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import uvicorn
 
 from flows.state.root import StateRoot
+from flows.web.server import Config, Server
 from gptcore.errors import GPTCoreError
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ class Options:
 
     host: str
     port: int
+    allowed_hosts: tuple[str, ...]
+    """Names beside those of loopback by which the server is reached."""
     max_concurrent: int
     max_queue: int
     max_tokens: int
@@ -56,15 +59,15 @@ def serve(root: StateRoot, uri: str, options: Options) -> None:
 
     followed = FollowedVersion(root, uri if uri.startswith("models:/") else f"models:/{uri}", options.quantize)
     scheduler = Scheduler(max_running=options.max_concurrent, max_waiting=options.max_queue)
-    app = create_app(followed, scheduler, options.max_tokens, options.host)
+    app = create_app(followed, scheduler, options.max_tokens, options.host, options.allowed_hosts)
     followed.start()
     greeting = f"{followed.current.id} is served at {_url_of(listener)}"
     _Server(_uvicorn_config(app), scheduler, greeting).run([listener])
     _log.info("stopped")
 
 
-class _Server(uvicorn.Server):
-    """Uvicorn's server with our signals and exit codes. The first signal stops it in order, the second at once."""
+class _Server(Server):
+    """Our server with signals and exit codes. The first signal stops it in order, the second at once."""
 
     def __init__(self, config: uvicorn.Config, scheduler: "Scheduler", greeting: str) -> None:
         super().__init__(config)
@@ -97,10 +100,8 @@ class _Server(uvicorn.Server):
 
 
 def _uvicorn_config(app: Any) -> uvicorn.Config:
-    return uvicorn.Config(
+    return Config(
         app,
-        loop="asyncio",
-        http="h11",
         ws="none",
         lifespan="on",
         log_config=None,

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -25,6 +27,7 @@ QUIET = (
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
+    "--host-resolver-rules=MAP *.example 127.0.0.1",  # after DNS rebinding, another site's name means this machine
 )
 SECONDS = 60_000  # in milliseconds, as playwright expects: two cores may be busy with other tests
 
@@ -74,6 +77,28 @@ def page(browser: Browser) -> Iterator[Page]:
     yield page
     page.close()
     assert asked - {None} == {"127.0.0.1"}
+
+
+@pytest.fixture
+def foreign_page(browser: Browser) -> Iterator[Page]:
+    """A tab with a page of another site, http://evil.example, which a server on this machine plays."""
+    with HTTPServer(("127.0.0.1", 0), _EmptyPage) as site:
+        Thread(target=site.serve_forever, daemon=True).start()
+        page = browser.new_page()
+        page.goto(f"http://evil.example:{site.server_port}")
+        yield page
+        page.close()
+        site.shutdown()
+
+
+class _EmptyPage(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("content-type", "text/html")
+        self.end_headers()
+        self.wfile.write(b"<html><body></body></html>")
+
+    def log_message(self, *_: object) -> None: ...
 
 
 @pytest.fixture

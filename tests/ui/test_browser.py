@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from mlflow import MlflowClient
 
 from flows.config.pipelines import PipelinesFile
-from tests.servers import Up
+from tests.servers import Up, clean
 from tests.ui.conftest import SECONDS
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Locator, Page
+    from playwright.sync_api import Browser, Locator, Page
 
 expect = pytest.importorskip("playwright.sync_api").expect
 pytestmark = pytest.mark.slow
@@ -136,3 +138,83 @@ def trained_as_asked(up: Up) -> None:
         for key, value in getattr(own, section).model_dump(mode="json").items():
             logged = run.data.params[f"{section}.{key}"]
             assert logged == (value if isinstance(value, str) else json.dumps(value)), (section, key)
+
+
+ATTACK = """async ([base, socket, posts]) => {
+    const done = [];
+    const attempt = async (name, action) => {
+        try { done.push([name, String(await action())]); } catch (error) { done.push([name, "failed"]); }
+    };
+    for (const [path, body] of posts) {
+        const untyped = new Blob([JSON.stringify(body)]);  // sent without a content type, so without a preflight
+        await attempt("blob", () => fetch(base + path, {method: "POST", mode: "no-cors", body: untyped}));
+        const json = {method: "POST", headers: {"content-type": "application/json"}, body: JSON.stringify(body)};
+        await attempt("json", async () => (await fetch(base + path, json)).status);
+        await attempt("form", () => new Promise(resolve => {
+            const frame = document.createElement("iframe");
+            frame.name = "target" + Math.random();
+            document.body.appendChild(frame);
+            const form = document.body.appendChild(document.createElement("form"));
+            Object.assign(form, {method: "POST", action: base + path, enctype: "text/plain", target: frame.name});
+            const text = JSON.stringify({...body, ignored: "="});
+            const field = form.appendChild(document.createElement("input"));
+            [field.name, field.value] = [text.slice(0, text.indexOf("=")), text.slice(text.indexOf("=") + 1)];
+            frame.onload = () => resolve("sent");
+            form.submit();
+        }));
+    }
+    for (const path of socket) {
+        await attempt(path, () => new Promise((resolve, reject) => {
+            const made = new WebSocket(base.replace("http", "ws") + path, ["prefect"]);
+            made.onopen = () => resolve("open");
+            made.onerror = reject;
+        }));
+    }
+    return done;
+}"""
+"""Sends each body in the three ways in which a page may send one to another site, and opens the WebSockets."""
+
+
+def state_of(up: Up) -> list[Any]:
+    """Return what the attacks try to change."""
+    prefect = [up.prefect.ask(f"{kind}/filter", {}) for kind in ("variables", "deployments", "flow_runs", "work_pools")]
+    deployments = [{key: one[key] for key in ("id", "name", "paused", "pull_steps", "tags")} for one in prefect[1]]
+    experiments = MlflowClient(up.servers().mlflow).search_experiments()
+    return [prefect[0], deployments, len(prefect[2]), prefect[3], sorted(one.name for one in experiments)]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_a_page_of_another_site_cannot_use_the_servers(foreign_page: Page, browser: Browser, up: Up, host: str) -> None:
+    before = state_of(up)
+    deployment = up.prefect.ask("deployments/name/retrain/tiny")["id"]
+    run = f"/api/deployments/{deployment}/create_flow_run"
+    prefect, mlflow = (f"http://{host}:{port}" for port in (up.prefect_port, up.mlflow_port))
+    posts = [["/api/variables/", {"name": "evil", "value": "1"}], [run, {"name": "evil"}]]
+    sockets = ["/api/events/out", "/api/events/in", "/api/logs/out"]
+    done = foreign_page.evaluate(ATTACK, [prefect, sockets, posts])
+    create = ["/api/2.0/mlflow/experiments/create", {"name": "evil"}]
+    done += foreign_page.evaluate(ATTACK, [mlflow, ["/graphql"], [create]])
+    assert {(name, result) for name, result in done if name not in ("blob", "form")} == {
+        (name, "failed") for name in ("json", *sockets, "/graphql")
+    }
+    patched = "url => fetch(url, {method: 'PATCH', body: '{\"paused\": true}'}).then(() => 'done', () => 'failed')"
+    assert foreign_page.evaluate(patched, f"{prefect}/api/deployments/{deployment}") == "failed"
+    for port in (up.prefect_port, up.mlflow_port):
+        rebound = browser.new_page()  # the other site's name means this machine now
+        answer = rebound.goto(f"http://evil.example:{port}/")
+        assert answer is not None and answer.status == 400 and "does not answer as" in answer.text()
+        rebound.close()
+    assert state_of(up) == before
+
+
+def test_pages_and_programs_of_this_machine_can(browser: Browser, up: Up) -> None:
+    page = browser.new_page()
+    page.set_default_timeout(SECONDS)
+    page.goto(f"http://localhost:{up.prefect_port}/deployments")
+    expect(page.get_by_text("tiny", exact=True).first).to_be_visible()
+    page.goto(f"http://localhost:{up.mlflow_port}/#/experiments")
+    expect(page.get_by_text("Experiments", exact=True).first).to_be_visible()
+    page.close()
+    command = [sys.executable, "-m", "prefect", "deployment", "run", "retrain/tiny", "--start-in", "1 hour"]
+    done = subprocess.run(command, env=clean(PREFECT_API_URL=up.prefect.url), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -49,7 +49,7 @@ _MAX_CONCURRENT = 16
     "--repetition-penalty",
     default=1.0,
     show_default=True,
-    type=click.FloatRange(0, min_open=True),
+    type=click.FloatRange(0.01, 100),
     help="A value above 1 makes tokens less likely that have occurred before.",
 )
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text. May be given several times.")
@@ -131,6 +131,8 @@ class _Sample:
         """Decode the tokens that were drawn since the last call. Drop the text from the batch after a stop string."""
         if self._has_ended:
             return
+        if self._request.error:
+            raise self._request.error
         for token in self._request.ids[self._num_decoded :]:
             self._unprinted += self._stream.push(token)
         self._num_decoded = len(self._request.ids)

@@ -91,7 +91,7 @@ class StreamOptions(BaseModel):
 
 
 class CompletionRequest(BaseModel):
-    """The body of `POST /v1/completions`. Defaults and ranges are OpenAI's."""
+    """The body of `POST /v1/completions`. Defaults and ranges are OpenAI's, and gptcore's for its own parameters."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -103,7 +103,7 @@ class CompletionRequest(BaseModel):
     top_k: int = Field(0, ge=0)
     """0 means all tokens."""
     min_p: float = Field(0.0, ge=0, le=1)
-    repetition_penalty: float = Field(1.0, gt=0)
+    repetition_penalty: float = Field(1.0, ge=0.01, le=100)
     n: int = Field(1, ge=1, le=MAX_SAMPLES)
     stream: bool = False
     stream_options: StreamOptions | None = None

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from threading import Condition, Thread
 
 from flows.endpoint.followed_version import ServedVersion
-from gptcore.errors import TokenizerError
+from gptcore.errors import GPTCoreError
 from gptcore.generation.batch import Batch, Request
 from gptcore.generation.generate import TextStream
 from gptcore.generation.sampling import Sampling
@@ -82,12 +82,14 @@ class _RunningText:
     def next_chunk(self) -> Chunk:
         """Decode the tokens that are new since the last call."""
         index, row, stream = self.request.index, self.row, self.stream
+        if row.error is not None:
+            return _failed_chunk(self.request, row.error)
         new_ids = row.ids[self.num_sent :]
         self.num_sent = len(row.ids)
         try:
             decoded = "".join(stream.push(token) for token in new_ids)
-        except TokenizerError as error:  # a model may have more ids than its tokenizer
-            return Chunk(index, "", self.num_sent, problem=str(error))
+        except Exception as error:  # for example, a model may have more ids than its tokenizer
+            return _failed_chunk(self.request, error)
         if row.finish_reason and not stream.stopped:
             decoded += stream.finish()
         reason = "stop" if stream.stopped else row.finish_reason
@@ -123,6 +125,8 @@ class _VersionBatch:
             chunk = running.next_chunk()
             if chunk.text or chunk.is_last:
                 deliveries.append((running.request, chunk))
+            if row.error is not None:
+                _log.error("%s could not continue a text: %r", self.version.id, row.error)
             if row.finish_reason:
                 del self.running[id(row)]
             elif chunk.is_last:
@@ -261,4 +265,6 @@ def _call_clients(deliveries: Sequence[tuple[TextRequest, Chunk]]) -> None:
 
 
 def _failed_chunk(request: TextRequest, error: Exception) -> Chunk:
-    return Chunk(request.index, "", 0, problem=f"the text could not be generated: {type(error).__name__}")
+    """Return the last chunk of a text that failed. Texts for people are sent; others may hold anything."""
+    reason = str(error) if isinstance(error, GPTCoreError) else type(error).__name__
+    return Chunk(request.index, "", 0, problem=f"the text could not be generated: {reason}")

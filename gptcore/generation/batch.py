@@ -31,8 +31,10 @@ class Request:
     ) -> None:
         self.ids: list[int] = []
         """The ids drawn so far, without the end-of-text id."""
-        self.finish_reason: Literal["stop", "length"] | None = None
+        self.finish_reason: Literal["stop", "length", "error"] | None = None
         """Why the request ended: "stop" after an end-of-text id, "length" after max_new_tokens. None before that."""
+        self.error: Exception | None = None
+        """Why the request could not be continued, if `finish_reason` is "error"."""
         self.window = list(prompt)
         """The ids from which the next one is predicted."""
         self._max_new_tokens, self._sampling, self._eos_ids = max_new_tokens, sampling, eos_ids
@@ -43,6 +45,17 @@ class Request:
     def draw(self, logits: Tensor) -> int:
         """Draw the next id from logits (vocabulary,)."""
         return self._sampling.draw(logits, self._seen, self._generator)
+
+    def advance(self, logits: Tensor) -> None:
+        """Draw the next id from logits (vocabulary,) and append it. An error finishes this request alone."""
+        try:
+            self.append(self.draw(logits))
+        except Exception as error:  # of any kind: the other requests of the batch go on
+            self.fail(error)
+
+    def fail(self, error: Exception) -> None:
+        """Finish the request because of an error."""
+        self.error, self.finish_reason = error, "error"
 
     def append(self, token: int) -> None:
         """Append the id that was drawn, or finish the request."""
@@ -106,14 +119,18 @@ class Batch:
         return request
 
     def step(self) -> list[Request]:
-        """Add one token to every request. Return all of them; finished requests have left the batch."""
+        """Add one token to every request. Return all of them; finished requests have left the batch.
+
+        If a token cannot be drawn, or prompts cannot be read, those requests have finished with their `error`.
+        """
+        failed: list[Request] = []
         with torch.inference_mode():
             self._requeue_full()
             # _prefill adds the new requests to _decoding, in the order of their logits.
-            rows = [row for logits in (*self._decode(), *self._prefill()) for row in logits.cpu()]
+            rows = [row for logits in (*self._decode(), *self._prefill(failed)) for row in logits.cpu()]
             for request, logits in zip(self._decoding, rows, strict=True):
-                request.append(request.draw(logits))
-        stepped = list(self._decoding)
+                request.advance(logits)
+        stepped = [*self._decoding, *failed]
         for request in stepped:
             if request.finish_reason is not None:
                 self.drop(request)
@@ -142,19 +159,27 @@ class Batch:
         """Decode one token for all requests in the cache -> logits (rows, vocabulary), in a list of at most one."""
         return [self._decoder.decode([request.window[-1] for request in self._decoding])] if self._decoding else []
 
-    def _prefill(self) -> Iterator[Tensor]:
+    def _prefill(self, failed: list[Request]) -> Iterator[Tensor]:
         """Prefill the waiting requests -> logits (requests, vocabulary) of each group.
 
-        A group holds prompts of similar lengths, so that at most half of it is padding.
+        A group holds prompts of similar lengths, so that at most half of it is padding. If a group cannot be read, its
+        requests fail and are appended to `failed`.
         """
         waiting = sorted(self._waiting, key=lambda request: len(request.window), reverse=True)
         while waiting:
             longest = len(waiting[0].window)
             group = waiting[: max(1, _PREFILL_TOKENS // longest)]
             group = [request for request in group if 2 * len(request.window) > longest]
-            yield self._decoder.prefill([request.window for request in group])
-            self._decoding += group
             waiting = waiting[len(group) :]
+            try:
+                logits = self._decoder.prefill([request.window for request in group])
+            except Exception as error:  # such as too little memory: requests that are decoding go on
+                for request in group:
+                    request.fail(error)
+                failed += group
+                continue
+            self._decoding += group
+            yield logits
         self._waiting = []
 
     def _check(self, prompt: list[int], max_new_tokens: int, seed: int | None) -> None:

@@ -131,6 +131,8 @@ def generate_batch(
         requests.append(batch.add(prompt, max_new_tokens, sampling, seed=own_seed, eos_id=eos_id))
     while any(request.finish_reason is None for request in requests):
         batch.step()
+    if error := next((request.error for request in requests if request.error), None):
+        raise error
     return [request.ids for request in requests]
 
 
@@ -203,4 +205,6 @@ def _iterate_ids(batch: Batch, request: Request) -> Iterator[int]:
     while request.finish_reason is None:
         before = len(request.ids)
         batch.step()
+        if request.error:
+            raise request.error
         yield from request.ids[before:]

@@ -206,8 +206,9 @@ class UncachedDecoder:
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Read prompts as `Decoder.prefill` does -> logits (prompts, vocabulary)."""
         windows = [list(prompt) for prompt in prompts]
+        logits = self._predict(windows)
         self._windows += windows
-        return self._predict(windows)
+        return logits
 
     def decode(self, tokens: Sequence[int]) -> Tensor:
         """Read one more token in every row, as `Decoder.decode` does -> logits (rows, vocabulary)."""

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from gptcore.errors import CheckpointError, ConfigError
 
+MIN_PENALTY, MAX_PENALTY = 0.01, 100.0
+"""The range of the repetition penalty. Beyond it, dividing or multiplying a logit could overflow."""
 _LEAST = torch.finfo(torch.float32).tiny
 """The lowest temperature to divide by: a smaller one would be 0 as a float32."""
 
@@ -46,8 +48,11 @@ class Sampling:
             raise ConfigError(f"top_p is {self.top_p}; it must be above 0 and at most 1.")
         if not 0 <= self.min_p <= 1:
             raise ConfigError(f"min_p is {self.min_p}; it must lie between 0 and 1.")
-        if not 0 < self.repetition_penalty < math.inf:
-            raise ConfigError(f"repetition_penalty is {self.repetition_penalty}; it must be above 0 (1 does nothing).")
+        if not MIN_PENALTY <= self.repetition_penalty <= MAX_PENALTY:
+            raise ConfigError(
+                f"repetition_penalty is {self.repetition_penalty}; it must lie between {MIN_PENALTY} and "
+                f"{MAX_PENALTY:.0f} (1 does nothing)."
+            )
 
     def draw(self, logits: Tensor, seen: Collection[int], generator: torch.Generator) -> int:
         """Draw one id from logits (vocabulary,), on the CPU, by `generator`. `seen` holds the ids of the text so far.

@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from gptcore.generation.generate import generate
+from gptcore.generation.sampling import Sampling
 from tests.endpoint.endpoint import Endpoint, endpoint, tiny_version
 from tests.servers import wait_for
 
@@ -106,7 +107,14 @@ def test_a_text_ends_before_its_stop_string_and_a_stream_sends_no_part_of_it(cli
         ({"top_p": 0}, 400, "top_p", "greater than 0"),
         ({"top_k": -3}, 400, "top_k", "greater than or equal to 0"),
         ({"min_p": 2}, 400, "min_p", "less than or equal to 1"),
-        ({"repetition_penalty": 0}, 400, "repetition_penalty", "greater than 0"),
+        ({"repetition_penalty": 0}, 400, "repetition_penalty", "greater than or equal to 0.01"),
+        ({"repetition_penalty": 1e-39}, 400, "repetition_penalty", "greater than or equal to 0.01"),
+        ({"repetition_penalty": 1e300}, 400, "repetition_penalty", "less than or equal to 100"),
+        ({"repetition_penalty": float("inf")}, 400, "repetition_penalty", "finite"),
+        ({"temperature": 1e300}, 400, "temperature", "less than or equal to 2"),
+        ({"max_tokens": 10**4000}, 400, "max_tokens", "at most 4096"),
+        ({"seed": 10**4000}, 400, "seed", "less than or equal to"),
+        ({"prompt": [10**4000]}, 400, "prompt", "no token id"),
         ({"seed": -1}, 400, "seed", "greater than or equal to 0"),
         ({"n": 129}, 400, "n", "128"),
         ({"stop": ["a"] * 5}, 400, "stop", "at most 4"),
@@ -162,6 +170,7 @@ def test_a_foreign_web_page_cannot_use_the_endpoint(served: Endpoint) -> None:
     url = f"{served.url}/v1/completions"
     assert httpx.post(url, json=body, headers={"origin": "https://evil.example"}).status_code == 403
     assert httpx.post(url, json=body, headers={"origin": "null"}).status_code == 403
+    assert httpx.post(url, json=body, headers={"origin": "http://[::1"}).status_code == 400
     assert httpx.post(url, json=body, headers={"host": f"evil.example:{served.port}"}).status_code == 400
     assert httpx.post(url, content=json.dumps(body), headers={"content-type": "text/plain"}).status_code == 415
     assert httpx.post(url, json=body, headers={"origin": served.url}).status_code == 200
@@ -219,6 +228,30 @@ def test_a_new_champion_answers_new_requests_and_the_old_one_finishes_its_own() 
         assert {event["model"] for event in events} == {"gpt-tiny/1"}
         assert "".join(event["choices"][0]["text"] for event in events).startswith(written("The", 1).rstrip("\ufffd"))
         assert events[-1]["choices"][0]["finish_reason"] == "length"
+
+
+def test_a_text_that_fails_ends_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    with endpoint() as made:
+        url, body = f"{made.url}/v1/completions", {"model": MODEL, "prompt": "The", "max_tokens": 400, "seed": 1}
+        draw = Sampling.draw
+        monkeypatch.setattr(Sampling, "draw", lambda self, *given: 1 / 0 if self.top_k == 7 else draw(self, *given))
+        with httpx.stream("POST", url, json={**body, "stream": True}) as other:
+            lines = other.iter_lines()
+            first = next(lines)
+            failed = httpx.post(url, json={**body, "top_k": 7})
+            assert (failed.status_code, failed.json()["error"]["type"]) == (503, "server_error")
+            assert "ZeroDivisionError" in failed.json()["error"]["message"]
+            events = [json.loads(line[6:]) for line in [first, *lines] if line.startswith("data: {")]
+        assert events[-1]["choices"][0]["finish_reason"] == "length"
+
+
+def test_extreme_settings_in_range_leave_other_texts_alone(served: Endpoint) -> None:
+    smallest = 5e-324
+    extremes = [{"temperature": smallest}, {"top_p": smallest}, {"min_p": smallest}, {"min_p": 1, "top_k": 2**70}]
+    extremes += [{"repetition_penalty": penalty, "temperature": 2} for penalty in (0.01, 100)]
+    for extreme in extremes:
+        body = {"model": MODEL, "prompt": "aaa", "max_tokens": 40, **extreme}
+        assert httpx.post(f"{served.url}/v1/completions", json=body).status_code == 200, extreme
 
 
 def test_a_failed_generation_reports_its_error_and_later_requests_succeed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,6 +81,50 @@ def test_requests_join_and_leave_a_batch_while_others_are_generated():
     batch.drop(fourth)  # has left the batch already
 
 
+def test_a_draw_that_fails_ends_its_own_request_alone(monkeypatch):
+    alone = list(generate(seeded_model(), PROMPTS[0], 10, temperature=0))
+    batch = Batch(seeded_model(), rows=3)
+    bad = Sampling(0.5)
+    draw = Sampling.draw
+    monkeypatch.setattr(Sampling, "draw", lambda self, *given: 1 / 0 if self is bad else draw(self, *given))
+    first, failing, last = (batch.add(PROMPTS[0], 10, sampling) for sampling in (Sampling(0), bad, Sampling(0)))
+    assert batch.step() == [first, failing, last]
+    assert (failing.finish_reason, type(failing.error), batch.free) == ("error", ZeroDivisionError, 1)
+    while first.finish_reason is None:
+        batch.step()
+    assert first.ids == last.ids == alone and first.error is None
+    with pytest.raises(ZeroDivisionError):
+        generate_batch(seeded_model(), PROMPTS, 3, bad)
+
+
+@pytest.mark.parametrize("is_cached", [True, False])
+def test_a_prompt_that_cannot_be_read_leaves_the_texts_under_way_as_they_are(monkeypatch, is_cached):
+    model = seeded_model()
+    if not is_cached:
+        model.trf_blocks[0].register_forward_hook(lambda *_: None)
+    alone = list(generate(model, PROMPTS[0], 10, temperature=0))
+    batch = Batch(model, rows=2)
+    first = batch.add(PROMPTS[0], 10, Sampling(0))
+    batch.step()
+    failing = batch.add([1, 2, 3], 10, Sampling(0))
+    with monkeypatch.context() as patched:
+        kind, name = (Decoder, "_read") if is_cached else (UncachedDecoder, "_predict")
+        read = getattr(kind, name)
+
+        def fail_at_prompts(self, ids, *more, **named):
+            length = ids.shape[1] if is_cached else len(ids[0])
+            if length == 3:
+                raise MemoryError
+            return read(self, ids, *more, **named)
+
+        patched.setattr(kind, name, fail_at_prompts)
+        assert batch.step() == [first, failing]
+    assert isinstance(failing.error, MemoryError) and batch.free == 1
+    while first.finish_reason is None:
+        batch.step()
+    assert first.ids == alone
+
+
 def test_a_prompt_is_not_padded_to_more_than_twice_its_length(monkeypatch):
     read = []
     begin = Decoder.prefill

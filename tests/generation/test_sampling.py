@@ -61,11 +61,11 @@ def test_a_filter_keeps_the_same_tokens_as_hugging_faces_filter(sampling, vocab_
     st.lists(st.floats(-30, 30, width=32), min_size=1, max_size=40),
     st.builds(
         Sampling,
-        temperature=st.sampled_from([0.0, 1e-30, 0.7, 50.0]),
-        top_k=st.none() | st.integers(1, 50),
-        top_p=st.floats(1e-6, 1),
+        temperature=st.sampled_from([0.0, 5e-324, 1e-39, 1e-30, 0.7, 50.0, 1e300]),
+        top_k=st.none() | st.integers(1, 50) | st.just(2**70),
+        top_p=st.floats(0, 1, exclude_min=True),
         min_p=st.floats(0, 1),
-        repetition_penalty=st.floats(0.1, 10),
+        repetition_penalty=st.floats(0.01, 100),
     ),
 )
 def test_any_valid_settings_draw_an_id_with_a_positive_weight(logits, sampling):
@@ -90,6 +90,8 @@ def test_any_valid_settings_draw_an_id_with_a_positive_weight(logits, sampling):
         ({"min_p": 2}, "min_p is 2"),
         ({"repetition_penalty": 0}, "repetition_penalty is 0"),
         ({"repetition_penalty": math.inf}, "repetition_penalty is inf"),
+        ({"repetition_penalty": 1e-39}, "repetition_penalty is 1e-39; it must lie between 0.01 and 100"),
+        ({"repetition_penalty": 1e300}, "repetition_penalty is 1e"),
     ],
 )
 def test_a_setting_out_of_range_is_named(wrong, message):

@@ -3,8 +3,7 @@
 flows/registry/gate.py decides the verdict, and decision.py explains it to people.
 """
 
-import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 from gptcore.evaluation.compare import Comparison
 
@@ -48,35 +47,3 @@ class Verdict:
     """The comparison, if this process has scored champion and challenger."""
     gains: tuple[float, ...] = field(default=(), repr=False, compare=False)
     """Bits per byte that the challenger saves on each block. The version's tags do not keep them."""
-
-    def to_tags(self) -> dict[str, str]:
-        """Return the tags that keep the verdict on the version."""
-        numbers = {
-            "gate_bits_per_byte": self.bits_per_byte,
-            "gate_champion_bits_per_byte": self.champion_bits_per_byte,
-            "gate_low": self.low,
-            "gate_high": self.high,
-        }
-        return {
-            "reason": self.reason,
-            "gate_kind": self.kind,
-            "gate_champion_version": self.champion_version or "",
-            **{key: "" if value is None else f"{value:.6f}" for key, value in numbers.items()},
-            "gate_blocks": str(self.blocks),
-            "gate_bytes": str(self.bytes),
-            "gate_excluded_bytes": str(self.excluded_bytes),
-            "gate_unknown": self.unknown,
-            "gate_old": _write(self.old),
-            "gate_new": _write(self.new),
-        }
-
-
-def read_comparison(text: str) -> Comparison | None:
-    """Return the comparison in the tag `gate_old` or `gate_new`; None if the tag is empty."""
-    return Comparison(**json.loads(text)) if text else None
-
-
-def _write(comparison: Comparison | None) -> str:
-    if comparison is None:
-        return ""
-    return json.dumps({key: value for key, value in asdict(comparison).items() if key not in ("old", "new")})

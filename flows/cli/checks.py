@@ -262,7 +262,8 @@ def _explain_unreadable(path: Path, database: SQLiteDatabase) -> str | None:
 def check_champion(root: StateRoot, model: str) -> Check:
     """Check that the champion's bundle loads, and that its files have the registered hashes."""
     from flows.registry.loading import load_verified
-    from flows.registry.versions import BUNDLE_SHA256, RegistryError, find_champion
+    from flows.registry.tags import VersionTags
+    from flows.registry.versions import RegistryError, find_champion
     from gptcore.errors import CheckpointError
 
     cure = f"restore its artifacts from a backup, or `gptflow rollback {model} --reason ...`"
@@ -274,9 +275,11 @@ def check_champion(root: StateRoot, model: str) -> Check:
         load_verified(root, version)
     except (RegistryError, CheckpointError, TokenizerError) as error:
         return Check("champion", False, f"the champion {uri} is damaged: {error}", cure)
-    if (sha256 := version.tags.get(BUNDLE_SHA256)) is not None:
-        return Check("champion", True, f"the champion {uri} loads, all its files as registered: sha256 {sha256[:12]}")
-    weights = version.tags.get("weights_sha256")
+    tags = VersionTags.from_tags(version.tags)
+    if tags.bundle_sha256 is not None:
+        message = f"the champion {uri} loads, all its files as registered: sha256 {tags.bundle_sha256[:12]}"
+        return Check("champion", True, message)
+    weights = tags.weights_sha256
     extent = f"only its weights were compared, sha256 {weights[:12]}" if weights else "no file could be compared"
     return Check("champion", True, f"the champion {uri} loads; an earlier release registered it: {extent}")
 

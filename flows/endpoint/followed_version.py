@@ -13,6 +13,7 @@ from threading import Thread
 from mlflow.entities.model_registry import ModelVersion
 
 from flows.registry import loading, versions
+from flows.registry.tags import VersionTags
 from flows.state.root import StateRoot
 from gptcore.bundle import LoadedModel
 from gptcore.generation.quantize import quantize
@@ -137,6 +138,6 @@ class FollowedVersion:
             name=version.name,
             version=str(version.version),
             loaded=loaded,
-            fingerprint=(version.tags.get("weights_sha256") or "")[:16],
+            fingerprint=(VersionTags.from_tags(version.tags).weights_sha256 or "")[:16],
             created=(version.creation_timestamp or 0) // 1000,
         )

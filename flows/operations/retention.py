@@ -32,6 +32,7 @@ from mlflow.exceptions import MlflowException
 from flows.registry import artifacts
 from flows.registry.champion import hold_champion
 from flows.registry.moves import trace_champions
+from flows.registry.tags import VersionTags
 from flows.registry.versions import RegistryError, list_models, list_versions, uri_of
 from flows.retrain import mirror
 from flows.retrain.attempts import read_current
@@ -43,8 +44,6 @@ from gptcore import manifest
 from gptcore.errors import CheckpointError, ConfigError
 from gptcore.training.run_directory import RunDirectory
 
-STARTED_FROM = "started_from"
-"""Tag of a version: the URI of the version whose weights its training started from."""
 _PRUNED = "pruned"
 """Tag of an MLflow run whose version was dropped. First "intent", then "done"."""
 _PRUNED_KEY = "pruned_run_key"
@@ -135,7 +134,8 @@ class _Pruning:
         left = dict(self.keep)
         for version in sorted(every, key=lambda version: -int(version.version)):
             name, number = version.name, str(version.version)
-            is_ours = name in reachable and {"run_key", "verdict"} <= version.tags.keys()
+            tags = VersionTags.from_tags(version.tags)
+            is_ours = name in reachable and tags.run_key is not None and tags.verdict is not None
             is_new = left.get(name, 0) > 0
             left[name] = left.get(name, 0) - 1
             stays = not is_ours or is_new or number in reachable[name] or (name, number) in aliased
@@ -147,7 +147,7 @@ class _Pruning:
         starts = set(self.find_starts())
         while True:
             runs = {version.run_id for version in kept}
-            named = starts | {uri for v in kept for uri in (v.source, v.tags.get(STARTED_FROM))}
+            named = starts | {uri for v in kept for uri in (v.source, VersionTags.from_tags(v.tags).started_from)}
             is_needed = [version.run_id in runs or uri_of(version) in named for version in rest]
             if not any(is_needed):
                 return kept, rest
@@ -160,10 +160,10 @@ class _Pruning:
 
     def drop(self, version: ModelVersion) -> None:
         """Record on the version's MLflow run that its files are to be deleted, then delete the version."""
-        self.freed.versions.append(f"models:/{version.name}/{version.version}")
+        self.freed.versions.append(uri_of(version))
         if self.dry_run:
             return
-        key, run_id = version.tags["run_key"], version.run_id or ""
+        key, run_id = VersionTags.from_tags(version.tags).run_key, version.run_id or ""
         with suppress(MlflowException):  # somebody has deleted the run; delete its version anyway
             self.client.set_tag(run_id, _PRUNED_KEY, key)
             self.client.set_tag(run_id, _PRUNED, "intent")
@@ -207,7 +207,8 @@ class _Pruning:
 
     def free_abandoned(self, every: Versions) -> None:
         """Delete the run directories of trainings that were never registered and that no pipeline works on any more."""
-        registered = {(v.tags.get("run_key", "")[:16], v.tags.get("attempt")) for v in every}
+        tags = [VersionTags.from_tags(version.tags) for version in every]
+        registered = {((own.run_key or "")[:16], str(own.attempt)) for own in tags}
         for directory in sorted((self.root.path / "runs").glob("*/*-*/")):
             key, _, attempt = directory.name.rpartition("-")
             if (key, attempt) in registered or not (directory / "config.json").exists():
@@ -276,8 +277,9 @@ class _Pruning:
 
     def find_needed(self, kept: Versions) -> tuple[set[str], set[str]]:
         """Return the names of the token directories and of the snapshots that versions and run directories name."""
-        tokens = {version.tags.get("tokens_sha256", "")[:16] for version in kept} | self.find_tokens_in_use()
-        corpora = {version.tags.get("corpus_sha256", "")[:16] for version in kept}
+        tags = [VersionTags.from_tags(version.tags) for version in kept]
+        tokens = {(own.tokens_sha256 or "")[:16] for own in tags} | self.find_tokens_in_use()
+        corpora = {(own.corpus_sha256 or "")[:16] for own in tags}
         return tokens, corpora | {sha256 for name in tokens if (sha256 := self.find_corpus(name)) is not None}
 
     def list_locks(self) -> list[Path]:

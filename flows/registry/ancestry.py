@@ -13,6 +13,7 @@ from mlflow.entities.model_registry import ModelVersion
 from flows.config.pipelines import Pipeline
 from flows.registry import versions
 from flows.registry.loading import load
+from flows.registry.tags import VersionTags
 from flows.state.root import StateRoot
 from gptcore import manifest
 from gptcore.bundle import WEIGHTS, LoadedModel
@@ -67,16 +68,17 @@ def resolve_start(root: StateRoot, pipeline: Pipeline) -> WarmStart | None:
 def describe_start(root: StateRoot, version: ModelVersion) -> WarmStart:
     """Return a registered version as the start of a training. Raises RegistryError if its files are missing."""
     bundle = versions.locate_bundle(root, version.name, str(version.version))
-    digest = version.tags.get("weights_sha256") or manifest.sha256_of_file(bundle / WEIGHTS)
+    digest = VersionTags.from_tags(version.tags).weights_sha256 or manifest.sha256_of_file(bundle / WEIGHTS)
     return WarmStart(versions.uri_of(version), bundle, digest, tuple(read_ancestry(root, version)))
 
 
 def read_ancestry(root: StateRoot, version: ModelVersion) -> list[Ancestor]:
     """Return the version and its ancestors, newest first. Raises RegistryError if its lineage cannot be read."""
+    tags = VersionTags.from_tags(version.tags)
     own = {
         "uri": versions.uri_of(version),
-        "weights_sha256": version.tags.get("weights_sha256"),
-        "corpus_sha256": version.tags.get("corpus_sha256"),
+        "weights_sha256": tags.weights_sha256,
+        "corpus_sha256": tags.corpus_sha256,
     }
     return [own, *versions.read_lineage(root, version).get("ancestors", ())]
 

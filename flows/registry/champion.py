@@ -20,6 +20,7 @@ from mlflow.exceptions import MlflowException
 
 from flows.notifications import events
 from flows.registry.moves import Kind, Move, find_previous, find_withdrawn, parse_moves
+from flows.registry.tags import VersionTags
 from flows.registry.versions import CHAMPION, RegistryError, UnknownVersion, list_versions
 from flows.state import postgres_lock
 from flows.state.root import StateRoot
@@ -202,7 +203,7 @@ class _ChampionLog:
 
     def explain_withdrawal(self, candidate: ModelVersion) -> str | None:
         """Return why the gate must not promote a version's weights: they were rolled back. None if it may."""
-        own, weights = str(candidate.version), candidate.tags.get("weights_sha256")
+        own, weights = str(candidate.version), VersionTags.from_tags(candidate.tags).weights_sha256
         for version, move in find_withdrawn(self.moves).items():
             if version == own or (weights and weights == move.weights):
                 which = "it" if version == own else f"version {version}, which has the same weights,"
@@ -261,7 +262,7 @@ class _ChampionLog:
             reason=reason,
             at=datetime.now(UTC).isoformat(timespec="seconds"),
             by=by,
-            weights=None if subject is None else subject.tags.get("weights_sha256"),
+            weights=None if subject is None else VersionTags.from_tags(subject.tags).weights_sha256,
         )
 
     def _write(self, move: Move) -> None:

@@ -15,10 +15,11 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 
-from flows.cards.verdict import SOURCES_OVERRIDDEN, WITHDRAWN, Verdict, read_comparison
+from flows.cards.verdict import SOURCES_OVERRIDDEN, WITHDRAWN, Verdict
 from flows.registry.ancestry import check_training_texts, read_ancestry
 from flows.registry.champion import GATE, explain_withdrawal, promote, settle
 from flows.registry.loading import load
+from flows.registry.tags import VersionTags
 from flows.registry.versions import RegistryError, find_champion, resolve
 from flows.state import postgres_lock
 from flows.state.root import StateRoot
@@ -30,7 +31,7 @@ from gptcore.corpus.diff import find_old_blocks
 from gptcore.corpus.snapshot import Block, Snapshot, read_blocks
 from gptcore.errors import CheckpointError
 from gptcore.evaluation.bits_per_byte import evaluate_blocks
-from gptcore.evaluation.compare import MIN_BLOCKS, Comparison, compare, compare_by_age, compute_gains
+from gptcore.evaluation.compare import MIN_BLOCKS, Comparison, Finding, compare, compare_by_age, compute_gains
 from gptcore.evaluation.run_report import Scores, reported_side
 
 
@@ -45,39 +46,29 @@ def judge(
 ) -> Verdict:
     """Decide whether a version becomes champion, and promote it if it does.
 
-    A first version must have a finite score and beat the unigram model. Raises CheckpointError if the snapshot was
-    altered on disk, and RegistryError if the champion cannot be loaded. Then nothing is promoted and the version's tags
-    say why. The version stays undecided, so that the next run decides about it when the damage is fixed.
+    Raises CheckpointError if the snapshot was altered on disk, and RegistryError if the champion cannot be loaded. Then
+    the version's tags say why. The version stays undecided, so that the next run decides when the damage is fixed.
 
     The tag `verdict` is written last. If a run is killed before that, the next one reads the numbers of a promotion
     that took place from the other tags. If the tag exists, the next run returns the recorded verdict.
     """
-    client = MlflowClient(root.tracking_uri)
-    own_tags = resolve(root, f"models:/{model_name}/{version}").tags
-    if "verdict" in own_tags and own_tags.get("gate_kind") != SOURCES_OVERRIDDEN:
-        return _read_verdict(own_tags)
+    challenger = resolve(root, f"models:/{model_name}/{version}")
+    own = VersionTags.from_tags(challenger.tags)
+    if own.verdict is not None and own.gate_kind != SOURCES_OVERRIDDEN:
+        return own.to_verdict()
     settle(root, model_name)  # completes a promotion that was killed half-way
-    withdrawal = explain_withdrawal(root, model_name, version)
     champion = find_champion(root, model_name)
     is_champion = champion is not None and str(champion.version) == version
-    if champion is not None and is_champion and "gate_kind" in champion.tags:
-        verdict = _read_verdict(champion.tags)
+    if is_champion and own.gate_bits_per_byte is not None:
+        verdict = own.to_verdict()
     else:
         opponent = None if is_champion else champion
-        try:
-            if withdrawal or (opponent is not None and sources_overridden):
-                verdict = _reject_without_comparison(opponent, scores, withdrawal)
-            else:
-                verdict = _compare_with_champion(root, model_name, version, opponent, snapshot, scores, cfg)
-        except (CheckpointError, RegistryError) as error:
-            kind = "model damaged" if isinstance(error, RegistryError) else "holdout altered"
-            _set_tags(client, model_name, version, {"reason": str(error)[:4000], "gate_kind": kind})
-            raise
-        _set_tags(client, model_name, version, verdict.to_tags())
+        verdict = _reach_verdict(root, challenger, opponent, snapshot, scores, cfg, sources_overridden)
+        _set_tags(root, challenger, VersionTags.from_verdict(verdict))
         if verdict.promoted:
             promote(root, model_name, version, verdict.reason, GATE, over=verdict.champion_version)
     postgres_lock.ensure_held()
-    _set_tags(client, model_name, version, {"verdict": "promoted" if verdict.promoted else "rejected"})
+    _set_tags(root, challenger, VersionTags(verdict="promoted" if verdict.promoted else "rejected"))
     return verdict
 
 
@@ -112,29 +103,13 @@ def decide(
     `gate.forget`.
     """
     kind = comparison.classify(cfg.margin, cfg.forget_margin)
-    scored = (
-        f"{comparison.challenger:.4f} bits per byte against {comparison.champion:.4f} of version {champion_version} on "
-        f"the same {comparison.blocks} blocks ({comparison.bytes:,} bytes scored, {excluded_bytes:,} excluded)"
-    )
-    gain = f"improvement {comparison.improvement:.4f}"
-    if comparison.low is not None and comparison.high is not None:
-        gain += f", from {comparison.low:.4f} to {comparison.high:.4f}"
-    sure = f"above the margin of {cfg.margin:g} with {cfg.confidence:.4g} confidence, drawn by {comparison.drawn_by}s"
-    conclusion = {
-        "better": f"{gain}, is {sure}",
-        "worse": f"{gain}, so it is worse",
-        "tie within noise": f"{gain}, is not {sure}",
-        "worse on old text": f"{gain}, is {sure}, but only because of new text",
-        "not finite": "a score that is not finite does not win",
-        "insufficient evidence": f"fewer than {MIN_BLOCKS} blocks clean for both are no sufficient evidence",
-    }[kind]
-    note = _describe_old(comparison, cfg, challenger, kind) + (
-        f"; some training text is unknown: {unknown}" if unknown else ""
-    )
+    scored = _describe_scores(comparison, cfg, kind, champion_version, excluded_bytes)
+    old = _describe_old(comparison, cfg, challenger, kind)
+    note = f"; some training text is unknown: {unknown}" if unknown else ""
     return Verdict(
         promoted=kind == "better",
         kind=kind,
-        reason=f"{kind}: {scored}: {conclusion}{note}",
+        reason=f"{kind}: {scored}{old}{note}",
         bits_per_byte=comparison.challenger,
         champion_bits_per_byte=comparison.champion,
         champion_version=champion_version,
@@ -149,7 +124,30 @@ def decide(
     )
 
 
-def _describe_old(comparison: Comparison, cfg: GateConfig, challenger: ModelVersion, kind: str) -> str:
+def _describe_scores(
+    comparison: Comparison, cfg: GateConfig, kind: Finding, champion_version: str, excluded_bytes: int
+) -> str:
+    """Describe both scores, and why they lead to `kind`."""
+    scored = (
+        f"{comparison.challenger:.4f} bits per byte against {comparison.champion:.4f} of version {champion_version} on "
+        f"the same {comparison.blocks} blocks ({comparison.bytes:,} bytes scored, {excluded_bytes:,} excluded)"
+    )
+    gain = f"improvement {comparison.improvement:.4f}"
+    if comparison.low is not None and comparison.high is not None:
+        gain += f", from {comparison.low:.4f} to {comparison.high:.4f}"
+    sure = f"above the margin of {cfg.margin:g} with {cfg.confidence:.4g} confidence, drawn by {comparison.drawn_by}s"
+    conclusions: dict[Finding, str] = {
+        "better": f"{gain}, is {sure}",
+        "worse": f"{gain}, so it is worse",
+        "tie within noise": f"{gain}, is not {sure}",
+        "worse on old text": f"{gain}, is {sure}, but only because of new text",
+        "not finite": "a score that is not finite does not win",
+        "insufficient evidence": f"fewer than {MIN_BLOCKS} blocks clean for both are no sufficient evidence",
+    }
+    return f"{scored}: {conclusions[kind]}"
+
+
+def _describe_old(comparison: Comparison, cfg: GateConfig, challenger: ModelVersion, kind: Finding) -> str:
     """Describe the finding on the old blocks, and what a person may do if it prevents the promotion."""
     old = comparison.old
     if old is None or not old.falls_behind(cfg.forget_margin):
@@ -175,10 +173,30 @@ class _Evidence:
     """(clean blocks,): whether the champion's snapshot held the block. None if that snapshot is unknown."""
 
 
+def _reach_verdict(
+    root: StateRoot,
+    challenger: ModelVersion,
+    champion: ModelVersion | None,
+    snapshot: Snapshot,
+    scores: Scores,
+    cfg: GateConfig,
+    sources_overridden: bool,
+) -> Verdict:
+    """Compare the challenger with the champion, unless it does not compete. If that fails, its tags say why."""
+    withdrawal = explain_withdrawal(root, challenger.name, str(challenger.version))
+    if withdrawal or (champion is not None and sources_overridden):
+        return _reject_without_comparison(champion, scores, withdrawal)
+    try:
+        return _compare_with_champion(root, challenger, champion, snapshot, scores, cfg)
+    except (CheckpointError, RegistryError) as error:
+        kind = "model damaged" if isinstance(error, RegistryError) else "holdout altered"
+        _set_tags(root, challenger, VersionTags(reason=str(error)[:4000], gate_kind=kind))
+        raise
+
+
 def _compare_with_champion(
     root: StateRoot,
-    model_name: str,
-    version: str,
+    challenger: ModelVersion,
     champion: ModelVersion | None,
     snapshot: Snapshot,
     scores: Scores,
@@ -187,7 +205,6 @@ def _compare_with_champion(
     """Score champion and challenger on clean blocks and decide. Without a champion, judge the version by itself."""
     _verify_snapshot(snapshot)
     side = reported_side(snapshot)
-    challenger = resolve(root, f"models:/{model_name}/{version}")
     if champion is None:
         scored = _score_blocks(load(root, challenger), list(read_blocks(snapshot.path, side)), side)
         total = sum(block["nats"] for block in scored) / math.log(2) / sum(block["bytes"] for block in scored)
@@ -258,31 +275,7 @@ def _score_blocks(loaded: LoadedModel, chosen: Sequence[Block], side: str) -> Se
     return evaluate_blocks(loaded.model, loaded.tokenizer, chosen, "cpu", side).per_block if chosen else ()
 
 
-def _set_tags(client: MlflowClient, model_name: str, version: str, tags: dict[str, str]) -> None:
-    for key, value in tags.items():
-        client.set_model_version_tag(model_name, version, key, value)
-
-
-def _read_verdict(tags: dict[str, str]) -> Verdict:
-    """Return the verdict that an earlier run stored in a version's tags.
-
-    Without the tag `verdict` the run was killed after the promotion: the version is champion, so it was promoted.
-    """
-    numbers = {key: float(tags[key]) if tags[key] else None for key in ("gate_low", "gate_high")}
-    champion = tags["gate_champion_bits_per_byte"]
-    return Verdict(
-        promoted=tags.get("verdict", "promoted") == "promoted",
-        kind=tags["gate_kind"],
-        reason=tags["reason"],
-        bits_per_byte=float(tags["gate_bits_per_byte"]),
-        champion_bits_per_byte=float(champion) if champion else None,
-        champion_version=tags["gate_champion_version"] or None,
-        low=numbers["gate_low"],
-        high=numbers["gate_high"],
-        blocks=int(tags["gate_blocks"]),
-        bytes=int(tags["gate_bytes"]),
-        excluded_bytes=int(tags["gate_excluded_bytes"]),
-        unknown=tags["gate_unknown"],
-        old=read_comparison(tags.get("gate_old", "")),
-        new=read_comparison(tags.get("gate_new", "")),
-    )
+def _set_tags(root: StateRoot, version: ModelVersion, tags: VersionTags) -> None:
+    client = MlflowClient(root.tracking_uri)
+    for key, value in tags.to_tags().items():
+        client.set_model_version_tag(version.name, str(version.version), key, value)

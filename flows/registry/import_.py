@@ -6,7 +6,6 @@ becomes champion: a person asked for it, and no other version exists to compare 
 until a person promotes the import.
 """
 
-import platform
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,9 @@ from safetensors.torch import save_file
 
 from flows.cards import model_card
 from flows.registry.champion import promote
-from flows.registry.lineage import code, packages
-from flows.registry.register import add_version, select_search_tags
+from flows.registry.lineage import software
+from flows.registry.register import add_version
+from flows.registry.tags import VersionTags
 from flows.registry.versions import find_champion
 from flows.state.root import StateRoot
 from flows.tracking import runs
@@ -88,8 +88,8 @@ def _add_import(
     root: StateRoot, model_name: str, checkpoint: Checkpoint, weights: Path, lineage: dict[str, Any]
 ) -> str:
     """Register the checkpoint with an MLflow run of its own. Return the version."""
-    tags = {**select_search_tags(lineage), "import_key": lineage["import_key"]}
-    run_id = runs.open_import(root, f"{model_name} {lineage['import_key']}", select_search_tags(lineage))
+    tags = VersionTags.from_lineage(lineage)
+    run_id = runs.open_import(root, f"{model_name} {lineage['import_key']}", tags.to_tags())
 
     def fill(bundle: Path) -> str:
         origin = {**lineage, "mlflow_run_id": run_id}
@@ -97,7 +97,7 @@ def _add_import(
         return write_bundle(bundle, checkpoint.cfg, weights, checkpoint.tokenizer, origin, card)
 
     outcome = {"verdict": VERDICT, "reason": f"imported from {checkpoint.source}"}
-    version = add_version(root, model_name, run_id, {**tags, **outcome}, root.imports, fill)
+    version = add_version(root, model_name, run_id, tags.model_copy(update=outcome), root.imports, fill)
     runs.close_run(root, run_id, "FINISHED", outcome)
     return version
 
@@ -119,7 +119,5 @@ def _build_lineage(checkpoint: Checkpoint, weights: Path) -> dict[str, Any]:
         "config": {"model": checkpoint.cfg},
         "seed": None,
         "ancestors": [],
-        **code(),
-        "packages": packages(),
-        "python": platform.python_version(),
+        **software(),
     }

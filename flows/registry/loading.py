@@ -9,7 +9,8 @@ because it imports torch, which takes seconds that look-ups need not wait for.
 
 from mlflow.entities.model_registry import ModelVersion
 
-from flows.registry.versions import BUNDLE_SHA256, RegistryError, check_manifest, locate_bundle, uri_of
+from flows.registry.tags import VersionTags
+from flows.registry.versions import RegistryError, check_manifest, locate_bundle, uri_of
 from flows.state.root import StateRoot
 from gptcore import manifest
 from gptcore.bundle import WEIGHTS, LoadedModel
@@ -31,9 +32,10 @@ def load(root: StateRoot, version: ModelVersion, device: str = "cpu") -> LoadedM
 def load_verified(root: StateRoot, version: ModelVersion, device: str = "cpu") -> LoadedModel:
     """Load like `load`, but raise CheckpointError or TokenizerError, whose messages say nothing of a promotion."""
     bundle = locate_bundle(root, version.name, str(version.version))
-    weights, expected = bundle / WEIGHTS, version.tags.get("weights_sha256")
-    if BUNDLE_SHA256 in version.tags:
-        check_manifest(version, bundle)
+    tags = VersionTags.from_tags(version.tags)
+    weights, expected = bundle / WEIGHTS, tags.weights_sha256
+    if tags.bundle_sha256 is not None:
+        check_manifest(bundle, tags.bundle_sha256)
     elif expected and weights.exists() and (digest := manifest.sha256_of_file(weights)) != expected:
         raise CheckpointError(f"{weights} has sha256 {digest}, registered was {expected}: it was altered.")
     return load_bundle(bundle, device)  # compares the files with the manifest

@@ -5,8 +5,7 @@ versions.py for look-ups, and gate.py for whether the version becomes champion.
 """
 
 import contextlib
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version as installed
 from pathlib import Path
@@ -22,6 +21,7 @@ import gptcore
 from flows.cards import model_card
 from flows.cards.model_card import Champion, Evidence
 from flows.registry import artifacts
+from flows.registry.tags import VersionTags
 from flows.registry.versions import BUNDLE, BUNDLE_SHA256, find, find_champion
 from flows.state import postgres_lock
 from flows.state.root import StateRoot
@@ -73,9 +73,9 @@ def register(root: StateRoot, run: RunDirectory, tokens: Tokens, candidate: Cand
     lineage = {**candidate.lineage, "parent_version": None if champion is None else str(champion.version)}
     champion_facts = None
     if champion is not None:
-        score = champion.tags.get("holdout_bits_per_byte")
-        champion_facts = Champion(str(champion.version), f"{float(score):.4f}" if score else None)
-    tags = {**select_search_tags(lineage), "run_key": candidate.run_key, "attempt": str(candidate.attempt)}
+        score = VersionTags.from_tags(champion.tags).holdout_bits_per_byte
+        champion_facts = Champion(str(champion.version), None if score is None else f"{score:.4f}")
+    tags = VersionTags.from_lineage({**lineage, "run_key": candidate.run_key, "attempt": candidate.attempt})
 
     def fill(bundle: Path) -> str:
         manifest.verify(run.final)  # the registered weights are the ones that were scored
@@ -91,7 +91,7 @@ def add_version(
     root: StateRoot,
     model_name: str,
     mlflow_run_id: str,
-    tags: Mapping[str, str],
+    tags: VersionTags,
     workplace: Path,
     fill: Callable[[Path], str],
 ) -> str:
@@ -114,38 +114,10 @@ def add_version(
         model_name,
         uri,
         run_id=mlflow_run_id,
-        tags={**tags, BUNDLE_SHA256: sha256} if sha256 else dict(tags),
+        tags=(tags.model_copy(update={"bundle_sha256": sha256}) if sha256 else tags).to_tags(),
         model_id=model_id,  # an MLflow server accepts no version without it
     )
     return str(created.version)
-
-
-def select_search_tags(lineage: Mapping[str, Any]) -> dict[str, str]:
-    """Return the entries of a lineage that become tags of the version: those short enough to search for."""
-    keys = (
-        "pipeline",
-        "imported_from",
-        "settings_key",
-        "started_from",
-        "weights_sha256",
-        "parameters",
-        "holdout_bits_per_byte",
-        "corpus_sha256",
-        "documents_sha256",
-        "tokens_sha256",
-        "tokenizer",
-        "tokenizer_sha256",
-        "seed",
-        "code_commit",
-        "code_dirty",
-        "gptcore_sha256",
-        "python",
-        "parent_version",
-        "prefect_flow_run_id",
-    )
-    texts = {key: str(lineage[key]) for key in keys if lineage.get(key) is not None}
-    objects = {key: json.dumps(lineage[key]) for key in ("split", "packages", "hardware") if lineage.get(key)}
-    return {**texts, **objects}
 
 
 def _reuse_logged_model(client: MlflowClient, root: StateRoot, mlflow_run_id: str) -> str | None:

@@ -5,7 +5,6 @@ or JSON.
 """
 
 import json
-import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from mlflow.exceptions import MlflowException
 
 from flows.cards.verdict import SOURCES_OVERRIDDEN
 from flows.config.pipelines import Pipeline
+from flows.registry.tags import GATE_TAGS, VersionTags
 from flows.state.root import StateRoot
 from gptcore import manifest
 from gptcore.errors import CheckpointError, GPTCoreError
@@ -25,9 +25,14 @@ from gptcore.errors import CheckpointError, GPTCoreError
 CHAMPION = "champion"
 BUNDLE = "bundle"
 BUNDLE_SHA256 = "bundle_sha256"
-"""Tag of a version: the sha256 of its bundle's manifest. Earlier releases registered bundles without a manifest."""
+"""The tag of a version, and of its logged model, with the sha256 of the bundle's manifest."""
 _NEWEST = 20
 """Versions that a search for the newest finished one reads at a time."""
+_SUMMARY = {
+    *("weights_sha256", BUNDLE_SHA256, "holdout_bits_per_byte", "corpus_sha256", "tokenizer", "seed", "code_commit"),
+    *("parent_version", "prefect_flow_run_id", "verdict", "reason", "withdrawn", *GATE_TAGS),
+}
+"""The tags that a summary of a version shows."""
 
 
 class RegistryError(GPTCoreError):
@@ -102,19 +107,19 @@ def locate_file(root: StateRoot, version: ModelVersion, file: str) -> Path:
     """
     name, number = version.name, str(version.version)
     path = locate_bundle(root, name, number, file)
-    if BUNDLE_SHA256 in version.tags:
+    if (sha256 := VersionTags.from_tags(version.tags).bundle_sha256) is not None:
         listing = locate_bundle(root, name, number, manifest.MANIFEST).parent
         try:
-            check_manifest(version, listing)
+            check_manifest(listing, sha256)
             manifest.verify_file(listing, file, path)
         except CheckpointError as error:
             raise RegistryError(f"{uri_of(version)} is damaged: {error} Restore its artifacts from a backup.") from None
     return path
 
 
-def check_manifest(version: ModelVersion, bundle: Path) -> None:
+def check_manifest(bundle: Path, expected: str) -> None:
     """Raise CheckpointError if the manifest in `bundle` is not the one that was registered. Hashes no other file."""
-    path, expected = bundle / manifest.MANIFEST, version.tags[BUNDLE_SHA256]
+    path = bundle / manifest.MANIFEST
     if (sha256 := manifest.read_sha256(bundle)) != expected:
         raise CheckpointError(f"{path} has sha256 {sha256}, registered was {expected}: it was altered.")
 
@@ -130,8 +135,9 @@ def find_newest_finished(root: StateRoot, pipeline: Pipeline) -> ModelVersion | 
     # Reading a version and its tags takes a millisecond. The newest ones come first, so one page is enough as a rule.
     newest_first = {"order_by": ["version_number DESC"], "max_results": _NEWEST}
     for version in iterate_results(search, filter_string=f"name = '{pipeline.model_name}'", **newest_first):
-        is_own = "verdict" in version.tags and version.tags.get("pipeline") == pipeline.name
-        if is_own and version.tags.get("gate_kind") != SOURCES_OVERRIDDEN:
+        tags = VersionTags.from_tags(version.tags)
+        is_own = tags.verdict is not None and tags.pipeline == pipeline.name
+        if is_own and tags.gate_kind != SOURCES_OVERRIDDEN:
             return version
     return None
 
@@ -184,36 +190,13 @@ def summarize_all(root: StateRoot, model_name: str | None = None) -> list[dict[s
 
 
 def _summarize(version: ModelVersion, aliases: Sequence[str]) -> dict[str, Any]:
-    tags = version.tags
+    tags = VersionTags.from_tags(version.tags)
     return {
         "model": version.name,
         "version": int(version.version),
         "aliases": sorted(aliases),
-        "weights_sha256": tags.get("weights_sha256"),
-        "bundle_sha256": tags.get(BUNDLE_SHA256),
-        "holdout_bits_per_byte": _parse_float(tags.get("holdout_bits_per_byte")),
-        "corpus_sha256": tags.get("corpus_sha256"),
-        "tokenizer": tags.get("tokenizer"),
-        "seed": int(tags["seed"]) if "seed" in tags else None,
-        "code_commit": tags.get("code_commit"),
-        "parent_version": tags.get("parent_version") or None,
-        "prefect_flow_run_id": tags.get("prefect_flow_run_id") or None,
         "mlflow_run_id": version.run_id,
-        "verdict": tags.get("verdict"),
-        "reason": tags.get("reason"),
-        "withdrawn": tags.get("withdrawn"),
-        "gate_bits_per_byte": _parse_float(tags.get("gate_bits_per_byte")),
-        "gate_champion_bits_per_byte": _parse_float(tags.get("gate_champion_bits_per_byte")),
-        "gate_champion_version": tags.get("gate_champion_version") or None,
-        "gate_kind": tags.get("gate_kind"),
-        "gate_low": _parse_float(tags.get("gate_low")),
-        "gate_high": _parse_float(tags.get("gate_high")),
-        "gate_blocks": _parse_int(tags.get("gate_blocks")),
-        "gate_bytes": _parse_int(tags.get("gate_bytes")),
-        "gate_excluded_bytes": _parse_int(tags.get("gate_excluded_bytes")),
-        "gate_unknown": tags.get("gate_unknown") or None,
-        "gate_old": _parse_comparison(tags.get("gate_old")),
-        "gate_new": _parse_comparison(tags.get("gate_new")),
+        **json.loads(tags.model_dump_json(include=_SUMMARY)),  # a number that is not finite becomes None
         "created_ms": version.creation_timestamp,
     }
 
@@ -244,20 +227,3 @@ def iterate_results(search: Callable[..., Any], **settings: Any) -> Iterator[Any
     while page.token:
         page = search(**settings, page_token=page.token)
         yield from page
-
-
-def _parse_float(text: str | None) -> float | None:
-    """Return a number, or None if the text is empty or the number is not finite, which JSON cannot express."""
-    return value if text and math.isfinite(value := float(text)) else None
-
-
-def _parse_comparison(text: str | None) -> dict[str, Any] | None:
-    """Return a comparison that a tag keeps as JSON, with None for each number that is not finite."""
-    values = json.loads(text) if text else None
-    return values and {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()
-    }
-
-
-def _parse_int(text: str | None) -> int | None:
-    return int(text) if text else None

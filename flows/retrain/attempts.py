@@ -18,6 +18,7 @@ from flows.config.pipelines import Pipeline
 from flows.registry import ancestry, versions
 from flows.registry.ancestry import Ancestor, WarmStart
 from flows.registry.lineage import run_key
+from flows.registry.tags import VersionTags
 from flows.state.root import StateRoot
 from flows.tracking import runs
 from gptcore import manifest
@@ -56,7 +57,7 @@ def next_number(
     newest = versions.find(root, pipeline.model_name, _run_key(pipeline, tokens, start))
     if newest is None:
         return 1
-    number = int(newest.tags["attempt"])
+    number = VersionTags.from_tags(newest.tags).attempt or 1
     if not _is_done(root, newest, sources_overridden):
         return number
     return number + 1 if force else None
@@ -149,8 +150,9 @@ def _run_key(pipeline: Pipeline, tokens: Tokens, start: WarmStart | Start | None
 def _is_done(root: StateRoot, version: ModelVersion, sources_overridden: bool) -> bool:
     """Whether the version has its verdict, and its MLflow run has all the evidence."""
     # If the text of an experiment becomes the text of the pipeline, its version has yet to compete.
-    has_yet_to_compete = version.tags.get("gate_kind") == verdict.SOURCES_OVERRIDDEN and not sources_overridden
-    return "verdict" in version.tags and not has_yet_to_compete and runs.is_finished(root, version.run_id or "")
+    tags = VersionTags.from_tags(version.tags)
+    has_yet_to_compete = tags.gate_kind == verdict.SOURCES_OVERRIDDEN and not sources_overridden
+    return tags.verdict is not None and not has_yet_to_compete and runs.is_finished(root, version.run_id or "")
 
 
 def _is_start(root: StateRoot, pipeline: Pipeline, began_with: Start | None) -> bool:

@@ -13,6 +13,7 @@ from mlflow.entities.model_registry import ModelVersion
 from flows.config.pipelines import Pipeline
 from flows.registry import versions
 from flows.registry.loading import load
+from flows.registry.tags import VersionTags
 from flows.state.root import StateRoot
 from flows.tracking.runs import flatten
 from gptcore import manifest
@@ -52,7 +53,7 @@ def weigh(root: StateRoot, pipeline: Pipeline, settings: str, snapshot: Snapshot
         return Reason(True, "it is the first training")
     number = str(newest.version)
     reason = replace(_compare_text(root, pipeline, snapshot, newest), since=number)
-    if newest.tags.get("settings_key") != settings:
+    if VersionTags.from_tags(newest.tags).settings_key != settings:
         return replace(reason, must_train=True, text=_describe_settings(root, pipeline, newest))
     if pipeline.retrain.when == "always":
         return replace(reason, must_train=True, text="retrain.when is always")
@@ -67,11 +68,11 @@ def measure_divergence(
     Return one row with the Jensen-Shannon divergence in bits. Empty if the text is the same, or if the version's tokens
     were deleted.
     """
-    tags = versions.resolve(root, f"models:/{pipeline.model_name}/{since}").tags
-    if tags.get("corpus_sha256") == snapshot.sha256:
+    tags = VersionTags.from_tags(versions.resolve(root, f"models:/{pipeline.model_name}/{since}").tags)
+    if tags.corpus_sha256 == snapshot.sha256:
         return ()
     try:
-        before = load_tokens(root.fetch_tokens(tags.get("tokens_sha256", "")))
+        before = load_tokens(root.fetch_tokens(tags.tokens_sha256 or ""))
         moved = compute_train_divergence(before, tokens, snapshot.path)
     except CheckpointError:
         return ()
@@ -80,7 +81,7 @@ def measure_divergence(
 
 def _compare_text(root: StateRoot, pipeline: Pipeline, snapshot: Snapshot, newest: ModelVersion) -> Reason:
     """Return whether the text has changed since the newest training, and whether that is a reason to train."""
-    number, sha256 = newest.version, newest.tags.get("corpus_sha256", "")
+    number, sha256 = newest.version, VersionTags.from_tags(newest.tags).corpus_sha256 or ""
     if sha256 == snapshot.sha256:
         unchanged = (("text", f"the same as version {number} learned from"),)
         return Reason(False, f"nothing changed since version {number} of {newest.name}", changes=unchanged)
@@ -128,19 +129,20 @@ def _measure_drift(
     champion = versions.find_champion(root, pipeline.model_name)
     if champion is None:
         return None, (label, "there is no champion")
-    seen = root.fetch_corpus(champion.tags.get("corpus_sha256", ""))
+    tags = VersionTags.from_tags(champion.tags)
+    seen = root.fetch_corpus(tags.corpus_sha256 or "")
     try:
         chosen = pick_new_blocks(seen, snapshot.path, DRIFT_BYTES)
         loaded = load(root, champion)
     except (CheckpointError, versions.RegistryError) as error:
         return None, (label, f"unknown: {error}")
-    own = champion.tags.get("holdout_bits_per_byte")
+    own = tags.holdout_bits_per_byte
     if not chosen or own is None:
         return None, (label, "no text is new" if not chosen else "unknown: the champion has no score of its own")
     scored = evaluate_blocks(loaded.model, loaded.tokenizer, chosen, "cpu", "new")
-    worse = scored.bits_per_byte - float(own)
+    worse = scored.bits_per_byte - own
     size = f"{scored.bytes:,} bytes"
-    return worse, (label, f"{scored.bits_per_byte:.4f} bits per byte on {size}, {float(own):.4f} on its own holdout")
+    return worse, (label, f"{scored.bits_per_byte:.4f} bits per byte on {size}, {own:.4f} on its own holdout")
 
 
 def _build_rows(delta: Delta) -> tuple[Row, ...]:

@@ -10,12 +10,14 @@ from typing import Any, cast
 import pytest
 import torch
 from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
 
 from flows.cards.verdict import SOURCES_OVERRIDDEN, WITHDRAWN, Verdict
 from flows.config.pipelines import Pipeline, overrides_sources
 from flows.registry import champion, gate, versions
 from flows.registry.gate import judge, judge_first
 from flows.registry.lineage import run_key
+from flows.registry.tags import VersionTags
 from flows.state.root import StateRoot
 from gptcore.bundle import WEIGHTS
 from gptcore.config import GateConfig
@@ -127,6 +129,19 @@ def test_a_damaged_champion_stays_and_the_challenger_is_judged_after_the_repair(
     assert judged(challenger).promoted and champion_version(root) == "2"
 
 
+def test_a_version_that_a_person_promoted_after_a_failed_comparison_gets_its_verdict(
+    root: StateRoot, register: Callable[..., str], judged: Callable[..., Verdict]
+) -> None:
+    judged(register("poor"))
+    shutil.rmtree(root.path / "models" / "1")
+    challenger = register("good")
+    with pytest.raises(versions.RegistryError):
+        judged(challenger)
+    champion.promote(root, NAME, challenger, "the champion is lost", by="ada")
+    verdict = judged(challenger)
+    assert (verdict.kind, verdict.promoted, summary(root, challenger)["verdict"]) == ("beats unigram", True, "promoted")
+
+
 def test_text_that_the_champion_learned_from_is_excluded_and_reported(
     root: StateRoot, snapshot: Snapshot, register: Callable[..., str], judged: Callable[..., Verdict]
 ) -> None:
@@ -198,7 +213,7 @@ def test_a_challenger_that_is_better_on_new_text_and_worse_on_old_text_is_promot
     kept = summary(root, "2")
     assert kept["gate_old"] == {key: value for key, value in asdict(old).items() if key not in ("old", "new")}
     assert kept["gate_new"]["low"] == new.low and kept["verdict"] == "rejected"
-    assert gate._read_verdict(versions.resolve(root, f"models:/{NAME}/2").tags) == replace(
+    assert VersionTags.from_tags(versions.resolve(root, f"models:/{NAME}/2").tags).to_verdict() == replace(
         verdict, **{key: pytest.approx(getattr(verdict, key), abs=1e-6) for key in ROUNDED}
     )
     assert next(verdicts).promoted and champion_version(root) == "3"
@@ -236,10 +251,10 @@ def test_a_run_killed_after_the_alias_moved_is_still_recorded_as_promoted(
     challenger = register("good")
     write = gate._set_tags
 
-    def killed(client: MlflowClient, model_name: str, version: str, tags: dict[str, str]) -> None:
-        if "verdict" in tags:
+    def killed(root: StateRoot, version: ModelVersion, tags: VersionTags) -> None:
+        if tags.verdict is not None:
             raise KeyboardInterrupt
-        write(client, model_name, version, tags)
+        write(root, version, tags)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr("flows.registry.gate._set_tags", killed)

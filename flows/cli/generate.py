@@ -11,6 +11,8 @@ import click
 from flows.cli.options import FILE, QUANTIZE, open_state_root
 
 if TYPE_CHECKING:
+    from flows.state.root import StateRoot
+    from gptcore.bundle import LoadedModel
     from gptcore.generation.batch import Batch, Request
     from gptcore.generation.generate import TextStream
 
@@ -76,17 +78,12 @@ def generate_texts(
     """
     root = open_state_root(file)
     Thread(target=import_module, args=("gptcore.bundle",)).start()  # imports torch beside MLflow
-    from flows.registry import versions
-    from flows.registry.loading import load_verified
     from gptcore.generation.batch import Batch
     from gptcore.generation.generate import TextStream
-    from gptcore.generation.quantize import quantize as round_weights
     from gptcore.generation.sampling import Sampling
 
     sampling = Sampling(**settings)
-    loaded = load_verified(root, versions.resolve(root, uri))
-    if quantize is not None:
-        round_weights(loaded.model, quantize)
+    loaded = _load(root, uri, quantize)
     tokenizer = loaded.tokenizer
     prompt_ids = tokenizer.encode_prompt(prompt)
     batch = Batch(loaded.model, min(num_samples, _MAX_CONCURRENT), len(prompt_ids) + max_new_tokens)
@@ -100,6 +97,17 @@ def generate_texts(
 
 
 COMMANDS = (generate_texts,)
+
+
+def _load(root: "StateRoot", uri: str, quantization: str | None) -> "LoadedModel":
+    from flows.registry import versions
+    from flows.registry.loading import load_verified
+    from gptcore.generation.quantize import quantize
+
+    loaded = load_verified(root, versions.resolve(root, uri))
+    if quantization is not None:
+        quantize(loaded.model, quantization)
+    return loaded
 
 
 def _print_in_order(batch: "Batch", samples: "Iterator[_Sample]") -> None:

@@ -94,13 +94,31 @@ def lineage(
     `ancestors` are the versions that the training was warm-started from, the nearest first. Each has uri,
     weights_sha256 and corpus_sha256.
     """
-    reported = scores.reported
     return {
         "pipeline": pipeline.name,
         "weights_sha256": result.weights_sha256,
         "parameters": count_parameters(run.weights),
         "run_key": run.read_config().run_key,
         "started_from": ancestors[0]["uri"] if ancestors else None,
+        **_describe_text(snapshot, tokens),
+        "config": pipeline.model_dump(mode="json", exclude=set(RUNNING_KEYS)),
+        "run_config": run.read_config().model_dump(mode="json"),
+        "seed": pipeline.train.seed,
+        "ancestors": [dict(ancestor) for ancestor in ancestors],
+        "steps": result.steps,
+        "best_step": result.best_step,
+        "tokens_seen": result.tokens_seen,
+        "stopped_by": result.stopped_by,
+        "holdout_bits_per_byte": scores.reported.bits_per_byte,
+        "also_used_for_selection": scores.reported.also_used_for_selection,
+        **software(),
+        "hardware": hardware(pipeline.train.device, int(pipeline.train.threads), int(pipeline.train.processes)),
+    }
+
+
+def _describe_text(snapshot: Snapshot, tokens: Tokens) -> dict[str, Any]:
+    """Return the part of a lineage that says what the model has learned from."""
+    return {
         "corpus_sha256": snapshot.sha256,
         "documents_sha256": manifest.sha256_of_file(snapshot.path / DOCUMENTS),
         "corpus": {
@@ -113,21 +131,12 @@ def lineage(
         "tokenizer": tokens.tokenizer,
         "tokenizer_sha256": manifest.read_about(tokens.path)["tokenizer_sha256"],
         "tokens_sha256": tokens.sha256,
-        "config": pipeline.model_dump(mode="json", exclude=set(RUNNING_KEYS)),
-        "run_config": run.read_config().model_dump(mode="json"),
-        "seed": pipeline.train.seed,
-        "ancestors": [dict(ancestor) for ancestor in ancestors],
-        "steps": result.steps,
-        "best_step": result.best_step,
-        "tokens_seen": result.tokens_seen,
-        "stopped_by": result.stopped_by,
-        "holdout_bits_per_byte": reported.bits_per_byte,
-        "also_used_for_selection": reported.also_used_for_selection,
-        **code(),
-        "packages": packages(),
-        "python": platform.python_version(),
-        "hardware": hardware(pipeline.train.device, int(pipeline.train.threads), int(pipeline.train.processes)),
     }
+
+
+def software() -> dict[str, Any]:
+    """Return which software runs: that of `code`, the installed packages and Python."""
+    return {**code(), "packages": packages(), "python": platform.python_version()}
 
 
 def code() -> dict[str, Any]:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from prefect import State, flow, get_run_logger
 from prefect.runtime import flow_run
@@ -102,28 +103,19 @@ def retrain(
         gate: When the new version replaces the champion.
         retrain: What is a reason to train, and what happens to an unfinished training.
         force: Train again even if nothing has changed.
-        sources_overridden: corpus.sources are not the pipeline's own: register a version, but leave an existing
-            champion alone.
+        sources_overridden: Other sources than the pipeline's own: register a version, but do not replace a champion.
         overlap: While another run of the pipeline is active: skip, or wait for its end.
         task_runner: Processes the shards of a large corpus: processes, dask, ray, or a cluster's address.
         notify: Receivers of a message if the run fails or there is a new champion. The flow's hooks read it.
     """
-    request = parameters.read_request() or Request(
-        Pipeline(
-            name=pipeline,
-            model_name=model_name,
-            corpus=corpus,
-            model=model,
-            train=train,
-            sample=sample,
-            gate=gate,
-            retrain=retrain,
-            overlap=overlap,
-            task_runner=task_runner,
-        )
-    )
-    requested = request.pipeline
-    root = state_root().prepare()
+    values: Any = {"corpus": corpus, "model": model, "train": train, "sample": sample, "gate": gate, "retrain": retrain}
+    given = Pipeline(name=pipeline, model_name=model_name, overlap=overlap, task_runner=task_runner, **values)
+    return _retrain(parameters.read_request() or Request(given), force, sources_overridden)
+
+
+def _retrain(request: Request, force: bool, sources_overridden: bool) -> State[Outcome]:
+    """Retrain the pipeline while holding its lock, or skip the run if another run holds it."""
+    requested, root = request.pipeline, state_root().prepare()
     try:
         with (
             errors.translate_errors(root),

@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from gptcore.errors import CheckpointError, DiskFull, NewerFormat
+from gptcore.progress import LOGGER
 
 MANIFEST = "manifest.json"
 FORMAT = 7
@@ -59,15 +60,32 @@ def sha256_of_file(path: Path) -> str:
 
 
 def once(goal: Path, fill: Callable[[Path], Mapping[str, Any]]) -> Path:
-    """Make the directory `goal` unless it is committed already. Return `goal`.
+    """Make the directory `goal` unless it is committed and intact. Return `goal`.
 
-    `fill` writes the files into the staged directory that it gets, and returns the `about` of `commit`. Raises DiskFull
-    as `stage` does.
+    Verifies an existing directory, and makes a damaged one again, with a warning in the log. `fill` writes the files
+    into the staged directory that it gets, and returns the `about` of `commit`. Raises DiskFull as `stage` does.
     """
+    set_aside_damaged(goal)
     if not is_committed(goal):
         with stage(goal.parent) as staged:
             commit(staged, goal, fill(staged))
     return goal
+
+
+def set_aside_damaged(directory: Path) -> None:
+    """Rename a committed directory away, with a warning in the log, if a file is missing or altered.
+
+    Raises NewerFormat if a newer release wrote it.
+    """
+    if not is_committed(directory):
+        return
+    try:
+        verify(directory)
+    except NewerFormat:
+        raise
+    except CheckpointError as error:
+        LOGGER.warning("%s The directory is set aside and made again.", error, extra={"step": "repair"})
+        set_aside(directory)
 
 
 @contextlib.contextmanager

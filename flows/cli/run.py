@@ -134,8 +134,6 @@ def prepare(pipeline: "Pipeline", root: "StateRoot", directory: Path) -> "Tokens
         raise ConfigError(
             f"{directory.resolve()} is a file, or holds files but is not a run directory. Name a new one."
         )
-    import shutil
-
     from flows.registry import ancestry
     from flows.retrain import attempts
     from gptcore.corpus.ingest import ingest
@@ -153,9 +151,24 @@ def prepare(pipeline: "Pipeline", root: "StateRoot", directory: Path) -> "Tokens
     tokens = tokenize(snapshot.path, pipeline.corpus.tokenizer, root.tokens, vocabulary=vocabulary)
     attempts.check_fits(pipeline, tokens)
     attempts.configure(RunDirectory(directory), pipeline, tokens, "tokens", start)
-    if not (directory / "tokens").exists():
-        shutil.copytree(tokens.path, directory / "tokens")
+    _copy_tokens(tokens.path, directory / "tokens")
     return tokens
+
+
+def _copy_tokens(tokens: Path, goal: Path) -> None:
+    """Copy a token directory, unless `goal` is an intact copy already."""
+    import shutil
+
+    from gptcore import manifest
+
+    manifest.set_aside_damaged(goal)
+    if manifest.is_committed(goal):
+        return
+    if goal.exists():  # a copy that an earlier release was killed in
+        manifest.set_aside(goal)
+    with manifest.stage(goal.parent) as staged:
+        shutil.copytree(tokens, staged, dirs_exist_ok=True)
+        manifest.adopt(staged, goal)
 
 
 def _launch(

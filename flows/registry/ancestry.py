@@ -19,7 +19,7 @@ from gptcore import manifest
 from gptcore.bundle import WEIGHTS, LoadedModel
 from gptcore.components import RECIPES
 from gptcore.errors import CheckpointError, ConfigError
-from gptcore.tokens.tokenizer import Tokenizer
+from gptcore.tokens.tokenizer import VOCABULARY, Tokenizer
 
 SCRATCH = "scratch"
 Ancestor = Mapping[str, str | None]
@@ -63,6 +63,11 @@ def resolve_start(root: StateRoot, pipeline: Pipeline) -> WarmStart | None:
         return None
     _check_fits(pipeline, versions.uri_of(version), load(root, version))
     return describe_start(root, version)
+
+
+def load_tokenizer(root: StateRoot, version: ModelVersion) -> Tokenizer:
+    """Load the tokenizer of a registered version. Raises RegistryError if its file is missing or was altered."""
+    return Tokenizer.load(versions.locate_file(root, version, f"tokenizer/{VOCABULARY}").parent)
 
 
 def describe_start(root: StateRoot, version: ModelVersion) -> WarmStart:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from flows.registry import lineage, versions
+from flows.registry.ancestry import load_tokenizer
 from flows.state.root import StateRoot
 from gptcore import manifest
 from gptcore.bundle import WEIGHTS
@@ -22,7 +23,7 @@ from gptcore.corpus.snapshot import DOCUMENTS, Snapshot, load_snapshot
 from gptcore.errors import CheckpointError, GPTCoreError
 from gptcore.tokens.directory import Tokens
 from gptcore.tokens.files import load_tokens, tokenize
-from gptcore.tokens.tokenizer import VOCABULARY, Tokenizer
+from gptcore.tokens.tokenizer import Tokenizer
 from gptcore.training.resolve import TRAINING_VERSION, resolve
 
 Lineage = Mapping[str, Any]
@@ -142,8 +143,8 @@ def _tokens(
     what, sha256 = "tokens", then["tokens_sha256"]
     there = root.fetch_tokens(sha256)
     with suppress(CheckpointError):
-        if manifest.verify(there)["sha256"] == sha256:
-            return load_tokens(there), []
+        if (tokens := load_tokens(there)).sha256 == sha256:
+            return tokens, []
     if snapshot is None:
         return None, [Difference(what, sha256, f"{there} is gone, and so is the text to make it from")]
     try:
@@ -161,8 +162,7 @@ def _vocabulary(root: StateRoot, then: Lineage) -> Tokenizer | None:
     """Return the vocabulary that a warm start kept. None from scratch: then it is made from the text."""
     if not then["ancestors"]:
         return None
-    version = versions.resolve(root, then["uri"])
-    return Tokenizer.load(versions.locate_file(root, version, f"tokenizer/{VOCABULARY}").parent)
+    return load_tokenizer(root, versions.resolve(root, then["uri"]))
 
 
 def _start(root: StateRoot, then: Lineage) -> tuple[Path | None, list[Difference]]:

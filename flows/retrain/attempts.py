@@ -24,10 +24,10 @@ from flows.tracking import runs
 from gptcore import manifest
 from gptcore.config import RunConfig, Start
 from gptcore.corpus.snapshot import Snapshot, load_snapshot
-from gptcore.errors import CheckpointError, ConfigError, TrainingDiverged
+from gptcore.errors import CheckpointError, ConfigError, NewerFormat, TrainingDiverged
 from gptcore.manifest import read_json, write_atomically
-from gptcore.tokens.directory import Tokens
-from gptcore.tokens.files import load_tokens
+from gptcore.tokens.directory import Tokens, read_manifest
+from gptcore.tokens.files import load_tokens, tokenize
 from gptcore.training import memory
 from gptcore.training.batches import check_sizes
 from gptcore.training.resolve import TRAINING_VERSION
@@ -100,7 +100,8 @@ def find_unfinished(root: StateRoot, pipeline: Pipeline, sources_overridden: boo
     """Find the training that an earlier run began with the same settings, on any text, and did not complete.
 
     Return None if there is no such training, if it diverged (it would diverge again), or if its text or the weights
-    that it started from were deleted.
+    that it started from were deleted. Makes damaged tokens again. Raises CheckpointError if the text was altered, or if
+    the tokens cannot be made again.
     """
     path = _current_run_directory(root.path / "runs" / pipeline.name, sources_overridden)
     if path is None:
@@ -108,7 +109,7 @@ def find_unfinished(root: StateRoot, pipeline: Pipeline, sources_overridden: boo
     try:
         run = RunDirectory(path)
         config = run.read_config()
-        tokens = load_tokens(run.tokens_path())
+        tokens = read_manifest(Path(run.tokens_path()))
         snapshot = load_snapshot(root.fetch_corpus(manifest.read_about(tokens.path)["corpus_sha256"]))
         ancestors = _ancestors(root, config.start)
     except (ConfigError, CheckpointError, versions.UnknownVersion, versions.RegistryError):
@@ -120,8 +121,38 @@ def find_unfinished(root: StateRoot, pipeline: Pipeline, sources_overridden: boo
     has_diverged = isinstance(run.read_failure(), TrainingDiverged)
     if not same or is_done or has_diverged or not _is_start(root, pipeline, config.start):
         return None
+    _verify_snapshot(snapshot, path.name)
+    tokens = _repair_tokens(root, config, tokens, snapshot)
     run.prepare(_run_config(pipeline, tokens, config.tokens, config.start))
     return Attempt(run, config.run_key, number, snapshot, tokens, ancestors)
+
+
+def _verify_snapshot(snapshot: Snapshot, run: str) -> None:
+    """Raise CheckpointError if the text of an unfinished training was altered since it was ingested."""
+    try:
+        manifest.verify(snapshot.path)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"the unfinished training {run} is not resumed: {error} Delete the directory {snapshot.path}. The next run "
+            "reads the sources again, and resumes this training if they still hold the same text."
+        ) from None
+
+
+def _repair_tokens(root: StateRoot, config: RunConfig, tokens: Tokens, snapshot: Snapshot) -> Tokens:
+    """Return the tokens of an unfinished training, made again from its snapshot if a file was altered."""
+    try:
+        return load_tokens(tokens.path)
+    except NewerFormat:
+        raise
+    except CheckpointError as damage:
+        vocabulary = ancestry.load_tokenizer(root, versions.resolve(root, config.start.uri)) if config.start else None
+        made = tokenize(snapshot.path, tokens.tokenizer, root.tokens, vocabulary=vocabulary)
+        if made.sha256 != config.tokens_sha256:
+            raise CheckpointError(
+                f"{damage} But this release makes other ones: {made.sha256} (expected {config.tokens_sha256}). Restore "
+                "them from a backup, or set retrain.unfinished: restart."
+            ) from None
+        return made
 
 
 def read_current(directory: Path) -> dict[str, str]:

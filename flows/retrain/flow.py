@@ -178,7 +178,8 @@ class _Retraining:
             return None
         if (name := mirror.download_training(self.root, self.pipeline, self.sources_overridden)) is not None:
             get_run_logger().info("another machine started %s", name, extra={"step": "resume"})
-        attempt = attempts.find_unfinished(self.root, self.pipeline, self.sources_overridden)
+        with tasks.relay_progress(get_run_logger()):
+            attempt = attempts.find_unfinished(self.root, self.pipeline, self.sources_overridden)
         if attempt is not None:
             get_run_logger().info("unfinished training %s", attempt.run.path.name, extra={"step": "resume"})
             reason = self.compare(attempt.snapshot)

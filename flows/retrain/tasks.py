@@ -121,7 +121,7 @@ class _Relay(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Pass a record to the flow run's logger, with the step that it is about."""
         step = getattr(record, "step", "")
-        self.logger.info("%s: %s", step, record.getMessage(), extra={"step": step})
+        self.logger.log(record.levelno, "%s: %s", step, record.getMessage(), extra={"step": step})
 
 
 @contextmanager

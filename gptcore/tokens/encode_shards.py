@@ -19,7 +19,6 @@ from gptcore import manifest
 from gptcore.corpus import contamination
 from gptcore.corpus.shards import SHARD_BYTES
 from gptcore.corpus.snapshot import side_text
-from gptcore.errors import CheckpointError
 from gptcore.processes import MapShards
 from gptcore.tokens.directory import SIDES, dtype_of, write_ids
 from gptcore.tokens.encode import batch_passages, encode_batch, load_once, read_chunks
@@ -115,11 +114,6 @@ def _find_cuts(file: IO[bytes], start: int, end: int) -> list[int]:
 
 def encode_shard(shard: Shard) -> Path:
     """Encode a shard unless its output exists and is intact. Return the output. Memory does not grow with the shard."""
-    if manifest.is_committed(shard.output):
-        try:
-            manifest.verify(shard.output)
-        except CheckpointError:
-            manifest.remove(shard.output)
     return manifest.once(shard.output, functools.partial(_write_shard, shard))
 
 

@@ -18,7 +18,7 @@ from gptcore import manifest
 from gptcore.corpus import shards
 from gptcore.corpus.shards import WHOLE_BYTES
 from gptcore.corpus.snapshot import Snapshot, load_snapshot
-from gptcore.errors import CheckpointError, ConfigError
+from gptcore.errors import CheckpointError, ConfigError, NewerFormat
 from gptcore.processes import MapShards, map_in_processes
 from gptcore.progress import Progress
 from gptcore.tokens import encode_shards, stream
@@ -58,20 +58,25 @@ class _Making:
         }
 
 
-def load_tokens(path: Path | str) -> Tokens:
+def load_tokens(path: Path | str, must_verify: bool = True) -> Tokens:
     """Open the token directory at `path`, or at a URL that fsspec opens, which is then streamed (see stream.py).
 
-    Raises CheckpointError if the directory was never completed or the size of a file changed.
+    Reads all files once and compares their hashes, unless another process has just done so (`must_verify`). Of streamed
+    files, only the sizes are compared. Raises CheckpointError if the directory was never completed or was altered.
     """
     if "://" in str(path):
         return stream.load(str(path))
-    tokens = read_manifest(Path(path))
-    for side, count in tokens.counts.items():
-        file, expected = tokens.path / f"{side}.bin", count * dtype_of(tokens.n_vocab).itemsize
-        size = file.stat().st_size if file.is_file() else 0
-        if size != expected:
-            raise CheckpointError(f"{file} has {size} bytes, its manifest says {expected}. Delete {path}; run again.")
-    return tokens
+    if must_verify:
+        try:
+            manifest.verify(Path(path))
+        except NewerFormat:
+            raise
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"the tokens cannot be used: {error} Start `gptflow run`, or `gptflow prepare` for its own directory: "
+                "it makes them again from the snapshot."
+            ) from None
+    return read_manifest(Path(path))
 
 
 def tokenize(
@@ -90,8 +95,8 @@ def tokenize(
     grow with the corpus or its longest text.
 
     Raises ConfigError for an unknown tokenizer or a vocabulary of another name, CorpusError if the text is too short
-    for the N entries of bpe:N, TokenizerError if a vocabulary is missing and cannot be downloaded, and CheckpointError
-    if an existing directory was altered.
+    for the N entries of bpe:N, and TokenizerError if a vocabulary is missing and cannot be downloaded. If an existing
+    directory was altered, it is made again, with a warning in the log.
 
         tokenize(Path("corpora/0123456789abcdef"), "bpe:4096", Path("tokens")).counts  # {"train": ..., "val": ...}
     """
@@ -99,16 +104,16 @@ def tokenize(
     fixed = _choose_fixed_tokenizer(name, vocabulary)
     identity = _compute_identity(source.sha256, name, fixed)
     goal = tokens_root / identity[:16]
+    manifest.set_aside_damaged(goal)
     if manifest.is_committed(goal):
-        manifest.verify(goal)
-        return load_tokens(goal)
+        return read_manifest(goal)
 
     making = _Making(source, identity, goal, make_tokenizer=lambda: fixed or _train_tokenizer(name, snapshot))
     if processes is None and making.num_bytes > WHOLE_BYTES:
         _encode_in_shards(making, map_shards)
     else:
         _encode_whole(making, processes or choose_num_processes(making.num_bytes))
-    return load_tokens(goal)
+    return read_manifest(goal)
 
 
 def _encode_in_shards(making: _Making, map_shards: MapShards) -> None:

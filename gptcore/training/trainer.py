@@ -120,7 +120,9 @@ class _Training:
         train, context = config.train, config.model.shape()["context_length"]
         if (problem := explain_uneven(train.batch_size, ranks.size, "processes (WORLD_SIZE)")) is not None:
             raise ConfigError(f"train: {problem}")
-        tokens = ranks.run_on_all_ranks(lambda: _load_checked_tokens(directory, config))
+        tokens = ranks.run_on_all_ranks(
+            lambda: _load_checked_tokens(directory, config, must_verify=ranks.local_rank == 0)
+        )
         torch.set_num_threads(max(1, int(train.threads) // ranks.local_size))
         stride = train.stride or context
         check_sizes(tokens, context, stride, train.batch_size * train.accumulation)
@@ -304,13 +306,14 @@ def _load_start(state: TrainState, directory: RunDirectory, sha256: str) -> None
     state.parallel.load_weights(weights or {})
 
 
-def _load_checked_tokens(directory: RunDirectory, config: RunConfig) -> Tokens:
+def _load_checked_tokens(directory: RunDirectory, config: RunConfig, must_verify: bool) -> Tokens:
+    """Open the tokens that config.json names. One rank of each machine verifies the files, for all of them."""
     if config.training_version != TRAINING_VERSION:
         raise CheckpointError(
             f"{directory.path} was prepared for training version {config.training_version}, this release has version "
             f"{TRAINING_VERSION}. Prepare another run directory."
         )
-    tokens = load_tokens(directory.tokens_path())
+    tokens = load_tokens(directory.tokens_path(), must_verify)
     if tokens.sha256 != config.tokens_sha256:
         raise CheckpointError(
             f"{tokens.path} has identity {tokens.sha256}, config.json expects {config.tokens_sha256}. Prepare it again."

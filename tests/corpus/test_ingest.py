@@ -121,6 +121,19 @@ def test_the_same_files_give_the_same_bytes_again(tmp_path: Path) -> None:
         assert (first.path / f"{side}.txt").read_bytes() == (second.path / f"{side}.txt").read_bytes()
 
 
+def test_an_altered_snapshot_is_made_again_from_the_same_sources(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    texts = {"one.txt": odd_prose(1, 20_000)}
+    snapshot = snapshot_of(tmp_path, texts)
+    file = snapshot.path / "holdout.txt"
+    intact = file.read_bytes()
+    file.write_bytes(bytes(100) + intact[100:])
+    assert snapshot_of(tmp_path, texts) == snapshot
+    assert file.read_bytes() == intact
+    assert str(file) in caplog.text and "made again" in caplog.text
+
+
 def test_renaming_reordering_copying_and_repacking_change_nothing(tmp_path: Path) -> None:
     texts = list(MANY.values())
     first = snapshot_of(tmp_path, MANY)

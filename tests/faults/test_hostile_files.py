@@ -24,7 +24,7 @@ from gptcore.config import CorpusConfig
 from gptcore.corpus import sources
 from gptcore.corpus.ingest import ingest
 from gptcore.corpus.snapshot import load_snapshot
-from gptcore.errors import CheckpointError, CorpusError, GPTCoreError, TokenizerError
+from gptcore.errors import CheckpointError, CorpusError, TokenizerError
 from gptcore.model.gpt import GPTModel
 from gptcore.tokens.directory import Tokens
 from gptcore.tokens.files import load_tokens, tokenize
@@ -160,9 +160,8 @@ def test_a_pickle_among_token_files_is_refused_and_not_executed(
     plant(tokens.path / file, Payload(executed))
     snapshot = next((tmp_path / "corpora").glob("[0-9a-f]*"))
     with pytest.raises(CheckpointError, match=r"its manifest says|is damaged"):
-        tokenize(snapshot, "bytes", tokens.path.parent)
-    with pytest.raises(GPTCoreError, match=r"its manifest says|is damaged"):
-        load_tokens(tokens.path).load_tokenizer()
+        load_tokens(tokens.path)
+    tokenize(snapshot, "bytes", tokens.path.parent).load_tokenizer()
 
 
 @PLANTED

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from gptcore import manifest
-from gptcore.errors import CheckpointError, DiskFull
+from gptcore.errors import CheckpointError, DiskFull, NewerFormat
 
 FILES = {"a.bin": bytes(range(256)) * 4, "inner/b.txt": b"text"}
 
@@ -236,6 +236,20 @@ def test_a_missing_or_half_written_file_reads_as_none(tmp_path, text):
     if text is not None:
         (tmp_path / "up.json").write_text(text)
     assert manifest.read_json(tmp_path / "up.json") is None
+
+
+def test_a_damaged_directory_is_set_aside_and_made_again_but_not_one_of_a_newer_release(tmp_path):
+    goal = manifest.once(tmp_path / "goal", lambda staged: {"size": (staged / "a").write_text("first")})
+    (goal / "a").write_text("other")
+    assert manifest.once(goal, lambda staged: {"size": (staged / "a").write_text("again")}) == goal
+    assert (goal / "a").read_text() == "again" and manifest.verify(goal) == {"size": 5}
+    (aside,) = tmp_path.glob(".tmp-removed-goal*")
+    assert (aside / "a").read_text() == "other"
+    newer = (goal / "manifest.json").read_text().replace('"format": 7', '"format": 8')
+    (goal / "manifest.json").write_text(newer)
+    with pytest.raises(NewerFormat):
+        manifest.once(goal, lambda staged: {})
+    assert goal.exists()
 
 
 def test_a_directory_is_made_once_and_stays_away_if_filling_fails(tmp_path):

@@ -10,7 +10,7 @@ from flows.config.pipelines import Pipeline
 from flows.registry import versions
 from flows.retrain import attempts
 from flows.state.root import StateRoot
-from gptcore.errors import TrainingDiverged
+from gptcore.errors import CheckpointError, TrainingDiverged
 from gptcore.training.run_directory import RunDirectory
 from tests.retrain.test_policy import asking, run
 from tests.tiny import prose
@@ -91,6 +91,24 @@ def test_an_unfinished_training_whose_text_is_gone_is_abandoned(tiny: Pipeline, 
         snapshot.rename(root.path / "elsewhere")
     assert attempts.find_unfinished(root, resolved(asked)) is None
     assert run(asked)[0] == "Promoted"
+
+
+def test_damaged_tokens_of_a_paused_training_are_made_again_and_a_damaged_text_is_refused_with_the_fix(
+    tiny: Pipeline, project: Path, root: StateRoot
+) -> None:
+    asked = paused_once(tiny)
+    tokens, corpus = next(root.tokens.glob("[0-9a-f]*")), next(root.corpora.glob("[0-9a-f]*"))
+    first = attempts.find_unfinished(root, resolved(asked))
+    intact = {path: path.read_bytes() for path in (tokens / "train.bin", corpus / "train.txt")}
+    for path, data in intact.items():
+        path.write_bytes(data[:200] + bytes(100) + data[300:])
+    (project / "text" / "two.txt").write_text(prose(2, 3000))  # the sources no longer give the same text
+    refused = rf"the unfinished training .* is not resumed: .*train\.txt .*Delete the directory {corpus}\."
+    with pytest.raises(CheckpointError, match=refused):
+        attempts.find_unfinished(root, resolved(asked))
+    (corpus / "train.txt").write_bytes(intact[corpus / "train.txt"])
+    assert attempts.find_unfinished(root, resolved(asked)) == first
+    assert (tokens / "train.bin").read_bytes() == intact[tokens / "train.bin"]
 
 
 def resolved(pipeline: Pipeline) -> Any:

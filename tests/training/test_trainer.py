@@ -260,6 +260,21 @@ def test_a_corpus_that_is_too_small_is_refused_with_counts_and_the_failure_is_re
     assert isinstance(run.read_failure(), CorpusError) and not run.metrics.exists()
 
 
+def test_tokens_that_were_altered_since_the_checkpoint_are_not_trained_on(make, tokens):
+    run = make("altered")
+    stop_after(run, 8)
+    file = tokens.path / "train.bin"
+    intact, logged = file.read_bytes(), run.metrics.read_text()
+    try:
+        file.write_bytes(intact[:200] + bytes(100) + intact[300:])
+        with pytest.raises(CheckpointError, match=r"train\.bin has sha256 .*: it was altered"):
+            finish(run)
+        assert run.metrics.read_text() == logged and isinstance(run.read_failure(), CheckpointError)
+    finally:
+        file.write_bytes(intact)
+    assert finish(run).steps == 21
+
+
 def test_the_next_attempt_removes_a_recorded_failure(make):
     run = make(max_steps=2)
     run.record_failure(GPTCoreError("earlier"))

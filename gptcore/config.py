@@ -9,9 +9,10 @@ and flows/notifications.
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from gptcore.components import RECIPES
+from gptcore.credentials import check_address
 from gptcore.sections import Added, Section
 
 SizeName = Literal["nano", "mini", "small", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]
@@ -35,17 +36,18 @@ SIZES: dict[str, dict[str, int]] = {
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=2**48)]
+Source = Annotated[str, Field(min_length=1), AfterValidator(check_address)]
 
 
 class CorpusConfig(Section):
     """The text to learn from, how it becomes tokens, and how it is split into train, val and holdout."""
 
-    sources: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)] = ("python-docs",)
+    sources: Annotated[tuple[Source, ...], Field(min_length=1)] = ("python-docs",)
     """Where text comes from: a file, a directory, a glob, an http(s) URL (append #sha256=HEX to check the download),
     anything that fsspec opens (s3://, gs://, hf://), or python-docs, the reference that ships inside Python. The suffix
-    names the format: .txt .md .jsonl .csv .parquet, each also .gz or .zst. Tables need a column named text. Links that
-    lead out of a directory, and redirections from the internet into a private network, are refused: list their targets
-    here instead."""
+    names the format: .txt .md .jsonl .csv .parquet, each also .gz or .zst. Tables need a column named text. A password
+    or key in an address is written as ${NAME}, an environment variable of the run. Links that lead out of a directory,
+    and redirections from the internet into a private network, are refused: list their targets here instead."""
     tokenizer: Annotated[str, Field(pattern=r"^(bytes|bpe:[0-9]{3,6}|[A-Za-z][A-Za-z0-9_.\-]*)$")] = "gpt2"
     """How text becomes tokens. gpt2 or another name in tiktoken: that published vocabulary. bpe:N: a vocabulary of N
     entries, from 257 to 200000, that is trained on the train split; it suits text unlike English and small models.

@@ -13,6 +13,7 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from gptcore.credentials import shorten_addresses
 from gptcore.errors import ConfigError
 
 
@@ -30,7 +31,14 @@ class Added:
 class Section(BaseModel):
     """A section of the configuration. It is immutable and refuses unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+    # pydantic's own errors would repeat the input, which may be a secret.
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+        hide_input_in_errors=True,
+    )
 
 
 _UNION_MEMBER = re.compile(r"constrained-.*|literal\[.*|int|float")
@@ -124,7 +132,8 @@ def _describe_problem(detail: Any, section: type[BaseModel]) -> tuple[KeyPath, s
         hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(known))}"
         return path, f"there is no such key; {hint}"
     message = detail["msg"].removeprefix("Value error, ")
-    given = "" if detail["type"] in ("value_error", "missing") else f" (given: {detail['input']!r:.80})"
+    is_shown = detail["type"] not in ("value_error", "missing")
+    given = f" (given: {shorten_addresses(repr(detail['input'])):.80})" if is_shown else ""
     return path, f"{message[0].lower()}{message[1:]}{given}"
 
 

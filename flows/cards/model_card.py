@@ -10,11 +10,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
 import yaml
 
 from flows.cards.decision import escape, list_scores, render_table
+from gptcore.credentials import strip_secrets
 from gptcore.evaluation.run_report import Scores
 from gptcore.evaluation.samples import Sample
 from gptcore.training.run_directory import Result
@@ -109,7 +109,7 @@ def _render_summary(model_name: str, cfg: Mapping[str, Any], lineage: Mapping[st
     size = f" of {lineage['parameters']:,} parameters" if "parameters" in lineage else ""
     origin = f"made by the pipeline {_render_code(lineage['pipeline'])}" if "pipeline" in lineage else "from elsewhere"
     if source := lineage.get("imported_from"):
-        origin = f"imported from {_render_code(_strip_secrets(str(source)))}"
+        origin = f"imported from {_render_code(strip_secrets(str(source)))}"
     return (
         f"A GPT{size} that continues text, {origin}: a version of the registered model {_render_code(model_name)}. It "
         f"reads at most {cfg['context_length']:,} tokens at once and knows {cfg['vocab_size']:,} different tokens "
@@ -138,7 +138,7 @@ def _render_training_data(lineage: Mapping[str, Any]) -> str:
         rows = [(_render_code(name), _render_code(digest)) for name, digest in lineage.get("files", {}).items()]
         files = render_table(("read from", "sha256"), rows)
         return "Nothing is known about the text that it learned from." + (f"\n\n{files}" if files else "")
-    sources = [_strip_secrets(source) for source in _look_up(lineage, "config", "corpus", "sources") or ()]
+    sources = [strip_secrets(source) for source in _look_up(lineage, "config", "corpus", "sources") or ()]
     named = [f"- {escape(source)}" for source in sources[:_MOST_SOURCES]]
     more = [f"- and {len(sources) - _MOST_SOURCES:,} more"] if len(sources) > _MOST_SOURCES else []
     sides = [(side, f"{corpus['blocks'][side]:,}", f"{corpus['bytes'][side]:,}") for side in _SIDES]
@@ -264,17 +264,6 @@ def _render_limits(cfg: Mapping[str, Any], evidence: Evidence | None) -> str:
         if reported.also_used_for_selection:
             limits.append("Its score is a little too good: the same text chose the best state of the training.")
     return "\n".join(f"- {limit}" for limit in limits)
-
-
-def _strip_secrets(source: str) -> str:
-    """Return a source without possible secrets: a URL loses its user, password, query and fragment."""
-    if "://" not in source:
-        return source
-    try:
-        parts = urlsplit(source)
-    except ValueError:
-        return source.partition("://")[0] + "://…"
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
 
 
 def _render_code(value: object) -> str:

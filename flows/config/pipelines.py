@@ -28,6 +28,7 @@ from gptcore.config import (
     SampleConfig,
     TrainConfig,
 )
+from gptcore.credentials import shorten_addresses
 from gptcore.errors import ConfigError
 from gptcore.sections import Section, check
 
@@ -275,18 +276,22 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         key, equals, text = override.partition("=")
         section, _, name = key.strip().partition(".")
         if not equals or not section:
-            raise ConfigError(f"--set {override}: must have the form section.key=value, as in train.max_steps=50")
+            raise ConfigError(
+                f"--set {shorten_addresses(override)}: must have the form section.key=value, as in train.max_steps=50"
+            )
         try:
             value, _ = yaml.read(text)
         except UnsupportedYAML as error:
-            raise ConfigError(f"--set {key}: {error} (given: {text!r:.80})") from None
+            given = shorten_addresses(repr(text))
+            raise ConfigError(f"--set {key}: {shorten_addresses(error)} (given: {given:.80})") from None
         if not name:
             _check_section(f"--set {key}", value if section in SECTIONS else None)
             parsed[section] = value
         elif isinstance(below := parsed.setdefault(section, {}), dict):
             below[name] = value
         else:
-            raise ConfigError(f"--set {key}: {section} was set to {below!r:.80} before, which has no keys")
+            given = shorten_addresses(repr(below))
+            raise ConfigError(f"--set {key}: {section} was set to {given:.80} before, which has no keys")
     return parsed
 
 
@@ -301,7 +306,7 @@ def _read(path: Path) -> tuple[dict[str, Any], Marks]:
             raise ConfigError(f"{path} has {size:,} bytes; a pipelines.yaml has at most {MAX_BYTES:,}")
         data, marks = yaml.read(path.read_text(encoding="utf-8"))
     except UnsupportedYAML as error:
-        raise ConfigError(f"{path}{f':{error.line}' if error.line else ''}: {error}") from None
+        raise ConfigError(f"{path}{f':{error.line}' if error.line else ''}: {shorten_addresses(error)}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
     if not isinstance(data, dict):
@@ -311,7 +316,7 @@ def _read(path: Path) -> tuple[dict[str, Any], Marks]:
 
 def _check_section(where: str, value: Any) -> None:
     if value is not None and not isinstance(value, dict):
-        raise ConfigError(f"{where}: must be a mapping of keys to values (given: {value!r:.80})")
+        raise ConfigError(f"{where}: must be a mapping of keys to values (given: {shorten_addresses(repr(value)):.80})")
 
 
 def _has(layer: Any, path: tuple[str | int, ...]) -> bool:

@@ -7,6 +7,7 @@ is a message to send.
 """
 
 import logging
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -16,7 +17,8 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from gptcore.errors import GPTCoreError
+from gptcore.credentials import resolve_variable, silence_request_log
+from gptcore.errors import ConfigError, GPTCoreError
 from gptcore.sections import Section
 
 if TYPE_CHECKING:
@@ -29,17 +31,20 @@ _CONNECT_SECONDS = 3.05
 _READ_SECONDS = 5.0
 _PAUSE_SECONDS = 1.0
 _TRIES = 2
+_VARIABLE = re.compile(r"\$\{[A-Za-z_][A-Za-z0-9_]*\}")
 
 
 class NotifyConfig(Section):
     """One receiver of messages: a webhook, or a notification block that is saved on the Prefect server.
 
-    A webhook's address is visible in pipelines.yaml and in the Prefect UI. If the address itself is the secret, as with
-    Slack or Teams, save a block of that kind in the UI and name it here: the block hides the address.
+    A webhook's address is visible in pipelines.yaml and in the Prefect UI, and is written nowhere else. If the address
+    itself is the secret, as with Slack or Teams, write ${NAME}, an environment variable of the run, or name a block of
+    that kind that was saved in the UI.
     """
 
     webhook: str | None = None
-    """An http(s) address that gets a POST with a JSON object: pipeline, event, title, text, flow_run_id, url, time."""
+    """An http(s) address that gets a POST with a JSON object: pipeline, event, title, text, flow_run_id, url, time.
+    ${NAME} stands for an environment variable that holds the address or a part of it."""
     block: Annotated[str, Field(pattern=r"^[a-z0-9-]+/[a-z0-9-]+$")] | None = None
     """Type and name of a notification block on the Prefect server, as in slack-webhook/team."""
     on: Annotated[tuple[Occasion, ...], Field(min_length=1)] = ("failure", "promotion", "stale")
@@ -49,7 +54,7 @@ class NotifyConfig(Section):
     @field_validator("webhook")
     @classmethod
     def _webhook_is_an_address(cls, given: str | None) -> str | None:
-        if given is not None and not _is_address(given):
+        if given is not None and not (_VARIABLE.fullmatch(given) or _is_address(given)):
             raise ValueError("a webhook is an http(s) address, as in https://example.org/hook")
         return given
 
@@ -61,7 +66,9 @@ class NotifyConfig(Section):
 
     def __str__(self) -> str:
         """Return the target for logs, without a webhook's path, which is often its password."""
-        return f"block {self.block}" if self.webhook is None else f"webhook at {urlsplit(self.webhook).hostname}"
+        if self.webhook is None:
+            return f"block {self.block}"
+        return f"webhook at {urlsplit(self.webhook).hostname or self.webhook}"
 
 
 @dataclass(frozen=True)
@@ -127,12 +134,18 @@ def _notify(flow_run: "FlowRun", state: "State[Any]", event: Occasion, summary: 
 
 
 def _post_to_webhook(address: str, message: Message) -> None:
-    """Send the message as JSON. Raises requests.RequestException if the second attempt fails too."""
+    """Send the message as JSON. Raises requests.RequestException if the second attempt fails too.
+
+    Raises ConfigError if the address names an environment variable that is not set, or that holds no address.
+    """
     import requests
 
+    silence_request_log()
+    if not _is_address(target := resolve_variable(address)):
+        raise ConfigError(f"{address} does not hold an http(s) address")
     for attempt in range(1, _TRIES + 1):
         try:
-            with requests.post(address, json=asdict(message), timeout=(_CONNECT_SECONDS, _READ_SECONDS)) as answer:
+            with requests.post(target, json=asdict(message), timeout=(_CONNECT_SECONDS, _READ_SECONDS)) as answer:
                 return answer.raise_for_status()
         except requests.RequestException:
             if attempt == _TRIES:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from gptcore.corpus import remote
 from gptcore.corpus.sources import PYTHON_DOCS, find_local_paths, parse_address, scheme_of
+from gptcore.credentials import conceal, resolve, silence_request_log
 from gptcore.errors import CorpusError, SourceUnavailable
 from gptcore.manifest import sha256_of
 
@@ -56,26 +57,29 @@ def _request_headers(address: str) -> dict[str, str]:
     try:
         with _request("HEAD", address) as response:
             if response.status_code not in _NO_HEAD:
-                return _select_headers(response)
+                return _select_headers(response, address)
         with _request("GET", address) as response:
-            return _select_headers(response)
+            return _select_headers(response, address)
     except requests.RequestException as error:
-        raise SourceUnavailable(f"{address} does not answer: {error}.") from None
+        raise SourceUnavailable(f"{address} does not answer: {conceal(error, address)}.") from None
 
 
 def _request(method: str, address: str) -> "requests.Response":
     import requests
 
+    silence_request_log()
     seconds = (_CONNECT_SECONDS, _READ_SECONDS)
     headers = {"Accept-Encoding": "identity"}
-    return requests.request(method, address, headers=headers, allow_redirects=True, stream=True, timeout=seconds)
+    return requests.request(
+        method, resolve(address), headers=headers, allow_redirects=True, stream=True, timeout=seconds
+    )
 
 
-def _select_headers(response: "requests.Response") -> dict[str, str]:
+def _select_headers(response: "requests.Response", address: str) -> dict[str, str]:
     if response.status_code != 200:
-        raise SourceUnavailable(f"{response.url} answered {response.status_code} {response.reason}.")
+        raise SourceUnavailable(f"{address} answered {response.status_code} {response.reason}.")
     if headers := {name: response.headers[name] for name in _HEADERS if name in response.headers}:
         return headers
     raise SourceUnavailable(
-        f"{response.url} sends none of the headers {', '.join(_HEADERS)}, so a change of the file cannot be noticed."
+        f"{address} sends none of the headers {', '.join(_HEADERS)}, so a change of the file cannot be noticed."
     )

@@ -11,6 +11,9 @@ and https, never from https to http, and never to an address of a narrower netwo
 the networks are: public, private, this machine, link-local (where clouds keep their secrets). A name counts as the
 addresses that it resolves to when the redirection arrives; a name that resolves differently a moment later is not
 noticed. The error names the refused address, and the user can put that address into corpus.sources.
+
+An address may name environment variables with secrets (credentials.py). They are inserted into the request only; files
+and messages have the address without them.
 """
 
 import fcntl
@@ -24,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin, urlsplit
 
+from gptcore.credentials import conceal, resolve, silence_request_log
 from gptcore.errors import CorpusError, SourceUnavailable
 from gptcore.manifest import flush, read_json, sha256_of_file
 
@@ -83,7 +87,7 @@ def _save(response: "requests.Response", part: Path, append: bool) -> None:
     if not append:
         part.unlink(missing_ok=True)
         validators = {name: response.headers.get(name) for name in ("ETag", "Last-Modified")}
-        part.with_suffix(".json").write_text(json.dumps({"url": response.url, **validators}))
+        part.with_suffix(".json").write_text(json.dumps(validators))
     with part.open("ab") as file:
         for chunk in response.iter_content(_CHUNK_BYTES):
             file.write(chunk)
@@ -124,6 +128,7 @@ def _open_response(url: str, headers: dict[str, str], body: Path) -> Iterator["r
     import requests
     from requests import exceptions
 
+    silence_request_log()
     headers = {"Accept-Encoding": "identity", **headers}  # a compressed transfer could not be resumed
     try:
         with requests.Session() as session, _follow_redirections(session, url, headers) as response:
@@ -135,15 +140,15 @@ def _open_response(url: str, headers: dict[str, str], body: Path) -> Iterator["r
             yield response
     except (exceptions.InvalidSchema, exceptions.InvalidURL, exceptions.MissingSchema) as error:
         raise CorpusError(
-            f"{url} is not a valid http or https address, or redirects to one that is not: {error}"
+            f"{url} is not a valid http or https address, or redirects to one that is not: {conceal(error, url)}"
         ) from None
     except exceptions.RequestException as error:
-        raise _unavailable_error(url, str(error), body) from None
+        raise _unavailable_error(url, conceal(error, url), body) from None
 
 
 def _follow_redirections(session: "requests.Session", url: str, headers: dict[str, str]) -> "requests.Response":
     """Return the response of `url`, or of the address that it redirects to."""
-    address = url
+    address = resolve(url)
     for _ in range(_MAX_REDIRECTIONS + 1):
         response = _send_get(session, address, headers)
         location = session.get_redirect_target(response)
@@ -173,7 +178,8 @@ def _resolve_redirection(url: str, address: str, location: str) -> str:
         source, target = urlsplit(address), urlsplit(goal)
         source_host, target_host, _ = source.hostname or "", target.hostname or "", target.port
     except ValueError as error:
-        raise CorpusError(f"{url} redirects to {location!r:.200}, which is not an address: {error}") from None
+        shown = conceal(repr(location), url)
+        raise CorpusError(f"{url} redirects to {shown:.200}, which is not an address: {conceal(error, url)}") from None
     if target.scheme not in ("http", "https") or not target_host:
         reason = "only http and https addresses are"
     elif (source.scheme, target.scheme) == ("https", "http"):
@@ -183,8 +189,8 @@ def _resolve_redirection(url: str, address: str, location: str) -> str:
     else:
         return goal
     raise CorpusError(
-        f"{url} redirects to {goal!r:.200}, which is not followed: {reason}. If you want its text, write that address "
-        "itself in corpus.sources."
+        f"{url} redirects to {conceal(repr(goal), url):.200}, which is not followed: {reason}. If you want its text, "
+        "write that address itself in corpus.sources."
     )
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, cast
 
 from gptcore.corpus import formats
+from gptcore.credentials import conceal, resolve
 from gptcore.errors import CorpusError, GPTCoreError, SourceUnavailable
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def find_objects(source: str) -> FoundObjects:
     with _translate_errors(source):
         import fsspec
 
-        filesystem, path = fsspec.core.url_to_fs(source)
+        filesystem, path = fsspec.core.url_to_fs(resolve(source))
         filesystem.invalidate_cache()  # a cached listing would hide new objects
         if is_literal := filesystem.isfile(path):
             objects = {path: filesystem.info(path)}
@@ -91,7 +92,7 @@ def download(source: str, name: str, scratch: Path) -> BinaryIO:
     with _translate_errors(source):
         import fsspec
 
-        filesystem, _ = fsspec.core.url_to_fs(source)
+        filesystem, _ = fsspec.core.url_to_fs(resolve(source))
         with filesystem.open(name, "rb") as content:
             shutil.copyfileobj(content, copy, _COPY_BYTES)
     copy.seek(0)
@@ -106,8 +107,11 @@ def _translate_errors(source: str) -> Iterator[None]:
     except GPTCoreError:
         raise
     except ImportError as error:
-        raise CorpusError(f"{source!r} needs a package that is not installed: {error}. pip install it.") from None
+        reason = conceal(error, source)
+        raise CorpusError(f"{source!r} needs a package that is not installed: {reason}. pip install it.") from None
     except (FileNotFoundError, IsADirectoryError, PermissionError, ValueError) as error:
-        raise CorpusError(f"{source!r} cannot be read: {error}") from None
+        raise CorpusError(f"{source!r} cannot be read: {conceal(error, source)}") from None
     except Exception as error:
-        raise SourceUnavailable(f"{source} is unavailable: {error}. Try again later, or name a file.") from error
+        # `from error` would put the address with its secrets into the traceback.
+        reason = conceal(error, source)
+        raise SourceUnavailable(f"{source} is unavailable: {reason}. Try again later, or name a file.") from None

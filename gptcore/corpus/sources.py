@@ -24,7 +24,8 @@ from urllib.parse import unquote, urlsplit
 from gptcore.corpus import formats, remote
 from gptcore.corpus import http as web
 from gptcore.corpus.formats import Errors
-from gptcore.errors import CorpusError
+from gptcore.credentials import conceal, resolve, strip_secrets
+from gptcore.errors import ConfigError, CorpusError
 from gptcore.manifest import sha256_of
 
 PYTHON_DOCS = "python-docs"
@@ -42,7 +43,8 @@ class Document:
     """One text."""
 
     name: str
-    """Its name in lists: its path or address, with the row if it comes from a table."""
+    """Its name in lists: its path or its address without user, password and query, with the row if it comes from a
+    table."""
     source: str
     """The entry of corpus.sources that it came from."""
     chunks: Iterator[bytes]
@@ -94,9 +96,13 @@ def check(sources: Sequence[str], base: Path) -> None:
     """Raise CorpusError if a source cannot exist. No network is used and no text is read.
 
     Relative paths start at `base`. The causes are a missing file, a glob without a match, a directory without text, or
-    a malformed address.
+    a malformed address, or an environment variable that is named but not set.
     """
     for source in sources:
+        try:
+            resolve(source)
+        except ConfigError as error:
+            raise CorpusError(f"corpus.sources: {error}") from None
         if source == PYTHON_DOCS:
             continue
         if (scheme := scheme_of(source)) is None:
@@ -172,14 +178,20 @@ def _find_files_of(source: str, base: Path, downloads: Path) -> Iterator[File]:
         address, sha256 = parse_address(source)
         filename = PurePosixPath(unquote(urlsplit(address).path)).name
         body = web.download(address, sha256, downloads)
-        yield File(source, address, filename, "web", str(body.absolute()), _size_of(body))
+        yield File(source, strip_secrets(address), filename, "web", str(body.absolute()), _size_of(body))
     else:
         found = remote.find_objects(source)
         for name, info in found.objects.items():
-            shown = source if found.is_literal else found.filesystem.unstrip_protocol(name)
+            shown = _name_object(source if found.is_literal else found.filesystem.unstrip_protocol(name), source)
             fields = remote.select_version_fields(info)
             state = sha256_of(fields) if fields else ""
             yield File(source, shown, name, "remote", name, info.get("size") or 0, state)
+
+
+def _name_object(address: str, source: str) -> str:
+    """Return the name of an object found through `source`. A `?` or `#` without secrets is a part of its name."""
+    shown = conceal(address, source)
+    return strip_secrets(shown) if "${" in shown or "…" in shown else shown
 
 
 def _size_of(path: Path) -> int:

@@ -17,8 +17,8 @@ def load(uri: str, device: str = "cpu") -> "LoadedModel":
     """Load the model and the tokenizer of a registered version, for example models:/gpt-quickstart@champion.
 
     The state root is GPTFLOW_HOME, else `mlruns/` in the working directory. Only safetensors and JSON files are read. A
-    password in a database's URL in the environment is moved to PGPASSWORD. Raises UnknownVersion, and RegistryError if
-    the version is damaged.
+    password in a server's URL in the environment is moved to a variable of its own. Raises UnknownVersion, and
+    RegistryError if the version is damaged.
     """
     from flows.registry import loading, versions
     from flows.state.backends import export_passwords

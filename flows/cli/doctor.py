@@ -7,6 +7,7 @@ the failure may be that something hangs.
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING
@@ -40,6 +41,7 @@ def check_project(file: str | None, json: bool) -> None:
     import logging
     from dataclasses import asdict
 
+    from flows.state.backends import export_passwords
     from flows.state.root import OPT_OUTS, state_root
 
     path = Path(file or "pipelines.yaml").expanduser().resolve()
@@ -47,6 +49,8 @@ def check_project(file: str | None, json: bool) -> None:
         os.environ.setdefault(name, value)
     logging.getLogger().addHandler(logging.NullHandler())
     logging.captureWarnings(True)
+    with suppress(GPTCoreError):  # the checks report it
+        export_passwords()
     checks = run_checks(path, state_root(path))
     if json:
         print_json([asdict(check) for check in checks])

@@ -11,9 +11,10 @@ How to talk to them is in postgres.py and object_store.py.
 
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from flows.state import postgres
 from flows.state.postgres import Database
@@ -67,17 +68,35 @@ def read_backends(home: Path) -> Backends:
 
 
 def export_passwords() -> None:
-    """Move the database's password from the URLs in the environment to PGPASSWORD, and its TLS options likewise.
+    """Move the passwords of servers from the URLs in the environment to variables of their own.
 
-    After this, no variable of gptflow or MLflow has a password in a PostgreSQL URL. Drivers and child processes read
-    PGPASSWORD. Raises ConfigError if a URL cannot be used, or if two passwords differ.
+    The database's password goes to PGPASSWORD, and its TLS options likewise. After this, no variable of gptflow, MLflow
+    or Prefect has a password in a URL, which cards, messages and logs show. Libraries and child processes read the
+    other variables. Raises ConfigError if a URL cannot be used, or if two passwords of the database differ.
     """
+    if (login := _take_login("PREFECT_API_URL")) is not None:
+        os.environ.setdefault("PREFECT_API_AUTH_STRING", ":".join(login))
+    if (login := _take_login("MLFLOW_TRACKING_URI")) is not None:
+        os.environ.setdefault("MLFLOW_TRACKING_USERNAME", login[0])
+        os.environ.setdefault("MLFLOW_TRACKING_PASSWORD", login[1])
     for variable in (postgres.VARIABLE, *_DATABASES_OF_MLFLOW):
         if (url := os.environ.get(variable, "")).startswith("postgres"):
             os.environ[variable] = postgres.export_password(url, variable)
     chosen = _read_variables(postgres.VARIABLE, _DATABASES_OF_MLFLOW, "postgres")
     if chosen is not None and chosen.url:
         postgres.export_tls_options(chosen.url, chosen.source)
+
+
+def _take_login(variable: str) -> tuple[str, str] | None:
+    """Remove user and password from the web address in an environment variable, and return them. None without them."""
+    address = os.environ.get(variable, "")
+    scheme, _, rest = address.partition("://")
+    user, at, _ = re.split("[/?#]", rest, maxsplit=1)[0].rpartition("@")
+    if not at or not scheme.startswith("http"):
+        return None
+    os.environ[variable] = f"{scheme}://{rest[len(user) + 1 :]}"
+    name, _, password = user.partition(":")
+    return unquote(name), unquote(password)
 
 
 def apply_options(database: str | None, artifacts: str | None) -> None:

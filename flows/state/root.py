@@ -190,8 +190,8 @@ class StateRoot:
     def prepare(self) -> "StateRoot":
         """Make the state root ready for this process: it can be written, and its paths are right after a move.
 
-        Also moves the passwords of the environment's databases to PGPASSWORD (`backends.export_passwords`). Raises
-        GPTCoreError with the path and the reason, as `relocate.update_location` does, DatabaseBroken and ConfigError.
+        Also moves passwords out of the URLs in the environment (`backends.export_passwords`). Raises GPTCoreError with
+        the path and the reason, as `relocate.update_location` does, DatabaseBroken and ConfigError.
         """
         backends.export_passwords()
         try:

@@ -16,6 +16,7 @@ from sqlalchemy.exc import OperationalError
 
 from flows.state import databases, object_store
 from flows.state.root import StateRoot
+from gptcore.credentials import conceal
 from gptcore.errors import DiskFull, GPTCoreError, SourceUnavailable
 from gptcore.manifest import is_out_of_space
 
@@ -77,7 +78,7 @@ def warn_if_prefect_fails(subject: str) -> Iterator[None]:
 
 def translate_error(error: Exception, root: StateRoot) -> GPTCoreError | None:
     """Return the error as an error of gptflow; None if it is one already, or if its cause is a mistake in gptflow."""
-    message = str(error).strip().partition("\n")[0].rstrip(".")
+    message = conceal(error).strip().partition("\n")[0].rstrip(".")
     if isinstance(error, GPTCoreError):
         return None
     if is_disk_full(error):

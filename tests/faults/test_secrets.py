@@ -19,8 +19,8 @@ from gptcore.corpus.http import download
 from gptcore.corpus.ingest import ingest
 from gptcore.corpus.remote import find_objects
 from gptcore.errors import ConfigError, CorpusError, SourceUnavailable
-from tests.fixtures import prose
-from tests.servers import Prefect, Receiver, gptflow, write
+from tests.servers import Prefect, Receiver, gptflow
+from tests.tiny import prose, write_pipelines
 
 PASSWORD, TOKEN, HOOK = "c4n4ry-p/ssw@rd", "c4n4ry-t0ken", "c4n4ry-h00k"
 
@@ -156,8 +156,7 @@ def test_no_canary_of_a_source_webhook_or_server_is_in_any_record_output_or_mess
 ) -> None:
     literal = f"{receiver.url}/{HOOK}"
     notify = [{"webhook": literal}, {"webhook": "${CANARY_HOOK}"}]
-    corpus = {"sources": [web.source], "tokenizer": "bytes", "block_bytes": 256}
-    write(project, tiny={"corpus": {**corpus, "val_fraction": 0.15, "holdout_fraction": 0.15}, "notify": notify})
+    write_pipelines(project, tiny={"corpus": {"sources": [web.source]}, "notify": notify})
     environment = {
         "PREFECT_API_URL": server.url.replace("//", "//me:c4n4ry-prefect@"),
         "CANARY_HOOK": f"{receiver.url}/c4n4ry-named",
@@ -179,7 +178,8 @@ def test_no_canary_of_a_source_webhook_or_server_is_in_any_record_output_or_mess
     run("export", "models:/gpt-tiny@champion", "exported")
     assert "CANARY_TOKEN, which is not set" in run("run", "tiny", code=2, CANARY_TOKEN="")
     run("models", code=1, GPTFLOW_DATABASE="postgresql://me:c4n4ry-postgres@127.0.0.1:9/none")
-    run("models", code=1, MLFLOW_TRACKING_URI=f"{receiver.url.replace('//', '//me:c4n4ry-mlflow@')}")
+    away = {"MLFLOW_TRACKING_URI": "http://me:c4n4ry-mlflow@127.0.0.1:9", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+    run("models", code=1, **away)
 
     (project / "pipelines.yaml").unlink()
     assert len(receiver.got) == 4, "two messages, each to two webhooks"

@@ -137,6 +137,22 @@ def test_a_refusal_of_postgresql_is_reported_in_one_line_with_the_fix(
     assert "secret" not in both.stderr
 
 
+def test_passwords_of_web_servers_are_moved_to_the_variables_that_their_clients_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("PREFECT_API_AUTH_STRING", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PREFECT_API_URL", "http://ann:s%40cret@127.0.0.1:4200/api")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://bob:s/cret@[::1]:5000".replace("/c", "%2Fc"))
+    export_passwords()
+    assert os.environ["PREFECT_API_URL"] == "http://127.0.0.1:4200/api"
+    assert os.environ["PREFECT_API_AUTH_STRING"] == "ann:s@cret"
+    assert StateRoot(tmp_path).find_mlflow_ui() == "https://[::1]:5000", "cards and messages link there"
+    assert (os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"]) == ("bob", "s/cret")
+    export_passwords()
+    assert os.environ["PREFECT_API_AUTH_STRING"] == "ann:s@cret", "a second call changes nothing"
+
+
 def test_passwords_are_removed_from_every_url_and_the_state_root_saves_the_rest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

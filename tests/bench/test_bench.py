@@ -1,6 +1,7 @@
 """The benchmark against other implementations, in a few seconds: what is counted, compared and written."""
 
 import json
+import random
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -9,13 +10,14 @@ import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import __main__ as program
-from bench import plain, report, serving
+from bench import forgetting, plain, report, serving
 from bench.contender import contender
 from bench.encoders import OURS, TIKTOKEN
 from bench.peers import first_weights
 from bench.shapes import SHAPES, Shape
 from bench.steps import Steps, Timed
 from bench.tokenizing import measure_tokenizing
+from gptcore.evaluation.compare import Comparison
 
 TINY = Shape("M", 2, 2, 32, 256, 2, 300, rounds=2)
 
@@ -73,6 +75,23 @@ def test_peers_that_compute_another_function_may_have_other_losses() -> None:
         TINY, 0.0, (100.0,), (ours, *(replace(ours, name=name, losses=(5.0,)) for name in ("litgpt", "hf+padded")))
     )
     assert report.losses_differ([steps]) == []
+
+
+def test_added_text_has_its_size_and_verdicts_that_break_a_promise_are_listed() -> None:
+    for make in (forgetting.make_garbage, forgetting.make_tables):
+        added = make(100_000, random.Random(1))
+        assert len(added) == 80 and sum(map(len, added.values())) == pytest.approx(100_000, rel=0.01)
+    prose = forgetting.read_prose(None)
+    part = forgetting.take(prose, list(prose), 50_000)
+    assert 40_000 < sum(len(text.encode()) for text in part.values()) <= 50_000
+    compared = Comparison(2.0, 2.1, 40, 9_000, "block", 0.95, 0.05, 0.15)
+    good = forgetting.Night("growth", 1, 1, True, "better", "because", 0.1, 0.05, 0.15, compared, compared)
+    nights = [replace(good, number=number) for number in range(1, 9)]
+    assert forgetting.list_failures(nights) == []
+    assert forgetting.list_failures(nights[1:]) == ["growth, seed 1: 7 nights promoted"]
+    assert forgetting.list_failures([replace(good, scenario="garbage")]) == ["garbage, seed 1: because"]
+    row = "| growth 1 | 1 | +0.100 (+0.050 to +0.150) | 2.100, 2.000, +0.100 (+0.050 to +0.150) |"
+    assert row in forgetting.table(nights)
 
 
 def test_tokenisers_encode_the_same_text_to_the_same_ids() -> None:

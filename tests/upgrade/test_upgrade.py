@@ -25,7 +25,7 @@ from tests.tiny import write_pipelines, write_project
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 EARLIER = "a424947"
 REPOSITORY = Path(__file__).parents[2]
-STEPS = 900
+STEPS = 500
 
 
 @dataclass

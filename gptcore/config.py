@@ -48,6 +48,10 @@ class CorpusConfig(Section):
     names the format: .txt .md .jsonl .csv .parquet, each also .gz or .zst. Tables need a column named text. A password
     or key in an address is written as ${NAME}, an environment variable of the run. Links that lead out of a directory,
     and redirections from the internet into a private network, are refused: list their targets here instead."""
+    exclude: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Added(before=())] = ()
+    """Files below the directories and globs of sources that are not read: patterns as in .gitignore, such as drafts/ or
+    *.log. Never read are hidden files, node_modules, virtual environments, state roots, and what a .gitignore below a
+    source names."""
     tokenizer: Annotated[str, Field(pattern=r"^(bytes|bpe:[0-9]{3,6}|[A-Za-z][A-Za-z0-9_.\-]*)$")] = "gpt2"
     """How text becomes tokens. gpt2 or another name in tiktoken: that published vocabulary. bpe:N: a vocabulary of N
     entries, from 257 to 200000, that is trained on the train split; it suits text unlike English and small models.

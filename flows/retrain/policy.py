@@ -164,7 +164,8 @@ def _describe_settings(root: StateRoot, pipeline: Pipeline, newest: ModelVersion
     except (versions.RegistryError, KeyError):
         return sentence
     now = flatten(pipeline.model_dump(mode="json"))
-    outside = ("retrain.", "gate.", "sample.", "corpus.sources", *(f"train.{key}" for key in EXECUTION_KEYS))
+    execution = tuple(f"train.{key}" for key in EXECUTION_KEYS)
+    outside = ("retrain.", "gate.", "sample.", "corpus.sources", "corpus.exclude", *execution)
     differing = [
         f"{key} {then.get(key, 'absent')} -> {now[key]}"
         for key in now

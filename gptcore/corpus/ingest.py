@@ -62,11 +62,11 @@ def ingest(cfg: CorpusConfig, corpora: Path, base: Path, map_shards: MapShards =
 
     For example, `ingest(CorpusConfig(sources=("notes",)), Path("state/corpora"), Path("."))`.
     """
-    sources.check(cfg.sources, base)
+    sources.check(cfg.sources, base, cfg.exclude)
     corpora.mkdir(parents=True, exist_ok=True)
     manifest.sweep(corpora)
     downloads = corpora.parent / "downloads"
-    files = list(sources.find_files(cfg.sources, base, downloads))
+    files = list(sources.find_files(cfg.sources, base, downloads, cfg.exclude))
     key = manifest.sha256_of([*cfg.sources, str(base), cfg.errors, cfg.block_bytes])
     if sum(file.num_bytes for file in files) <= WHOLE_BYTES or len(files) == 1:
         with tempfile.TemporaryFile(dir=corpora) as file:

@@ -7,12 +7,13 @@ import importlib.util
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, cast
 
 from gptcore.corpus import formats
+from gptcore.corpus.ignore import Ignore
 from gptcore.credentials import conceal, resolve
 from gptcore.errors import CorpusError, GPTCoreError, SourceUnavailable
 
@@ -57,8 +58,11 @@ def check(source: str, scheme: str) -> None:
         raise CorpusError(f"{source!r} needs the package {package}, which is not installed: pip install {package}")
 
 
-def find_objects(source: str) -> FoundObjects:
-    """Find one object, the matches of a glob, or the texts below a prefix. Raises CorpusError, SourceUnavailable."""
+def find_objects(source: str, exclude: Sequence[str] = ()) -> FoundObjects:
+    """Find one object, the matches of a glob, or the texts below a prefix. Raises CorpusError, SourceUnavailable.
+
+    `exclude` is corpus.exclude, relative to the prefix.
+    """
     check(source, source.partition("://")[0].lower())
     with _translate_errors(source):
         import fsspec
@@ -72,7 +76,9 @@ def find_objects(source: str) -> FoundObjects:
             objects = {name: info for name, info in matches.items() if info["type"] == "file"}
         else:
             below = filesystem.find(path, detail=True)
-            objects = {name: info for name, info in below.items() if formats.has_known_suffix(name)}
+            rules, start = Ignore(Path(), exclude), len(path.rstrip("/")) + 1
+            texts = {name: info for name, info in below.items() if formats.has_known_suffix(name)}
+            objects = {name: info for name, info in texts.items() if rules.keeps_object(name[start:])}
     if not objects:
         raise CorpusError(f"corpus.sources: {source!r} does not exist, matches nothing or holds no text.")
     return FoundObjects(filesystem, dict(sorted(objects.items())), is_literal)

@@ -24,6 +24,7 @@ from urllib.parse import unquote, urlsplit
 from gptcore.corpus import formats, remote
 from gptcore.corpus import http as web
 from gptcore.corpus.formats import Errors
+from gptcore.corpus.ignore import Ignore
 from gptcore.credentials import conceal, resolve, strip_secrets
 from gptcore.errors import ConfigError, CorpusError
 from gptcore.manifest import sha256_of
@@ -92,11 +93,11 @@ class File:
                 yield Document(name, self.source, chunks)
 
 
-def check(sources: Sequence[str], base: Path) -> None:
+def check(sources: Sequence[str], base: Path, exclude: Sequence[str] = ()) -> None:
     """Raise CorpusError if a source cannot exist. No network is used and no text is read.
 
-    Relative paths start at `base`. The causes are a missing file, a glob without a match, a directory without text, or
-    a malformed address, or an environment variable that is named but not set.
+    Relative paths start at `base`; `exclude` is corpus.exclude. The causes are a missing file, a glob without a match,
+    a directory without text, a malformed address, or an environment variable that is named but not set.
     """
     for source in sources:
         try:
@@ -106,25 +107,25 @@ def check(sources: Sequence[str], base: Path) -> None:
         if source == PYTHON_DOCS:
             continue
         if (scheme := scheme_of(source)) is None:
-            find_local_paths(source, base)
+            find_local_paths(source, base, exclude)
         elif scheme in ("http", "https"):
             parse_address(source)
         else:
             remote.check(source, scheme)
 
 
-def find_files(sources: Sequence[str], base: Path, downloads: Path) -> Iterator[File]:
+def find_files(sources: Sequence[str], base: Path, downloads: Path, exclude: Sequence[str] = ()) -> Iterator[File]:
     """Yield the files of all sources, in order. Files on the web are downloaded into `downloads`; no other is read.
 
-    Relative paths start at `base`. Raises CorpusError if a source cannot be used, and SourceUnavailable if a remote
-    source does not answer.
+    Relative paths start at `base`; `exclude` is corpus.exclude. Raises CorpusError if a source cannot be used, and
+    SourceUnavailable if a remote source does not answer.
     """
     downloads.mkdir(parents=True, exist_ok=True)
     for source in sources:
         if source == PYTHON_DOCS:
             yield File(source, source, source, "docs", source, _DOCS_BYTES, state=sys.version)
         else:
-            yield from _find_files_of(source, base, downloads)
+            yield from _find_files_of(source, base, downloads, exclude)
 
 
 def read_documents(files: Iterable[File], scratch: Path, errors: Errors) -> Iterator[Document]:
@@ -169,10 +170,10 @@ def _read_python_docs(errors: Errors) -> Iterator[Document]:
         yield Document(name, PYTHON_DOCS, formats.encode_chunks(text, name, errors))
 
 
-def _find_files_of(source: str, base: Path, downloads: Path) -> Iterator[File]:
+def _find_files_of(source: str, base: Path, downloads: Path, exclude: Sequence[str]) -> Iterator[File]:
     scheme = scheme_of(source)
     if scheme is None:
-        for path in find_local_paths(source, base):
+        for path in find_local_paths(source, base, exclude):
             yield File(source, _display_name(path, base), path.name, "local", str(path.absolute()), _size_of(path))
     elif scheme in ("http", "https"):
         address, sha256 = parse_address(source)
@@ -180,7 +181,7 @@ def _find_files_of(source: str, base: Path, downloads: Path) -> Iterator[File]:
         body = web.download(address, sha256, downloads)
         yield File(source, strip_secrets(address), filename, "web", str(body.absolute()), _size_of(body))
     else:
-        found = remote.find_objects(source)
+        found = remote.find_objects(source, exclude)
         for name, info in found.objects.items():
             shown = _name_object(source if found.is_literal else found.filesystem.unstrip_protocol(name), source)
             fields = remote.select_version_fields(info)
@@ -206,16 +207,16 @@ def _display_name(path: Path, base: Path) -> str:
     return str(path).removeprefix(os.path.join(base, ""))  # noqa: PTH118
 
 
-def find_local_paths(source: str, base: Path) -> list[Path]:
+def find_local_paths(source: str, base: Path, exclude: Sequence[str] = ()) -> list[Path]:
     """Return at least one regular file, or raise CorpusError. A name that exists is literal, even with a `[` in it."""
     try:
-        return _find_local_paths(source, base)
+        return _find_local_paths(source, base, exclude)
     except (OSError, ValueError, RuntimeError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise CorpusError(f"corpus.sources: {source!r:.200} cannot be looked up: {reason}") from None
 
 
-def _find_local_paths(source: str, base: Path) -> list[Path]:
+def _find_local_paths(source: str, base: Path, exclude: Sequence[str]) -> list[Path]:
     path = base / Path(source).expanduser()
     if not source.strip():
         raise CorpusError("corpus.sources: an entry is empty. Name a file, a directory, a glob or an address.")
@@ -223,17 +224,21 @@ def _find_local_paths(source: str, base: Path) -> list[Path]:
         return [path]
     root = path
     if path.is_dir():
-        paths = _find_texts_in(path)
-        problem = "holds no file that ends in .txt .md .jsonl .csv or .parquet (or these with .gz or .zst)"
+        paths = _find_texts_in(path, Ignore(path, exclude))
+        problem = "holds no file that ends in .txt .md .jsonl .csv or .parquet (or these with .gz or .zst) and is read"
     elif any(mark in source for mark in "*?["):
-        paths = _match_glob(Path(source).expanduser(), base)
         root = _glob_root(path)
-        problem = "matches no file"
+        names_hidden = any(name.startswith(".") for name in path.relative_to(root).parts)
+        rules = Ignore(root, exclude, shows_hidden=names_hidden)
+        paths = [found for found in _match_glob(Path(source).expanduser(), base) if rules.keeps_with_parents(found)]
+        problem = "matches no file that is read"
     else:
         paths = []
         problem = "is not a regular file" if path.exists() else "does not exist"
     if not paths:
         hint = "" if Path(source).is_absolute() else f" (looked for in {base})"
+        if problem.endswith("read"):
+            hint += ". Hidden files, state roots and what .gitignore or corpus.exclude names are not read"
         raise CorpusError(f"corpus.sources: {source!r:.200} {problem}{hint}.")
     _check_inside(paths, root)
     return paths
@@ -254,7 +259,7 @@ def _check_inside(paths: list[Path], root: Path) -> None:
             )
 
 
-def _find_texts_in(directory: Path) -> list[Path]:
+def _find_texts_in(directory: Path, rules: Ignore) -> list[Path]:
     paths, seen = [], set()
     for parent, directories, names in os.walk(directory, onerror=_raise_unreadable, followlinks=True):
         state = os.stat(parent)  # noqa: PTH116
@@ -262,8 +267,9 @@ def _find_texts_in(directory: Path) -> list[Path]:
             directories.clear()
             continue
         seen.add((state.st_dev, state.st_ino))
-        directories.sort()
-        paths += [path for name in names if formats.has_known_suffix(name) and (path := Path(parent, name)).is_file()]
+        directories[:] = sorted(name for name in directories if rules.keeps(Path(parent, name), is_directory=True))
+        texts = (Path(parent, name) for name in names if formats.has_known_suffix(name))
+        paths += [path for path in texts if rules.keeps(path) and path.is_file()]
     return sorted(paths, key=str)
 
 

@@ -1,0 +1,89 @@
+"""Which files below a directory or a glob of corpus.sources are never read.
+
+These are hidden files and directories, `__pycache__`, `node_modules`, virtual environments, state roots of gptflow and
+MLflow, backups of editors, what a `.gitignore` file there names, and what corpus.exclude names. A file that
+corpus.sources names itself is always read.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+
+from pathspec import GitIgnoreSpec
+
+from gptcore.errors import CorpusError
+
+GITIGNORE = ".gitignore"
+_NEVER = {"__pycache__", "node_modules", "mlruns", "mlartifacts"}
+
+
+class Ignore:
+    """The rules below one directory, `root`. `exclude` are patterns in .gitignore's syntax, relative to it.
+
+    With `shows_hidden`, names that begin with a dot are no reason to ignore a file. Raises CorpusError for a pattern
+    that cannot be understood.
+    """
+
+    def __init__(self, root: Path, exclude: Sequence[str] = (), shows_hidden: bool = False) -> None:
+        self._root, self._shows_hidden = root, shows_hidden
+        self._exclude = _parse(exclude, "corpus.exclude")
+        self._gitignores: dict[Path, GitIgnoreSpec | None] = {}
+
+    def keeps(self, path: Path, is_directory: bool = False) -> bool:
+        """Whether a file or directory may be read. The directories that it is in must have been kept."""
+        if self._is_hidden(path.name) or (is_directory and _is_private(path)):
+            return False
+        if _ignores(self._exclude, path.relative_to(self._root), is_directory):
+            return False
+        for directory in path.parents:
+            if (spec := self._read_gitignore(directory)) is not None:
+                ignores = _ignores(spec, path.relative_to(directory), is_directory)
+                if ignores is not None:  # the file nearest to the path decides
+                    return not ignores
+            if directory == self._root:
+                break
+        return True
+
+    def keeps_with_parents(self, path: Path) -> bool:
+        """Whether a file may be read, and the directories below the root that it is in."""
+        between = [parent for parent in path.parents if parent.is_relative_to(self._root) and parent != self._root]
+        return all(self.keeps(directory, is_directory=True) for directory in reversed(between)) and self.keeps(path)
+
+    def keeps_object(self, name: str) -> bool:
+        """Whether an object of a store may be read. `name` is relative to the prefix that corpus.sources names."""
+        return not any(map(self._is_hidden, PurePosixPath(name).parts)) and not self._exclude.match_file(name)
+
+    def _is_hidden(self, name: str) -> bool:
+        return name in _NEVER or name.endswith("~") or (name.startswith(".") and not self._shows_hidden)
+
+    def _read_gitignore(self, directory: Path) -> GitIgnoreSpec | None:
+        if directory not in self._gitignores:
+            file = directory / GITIGNORE
+            is_there = file.is_file()
+            lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if is_there else []
+            self._gitignores[directory] = _parse(lines, str(file)) if is_there else None
+        return self._gitignores[directory]
+
+
+def _is_private(directory: Path) -> bool:
+    """Whether the directory is a virtual environment or a state root."""
+    is_state_root = (directory / "state.json").is_file() and (directory / "locks").is_dir()
+    return is_state_root or (directory / "pyvenv.cfg").is_file()
+
+
+def _ignores(patterns: GitIgnoreSpec, path: Path, is_directory: bool) -> bool | None:
+    """Return whether the last pattern that matches excludes the path; None if none matches."""
+    result = patterns.check_file(path.as_posix())
+    if is_directory:  # a pattern may end in a slash, which matches directories only
+        result = max(
+            result, patterns.check_file(f"{path.as_posix()}/"), key=lambda one: -1 if one.index is None else one.index
+        )
+    return result.include
+
+
+def _parse(patterns: Sequence[str], where: str) -> GitIgnoreSpec:
+    try:
+        return GitIgnoreSpec.from_lines(patterns)
+    except ValueError as error:
+        raise CorpusError(
+            f"{where}: {error}. The patterns are those of .gitignore, such as drafts/ or *.log."
+        ) from None

@@ -15,11 +15,11 @@ from gptcore.evaluation.bits_per_byte import evaluate_model, score_blocks
 from gptcore.evaluation.plots import plot_losses
 from gptcore.generation.generate import generate, generate_text_simple
 from gptcore.tokens.tokenizer import get_tokenizer
-from tests.evaluation.test_bits_per_byte import TEXTS, loader, model, tokenizer
+from tests.evaluation.test_bits_per_byte import TEXTS, loader, model
 from tests.generation.test_generate import plain_loop, seeded_model, some_ids
 from tests.training.test_loop import run_simple, weights_of
 
-__all__ = ["model", "tokenizer"]
+__all__ = ["model"]
 
 
 def test_a_long_prompt_is_cropped_to_its_last_tokens():

@@ -7,9 +7,9 @@ import psutil
 import pytest
 
 from flows.state.databases import Condition, mlflow_database, prefect_database
-from tests.fixtures import write_project
-from tests.servers import begin, wait_for, write
+from tests.servers import begin, wait_for
 from tests.state.test_databases import ODD
+from tests.tiny import write_pipelines, write_project
 
 KILLS = ((signal.SIGKILL, 1), (signal.SIGTERM, 300_000), (signal.SIGINT, 1_000_000))
 """The signals, and how many bytes of Prefect's database exist when they are sent."""
@@ -24,7 +24,7 @@ def test_runs_killed_while_they_create_the_databases_leave_a_state_root_in_which
     project = tmp_path / "project"
     project.mkdir()
     names = ("one", "two", "three", "four")
-    write(write_project(project), **{name: {} for name in names})
+    write_pipelines(write_project(project), **{name: {} for name in names})
 
     def wait_for_bytes(size: int) -> None:
         wait_for(lambda: sum(path.stat().st_size for path in home.rglob("*prefect.db*")) >= size, 120)

@@ -8,12 +8,12 @@ from typing import Any
 import psutil
 import pytest
 
-from flows.config.pipelines import SECTIONS, Pipeline, PipelinesFile
+from flows.config.pipelines import Pipeline, PipelinesFile
 from flows.notifications.notify import Message, NotifyConfig, send
 from flows.retrain.parameters import build_flow_parameters, merge_parameters
 from flows.state.root import StateRoot
-from gptcore.errors import ConfigError, CorpusError
-from tests.servers import Prefect, Receiver, Serving, wait_for
+from gptcore.errors import ConfigError
+from tests.servers import Prefect, Receiver, Serving, gptflow, wait_for
 from tests.tiny import write_pipelines
 
 FILE = "pipelines:\n  night:\n    notify:\n      - "
@@ -154,17 +154,17 @@ def test_a_served_pipeline_reports_promotions_failures_kills_and_stops(
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("prefect_server", "root")
-def test_a_run_from_the_command_line_sends_notifications_too(tiny: Pipeline, receiver: Receiver) -> None:
-    from flows.retrain.flow import retrain
-
-    sections = {name: getattr(tiny, name) for name in SECTIONS}
-    corpus = tiny.corpus.model_copy(update={"sources": ("/nowhere",)})
-    targets = (NotifyConfig(webhook=f"{receiver.url}/hook"),)
-    with pytest.raises(CorpusError, match="does not exist"):
-        retrain("tiny", "gpt-tiny", **{**sections, "corpus": corpus}, notify=targets)
+@pytest.mark.usefixtures("root")
+def test_a_run_from_the_command_line_sends_notifications_too(
+    project: Path, server: Prefect, receiver: Receiver
+) -> None:
+    write_pipelines(project, tiny={"notify": [{"webhook": f"{receiver.url}/hook"}]})
+    (project / "text" / "one.txt").write_text("Too short.")
+    done = gptflow(project, "run", "tiny", PREFECT_API_URL=server.url)
+    assert done.returncode == 2 and "nothing is left for train" in done.stderr, done.stdout + done.stderr
     (message,) = receiver.got
     assert (message["event"], message["title"]) == ("failure", "tiny: failed")
+    assert "nothing is left for train" in message["text"]
 
 
 @pytest.mark.slow

@@ -36,6 +36,11 @@ def test_an_unreachable_prefect_server_is_named_with_the_fix(project: Path) -> N
     refused(gptflow(project, "run", "tiny", PREFECT_API_URL=url), 1, url, "unset PREFECT_API_URL")
 
 
+def test_hosts_to_answer_to_are_named_one_by_one(project: Path) -> None:
+    for command in (("up",), ("serve-model", "gpt-tiny@champion")):
+        refused(gptflow(project, *command, "--allowed-hosts", "*"), 2, "--allowed-hosts", "NAME or NAME:PORT")
+
+
 def test_help_lists_every_key_with_its_documentation(project: Path) -> None:
     done = gptflow(project, "run", "--help")
     assert done.returncode == 0

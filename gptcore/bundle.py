@@ -25,8 +25,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from gptcore import manifest
-from gptcore.errors import CheckpointError, ConfigError
+from gptcore.errors import CheckpointError, GPTCoreError
 from gptcore.model.gpt import GPTModel
+from gptcore.records import read_bytes
 from gptcore.tokens.tokenizer import Tokenizer
 
 WEIGHTS, CARD = "model.safetensors", "README.md"
@@ -80,11 +81,11 @@ def load(directory: str | Path, device: str = "cpu") -> LoadedModel:
     try:
         if manifest.is_committed(directory):
             manifest.verify(directory)
-        cfg = json.loads((directory / "config.json").read_text())
+        cfg = json.loads(read_bytes(directory / "config.json"))
         _check_shape(cfg, directory / WEIGHTS)
         model = GPTModel(cfg)
         model.load_state_dict(load_file(directory / WEIGHTS))
-    except (OSError, ValueError, RuntimeError, CheckpointError, ConfigError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, GPTCoreError, SafetensorError) as error:
         raise CheckpointError(f"the bundle {directory} cannot be loaded: {error}") from None
     tokenizer = Tokenizer.load(directory / "tokenizer")
     if tokenizer.n_vocab > cfg["vocab_size"]:

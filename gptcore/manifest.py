@@ -35,6 +35,7 @@ from typing import Any
 
 from gptcore.errors import CheckpointError, DiskFull, NewerFormat
 from gptcore.progress import LOGGER
+from gptcore.records import NotAFile, read_bytes
 
 MANIFEST = "manifest.json"
 FORMAT = 7
@@ -221,17 +222,6 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     flush(path.parent)
 
 
-def read_json(path: Path) -> Any:
-    """Return the JSON value in the file, or None if the file is missing or half-written.
-
-    Earlier releases wrote some of these files without flushing them, so a power cut may have left half of one.
-    """
-    try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
-        return None
-
-
 def is_committed(directory: Path) -> bool:
     """Whether `directory` is complete. The rename is the commit, so the presence of the manifest is enough."""
     return (directory / MANIFEST).is_file()
@@ -303,7 +293,7 @@ def _check_inside(directory: Path, name: str) -> None:
 def _read(directory: Path) -> dict[str, Any]:
     path = directory / MANIFEST
     try:
-        data = path.read_bytes()
+        data = read_bytes(path)
         body = json.loads(data)
         if (number := body["format"]) > FORMAT:
             raise NewerFormat(
@@ -316,7 +306,7 @@ def _read(directory: Path) -> dict[str, Any]:
             raise TypeError("'files' and 'about' must be objects")
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"{directory} has no {MANIFEST}: the directory was never completed.") from None
-    except (ValueError, KeyError, TypeError, RecursionError, IsADirectoryError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError, NotAFile) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from None
     return body
 

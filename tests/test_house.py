@@ -9,7 +9,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[1]
 GPTCORE = (
-    ("errors", "credentials", "sections", "components", "config", "manifest", "progress", "processes"),
+    ("errors", "credentials", "sections", "components", "config", "manifest", "progress", "processes", "records"),
     *(("model",), ("corpus",), ("tokens",), ("generation",), ("training",), ("bundle",), ("evaluation",)),
     *(("huggingface",), ("train",), ("__init__",)),
 )

@@ -120,7 +120,7 @@ def _parse_move(model: str, number: int, name: str, text: str) -> Move:
             weights=body["weights_sha256"],
             is_done=body["state"] == "done",
         )
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise RegistryError(
             f"the tag {name} of the registered model {model} is damaged ({error}): {text:.200}. It is an entry of the "
             "log of the champion's moves; restore it from a backup of the registry."

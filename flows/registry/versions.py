@@ -21,6 +21,7 @@ from flows.registry.tags import GATE_TAGS, VersionTags
 from flows.state.root import StateRoot
 from gptcore import manifest
 from gptcore.errors import CheckpointError, GPTCoreError
+from gptcore.records import parse_record, read_bytes
 
 CHAMPION = "champion"
 BUNDLE = "bundle"
@@ -162,11 +163,13 @@ def read_lineage(root: StateRoot, version: ModelVersion) -> dict[str, Any]:
     """Return the contents of the version's lineage.json. Raises RegistryError if the file is missing or altered."""
     path = locate_file(root, version, "lineage.json")
     try:
-        lineage: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        lineage = parse_record(read_bytes(path), dict[str, Any])
+    except (OSError, GPTCoreError) as error:
         raise RegistryError(
             f"{uri_of(version)} has no readable lineage, {path}: {error}. Restore its artifacts from a backup."
         ) from None
+    if lineage is None:
+        raise RegistryError(f"{path} is damaged. Restore the artifacts of {uri_of(version)} from a backup.")
     return lineage
 
 

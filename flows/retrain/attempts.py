@@ -25,7 +25,8 @@ from gptcore import manifest
 from gptcore.config import RunConfig, Start
 from gptcore.corpus.snapshot import Snapshot, load_snapshot
 from gptcore.errors import CheckpointError, ConfigError, NewerFormat, TrainingDiverged
-from gptcore.manifest import read_json, write_atomically
+from gptcore.manifest import write_atomically
+from gptcore.records import read_record
 from gptcore.tokens.directory import Tokens, read_manifest
 from gptcore.tokens.files import load_tokens, tokenize
 from gptcore.training import memory
@@ -157,8 +158,8 @@ def _repair_tokens(root: StateRoot, config: RunConfig, tokens: Tokens, snapshot:
 
 def read_current(directory: Path) -> dict[str, str]:
     """Read current.json from a pipeline's `directory` of run directories: names by "own" or "overridden"."""
-    names = read_json(directory / CURRENT)
-    return {key: name for key, name in names.items() if isinstance(name, str)} if isinstance(names, dict) else {}
+    names = read_record(directory / CURRENT, dict[str, Any]) or {}
+    return {key: name for key, name in names.items() if isinstance(name, str)}
 
 
 def _run_config(pipeline: Pipeline, tokens: Tokens, tokens_path: str, start: Start | None) -> RunConfig:

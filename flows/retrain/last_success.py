@@ -10,7 +10,7 @@ needs neither Prefect nor MLflow.
 import json
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from itertools import islice, pairwise
 from pathlib import Path
@@ -20,6 +20,7 @@ from flows.config.schedule import ScheduleConfig, iterate_due_times
 from flows.state.root import StateRoot
 from gptcore.errors import SourceUnavailable
 from gptcore.manifest import write_atomically
+from gptcore.records import parse_record, read_bytes
 
 AWAITED = "Awaited"
 """Not a success: the pipeline has been served since then, and has yet to succeed."""
@@ -62,7 +63,7 @@ def read_last(root: StateRoot, pipeline: str) -> Success | None:
     """Return the pipeline's newest record of any machine. None if there is no record, or if a power cut damaged it."""
     records = []
     with suppress(FileNotFoundError):
-        records.append(_parse(_path(root, pipeline).read_bytes()))
+        records.append(_parse(read_bytes(_path(root, pipeline))))
     if (store := root.store) is not None and (stored := store.read(_store_key(pipeline))) is not None:
         records.append(_parse(stored.body))
     return max(filter(None, records), key=lambda success: success.at, default=None)
@@ -118,10 +119,9 @@ def _describe_schedule(schedule: ScheduleConfig, now: datetime) -> str:
 
 def _parse(text: bytes) -> Success | None:
     """Return the record, or None if the text is damaged."""
-    with suppress(ValueError, TypeError, KeyError):
-        body = json.loads(text)
-        at = datetime.fromisoformat(body.pop("at")).astimezone(UTC)
-        return Success(at, **body)
+    with suppress(OverflowError):  # the first and the last day that Python knows have no time in some time zones
+        if (success := parse_record(text, Success)) is not None:
+            return replace(success, at=success.at.astimezone(UTC))
     return None
 
 

@@ -32,6 +32,7 @@ from gptcore import manifest
 from gptcore.config import RunConfig
 from gptcore.errors import GPTCoreError, SourceUnavailable
 from gptcore.manifest import MANIFEST
+from gptcore.records import parse_record
 from gptcore.sections import parse_recorded
 from gptcore.training.run_directory import RunDirectory
 
@@ -259,11 +260,7 @@ def _read_current(store: Store, parent: str) -> dict[str, str]:
 
 def _parse(body: bytes) -> dict[str, object]:
     """Return a JSON object. Empty if the text is not one."""
-    with suppress(ValueError):
-        value = json.loads(body)
-        if isinstance(value, dict):
-            return value
-    return {}
+    return parse_record(body, dict[str, object]) or {}
 
 
 def _store_key(root: StateRoot, path: Path) -> str:

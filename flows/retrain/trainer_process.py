@@ -179,7 +179,7 @@ def train_with_restarts(
 
 def _diagnose(run: RunDirectory, saved: int, death: TrainerDied) -> str:
     """Return a text that says when the trainer died, how much memory it had, and which settings may help."""
-    lines = run.read_metrics()
+    lines = MetricsReader(run.metrics).read_new_lines()
     last = f"after step {lines[-1]['step']}, holding {lines[-1]['memory_mb']:,.0f} MB" if lines else "before any step"
     machine = psutil.virtual_memory()
     return (

@@ -25,7 +25,8 @@ from flows.state import lock_holder, locks
 from flows.state.root import StateRoot, state_root
 from gptcore.corpus.fingerprint import fingerprint_source
 from gptcore.errors import GPTCoreError
-from gptcore.manifest import read_json, write_atomically
+from gptcore.manifest import write_atomically
+from gptcore.records import read_record
 
 _REGISTERED = {"name", "model_name", "corpus", "schedule", "triggers", "notify"}
 
@@ -74,11 +75,11 @@ def register(root: StateRoot, pipelines: Iterable[Pipeline]) -> bool:
 
 
 def read_registered(root: StateRoot) -> list[Pipeline]:
-    """Return the pipelines that `register` wrote down. Empty if nothing was registered."""
-    with suppress(FileNotFoundError):
-        bodies = json.loads((root.path / "watch" / ".watched.json").read_text())
-        return [Pipeline.model_validate(body) for body in bodies]
-    return []
+    """Return the pipelines that `register` wrote down. Empty if nothing was registered. Raises GPTCoreError."""
+    path = root.path / "watch" / ".watched.json"
+    if (pipelines := read_record(path, list[Pipeline])) is None and path.exists():
+        raise GPTCoreError(f"{path} is damaged, or of another release. Start `gptflow up` or `gptflow serve` again.")
+    return pipelines or []
 
 
 def is_watched(pipeline: Pipeline) -> bool:
@@ -124,9 +125,7 @@ def look_at_successes(root: StateRoot, pipeline: Pipeline) -> list[str]:
 
 def read_memory(root: StateRoot, pipeline: str) -> Memory:
     """Return what was seen and reported last. Empty if there is no record, or if a power cut damaged it."""
-    with suppress(TypeError):  # not the keys of this release
-        return Memory(**(read_json(_path(root, pipeline)) or {}))
-    return Memory()
+    return read_record(_path(root, pipeline), Memory) or Memory()
 
 
 def _write_memory(root: StateRoot, pipeline: str, memory: Memory) -> None:

@@ -19,7 +19,8 @@ from urllib.parse import unquote, urlsplit
 from flows.state import postgres
 from flows.state.postgres import Database
 from gptcore.errors import ConfigError
-from gptcore.manifest import read_json, write_atomically
+from gptcore.manifest import write_atomically
+from gptcore.records import read_record
 
 ARTIFACTS = "GPTFLOW_ARTIFACTS"
 LOCAL = "local"
@@ -27,6 +28,7 @@ LOCAL = "local"
 _DATABASES_OF_MLFLOW = ("MLFLOW_TRACKING_URI", "MLFLOW_BACKEND_STORE_URI")
 _ARTIFACTS_OF_MLFLOW = ("MLFLOW_DEFAULT_ARTIFACT_ROOT", "MLFLOW_ARTIFACTS_DESTINATION")
 _FILE = "backends.json"
+_Saved = dict[str, str | None]
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,15 @@ def read_backends(home: Path) -> Backends:
 
     Raises ConfigError if an address cannot be used.
     """
-    database = _read_variables(postgres.VARIABLE, _DATABASES_OF_MLFLOW, "postgres") or _read_saved(home, "database")
-    artifacts = _read_variables(ARTIFACTS, _ARTIFACTS_OF_MLFLOW, "s3:") or _read_saved(home, "artifacts")
+    database = _read_variables(postgres.VARIABLE, _DATABASES_OF_MLFLOW, "postgres")
+    artifacts = _read_variables(ARTIFACTS, _ARTIFACTS_OF_MLFLOW, "s3:")
+    if (database is None or artifacts is None) and _is_damaged(home / _FILE):
+        raise ConfigError(
+            f"{home / _FILE} is damaged, so it is unknown which servers hold the state. Set {postgres.VARIABLE} and "
+            f"{ARTIFACTS} to their addresses, or to `{LOCAL}` for files in the state root: the file is then written "
+            "again."
+        )
+    database, artifacts = database or _read_saved(home, "database"), artifacts or _read_saved(home, "artifacts")
     return Backends(
         postgres.parse(database.url, database.source) if database.url else None,
         _check_store_url(artifacts.url, artifacts.source) if artifacts.url else None,
@@ -124,7 +133,7 @@ def read_saved_artifacts(home: Path) -> str | None:
 def save_backends(home: Path, backends: Backends) -> None:
     """Write to the state root at `home` which servers hold it, if that has changed."""
     body = {"database": backends.database and backends.database.url, "artifacts": backends.artifacts}
-    if body != {key: _read_saved(home, key).url for key in body}:
+    if _is_damaged(home / _FILE) or body != {key: _read_saved(home, key).url for key in body}:
         write_atomically(home / _FILE, json.dumps(body) + "\n")
 
 
@@ -142,9 +151,11 @@ def _read_variables(own: str, of_mlflow: tuple[str, ...], scheme: str) -> _Addre
 
 
 def _read_saved(home: Path, key: str) -> _Address:
-    body = read_json(home / _FILE)
-    url = body.get(key) if isinstance(body, dict) else None
-    return _Address(url if isinstance(url, str) else None, _FILE)
+    return _Address((read_record(home / _FILE, _Saved) or {}).get(key), _FILE)
+
+
+def _is_damaged(path: Path) -> bool:
+    return read_record(path, _Saved) is None and path.exists()
 
 
 def _check_store_url(url: str, source: str) -> str:

@@ -36,6 +36,7 @@ from urllib.parse import quote
 from flows.state.postgres import PREFECT_URL, Database
 from gptcore.errors import GPTCoreError
 from gptcore.manifest import TEMPORARY, flush
+from gptcore.records import open_lock
 
 _PATIENCE_SECONDS = 20.0
 _POLL_SECONDS = 0.5
@@ -231,7 +232,7 @@ class SQLiteDatabase:
 
     @contextmanager
     def _lock(self) -> Iterator[None]:
-        with self.path.with_suffix(".lock").open("a") as file:
+        with open_lock(self.path.with_suffix(".lock")) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 

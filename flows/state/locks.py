@@ -11,7 +11,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -19,7 +19,7 @@ from pathlib import Path
 from flows.state import postgres_lock
 from flows.state.lock_holder import Holder, LockHeld, Overlap
 from flows.state.postgres import Database
-from gptcore.manifest import read_json
+from gptcore.records import open_lock, read_record
 
 _PATIENCE_SECONDS = 1.0
 _UNSIGNED_PATIENCE_SECONDS = 60.0
@@ -36,7 +36,7 @@ def hold(
     later if nobody has signed the lock: `try_lock` takes a lock for a moment, which must not be mistaken for a run.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as file:
+    with open_lock(path) as file:
         if overlap == "wait":
             fcntl.flock(file, fcntl.LOCK_EX)
         else:
@@ -62,7 +62,7 @@ def try_lock(path: Path, database: Database | None = None) -> Iterator[bool]:
         with between_machines as is_free:
             yield is_free
         return
-    with path.open("a+") as file:
+    with open_lock(path) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -97,7 +97,4 @@ def _lock_patiently(descriptor: int, path: Path) -> None:
 
 
 def _read_signature(path: Path) -> Holder | None:
-    body = read_json(path)
-    with suppress(TypeError):  # a file of another program, or an empty one
-        return Holder(**body)
-    return None
+    return read_record(path, Holder)

@@ -23,6 +23,7 @@ from urllib.parse import quote
 from flows.state import locks
 from gptcore.errors import GPTCoreError
 from gptcore.manifest import write_atomically
+from gptcore.records import open_lock, parse_record, read_bytes
 
 FORMAT = 1
 """The format that this release reads and writes. A state root without state.json is older, with the same layout."""
@@ -60,6 +61,13 @@ class StateRecord:
     """Earlier paths that MLflow's database may still contain."""
 
 
+@dataclass(frozen=True)
+class _Format:
+    """What every release can read of state.json."""
+
+    format: int
+
+
 def update_location(home: Path) -> None:
     """Record that the state root is at `home`, and rewrite the paths in its database if it was moved.
 
@@ -68,7 +76,7 @@ def update_location(home: Path) -> None:
     """
     if read_state(home) is not None and not is_moved(home):
         return
-    with (home / "mlflow.lock").open("a") as file:
+    with open_lock(home / "mlflow.lock") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         state = _plan_state(home, read_state(home))
         if state.formerly:
@@ -88,17 +96,17 @@ def read_state(home: Path) -> StateRecord | None:
     """Read state.json; None if it does not exist. Raises GPTCoreError for a newer format or a damaged file."""
     path = home / _FILE
     try:
-        body = json.loads(path.read_text())
-        if body["format"] > FORMAT:
-            raise GPTCoreError(
-                f"the state root {home} has format {body['format']}, made by a newer release of gptflow; this one "
-                f"reads format {FORMAT}. Upgrade gptflow, or set GPTFLOW_HOME to another directory."
-            )
-        return StateRecord(body["format"], body["id"], body["path"], tuple(body.get("formerly", ())))
+        data = read_bytes(path)
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError) as error:
-        raise GPTCoreError(f"{path} is damaged: {error!r}. Delete it: the next command writes it again.") from None
+    if (format_ := parse_record(data, _Format)) is not None and format_.format > FORMAT:
+        raise GPTCoreError(
+            f"the state root {home} has format {format_.format}, made by a newer release of gptflow; this one reads "
+            f"format {FORMAT}. Upgrade gptflow, or set GPTFLOW_HOME to another directory."
+        )
+    if (state := parse_record(data, StateRecord)) is None:
+        raise GPTCoreError(f"{path} is damaged. Delete it: the next command writes it again.")
+    return state
 
 
 def _plan_state(home: Path, state: StateRecord | None) -> StateRecord:

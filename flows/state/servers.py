@@ -8,11 +8,14 @@ import json
 import urllib.request
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from http.client import HTTPException
 from pathlib import Path
-from typing import Any
+
+from pydantic import PositiveInt
 
 from flows.state import locks
-from gptcore.manifest import read_json, write_atomically
+from gptcore.manifest import write_atomically
+from gptcore.records import read_record
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class Servers:
     """URL of Prefect's UI."""
     mlflow: str
     """URL of MLflow's UI."""
-    processes: dict[str, tuple[int, float]] = field(default_factory=dict)
+    processes: dict[str, tuple[PositiveInt, float]] = field(default_factory=dict)
     """Process id of each child, and when it was created. Only the two together identify a process forever."""
     restarts: dict[str, tuple[int, str]] = field(default_factory=dict)
     """How often each child that ended unasked was restarted, and when it last ended."""
@@ -47,13 +50,8 @@ def find_running_servers(home: Path) -> Servers | None:
 
 
 def read_servers(home: Path) -> Servers | None:
-    """Return the record of the last `gptflow up`, which may have ended; None if there is no record."""
-    body: dict[str, Any] | None = read_json(home / "up.json")
-    if body is None:
-        return None
-    processes = {name: (pid, created) for name, (pid, created) in body.pop("processes").items()}
-    restarts = {name: (times, last) for name, (times, last) in body.pop("restarts", {}).items()}
-    return Servers(**body, processes=processes, restarts=restarts)
+    """Return the record of the last `gptflow up`, which may have ended; None if there is none, or a damaged one."""
+    return read_record(home / "up.json", Servers)
 
 
 def write_servers(home: Path, servers: Servers) -> None:
@@ -64,6 +62,6 @@ def write_servers(home: Path, servers: Servers) -> None:
 def answers(url: str, seconds: float = 2) -> bool:
     """Whether a GET of the URL succeeds within that time. Proxies of the environment are not used."""
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with suppress(OSError), direct.open(url, timeout=seconds) as response:
+    with suppress(OSError, ValueError, HTTPException), direct.open(url, timeout=seconds) as response:
         return bool(response.status == 200)
     return False

@@ -29,7 +29,8 @@ from urllib.parse import urljoin, urlsplit
 
 from gptcore.credentials import conceal, resolve, silence_request_log
 from gptcore.errors import CorpusError, SourceUnavailable
-from gptcore.manifest import flush, read_json, sha256_of_file
+from gptcore.manifest import flush, sha256_of_file
+from gptcore.records import read_record
 
 if TYPE_CHECKING:
     import requests
@@ -115,7 +116,7 @@ def _revalidation_headers(body: Path) -> dict[str, str]:
 
 
 def _load_validators(file: Path) -> dict[str, Any]:
-    return read_json(file.with_suffix(".json")) or {}
+    return read_record(file.with_suffix(".json"), dict[str, Any]) or {}
 
 
 def _range_starts_at(response: "requests.Response", start: int) -> bool:

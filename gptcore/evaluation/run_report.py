@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from gptcore import manifest
 from gptcore.bundle import LoadedModel
 from gptcore.config import SampleConfig
 from gptcore.corpus.snapshot import Block, Snapshot, read_blocks
+from gptcore.errors import CheckpointError, NewerFormat
 from gptcore.evaluation import plots
 from gptcore.evaluation.baselines import Baselines, score_baselines
 from gptcore.evaluation.bits_per_byte import BlockScore, Evaluation, evaluate_blocks, score_blocks
@@ -28,9 +29,12 @@ from gptcore.evaluation.samples import Sample, write_samples
 from gptcore.evaluation.surprisal import plot_surprise
 from gptcore.evaluation.weights import load_model
 from gptcore.model.gpt import GPTModel
+from gptcore.records import NotAFile, read_bytes
 from gptcore.tokens.directory import Tokens
 from gptcore.tokens.tokenizer import Tokenizer
 from gptcore.training.run_directory import RunDirectory
+
+T = TypeVar("T")
 
 EVALUATION_VERSION = 1
 """Increase this number when scores are computed differently, so that old scores do not pass for new ones."""
@@ -103,7 +107,7 @@ def plot_run(run: RunDirectory, evaluation: Path) -> Path:
 
     def fill(directory: Path) -> None:
         metrics, scores = run.read_metrics(), read_scores(evaluation)
-        surprise = json.loads((evaluation / "surprise.json").read_text())
+        surprise = _read(evaluation / "surprise.json", json.loads)
         result = run.read_result()
         assert result is not None, "only a finished training can be plotted"
         evaluated = [line for line in metrics if "val_loss" in line]
@@ -160,17 +164,27 @@ def plot_against_champion(run: RunDirectory, gains: Sequence[float], comparison:
 def read_scores(evaluation: Path) -> Scores:
     """Read the directory that `evaluate_run` published."""
     sides = {
-        side: Evaluation.from_json(json.loads((evaluation / f"{side}.json").read_text()))
+        side: _read(evaluation / f"{side}.json", lambda text: Evaluation.from_json(json.loads(text)))
         for side in ("val", "holdout")
         if (evaluation / f"{side}.json").exists()
     }
-    baselines = Baselines(**json.loads((evaluation / "baselines.json").read_text()))
+    baselines = _read(evaluation / "baselines.json", lambda text: Baselines(**json.loads(text)))
     return Scores(val=sides["val"], holdout=sides.get("holdout"), baselines=baselines)
 
 
 def read_samples(directory: Path) -> list[Sample]:
     """Read the directory that `sample_run` or `sample_champion` published."""
-    return [Sample(**sample) for sample in json.loads((directory / "samples.json").read_text())]
+    return _read(directory / "samples.json", lambda text: [Sample(**sample) for sample in json.loads(text)])
+
+
+def _read(path: Path, parse: Callable[[bytes], T]) -> T:
+    try:
+        return parse(read_bytes(path))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, NotAFile) as error:
+        raise CheckpointError(
+            f"{path} is damaged: {str(error) or type(error).__name__}. Run the same command again: it replaces "
+            f"{path.parent.name}."
+        ) from None
 
 
 def _score_if_shared(run: RunDirectory, snapshot: Snapshot, tokens: Tokens, side: str) -> Iterator[BlockScore] | None:
@@ -210,13 +224,21 @@ def _decode_each(tokenizer: Tokenizer, ids: np.ndarray) -> list[str]:
 
 
 def _publish(run: RunDirectory, name: str, inputs: dict[str, Any], fill: Callable[[Path], None]) -> Path:
-    """Return the directory `name`-<hash of inputs>; fill and commit it first if it does not exist yet."""
+    """Return the directory `name`-<hash of inputs>; fill and commit it first if it is missing or damaged."""
+    goal = run.path / f"{name}-{manifest.sha256_of(inputs)[:12]}"
+    if manifest.is_committed(goal):
+        try:
+            manifest.verify(goal)
+        except NewerFormat:
+            raise
+        except CheckpointError:
+            manifest.remove(goal)
 
     def fill_and_describe(staged: Path) -> dict[str, Any]:
         fill(staged)
         return {"kind": name, "inputs": inputs}
 
-    return manifest.once(run.path / f"{name}-{manifest.sha256_of(inputs)[:12]}", fill_and_describe)
+    return manifest.once(goal, fill_and_describe)
 
 
 def _weights_sha256(run: RunDirectory) -> str:

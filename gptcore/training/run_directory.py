@@ -26,6 +26,7 @@ from typing import IO, Any
 from gptcore import manifest
 from gptcore.config import EXECUTION_KEYS, RunConfig, Start
 from gptcore.errors import CheckpointError, ConfigError, GPTCoreError, error_from_json, error_to_json
+from gptcore.records import open_lock, open_regular, read_bytes, read_record
 from gptcore.sections import parse_recorded
 
 MetricsLine = dict[str, Any]
@@ -99,6 +100,15 @@ class Paused:
     """Updates completed, over all sessions."""
     seconds: float
     """Length of this session."""
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """The content of failure.json, as `error_to_json` writes it."""
+
+    error: str
+    message: str
+    step: int | None = None
 
 
 @dataclass(frozen=True)
@@ -177,7 +187,7 @@ class RunDirectory:
         """Read config.json. Raises ConfigError if it is missing or wrong."""
         path = self.path / "config.json"
         try:
-            given = json.loads(path.read_text())
+            given = json.loads(read_bytes(path))
         except FileNotFoundError:
             raise ConfigError(f"{path} does not exist: `gptflow prepare PIPELINE DIR` makes a run directory.") from None
         except (ValueError, RecursionError) as error:
@@ -199,7 +209,7 @@ class RunDirectory:
 
         Raises GPTCoreError, naming the holder's process, if another one still holds the lock after `patience` seconds.
         """
-        with (self.path / "lock").open("a+") as file:
+        with open_lock(self.path / "lock") as file:
             deadline = time.monotonic() + patience
             while not (is_locked := _try_lock(file)) and time.monotonic() < deadline:
                 time.sleep(_LOCK_POLL_SECONDS)
@@ -215,14 +225,27 @@ class RunDirectory:
             yield
 
     def read_metrics(self) -> list[MetricsLine]:
-        """Read all complete lines of metrics.jsonl."""
-        return MetricsReader(self.metrics).read_new_lines()
+        """Read all complete lines of metrics.jsonl. Raises CheckpointError if one of them is damaged."""
+        reader = MetricsReader(self.metrics)
+        lines = reader.read_new_lines()
+        if reader.damage:
+            raise CheckpointError(f"{reader.damage}. Restore the file from a backup, or remove the damaged lines.")
+        return lines
 
     def truncate_metrics(self, step: int) -> None:
-        """Remove the lines after update number `step`. A resumed training writes them again."""
+        """Remove the lines after update number `step`, damaged ones too. A resumed training writes them again.
+
+        Raises CheckpointError if a line of an earlier update is damaged.
+        """
         if not self.metrics.exists():
             return
-        kept = [line for line in self.read_metrics() if line["step"] <= step]
+        reader = MetricsReader(self.metrics)
+        kept = [line for line in reader.read_new_lines() if line["step"] <= step]
+        if reader.damage and (not kept or kept[-1]["step"] < step) and step > 0:
+            raise CheckpointError(
+                f"{reader.damage}, and the training resumes only at update {step}. Restore the file from a backup, or "
+                "remove the damaged lines."
+            )
         manifest.write_atomically(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
 
     def saved_step(self) -> int:
@@ -239,9 +262,8 @@ class RunDirectory:
         manifest.write_atomically(self.path / "paused.json", json.dumps(asdict(paused)) + "\n")
 
     def read_pause(self) -> Paused | None:
-        """Read how the last attempt paused; None if it ended in another way."""
-        path = self.path / "paused.json"
-        return Paused(**json.loads(path.read_text())) if path.exists() else None
+        """Read how the last attempt paused; None if it ended in another way, or if the file is damaged."""
+        return read_record(self.path / "paused.json", Paused)
 
     def remove_ending(self) -> None:
         """Remove failure.json and paused.json, because a new attempt begins."""
@@ -249,9 +271,12 @@ class RunDirectory:
             (self.path / name).unlink(missing_ok=True)
 
     def read_failure(self) -> GPTCoreError | None:
-        """Read the error that ended the last attempt, as an exception of its class; None if it did not fail."""
-        path = self.path / "failure.json"
-        return error_from_json(json.loads(path.read_text())) if path.exists() else None
+        """Read the error that ended the last attempt, as an exception of its class.
+
+        None if it did not fail, or if the file is damaged: the attempt then counts as one that was killed.
+        """
+        record = read_record(self.path / "failure.json", _Failure)
+        return error_from_json(asdict(record)) if record else None
 
 
 class MetricsReader:
@@ -261,23 +286,41 @@ class MetricsReader:
         self.path = path
         self.offset = 0
         self.inode = 0
+        self.damage = ""
+        """Which line is not one of a training, at which the reading ends. A resumed training writes it again."""
 
     def read_new_lines(self, most_bytes: int = -1) -> list[MetricsLine]:
         """Read the lines completed since the last call, but at most `most_bytes`, in which one line must fit.
 
-        Starts again from the beginning if a resumed training has replaced the file.
+        Starts again from the beginning if a resumed training has replaced the file. Returns only the lines before a
+        damaged one, and sets `damage`.
         """
         if not self.path.exists():
             return []
-        with self.path.open("rb") as file:
+        with open(self.path, "rb", opener=open_regular) as file:
             inode = os.fstat(file.fileno()).st_ino
             if inode != self.inode:
                 self.inode, self.offset = inode, 0
             file.seek(self.offset)
             text = file.read(most_bytes)
-        complete = text[: text.rfind(b"\n") + 1]
-        self.offset += len(complete)
-        return [json.loads(line) for line in complete.splitlines()]
+        lines: list[MetricsLine] = []
+        self.damage = ""
+        for line in text.split(b"\n")[:-1]:
+            if (parsed := _parse_line(line)) is None:
+                self.damage = f"{self.path} is damaged at byte {self.offset:,}"
+                break
+            lines.append(parsed)
+            self.offset += len(line) + 1
+        return lines
+
+
+def _parse_line(line: bytes) -> MetricsLine | None:
+    """Return a line of metrics.jsonl, or None if it is damaged."""
+    try:
+        parsed = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return parsed if isinstance(parsed, dict) and type(parsed.get("step")) is int else None
 
 
 def _try_lock(file: IO[str]) -> bool:

@@ -226,16 +226,9 @@ def test_a_write_that_fails_before_the_rename_leaves_the_old_text(tmp_path, monk
         patched.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("power cut")))
         with pytest.raises(OSError, match="power cut"):
             manifest.write_atomically(path, '{"a": 2}')
-    assert manifest.read_json(path) == {"a": 1}
+    assert path.read_text() == '{"a": 1}'
     manifest.write_atomically(path, '{"a": 3}')
-    assert manifest.read_json(path) == {"a": 3} and [file.name for file in tmp_path.iterdir()] == ["up.json"]
-
-
-@pytest.mark.parametrize("text", [None, "", '{"a": '])
-def test_a_missing_or_half_written_file_reads_as_none(tmp_path, text):
-    if text is not None:
-        (tmp_path / "up.json").write_text(text)
-    assert manifest.read_json(tmp_path / "up.json") is None
+    assert path.read_text() == '{"a": 3}' and [file.name for file in tmp_path.iterdir()] == ["up.json"]
 
 
 def test_a_damaged_directory_is_set_aside_and_made_again_but_not_one_of_a_newer_release(tmp_path):

@@ -19,7 +19,7 @@ from gptcore import manifest
 from gptcore.bundle import LoadedModel
 from gptcore.config import SampleConfig
 from gptcore.corpus.snapshot import Block, Snapshot, read_blocks
-from gptcore.errors import CheckpointError, NewerFormat
+from gptcore.errors import CheckpointError
 from gptcore.evaluation import plots
 from gptcore.evaluation.baselines import Baselines, score_baselines
 from gptcore.evaluation.bits_per_byte import BlockScore, Evaluation, evaluate_blocks, score_blocks
@@ -225,20 +225,12 @@ def _decode_each(tokenizer: Tokenizer, ids: np.ndarray) -> list[str]:
 
 def _publish(run: RunDirectory, name: str, inputs: dict[str, Any], fill: Callable[[Path], None]) -> Path:
     """Return the directory `name`-<hash of inputs>; fill and commit it first if it is missing or damaged."""
-    goal = run.path / f"{name}-{manifest.sha256_of(inputs)[:12]}"
-    if manifest.is_committed(goal):
-        try:
-            manifest.verify(goal)
-        except NewerFormat:
-            raise
-        except CheckpointError:
-            manifest.remove(goal)
 
     def fill_and_describe(staged: Path) -> dict[str, Any]:
         fill(staged)
         return {"kind": name, "inputs": inputs}
 
-    return manifest.once(goal, fill_and_describe)
+    return manifest.once(run.path / f"{name}-{manifest.sha256_of(inputs)[:12]}", fill_and_describe)
 
 
 def _weights_sha256(run: RunDirectory) -> str:

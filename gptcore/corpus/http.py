@@ -93,6 +93,8 @@ def _save(response: "requests.Response", part: Path, append: bool) -> None:
         for chunk in response.iter_content(_CHUNK_BYTES):
             file.write(chunk)
     flush(part)
+    known = {**_load_validators(part), "sha256": sha256_of_file(part)}
+    part.with_suffix(".json").write_text(json.dumps(known))
     body = part.with_name("body")
     body.with_suffix(".json").unlink(missing_ok=True)
     part.rename(body)
@@ -109,8 +111,10 @@ def _resume_headers(part: Path) -> dict[str, str]:
 
 
 def _revalidation_headers(body: Path) -> dict[str, str]:
-    """Return headers that request the file only if it is not the one in `body` any more."""
+    """Return headers that request the file only if it is not the one in `body` any more; {} if `body` was altered."""
     validators = _load_validators(body)
+    if body.is_file() and "sha256" in validators and sha256_of_file(body) != validators["sha256"]:
+        return {}
     headers = {"If-None-Match": validators.get("ETag"), "If-Modified-Since": validators.get("Last-Modified")}
     return {name: value for name, value in headers.items() if value} if body.is_file() else {}
 

@@ -291,6 +291,17 @@ def test_a_file_from_the_web_is_downloaded_once_and_then_checked_for_changes(tmp
     assert texts([url], tmp_path) == ["changed"]
 
 
+def test_a_downloaded_file_that_was_altered_here_is_downloaded_again(tmp_path: Path, site: Any) -> None:
+    url = f"{site.url}/a.txt"
+    texts([url], tmp_path)
+    body = next((tmp_path / "downloads").glob("*/body"))
+    body.write_bytes(body.read_bytes()[:-1] + b"?")
+    assert texts([url], tmp_path) == [site.content.decode()]
+    assert [asked.get("If-None-Match") for asked in site.requests] == [None, None]
+    texts([url], tmp_path)
+    assert site.requests[-1].get("If-None-Match") == '"v1"'
+
+
 def test_a_file_with_a_sha256_is_never_downloaded_again_unless_the_copy_is_damaged(tmp_path: Path, site: Any) -> None:
     url = f"{site.url}/a.txt#sha256={hashlib.sha256(site.content).hexdigest()}"
     for _ in range(2):

@@ -102,7 +102,7 @@ def test_in_ten_nights_neither_model_was_trained_on_a_scored_block_or_on_128_let
 ) -> None:
     corpus = Corpus(tmp_path / "nights")
     nights: list[list[Callable[..., None]]] = [
-        [corpus.grow, corpus.grow],
+        [corpus.grow, corpus.grow, corpus.grow],
         [corpus.grow],
         [corpus.edit],
         [corpus.rename],

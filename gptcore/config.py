@@ -7,9 +7,10 @@ and flows/notifications.
 """
 
 from collections.abc import Mapping
+from string import Formatter
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from gptcore.components import RECIPES
 from gptcore.credentials import check_address
@@ -45,13 +46,16 @@ class CorpusConfig(Section):
     sources: Annotated[tuple[Source, ...], Field(min_length=1)] = ("python-docs",)
     """Where text comes from: a file, a directory, a glob, an http(s) URL (append #sha256=HEX to check the download),
     anything that fsspec opens (s3://, gs://, hf://), or python-docs, the reference that ships inside Python. The suffix
-    names the format: .txt .md .jsonl .csv .parquet, each also .gz or .zst. Tables need a column named text. A password
-    or key in an address is written as ${NAME}, an environment variable of the run. Links that lead out of a directory,
-    and redirections from the internet into a private network, are refused: list their targets here instead."""
+    names the format: .txt .md .json .jsonl .ndjson .csv .tsv .parquet, each also .gz or .zst. A password or key in an
+    address is written as ${NAME}, an environment variable of the run. Links that lead out of a directory, and
+    redirections from the internet into a private network, are refused: list their targets here instead."""
     exclude: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Added(before=())] = ()
     """Files below the directories and globs of sources that are not read: patterns as in .gitignore, such as drafts/ or
     *.log. Never read are hidden files, node_modules, virtual environments, state roots, and what a .gitignore below a
     source names."""
+    text: Annotated[str, Field(min_length=1), Added(before="text")] = "text"
+    """What is the text of a table's row: a column, a path into nested values such as message.body, or a template over
+    several, such as "{title}\\n\\n{body}"."""
     tokenizer: Annotated[str, Field(pattern=r"^(bytes|bpe:[0-9]{3,6}|[A-Za-z][A-Za-z0-9_.\-]*)$")] = "gpt2"
     """How text becomes tokens. gpt2 or another name in tiktoken: that published vocabulary. bpe:N: a vocabulary of N
     entries, from 257 to 200000, that is trained on the train split; it suits text unlike English and small models.
@@ -86,6 +90,20 @@ class CorpusConfig(Section):
         if self.tokenizer.startswith("bpe:") and not 257 <= int(self.tokenizer[4:]) <= 200_000:
             raise ValueError(f"tokenizer {self.tokenizer!r}: N of bpe:N must be between 257 and 200000")
         return self
+
+    @field_validator("text")
+    @classmethod
+    def _check_template(cls, text: str) -> str:
+        """Refuse a template that cannot be filled in."""
+        is_template = "{" in text or "}" in text
+        fields = list(Formatter().parse(text)) if is_template else []  # raises ValueError for a single brace
+        if any(name == "" or spec or conversion for _, name, spec, conversion in fields):
+            raise ValueError(
+                f"{text!r} must hold a column or path between each pair of braces, as in '{{title}} {{body}}'"
+            )
+        if is_template and not any(name for _, name, _, _ in fields):
+            raise ValueError(f"{text!r} names no column, so every row would have the same text")
+        return text
 
 
 class ModelConfig(Section):

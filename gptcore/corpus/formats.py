@@ -1,4 +1,4 @@
-"""Turn the bytes of one file into documents: plain text, JSON lines, CSV and Parquet, also compressed.
+"""Turn the bytes of one file into documents: plain text, JSON, JSON lines, CSV and Parquet, also compressed.
 
 The rule for text is here. Text must be UTF-8. Other bytes are an error that names their place, or become U+FFFD.
 Everything else passes unchanged, byte for byte: byte order marks, NULs and CRLF too. Text is passed on in chunks, so a
@@ -15,10 +15,13 @@ import re
 import sys
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO, Literal, cast
 
+from gptcore.corpus.rows import TextRule, missing_column
 from gptcore.errors import CorpusError
 
 Errors = Literal["strict", "replace"]
@@ -28,27 +31,41 @@ Texts = Iterator[tuple[str, Iterator[bytes]]]
 CHUNK_BYTES = 256 * 1024
 MAX_ROW_BYTES = 128 * 1024 * 1024
 """Limit for one line of JSON or one row of CSV, which is read at once."""
-TEXT_COLUMN = "text"
 _COMPRESSED = (".gz", ".zst")
+_DELIMITERS = (",", ";", "\t", "|")
 _ZSTD_READ_BYTES = 4096  # this many bytes cannot decompress to more than about 128 MiB
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _UTF8_FIX = "Save it as UTF-8, or set corpus.errors: replace."
 
 
 def has_known_suffix(filename: str) -> bool:
-    """Whether directories are searched for this suffix: .txt .md .jsonl .csv .parquet, also with .gz or .zst."""
+    """Whether directories are searched for this suffix: one of SUFFIXES, also with .gz or .zst."""
     return _format_suffix(filename) in _READERS
 
 
-def read_texts(file: BinaryIO, name: str, filename: str, errors: Errors) -> Texts:
+@dataclass(frozen=True)
+class Reading:
+    """How the bytes of files become text: corpus.errors and corpus.text."""
+
+    errors: Errors = "strict"
+    text: str = "text"
+
+    @property
+    def rule(self) -> TextRule:
+        """The text of a table's rows."""
+        return TextRule(self.text)
+
+
+def read_texts(file: BinaryIO, name: str, filename: str, reading: Reading) -> Texts:
     """Yield the documents in `file`, in order. Consume the chunks of each before you ask for the next one.
 
     The suffix of `filename` decides the format; a file with an unknown suffix is plain text. The document of a plain
-    text is called `name`. That of a table's row is called `name:3` by its line, or by its row in Parquet. Raises
-    CorpusError if the file is damaged, has no column `text`, or is not UTF-8 and `errors` is strict.
+    text is called `name`. That of a table's row is called `name:3` by its line, or by its row in JSON and Parquet.
+    Raises CorpusError if the file is damaged, has no column that corpus.text names, or is not UTF-8 and
+    `reading.errors` is strict.
     """
     reader = _READERS.get(_format_suffix(filename), _read_plain)
-    return reader(_decompress(file, name, filename), name, errors)
+    return reader(_decompress(file, name, filename), name, reading)
 
 
 def encode_chunks(text: str, name: str, errors: Errors) -> Iterator[bytes]:
@@ -71,8 +88,8 @@ def _format_suffix(filename: str) -> str:
     return dot + suffix
 
 
-def _read_plain(file: BinaryIO, name: str, errors: Errors) -> Texts:
-    yield name, _read_utf8(file, name, errors)
+def _read_plain(file: BinaryIO, name: str, reading: Reading) -> Texts:
+    yield name, _read_utf8(file, name, reading.errors)
 
 
 def _read_utf8(file: BinaryIO, name: str, errors: Errors) -> Iterator[bytes]:
@@ -116,65 +133,90 @@ def _row_length_error(row: str) -> CorpusError:
     )
 
 
-def _read_jsonl(file: BinaryIO, name: str, errors: Errors) -> Texts:
-    for number, line in enumerate(_read_lines(file, name, errors), start=1):
-        if not line.strip():
-            continue
-        row = f"{name}:{number}"
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise CorpusError(f"{row} is not JSON: {error}") from None
-        if not isinstance(value, dict):
-            raise CorpusError(f"{row}: expected an object with a key {TEXT_COLUMN!r}, found {line.strip()!r:.80}")
-        yield row, encode_chunks(_text_of(value, row), row, errors)
+def _read_jsonl(file: BinaryIO, name: str, reading: Reading) -> Texts:
+    for number, line in enumerate(_read_lines(file, name, reading.errors), start=1):
+        if line.strip():
+            row = f"{name}:{number}"
+            yield row, encode_chunks(_text_of(_parse_json(line, row), row, reading), row, reading.errors)
 
 
-def _text_of(values: Mapping[str, Any], row: str) -> str:
-    if TEXT_COLUMN not in values:
-        raise _missing_column_error(row, list(values))
-    value = values[TEXT_COLUMN]
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise CorpusError(f"{row}: {TEXT_COLUMN!r} must be a string, found {type(value).__name__} {value!r:.80}")
-    return value
-
-
-def _missing_column_error(place: str, columns: list[str]) -> CorpusError:
-    listed = ", ".join(map(str, columns)) or "none"
-    return CorpusError(
-        f"{place} has no column {TEXT_COLUMN!r}; columns found: {listed}. Rename the one that holds the text."
-    )
-
-
-def _read_csv(file: BinaryIO, name: str, errors: Errors) -> Texts:
-    csv.field_size_limit(sys.maxsize)  # the module's default refuses documents of more than 128 KiB
-    lines = _RowLimit(_read_lines(file, name, errors), name)
-    rows = csv.reader(lines, strict=True)
+def _read_json(file: BinaryIO, name: str, reading: Reading) -> Texts:
+    """Read a whole JSON value: an array has a document per entry, an object is one document."""
+    data = file.read(MAX_ROW_BYTES + 1)
+    if len(data) > MAX_ROW_BYTES:
+        raise CorpusError(
+            f"{name} is longer than the {MAX_ROW_BYTES:,} bytes of JSON that are read at once. Save it as JSON lines: "
+            f"jq -c '.[]' {PurePosixPath(name).name} > texts.jsonl"
+        )
     try:
-        header = next((row for row in rows if row), None)
-        if header is None:
-            return
-        if TEXT_COLUMN not in header:
-            raise _missing_column_error(f"{name}:{rows.line_num}", header)
-        column = header.index(TEXT_COLUMN)
+        value = _parse_json(data.decode("utf-8-sig", reading.errors), name)
+    except UnicodeDecodeError as error:
+        raise _utf8_error(name, 0, error) from None
+    if isinstance(value, dict):
+        yield name, encode_chunks(_text_of(value, name, reading), name, reading.errors)
+    elif isinstance(value, list):
+        for number, entry in enumerate(value, start=1):
+            row = f"{name}:{number}"
+            yield row, encode_chunks(_text_of(entry, row, reading), row, reading.errors)
+    else:
+        raise CorpusError(f"{name}: expected an array or an object, found {value!r:.80}")
+
+
+def _parse_json(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CorpusError(f"{place} is not JSON: {error}") from None
+
+
+def _text_of(value: Any, row: str, reading: Reading) -> str:
+    """Return the text of an entry: an object by corpus.text, a string as it is."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, dict):
+        raise CorpusError(f"{row}: expected an object with a key {reading.text!r}, found {value!r:.80}")
+    return reading.rule.extract(value, row)
+
+
+def _read_csv(file: BinaryIO, name: str, reading: Reading) -> Texts:
+    csv.field_size_limit(sys.maxsize)  # the module's default refuses documents of more than 128 KiB
+    lines = _RowLimit(_read_lines(file, name, reading.errors), name)
+    first = next((line for line in lines if line.strip()), None)
+    if first is None:
+        return
+    blank = lines.number - 1  # lines before the header
+    rows = csv.reader(chain([first], lines), strict=True, delimiter=_find_delimiter(first, reading.rule))
+    try:
+        header = next(rows)
+        for column in reading.rule.columns:
+            if column not in header:
+                raise missing_column(f"{name}:{blank + rows.line_num}", column, header)
         for row in rows:
             lines.row_chars = 0
-            row_name = f"{name}:{rows.line_num}"
-            if row and len(row) <= column:
+            row_name = f"{name}:{blank + rows.line_num}"
+            if row and len(row) < len(header) and any(header.index(one) >= len(row) for one in reading.rule.columns):
                 raise CorpusError(f"{row_name}: expected {len(header)} columns, found {len(row)}")
             if row:
-                yield row_name, encode_chunks(row[column], row_name, errors)
+                text = reading.rule.extract(dict(zip(header, row)), row_name)
+                yield row_name, encode_chunks(text, row_name, reading.errors)
     except csv.Error as error:
         raise CorpusError(f"{name}:{rows.line_num} is not CSV: {error}") from None
+
+
+def _find_delimiter(header: str, rule: TextRule) -> str:
+    """Return the delimiter by which the header has the columns of the rule, else the one that gives most columns."""
+    headers = {mark: next(csv.reader([header], delimiter=mark), []) for mark in _DELIMITERS}
+    fitting = [mark for mark, names in headers.items() if set(rule.columns) <= set(names)]
+    return max(fitting or _DELIMITERS, key=lambda mark: len(headers[mark]))
 
 
 class _RowLimit:
     """The lines of a CSV file, with a limit per row: a quotation that never ends would make one row of the file."""
 
     def __init__(self, lines: Iterator[str], name: str) -> None:
-        self._lines, self._name, self._number = lines, name, 0
+        self._lines, self._name = lines, name
+        self.number = 0
+        """Lines read so far."""
         self.row_chars = 0
         """Characters of the present row. The reader of the rows sets it to 0 after each row."""
 
@@ -183,45 +225,76 @@ class _RowLimit:
 
     def __next__(self) -> str:
         line = next(self._lines)
-        self._number += 1
+        self.number += 1
         self.row_chars += len(line)
         if self.row_chars > MAX_ROW_BYTES:
-            raise _row_length_error(f"{self._name}:{self._number}")
+            raise _row_length_error(f"{self._name}:{self.number}")
         return line
 
 
-def _read_parquet(file: BinaryIO, name: str, errors: Errors) -> Texts:
+def _read_parquet(file: BinaryIO, name: str, reading: Reading) -> Texts:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    number = 0
     try:
-        columns = pq.read_schema(file).names
-        if TEXT_COLUMN not in columns:
-            raise _missing_column_error(name, columns)
-        # As a dictionary, so that a long text in a million rows is held once.
-        table = pq.ParquetFile(file, read_dictionary=[TEXT_COLUMN])
-        for batch in table.iter_batches(batch_size=64, columns=[TEXT_COLUMN], use_threads=False):
-            column = batch.column(0)
-            if not pa.types.is_dictionary(column.type):
-                column = column.dictionary_encode()
-            texts = column.dictionary.cast(pa.large_binary())
-            for index in column.indices.to_pylist():
-                number += 1
-                row = f"{name}:{number}"
-                text = b"" if index is None else texts[index].as_py() or b""
-                yield row, _read_utf8(io.BytesIO(text), row, errors)
+        schema = pq.read_schema(file)
+        columns = [column if column in schema.names else column.partition(".")[0] for column in reading.rule.columns]
+        for path, column in zip(reading.rule.columns, columns):
+            if column not in schema.names:
+                raise missing_column(name, path, schema.names)
+        if columns == [reading.text] and _is_text(schema.field(reading.text).type):
+            yield from _read_text_column(file, name, reading)
+        else:
+            number = 0
+            for batch in pq.ParquetFile(file).iter_batches(batch_size=64, columns=columns, use_threads=False):
+                for row in batch.to_pylist():
+                    number += 1
+                    place = f"{name}:{number}"
+                    yield place, encode_chunks(reading.rule.extract(row, place), place, reading.errors)
     except (pa.ArrowException, OSError) as error:
         raise CorpusError(f"{name} cannot be read as Parquet with a column of text: {error}") from None
 
 
-_READERS: dict[str, Callable[[BinaryIO, str, Errors], Texts]] = {
+def _is_text(kind: Any) -> bool:
+    import pyarrow as pa
+
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return any(
+        test(kind) for test in (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_null)
+    )
+
+
+def _read_text_column(file: BinaryIO, name: str, reading: Reading) -> Texts:
+    """Read one column as a dictionary, so that a long text in a million rows is held once."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    number = 0
+    table = pq.ParquetFile(file, read_dictionary=[reading.text])
+    for batch in table.iter_batches(batch_size=64, columns=[reading.text], use_threads=False):
+        column = batch.column(0)
+        if not pa.types.is_dictionary(column.type):
+            column = column.dictionary_encode()
+        texts = column.dictionary.cast(pa.large_binary())
+        for index in column.indices.to_pylist():
+            number += 1
+            row = f"{name}:{number}"
+            text = b"" if index is None else texts[index].as_py() or b""
+            yield row, _read_utf8(io.BytesIO(text), row, reading.errors)
+
+
+_READERS: dict[str, Callable[[BinaryIO, str, Reading], Texts]] = {
     ".txt": _read_plain,
     ".md": _read_plain,
+    ".json": _read_json,
     ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
     ".csv": _read_csv,
+    ".tsv": _read_csv,
     ".parquet": _read_parquet,
 }
+SUFFIXES = tuple(_READERS)
+"""The suffixes of the formats."""
 
 
 def _decompress(file: BinaryIO, name: str, filename: str) -> BinaryIO:

@@ -19,7 +19,7 @@ import shutil
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,7 +28,7 @@ import numpy as np
 from gptcore import manifest
 from gptcore.corpus.blocks import cut_blocks
 from gptcore.corpus.documents import DocumentEntry, DocumentStore, MeasuredChunks, read_chunks
-from gptcore.corpus.formats import Errors
+from gptcore.corpus.formats import Reading
 from gptcore.corpus.sources import Document, File
 from gptcore.errors import CheckpointError
 
@@ -52,7 +52,7 @@ class Shard:
     """Files that are read together."""
 
     files: tuple[File, ...]
-    errors: Errors
+    reading: Reading
     block_bytes: int
     work_directory: Path
     """Holds the shard directories of one corpus."""
@@ -66,10 +66,13 @@ class Shard:
     def directory(self) -> Path:
         """The directory that the shard becomes."""
         files = [[file.source, file.name, file.filename, file.location] for file in self.files]
-        return self.work_directory / manifest.sha256_of([SHARDS_VERSION, self.errors, self.block_bytes, files])[:16]
+        return (
+            self.work_directory
+            / manifest.sha256_of([SHARDS_VERSION, *astuple(self.reading), self.block_bytes, files])[:16]
+        )
 
 
-def plan_shards(files: Iterable[File], errors: Errors, block_bytes: int, work_directory: Path) -> list[Shard]:
+def plan_shards(files: Iterable[File], reading: Reading, block_bytes: int, work_directory: Path) -> list[Shard]:
     """Divide the files, in their order, into shards."""
     shards: list[list[File]] = []
     room = 0
@@ -79,7 +82,7 @@ def plan_shards(files: Iterable[File], errors: Errors, block_bytes: int, work_di
             shards.append([])
             room = SHARD_BYTES - file.num_bytes
         shards[-1].append(file)
-    return [Shard(tuple(chosen), errors, block_bytes, work_directory) for chosen in shards]
+    return [Shard(tuple(chosen), reading, block_bytes, work_directory) for chosen in shards]
 
 
 @contextmanager
@@ -157,7 +160,7 @@ def _write_shard(shard: Shard, staged: Path, scratch: Path) -> list[str]:
             with file.open(scratch) as content:
                 states.append(file.state or _hash_content(content))
                 content.seek(0)
-                for document in file.read_documents(content, shard.errors):
+                for document in file.read_documents(content, shard.reading):
                     _append_document(document, shard.block_bytes, text=text, blocks=blocks, lines=lines)
     return states
 

@@ -23,7 +23,7 @@ from urllib.parse import unquote, urlsplit
 
 from gptcore.corpus import formats, remote
 from gptcore.corpus import http as web
-from gptcore.corpus.formats import Errors
+from gptcore.corpus.formats import Reading
 from gptcore.corpus.ignore import Ignore
 from gptcore.credentials import conceal, resolve, strip_secrets
 from gptcore.errors import ConfigError, CorpusError
@@ -81,15 +81,15 @@ class File:
             return Path(self.location).open("rb")
         return remote.download(self.source, self.location, scratch)
 
-    def read_documents(self, content: BinaryIO, errors: Errors) -> Iterator[Document]:
+    def read_documents(self, content: BinaryIO, reading: Reading) -> Iterator[Document]:
         """Yield the documents in `content`, in order. Consume the chunks of each before you ask for the next one.
 
         Raises CorpusError if the text cannot be used.
         """
         if self.kind == "docs":
-            yield from _read_python_docs(errors)
+            yield from _read_python_docs(reading)
         else:
-            for name, chunks in formats.read_texts(content, self.name, self.filename, errors):
+            for name, chunks in formats.read_texts(content, self.name, self.filename, reading):
                 yield Document(name, self.source, chunks)
 
 
@@ -128,14 +128,14 @@ def find_files(sources: Sequence[str], base: Path, downloads: Path, exclude: Seq
             yield from _find_files_of(source, base, downloads, exclude)
 
 
-def read_documents(files: Iterable[File], scratch: Path, errors: Errors) -> Iterator[Document]:
+def read_documents(files: Iterable[File], scratch: Path, reading: Reading) -> Iterator[Document]:
     """Yield the documents of all files, in order. Consume the chunks of each before you ask for the next one.
 
     The directory `scratch` holds copies of large files. Raises as `find_files`.
     """
     for file in files:
         with file.open(scratch) as content:
-            yield from file.read_documents(content, errors)
+            yield from file.read_documents(content, reading)
 
 
 def scheme_of(source: str) -> str | None:
@@ -162,12 +162,12 @@ def parse_address(source: str) -> tuple[str, str | None]:
     return address, fragment.removeprefix("sha256=").lower() or None
 
 
-def _read_python_docs(errors: Errors) -> Iterator[Document]:
+def _read_python_docs(reading: Reading) -> Iterator[Document]:
     from pydoc_data.topics import topics
 
     for topic, text in sorted(topics.items()):
         name = f"{PYTHON_DOCS}:{topic}"
-        yield Document(name, PYTHON_DOCS, formats.encode_chunks(text, name, errors))
+        yield Document(name, PYTHON_DOCS, formats.encode_chunks(text, name, reading.errors))
 
 
 def _find_files_of(source: str, base: Path, downloads: Path, exclude: Sequence[str]) -> Iterator[File]:
@@ -225,7 +225,7 @@ def _find_local_paths(source: str, base: Path, exclude: Sequence[str]) -> list[P
     root = path
     if path.is_dir():
         paths = _find_texts_in(path, Ignore(path, exclude))
-        problem = "holds no file that ends in .txt .md .jsonl .csv or .parquet (or these with .gz or .zst) and is read"
+        problem = f"holds no file that ends in {' '.join(formats.SUFFIXES)} (or these with .gz or .zst) and is read"
     elif any(mark in source for mark in "*?["):
         root = _glob_root(path)
         names_hidden = any(name.startswith(".") for name in path.relative_to(root).parts)

@@ -27,6 +27,7 @@ from gptcore.training.trainer import train_directory
 from tests.tiny import TINY_MODEL, make_tokens
 from tests.trainings import StopAfter, outcome, prepare, updates_of
 
+pytestmark = pytest.mark.timeout(600)
 ROOT = Path(trainer.__file__).parents[2]
 # 257 rows of embeddings and 100 updates, some of them in another epoch: nothing divides evenly.
 MODEL = {**TINY_MODEL, "context_length": 32, "tied": True}

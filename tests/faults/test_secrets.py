@@ -151,6 +151,7 @@ def test_a_secret_on_the_command_line_or_in_a_file_is_not_repeated_in_its_error(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_no_canary_of_a_source_webhook_or_server_is_in_any_record_output_or_message(
     project: Path, server: Prefect, web: Web, receiver: Receiver
 ) -> None:

@@ -24,7 +24,7 @@ from flows.registry import artifacts
 from flows.registry.tags import VersionTags
 from flows.registry.versions import BUNDLE, BUNDLE_SHA256, find, find_champion
 from flows.state import postgres_lock
-from flows.state.root import StateRoot
+from flows.state.root import StateRoot, to_artifact_uri
 from gptcore import manifest
 from gptcore.bundle import write_bundle
 from gptcore.tokens.directory import Tokens
@@ -145,7 +145,7 @@ def _log_model(mlflow_run_id: str, workplace: Path, fill: Callable[[Path], str])
             return mlflow.pyfunc.log_model(
                 name="gpt",
                 python_model=str(Path(__file__).with_name("pyfunc_model.py")),
-                artifacts={BUNDLE: str(bundle)},
+                artifacts={BUNDLE: to_artifact_uri(bundle)},
                 tags={BUNDLE_SHA256: sha256},
                 code_paths=[str(Path(str(gptcore.__file__)).parent)],
                 signature=SIGNATURE,

@@ -135,8 +135,7 @@ class StateRoot:
             return f"{store}/artifacts/{experiment}"
         if self.tracking_uri.startswith("http"):
             return None
-        directory = self.artifacts / experiment
-        return directory.as_uri() if "%" in str(directory) else str(directory)  # MLflow decodes the `%20` in a path
+        return to_artifact_uri(self.artifacts / experiment)
 
     def find_mlflow_ui(self) -> str | None:
         """Return the URL of MLflow's UI: a user's tracking server, else that of `gptflow up` while it is up."""
@@ -273,6 +272,11 @@ class StateRoot:
         if (running := find_running_servers(self.path)) is not None:
             variables["PREFECT_API_URL"] = running.prefect_api
         return variables
+
+
+def to_artifact_uri(path: Path) -> str:
+    """Return a local path as MLflow reads it. MLflow would decode the `%20` in a path, so such a path becomes a URI."""
+    return path.as_uri() if "%" in str(path) else str(path)
 
 
 def state_root(pipelines_file: Path | None = None) -> StateRoot:

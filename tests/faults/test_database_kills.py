@@ -47,4 +47,3 @@ def test_runs_killed_while_they_create_the_databases_leave_a_state_root_in_which
     assert mlflow_database(home).check() is Condition.WHOLE
     assert prefect_database(home / "prefect" / "ephemeral").check() is Condition.WHOLE
     assert [path.name for path in (tmp_path / "state").iterdir()] == [ODD], "nothing was created beside the state root"
-    assert not list(home.rglob(".tmp-*.db*"))

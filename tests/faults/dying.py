@@ -73,9 +73,10 @@ class Points:
             fate()
 
     def short(self, path: Any) -> str:
-        """Return a path relative to the run directory, without the random part of temporary names."""
+        """Return a path relative to the run directory, without what is random in temporary names."""
         text = os.fsdecode(path) if isinstance(path, str | bytes | os.PathLike) else str(path)
         text = text.removeprefix(f"{self.root}/").replace(str(self.root), "the run directory")
+        text = re.sub(rf"(\.tmp-.*)-{os.getpid()}$", r"\1-*", text)
         return re.sub(r"\.tmp-[a-z0-9_]{8}(?![^/])", ".tmp-*", text)
 
     def is_inside(self, path: Any) -> bool:

@@ -2,8 +2,10 @@
 
 import json
 import shutil
+import sqlite3
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +50,20 @@ def root(released: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StateRoot]
     kept = released / "kept"
     shutil.copytree(root.path, kept, symlinks=True)
     yield root
-    shutil.rmtree(root.path)
-    kept.rename(root.path)
+    databases = ("mlflow.db", "mlflow.db-wal", "mlflow.db-shm", "mlflow.db-journal")
+    for path in root.path.iterdir():
+        if path.name not in databases:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in kept.iterdir():
+        if path.name not in databases:
+            path.rename(root.path / path.name)
+    # The file stays, because MLflow keeps connections to it.
+    with (
+        closing(sqlite3.connect(kept / "mlflow.db")) as before,
+        closing(sqlite3.connect(root.path / "mlflow.db")) as now,
+    ):
+        before.backup(now)
+    shutil.rmtree(kept)
 
 
 def described(root: StateRoot) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def test_an_altered_holdout_is_not_used_for_scores(
     challenger = register("good")
     holdout = snapshot.path / "holdout.txt"
     whole = holdout.read_text()
-    holdout.write_text(whole.replace("ba", "do"))
+    holdout.write_text(whole.swapcase())
     with pytest.raises(CheckpointError) as raised:
         judged(challenger)
     listed = json.loads((snapshot.path / "manifest.json").read_text())["files"]["holdout.txt"]["sha256"]

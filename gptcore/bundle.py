@@ -5,7 +5,7 @@
     tokenizer/          the vocabulary (gptcore.tokens.tokenizer)
     lineage.json        where the model comes from, if a pipeline released it
     manifest.json       size and sha256 of each of these files (gptcore.manifest)
-    README.md           the model card, if there is one. It is not in the manifest: people complete its licence
+    README.md           the model card, if there is one. It is not in the manifest: people fill in its licence
 
 `load` reads only safetensors and JSON, so no file of a bundle can run code. It refuses a bundle if a file differs from
 the manifest. Earlier releases wrote no manifest; such a bundle is loaded unchecked. Registering a bundle is up to

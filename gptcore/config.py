@@ -46,16 +46,16 @@ class CorpusConfig(Section):
     sources: Annotated[tuple[Source, ...], Field(min_length=1)] = ("python-docs",)
     """Where text comes from: a file, a directory, a glob, an http(s) URL (append #sha256=HEX to check the download),
     anything that fsspec opens (s3://, gs://, hf://), or python-docs, the reference that ships inside Python. The suffix
-    names the format: .txt .md .json .jsonl .ndjson .csv .tsv .parquet, each also .gz or .zst. A password or key in an
-    address is written as ${NAME}, an environment variable of the run. Links that lead out of a directory, and
+    names the format: .txt .md .json .jsonl .ndjson .csv .tsv .parquet, each also .gz or .zst. Write a password or
+    key in an address as ${NAME}, an environment variable of the run. Links that lead out of a directory, and
     redirections from the internet into a private network, are refused: list their targets here instead."""
     exclude: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Added(before=())] = ()
-    """Files below the directories and globs of sources that are not read: patterns as in .gitignore, such as drafts/ or
-    *.log. Never read are hidden files, node_modules, virtual environments, state roots, and what a .gitignore below a
-    source names."""
+    """Patterns of files that are not read below the directories and globs of sources, as in .gitignore, such as drafts/
+    or *.log. Hidden files, node_modules, virtual environments, state roots, and the files that a .gitignore below a
+    source names are never read."""
     text: Annotated[str, Field(min_length=1), Added(before="text")] = "text"
-    """What is the text of a table's row: a column, a path into nested values such as message.body, or a template over
-    several, such as "{title}\\n\\n{body}"."""
+    """Which part of a table's row is its text: a column, a path to a nested value such as message.body, or a template
+    over several columns, such as "{title}\\n\\n{body}"."""
     tokenizer: Annotated[str, Field(pattern=r"^(bytes|bpe:[0-9]{3,6}|[A-Za-z][A-Za-z0-9_.\-]*)$")] = "gpt2"
     """How text becomes tokens. gpt2 or another name in tiktoken: that published vocabulary. bpe:N: a vocabulary of N
     entries, from 257 to 200000, that is trained on the train split; it suits text unlike English and small models.
@@ -73,8 +73,8 @@ class CorpusConfig(Section):
     """Share of the text that neither training nor the choice of the checkpoint sees, and that the reported scores are
     measured on. With 0, the scores are measured on val and marked as such."""
     duplicates: Annotated[Literal["drop", "keep"], Added(before="drop")] = "drop"
-    """What becomes of copies, also with other line ends, indents, case or quoting marks. drop: each text is learned
-    once. keep: copies stay in train, so that what is there more often is learned more often. Copies never stay in val
+    """What to do with copies of a text, also if line ends, indents, case or quoting marks differ. drop: train on each
+    text once. keep: copies stay in train, so that the model learns a repeated text more often. Copies never stay in val
     or holdout."""
     errors: Literal["strict", "replace"] = "strict"
     """What to do with bytes that are not UTF-8. strict: refuse the file and report where they are. replace: put U+FFFD
@@ -346,8 +346,8 @@ class GateConfig(Section):
     one-sided confidence of a paired bootstrap over the blocks."""
     forget: Annotated[Finite, Field(ge=0, le=8)] | None = None
     """Bits per byte by which the challenger may be worse on old text: held-out blocks that were in the champion's
-    corpus already. If it is worse by more, with the same confidence, it is not promoted, however good it is on new
-    text. Raise it if the text is meant to change. Default: the margin."""
+    corpus already. If the challenger is worse by more, with the same confidence, it is not promoted, however good it is
+    on new text. Raise this value if the text is meant to change. Default: the margin."""
 
     @property
     def forget_margin(self) -> float:

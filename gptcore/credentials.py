@@ -1,9 +1,9 @@
-"""Passwords and keys in addresses: refuse them in the configuration, insert them at the last moment, and hide them.
+"""Passwords and keys in addresses: refuse them in the configuration, insert them into requests, and hide them.
 
 The configuration is recorded in many places: lineage, bundles, MLflow, Prefect's database, logs. So an address in it
 names a secret instead of holding it: `https://me:${PASSWORD}@example.org/a.txt` or `https://example.org/a.txt?${QUERY}`.
-`resolve` inserts the environment variables when the request is made. Their values are inserted as they are, so a value
-with characters that mean something in an address is written as an address needs it, for example `%40` for `@`.
+`resolve` inserts the environment variables when the request is made. It inserts a value as it is, so a character with a
+meaning in addresses must be encoded in the value, for example `@` as `%40`.
 """
 
 import logging
@@ -31,7 +31,7 @@ _ADVICE = "Addresses are recorded in many places: write ${NAME} instead, and set
 
 
 def check_address(address: str) -> str:
-    """Return the address. Raise ValueError, without repeating the secret, if it holds one instead of naming it.
+    """Return the address. Raise ValueError if it holds a secret instead of naming it; the message hides the secret.
 
     A secret is a password before the host (with http and https, anything before the host), or the value of a key such
     as `token` or `X-Amz-Signature` in the query. Text without a scheme is not an address.
@@ -40,7 +40,9 @@ def check_address(address: str) -> str:
         return address
     for name in _REFERENCE.findall(address):
         if not _NAME.fullmatch(name):
-            raise ValueError("holds ${...} with something else than the name of an environment variable in it")
+            raise ValueError(
+                "holds ${...} around text that is not the name of an environment variable (letters, digits, _)"
+            )
     user, at, _ = parts["authority"].rpartition("@")
     if at and not _names_secrets(parts["scheme"].lower().removesuffix("://"), user):
         raise ValueError(
@@ -64,7 +66,7 @@ def resolve(address: str) -> str:
 
 
 def resolve_variable(text: str) -> str:
-    """Return the value of the variable that `${NAME}` names, or else resolve an address. Raises ConfigError."""
+    """Return the value of the variable if the text is one `${NAME}`, else resolve an address. Raises ConfigError."""
     only = _REFERENCE.fullmatch(text)
     return resolve(text) if only is None else _read(only[1], text)
 
@@ -78,10 +80,10 @@ def conceal(text: object, address: str = "") -> str:
     shown = str(text)
     for name in _REFERENCE.findall(address):
         if value := os.environ.get(name, "").strip():
-            shapes = {value, _quote(value, "/?"), _quote(value, ""), quote(value, safe=""), quote(value)}
-            shapes |= {quote_plus(value), unquote(value)}
-            for shape in sorted(shapes, key=len, reverse=True):
-                shown = shown.replace(shape, f"${{{name}}}")
+            spellings = {value, _quote(value, "/?"), _quote(value, ""), quote(value, safe=""), quote(value)}
+            spellings |= {quote_plus(value), unquote(value)}
+            for spelling in sorted(spellings, key=len, reverse=True):
+                shown = shown.replace(spelling, f"${{{name}}}")
     shown = _USER_INFO.sub(lambda found: found[0] if _consists_of_references(found[2]) else f"{found[1]}…@", shown)
     for key, value in _find_secret_fields(shown):
         if value and not _consists_of_references(value.rstrip(".,'\")")):
@@ -90,7 +92,7 @@ def conceal(text: object, address: str = "") -> str:
 
 
 def shorten_addresses(text: object) -> str:
-    """Return a text in which every web address ends after its host. The path of a webhook is often its password."""
+    """Return the text with every web address cut after its host, because a webhook's path is often its password."""
     return conceal(_WEB_ADDRESS.sub(r"\1\2/…", str(text)))
 
 
@@ -100,7 +102,7 @@ def silence_request_log() -> None:
 
 
 def strip_secrets(address: str) -> str:
-    """Return an address without user, password, query and fragment: the name of what it leads to.
+    """Return an address without user, password, query and fragment, as a name for lists and messages.
 
     For example `https://me:${PASSWORD}@example.org/a.txt?${QUERY}` gives `https://example.org/a.txt`.
     """
@@ -132,7 +134,7 @@ def _consists_of_references(text: str) -> bool:
 
 
 def _find_secret_fields(text: str = "") -> list[tuple[str, str]]:
-    """Return the keys that stand for secrets in a query, or in a text that contains queries, with their values."""
+    """Return each key whose value is a secret, with the value, in a query or in a text that contains queries."""
     keys = (found for found in _KEY.finditer(text) if _is_secret(found[1]))
     return [(found[1], _VALUE.match(text, found.end())[0]) for found in keys]  # type: ignore[index]  # "" matches
 

@@ -31,8 +31,8 @@ class CleanBlocks:
 def find_clean_blocks(snapshot: Path, side: str, trained_on: Sequence[Path]) -> CleanBlocks:
     """Select the blocks of val or holdout of `snapshot` that are in no training text of the snapshots `trained_on`.
 
-    A block shares a run as in contamination.py. A block whose view is shorter than a run is excluded if the view of a
-    training text contains all of it. The views are written beside the snapshot, temporarily.
+    See contamination.py for what a shared run is. A block whose view is shorter than a run is excluded if the view of a
+    training text contains the block's whole view. The views are written to a temporary directory beside the snapshot.
     """
     blocks = list(read_blocks(snapshot, side))
     texts = [block.text.encode() for block in blocks]

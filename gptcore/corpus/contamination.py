@@ -67,7 +67,7 @@ class SearchShard:
 def find_shared_runs(
     text: NormalizedFile, others: Sequence[NormalizedFile], map_shards: MapShards | None = None
 ) -> Positions:
-    """Return (runs, 2): start and end in the text of each run whose view a passage of one of `others` holds too.
+    """Return (runs, 2): start and end, in the text, of each run whose view is also in a passage of one of `others`.
 
     The view of a run is at least RUN_BYTES long and lies within one passage. The runs are in order, end at whole
     characters, and are joined where they overlap or touch. A long text is searched in shards, which `map_shards`

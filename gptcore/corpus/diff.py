@@ -78,10 +78,11 @@ def pick_new_blocks(old: Path, new: Path, max_bytes: int) -> list[Block]:
 
 
 def find_old_blocks(old: Path, new: Path, blocks: Sequence[Block]) -> list[bool]:
-    """Return (blocks,): whether the snapshot `old` holds each of these held-out blocks of `new` in val or holdout.
+    """Return (blocks,): whether each of these held-out blocks of `new` was in the snapshot `old` already.
 
-    It holds every block of a document that it holds, even if its own split cuts that document differently. Its train
-    side is not searched: no block that shares text with that side is scored (clean_blocks.py).
+    A block was there if `old` holds its document, even if the split of `old` cuts that document differently, or if val
+    or holdout of `old` holds the block. The train side of `old` is not searched, because no block that shares text with
+    that side is scored (clean_blocks.py).
     """
     held_out = {entry.sha256 for side in SIDES if side != "train" for entry in read_block_entries(old, side)}
     documents, known = _read_documents(new), set(_read_documents(old))

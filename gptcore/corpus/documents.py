@@ -32,7 +32,7 @@ class DocumentEntry(NamedTuple):
     bytes: int
     chars: int
     view_sha256: str
-    """Hash of the normalised view. Empty if the view is too short to tell a copy from a coincidence."""
+    """Hash of the text's view (normalize.py). Empty if the view is too short to tell a copy from a coincidence."""
     is_copy: bool = False
     """Whether the document is a copy of another one, perhaps in another form."""
 
@@ -64,11 +64,12 @@ class DocumentStore:
             return True
         return False
 
-    def settle_copies(self) -> None:
-        """Leave out or mark the documents that are copies of another one in another form. Call this after all `add`.
+    def drop_or_mark_copies(self) -> None:
+        """Drop the documents that are copies of another one in another form, or mark them if copies are kept.
 
-        Documents with the same view are copies. Of these, the shortest is the original, so that line ends, indents and
-        quoting marks make a copy; then the one with the smallest hash. So the order of the documents does not matter.
+        Call this once, after all calls of `add`. Documents with the same view are copies of one text. The shortest of
+        them is the original, because added indents and quoting marks make a copy longer. Of several shortest ones, the
+        original is the one with the smallest hash. So the order of the documents does not matter.
         """
         originals: dict[str, DocumentEntry] = {}
         for document in self.entries:
@@ -135,7 +136,7 @@ class Spool(DocumentStore):
             if not self.add(chunks.make_entry(document, offset), chunks.is_blank):
                 file.seek(offset)
                 file.truncate()
-        self.settle_copies()
+        self.drop_or_mark_copies()
 
     def read_chunks(self, start: int, end: int) -> Iterator[bytes]:
         """See `DocumentStore`."""

@@ -39,7 +39,7 @@ _UTF8_FIX = "Save it as UTF-8, or set corpus.errors: replace."
 
 
 def has_known_suffix(filename: str) -> bool:
-    """Whether directories are searched for this suffix: one of SUFFIXES, also with .gz or .zst."""
+    """Whether the name ends in one of SUFFIXES, also with .gz or .zst. Directories are searched for such files."""
     return _format_suffix(filename) in _READERS
 
 
@@ -59,10 +59,10 @@ class Reading:
 def read_texts(file: BinaryIO, name: str, filename: str, reading: Reading) -> Texts:
     """Yield the documents in `file`, in order. Consume the chunks of each before you ask for the next one.
 
-    The suffix of `filename` decides the format; a file with an unknown suffix is plain text. The document of a plain
-    text is called `name`. That of a table's row is called `name:3` by its line, or by its row in JSON and Parquet.
-    Raises CorpusError if the file is damaged, has no column that corpus.text names, or is not UTF-8 and
-    `reading.errors` is strict.
+    The suffix of `filename` decides the format; a file with an unknown suffix is plain text, which is one document with
+    the name `name`. The document of a table's row has a name such as `name:3`, with its line number, or with its row
+    number in JSON and Parquet. Raises CorpusError if the file is damaged, lacks a column that corpus.text names, or is
+    not UTF-8 and `reading.errors` is strict.
     """
     reader = _READERS.get(_format_suffix(filename), _read_plain)
     return reader(_decompress(file, name, filename), name, reading)
@@ -141,7 +141,7 @@ def _read_jsonl(file: BinaryIO, name: str, reading: Reading) -> Texts:
 
 
 def _read_json(file: BinaryIO, name: str, reading: Reading) -> Texts:
-    """Read a whole JSON value: an array has a document per entry, an object is one document."""
+    """Read one JSON value. Each entry of an array is a document; an object is one document."""
     data = file.read(MAX_ROW_BYTES + 1)
     if len(data) > MAX_ROW_BYTES:
         raise CorpusError(
@@ -174,7 +174,9 @@ def _text_of(value: Any, row: str, reading: Reading) -> str:
     if isinstance(value, str):
         return value
     if not isinstance(value, dict):
-        raise CorpusError(f"{row}: expected an object with a key {reading.text!r}, found {value!r:.80}")
+        raise CorpusError(
+            f"{row}: expected a string, or an object for corpus.text {reading.text!r}; found {value!r:.80}"
+        )
     return reading.rule.extract(value, row)
 
 
@@ -204,7 +206,7 @@ def _read_csv(file: BinaryIO, name: str, reading: Reading) -> Texts:
 
 
 def _find_delimiter(header: str, rule: TextRule) -> str:
-    """Return the delimiter by which the header has the columns of the rule, else the one that gives most columns."""
+    """Return the delimiter with which the header has all columns of the rule, else that with the most columns."""
     headers = {mark: next(csv.reader([header], delimiter=mark), []) for mark in _DELIMITERS}
     fitting = [mark for mark, names in headers.items() if set(rule.columns) <= set(names)]
     return max(fitting or _DELIMITERS, key=lambda mark: len(headers[mark]))
@@ -265,7 +267,7 @@ def _is_text(kind: Any) -> bool:
 
 
 def _read_text_column(file: BinaryIO, name: str, reading: Reading) -> Texts:
-    """Read one column as a dictionary, so that a long text in a million rows is held once."""
+    """Read one column as a dictionary, so that a long text that a million rows repeat is in memory once."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

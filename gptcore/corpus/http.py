@@ -12,8 +12,8 @@ the networks are: public, private, this machine, link-local (where clouds keep t
 addresses that it resolves to when the redirection arrives; a name that resolves differently a moment later is not
 noticed. The error names the refused address, and the user can put that address into corpus.sources.
 
-An address may name environment variables with secrets (credentials.py). They are inserted into the request only; files
-and messages have the address without them.
+An address may name environment variables with secrets (credentials.py). Their values are inserted into the request
+only; files and messages have the address without the values.
 """
 
 import fcntl
@@ -111,7 +111,7 @@ def _resume_headers(part: Path) -> dict[str, str]:
 
 
 def _revalidation_headers(body: Path) -> dict[str, str]:
-    """Return headers that request the file only if it is not the one in `body` any more; {} if `body` was altered."""
+    """Return headers that request the file only if it differs from `body`; {} if `body` was altered on this machine."""
     validators = _load_validators(body)
     if body.is_file() and "sha256" in validators and sha256_of_file(body) != validators["sha256"]:
         return {}

@@ -1,8 +1,8 @@
-"""Which files below a directory or a glob of corpus.sources are never read.
+"""Decide which files below a directory or a glob of corpus.sources are not read.
 
 These are hidden files and directories, `__pycache__`, `node_modules`, virtual environments, state roots of gptflow and
-MLflow, backups of editors, what a `.gitignore` file there names, and what corpus.exclude names. A file that
-corpus.sources names itself is always read.
+MLflow, the backup files of editors, and what a `.gitignore` file there or corpus.exclude names. A file that has an
+entry of its own in corpus.sources is always read.
 """
 
 from collections.abc import Sequence
@@ -16,20 +16,20 @@ GITIGNORE = ".gitignore"
 _NEVER = {"__pycache__", "node_modules", "mlruns", "mlartifacts"}
 
 
-class Ignore:
-    """The rules below one directory, `root`. `exclude` are patterns in .gitignore's syntax, relative to it.
+class IgnoreRules:
+    """The rules below one directory, `root`. `exclude` has patterns in .gitignore's syntax, relative to `root`.
 
-    With `shows_hidden`, names that begin with a dot are no reason to ignore a file. Raises CorpusError for a pattern
-    that cannot be understood.
+    With `includes_hidden`, files whose names begin with a dot are read too. Raises CorpusError for a pattern that is
+    not valid.
     """
 
-    def __init__(self, root: Path, exclude: Sequence[str] = (), shows_hidden: bool = False) -> None:
-        self._root, self._shows_hidden = root, shows_hidden
+    def __init__(self, root: Path, exclude: Sequence[str] = (), includes_hidden: bool = False) -> None:
+        self._root, self._includes_hidden = root, includes_hidden
         self._exclude = _parse(exclude, "corpus.exclude")
         self._gitignores: dict[Path, GitIgnoreSpec | None] = {}
 
     def keeps(self, path: Path, is_directory: bool = False) -> bool:
-        """Whether a file or directory may be read. The directories that it is in must have been kept."""
+        """Whether a file or directory may be read. The directories that contain it are not checked."""
         if self._is_hidden(path.name) or (is_directory and _is_private(path)):
             return False
         if _ignores(self._exclude, path.relative_to(self._root), is_directory):
@@ -44,7 +44,7 @@ class Ignore:
         return True
 
     def keeps_with_parents(self, path: Path) -> bool:
-        """Whether a file may be read, and the directories below the root that it is in."""
+        """Whether a file may be read, and also every directory between the root and the file."""
         between = [parent for parent in path.parents if parent.is_relative_to(self._root) and parent != self._root]
         return all(self.keeps(directory, is_directory=True) for directory in reversed(between)) and self.keeps(path)
 
@@ -53,7 +53,7 @@ class Ignore:
         return not any(map(self._is_hidden, PurePosixPath(name).parts)) and not self._exclude.match_file(name)
 
     def _is_hidden(self, name: str) -> bool:
-        return name in _NEVER or name.endswith("~") or (name.startswith(".") and not self._shows_hidden)
+        return name in _NEVER or name.endswith("~") or (name.startswith(".") and not self._includes_hidden)
 
     def _read_gitignore(self, directory: Path) -> GitIgnoreSpec | None:
         if directory not in self._gitignores:
@@ -84,6 +84,4 @@ def _parse(patterns: Sequence[str], where: str) -> GitIgnoreSpec:
     try:
         return GitIgnoreSpec.from_lines(patterns)
     except ValueError as error:
-        raise CorpusError(
-            f"{where}: {error}. The patterns are those of .gitignore, such as drafts/ or *.log."
-        ) from None
+        raise CorpusError(f"{where}: {error}. Write patterns as in .gitignore, such as drafts/ or *.log.") from None

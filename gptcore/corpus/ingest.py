@@ -2,9 +2,8 @@
 
 All documents are first written one after another into a temporary file. So the bytes that are hashed are the bytes that
 are used, and a corpus need not fit into memory. The documents of a large corpus are written in shards, by several
-processes (shards.py). The documents are cut into blocks, and split.py assigns the blocks to their sides.
-Then contamination is removed (contamination.py): from train the text that val or holdout holds too, and from val the
-text that holdout holds too.
+processes (shards.py). The documents are cut into blocks, and split.py assigns the blocks to their sides. Then
+contamination is removed (contamination.py): text of val and holdout from train, and text of holdout from val.
 
 snapshot.py reads snapshots.
 """
@@ -187,7 +186,7 @@ def _write_sides(
 
 
 def _find_contamination(staged: Path, sides: dict[str, _SideWriter], map_shards: MapShards) -> dict[str, Positions]:
-    """Find the runs of train that val or holdout holds too, and those of val that holdout holds too.
+    """Find the runs of train that are also in val or holdout, and the runs of val that are also in holdout.
 
     Returns (runs, 2) for both sides: the start and end of each run in the file as it is before they are removed.
     """
@@ -226,7 +225,7 @@ def _cut_train(staged: Path, train: _SideWriter, removed: Positions) -> None:
 def _cut_val(staged: Path, removed: Positions) -> int:
     """Write val.txt and the list of its blocks without the runs `removed`, (runs, 2). Return the number of blocks.
 
-    What is left of a block in one piece is a block of its own, unless it holds nothing but white space and punctuation.
+    Each piece that is left of a block becomes a block of its own, unless the piece holds no letter, digit or symbol.
     """
     raw_text, raw_blocks = (staged / name for name in _RAW["val"])
     count = offset = 0

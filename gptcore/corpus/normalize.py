@@ -1,12 +1,12 @@
-"""The normalised view of text, in which copies in another form are equal.
+"""Normalise text, so that copies of a text in another form become equal. The result is called the view of the text.
 
 A copy may have other line ends, indents or quoting marks, another case, or the same characters in another Unicode form.
-Whether text was seen before is therefore decided on a view of it: its letters, digits and symbols, case-folded and
-decomposed (NFKD), without white space, punctuation, accents and invisible characters. What a model learns is always the
-text itself, byte for byte.
+So copies and contamination are found in views. A view has the letters, digits and symbols of its text, case-folded and
+decomposed (NFKD), without white space, punctuation, accents and invisible characters. A model always learns the text
+itself, byte for byte.
 
-Each character has a view of its own, which is never longer than the character itself. So the view of a text is the
-same wherever the text is cut, and every byte of the view belongs to one byte of the text.
+Each character has its own view, which is never longer than the character itself. So the view of a text is the same
+wherever the text is cut, and every byte of the view belongs to one byte of the text.
 """
 
 import unicodedata
@@ -23,14 +23,16 @@ Bytes = npt.NDArray[np.uint8]
 Positions = npt.NDArray[np.int64]
 
 MIN_VIEW_BYTES = 128
-"""Equal views, or parts of views, of at least this length are no coincidence: in prose about 160 bytes of text."""
+"""Views, or parts of views, of at least this length that are equal are not a coincidence. In prose, so many bytes are
+the view of about 160 bytes of text."""
 
 _CHUNK_BYTES = 1 << 19
 _PAGE_BITS = 8
 _LEFT_OUT = ("Z", "C", "P", "Mn", "Me", "Sk", "Sm")
 """Categories of characters that have no view: white space, invisible characters, punctuation, accents, operators."""
 _JAMO = (("\u1100", "\u1112", 0x80), ("\u1161", "\u1175", 0xA0), ("\u11a8", "\u11c2", 0xC0))
-"""The letters of Korean's syllables. One byte of the view each, so that a syllable's view is not longer than itself."""
+"""The letters of Korean syllables: first and last letter, and the view of the first. Each letter's view is one byte, so
+that the view of a syllable is not longer than the syllable."""
 
 
 @dataclass(frozen=True)
@@ -47,16 +49,16 @@ class NormalizedFile:
     """The view of a file, in a file of its own."""
 
     text: PassageFile
-    """The file that is viewed."""
+    """The file with the text."""
     view: PassageFile
     """Its view. Each passage is the view of the passage with the same number, and may be empty."""
     chunks: Positions
     """(chunks + 1, 2) where each chunk begins in the text and in the view, and the ends of the last one."""
 
     def find_in_text(self, runs: Positions) -> Positions:
-        """Return where runs of the view are in the text, both (runs, 2): starts and ends, which are in order.
+        """Return the place in the text of each run of the view. Both are (runs, 2): starts and ends, in order.
 
-        The ends of a run in the text are those of its first and its last whole character.
+        In the text, a run begins and ends at whole characters.
         """
         firsts = self._find_bytes(runs[:, 0])  # (runs,)
         lasts = self._find_bytes(runs[:, 1] - 1)  # (runs,)

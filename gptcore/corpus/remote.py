@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, cast
 
 from gptcore.corpus import formats
-from gptcore.corpus.ignore import Ignore
+from gptcore.corpus.ignore import IgnoreRules
 from gptcore.credentials import conceal, resolve
 from gptcore.errors import CorpusError, GPTCoreError, SourceUnavailable
 
@@ -76,7 +76,7 @@ def find_objects(source: str, exclude: Sequence[str] = ()) -> FoundObjects:
             objects = {name: info for name, info in matches.items() if info["type"] == "file"}
         else:
             below = filesystem.find(path, detail=True)
-            rules, start = Ignore(Path(), exclude), len(path.rstrip("/")) + 1
+            rules, start = IgnoreRules(Path(), exclude), len(path.rstrip("/")) + 1
             texts = {name: info for name, info in below.items() if formats.has_known_suffix(name)}
             objects = {name: info for name, info in texts.items() if rules.keeps_object(name[start:])}
     if not objects:

@@ -1,4 +1,4 @@
-"""Which part of a table's row is its text: a column, a path into nested values, or a template over several.
+"""Take the text of a table's row: from a column, from a path to a nested value, or by a template over several columns.
 
 text                   the column `text`
 message.body           the key `body` of the object in the column `message`; `parts.0` is the first entry of a list
@@ -28,7 +28,7 @@ class TextRule:
 
     @property
     def _parts(self) -> list[tuple[str, str]]:
-        """Literal text, each with the path that follows it; empty if none does."""
+        """Pairs of literal text and the path that follows the text; the path is empty if none follows."""
         if "{" not in self.text and "}" not in self.text:
             return [("", self.text)]
         return [(literal, path or "") for literal, path, _, _ in Formatter().parse(self.text)]
@@ -69,6 +69,6 @@ def missing_column(place: str, path: str, columns: list[str]) -> CorpusError:
     """Return the error for a column that a table does not have."""
     listed = ", ".join(map(str, columns[:_MAX_NAMED])) + (", ..." if len(columns) > _MAX_NAMED else "") or "none"
     return CorpusError(
-        f"{place} has no column {path!r}; columns found: {listed}. Set corpus.text to the one that holds the text, or "
-        "to a template such as '{title} {body}'."
+        f"{place} has no column {path!r}; columns found: {listed}. Set corpus.text to the column that holds the "
+        "text, or to a template such as '{title} {body}'."
     )

@@ -35,7 +35,7 @@ from gptcore.errors import CheckpointError
 SHARD_BYTES = 16 * 1024 * 1024
 """About how much text a shard holds."""
 WHOLE_BYTES = 256 * 1024 * 1024
-"""Up to this much text is processed without shards: at 100 MB, shards took two processes longer than no shards."""
+"""Up to this much text is processed without shards: at 100 MB, two processes took longer with shards than without."""
 SHARDS_VERSION = 2
 """Raised when equal files would give other shard directories."""
 
@@ -194,7 +194,7 @@ class ShardDocuments(DocumentStore):
                     document = DocumentEntry(*values)
                     self.add(document._replace(offset=offset + document.offset), is_blank)
             offset += (directory / _TEXT).stat().st_size
-        self.settle_copies()
+        self.drop_or_mark_copies()
 
     def read_chunks(self, start: int, end: int) -> Iterator[bytes]:
         """See `DocumentStore`."""

@@ -89,7 +89,7 @@ def read_blocks(path: Path, side: str) -> Iterator[Block]:
 
 
 def read_block_entries(path: Path, side: str) -> Iterator[BlockEntry]:
-    """Yield the blocks of any side without their text, in order; those of train as they were before the cuts.
+    """Yield the blocks of any side without their text, in order; those of train as before contamination was removed.
 
     Raises CheckpointError for train if an earlier release, which kept no list of train blocks, made the snapshot.
     """
@@ -107,8 +107,8 @@ def side_text(path: Path, side: str) -> PassageFile:
     """Return one side of a snapshot with the bounds of its passages (contiguous text).
 
     A passage of train is a sequence of neighbouring blocks of one document. It ends where contamination was removed or
-    where a block of another side came between. In val and holdout each block is a passage; with split contiguous, the
-    neighbouring blocks of a document are.
+    where a block of another side came between. In val and holdout each block is a passage. If corpus.split is
+    contiguous, the neighbouring blocks of a document are one passage there too.
     """
     is_joined = side != "train" and manifest.read_about(path)["split"]["split"] == "contiguous"
     lengths = _join_lengths(_read_index(path, side), is_joined)

@@ -24,7 +24,7 @@ from urllib.parse import unquote, urlsplit
 from gptcore.corpus import formats, remote
 from gptcore.corpus import http as web
 from gptcore.corpus.formats import Reading
-from gptcore.corpus.ignore import Ignore
+from gptcore.corpus.ignore import IgnoreRules
 from gptcore.credentials import conceal, resolve, strip_secrets
 from gptcore.errors import ConfigError, CorpusError
 from gptcore.manifest import sha256_of
@@ -44,8 +44,8 @@ class Document:
     """One text."""
 
     name: str
-    """Its name in lists: its path or its address without user, password and query, with the row if it comes from a
-    table."""
+    """Its name in lists and messages: its path, or its address without user, password and query. A row of a table also
+    has its number."""
     source: str
     """The entry of corpus.sources that it came from."""
     chunks: Iterator[bytes]
@@ -190,7 +190,7 @@ def _find_files_of(source: str, base: Path, downloads: Path, exclude: Sequence[s
 
 
 def _name_object(address: str, source: str) -> str:
-    """Return the name of an object found through `source`. A `?` or `#` without secrets is a part of its name."""
+    """Return the name of an object found through `source`. A `?` or `#` without secrets belongs to the name."""
     shown = conceal(address, source)
     return strip_secrets(shown) if "${" in shown or "…" in shown else shown
 
@@ -224,14 +224,14 @@ def _find_local_paths(source: str, base: Path, exclude: Sequence[str]) -> list[P
         return [path]
     root = path
     if path.is_dir():
-        paths = _find_texts_in(path, Ignore(path, exclude))
-        problem = f"holds no file that ends in {' '.join(formats.SUFFIXES)} (or these with .gz or .zst) and is read"
+        paths = _find_texts_in(path, IgnoreRules(path, exclude))
+        problem = f"has no file with a suffix {' '.join(formats.SUFFIXES)} (or these with .gz or .zst) that may be read"
     elif any(mark in source for mark in "*?["):
         root = _glob_root(path)
         names_hidden = any(name.startswith(".") for name in path.relative_to(root).parts)
-        rules = Ignore(root, exclude, shows_hidden=names_hidden)
+        rules = IgnoreRules(root, exclude, includes_hidden=names_hidden)
         paths = [found for found in _match_glob(Path(source).expanduser(), base) if rules.keeps_with_parents(found)]
-        problem = "matches no file that is read"
+        problem = "matches no file that may be read"
     else:
         paths = []
         problem = "is not a regular file" if path.exists() else "does not exist"
@@ -259,7 +259,7 @@ def _check_inside(paths: list[Path], root: Path) -> None:
             )
 
 
-def _find_texts_in(directory: Path, rules: Ignore) -> list[Path]:
+def _find_texts_in(directory: Path, rules: IgnoreRules) -> list[Path]:
     paths, seen = [], set()
     for parent, directories, names in os.walk(directory, onerror=_raise_unreadable, followlinks=True):
         state = os.stat(parent)  # noqa: PTH116

@@ -193,7 +193,7 @@ def test_a_glob_gives_its_matches_in_order_with_any_suffix(tmp_path: Path) -> No
     [
         ("missing.txt", "does not exist"),
         ("*.nothing", "matches no file"),
-        ("empty", "holds no file that ends in"),
+        ("empty", "has no file with a suffix"),
         ("pipe.txt", "is not a regular file"),
         (" ", "empty"),
         ("https:///path", "no host"),

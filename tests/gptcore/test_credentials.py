@@ -75,7 +75,7 @@ def test_a_missing_variable_and_a_malformed_one_are_named(monkeypatch: pytest.Mo
     monkeypatch.delenv("NOT_SET", raising=False)
     with pytest.raises(CorpusError, match="environment variable NOT_SET, which is not set"):
         sources.check(["https://example.org/a?${NOT_SET}"], tmp_path)
-    with pytest.raises(ValueError, match="something else than the name"):
+    with pytest.raises(ValueError, match="text that is not the name"):
         check_address("https://example.org/a?${not a name}")
 
 

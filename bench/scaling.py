@@ -28,7 +28,7 @@ from gptcore.config import TrainConfig
 from gptcore.training.batches import Batches
 from gptcore.training.distributed import join_ranks
 from gptcore.training.loop import update_weights
-from gptcore.training.rendezvous import local_environments, new_store
+from gptcore.training.rendezvous import make_local_environments, new_store
 from gptcore.training.state import TrainState
 
 CFG = {"vocab_size": 8192, "context_length": 256, "emb_dim": 384, "n_heads": 6, "n_layers": 6, "drop_rate": 0.0}
@@ -78,7 +78,7 @@ def start_ranks(processes: int, asked: str) -> None:
     """Start the ranks on this machine, and wait until they have ended."""
     command = [sys.executable, "-m", "bench.scaling", "--rank", asked]
     with tempfile.TemporaryDirectory() as directory:
-        environments = local_environments(processes, new_store(Path(directory)))
+        environments = make_local_environments(processes, new_store(Path(directory)))
         ranks = [subprocess.Popen(command, env={**os.environ, **environment}) for environment in environments]
         codes = [rank.wait() for rank in ranks]
     if any(codes):

@@ -9,7 +9,7 @@ that nothing reads and that the next process removes. So no step needs clean-up 
         (staged / "scores.json").write_text(scores)
         return {"kind": "evaluation"}
 
-    manifest.once(parent / name, fill)
+    manifest.make_once(parent / name, fill)
 
 The manifest, whose own sha256 is that of its text without the digest:
 
@@ -60,7 +60,7 @@ def sha256_of_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def once(goal: Path, fill: Callable[[Path], Mapping[str, Any]]) -> Path:
+def make_once(goal: Path, fill: Callable[[Path], Mapping[str, Any]]) -> Path:
     """Make the directory `goal` unless it is committed and intact. Return `goal`.
 
     Verifies an existing directory, and makes a damaged one again, with a warning in the log. `fill` writes the files
@@ -74,7 +74,7 @@ def once(goal: Path, fill: Callable[[Path], Mapping[str, Any]]) -> Path:
 
 
 def set_aside_damaged(directory: Path) -> None:
-    """Rename a committed directory away, with a warning in the log, if a file is missing or altered.
+    """Rename a committed directory to a temporary name, with a warning in the log, if a file is missing or altered.
 
     Raises NewerFormat if a newer release wrote it.
     """
@@ -149,7 +149,7 @@ def commit(staged: Path, goal: Path, about: Mapping[str, Any]) -> Path:
 def seal(directory: Path, about: Mapping[str, Any]) -> str:
     """Write the manifest of all files in `directory`, and return the manifest's own sha256.
 
-    For a directory that someone else stores and publishes: nothing is flushed or renamed.
+    Nothing is flushed or renamed, because another program, such as MLflow, stores and publishes the directory.
     """
     return _write_manifest(directory, about, _hash)
 
@@ -325,9 +325,9 @@ def remove(directory: Path) -> None:
 
 
 def set_aside(directory: Path) -> Path:
-    """Rename a committed directory to a temporary name, which is returned. Processes that read its files keep them.
+    """Rename a committed directory to a temporary name, and return the new path. Open files stay readable.
 
-    This takes no time, however many files there are. `sweep` removes the directory if nobody else does.
+    The time does not depend on the number of files. `sweep` removes the directory if the caller does not.
     """
     doomed = directory.with_name(f"{TEMPORARY}removed-{directory.name}")
     if doomed.exists():  # a killed process left it

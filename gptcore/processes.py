@@ -36,7 +36,7 @@ class Shard(Protocol):
 
     @property
     def num_bytes(self) -> int:
-        """How much text the shard is about, for the progress."""
+        """Bytes of text in the shard, for the progress."""
 
 
 T = TypeVar("T")
@@ -139,7 +139,7 @@ class _Child:
         self._start()
 
     def _start(self) -> None:
-        # Each child has a session of its own: Ctrl-C is for the parent, which kills the children.
+        # Each child has its own session, so Ctrl-C reaches only the parent, which kills the children.
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-c", _CHILD, json.dumps(sys.path)],
             stdin=subprocess.PIPE,
@@ -192,22 +192,22 @@ def _explain_exit(code: int) -> str:
 
 
 def run_child() -> None:
-    """Run a child process: read calls from standard input, write their results to standard output."""
-    replies = os.fdopen(os.dup(1), "wb")
+    """Run a child process: read requests from standard input, and write the answers to standard output."""
+    answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # output that a library prints must not get between the answers
     requests: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_read_requests, args=(requests,), daemon=True).start()
     with contextlib.suppress(BrokenPipeError):
         while True:
-            replies.write(_make_answer(requests.get()))
-            replies.flush()
+            answers.write(_make_answer(requests.get()))
+            answers.flush()
     os._exit(1)  # a normal exit would wait for the thread
 
 
 def _read_requests(requests: "queue.SimpleQueue[bytes]") -> None:
-    """Put every request on the queue. End the process when the parent closes the pipe, which it also does when it dies.
+    """Put every request on the queue. End the process when the parent closes the pipe or dies.
 
-    A request is pickled bytes, so that this thread does not import what the request needs.
+    A request is pickled twice, so that this thread unpickles only bytes and does not import what the request needs.
     """
     with contextlib.suppress(EOFError, pickle.UnpicklingError):
         while True:

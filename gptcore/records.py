@@ -1,6 +1,6 @@
-"""Small files that other processes keep: records in JSON, and locks.
+"""Read small files that outlive a process: records in JSON, and locks.
 
-A power cut, another release or another program may have left anything in their place. A damaged record counts as
+A power cut, another release or another program may have left anything at their paths. A damaged record counts as
 missing. A path that is not a regular file is refused before it is read, because a named pipe would block forever.
 `manifest.write_atomically` writes such files.
 """
@@ -46,7 +46,7 @@ def open_regular(path: str, flags: int) -> int:
 
 
 def read_record(path: Path, kind: type[T]) -> T | None:
-    """Return the record in a file, as `parse_record` does. None also if there is no file. Raises NotAFile."""
+    """Return the record in a file; None if the file is missing, or if `parse_record` returns None. Raises NotAFile."""
     try:
         return parse_record(read_bytes(path), kind)
     except FileNotFoundError:
@@ -54,7 +54,7 @@ def read_record(path: Path, kind: type[T]) -> T | None:
 
 
 def parse_record(data: bytes | str, kind: type[T]) -> T | None:
-    """Return JSON as a dataclass or another type; None if it is damaged, or has other fields or types."""
+    """Return JSON as a dataclass or another type; None if it is damaged, or lacks a field, or has other types."""
     try:
         return _adapter(cast(Any, kind)).validate_json(data)
     except ValidationError:

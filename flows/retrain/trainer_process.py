@@ -28,7 +28,7 @@ from flows.tracking import errors, runs
 from flows.tracking.metrics import MetricsFollower, MetricsLog
 from gptcore.errors import GPTCoreError
 from gptcore.training import checkpoint
-from gptcore.training.rendezvous import local_environments, new_store
+from gptcore.training.rendezvous import make_local_environments, new_store
 from gptcore.training.run_directory import STOPPED, MetricsLine, MetricsReader, Paused, Result, RunDirectory
 
 GRACE_SECONDS = 25.0
@@ -83,7 +83,7 @@ class _Trainers:
         """Start the trainers, which write to trainer.log."""
         processes = int(run.read_config().train.processes)
         self._store = new_store(run.path)
-        ranks = local_environments(processes, self._store) if processes > 1 else [{}]
+        ranks = make_local_environments(processes, self._store) if processes > 1 else [{}]
         # torch.distributed logs little. The trainer sets its threads itself.
         settings = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"} if processes > 1 else {}
         command = [sys.executable, "-m", "gptcore.train", str(run.path), "--stop-at-end-of-input"]

@@ -93,7 +93,7 @@ def _make_snapshot(cfg: CorpusConfig, documents: DocumentStore, corpora: Path, m
     sha256 = manifest.sha256_of({"version": CORPUS_VERSION, "split": settings, "documents": hashes})
     about = {"kind": "corpus", "sha256": sha256, "split": settings, "sources": documents.per_source}
     fill = functools.partial(_write_snapshot, cfg, documents, about, map_shards)
-    return load_snapshot(manifest.once(corpora / sha256[:16], fill))
+    return load_snapshot(manifest.make_once(corpora / sha256[:16], fill))
 
 
 def _split_settings(cfg: CorpusConfig) -> dict[str, Any]:

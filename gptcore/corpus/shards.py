@@ -123,7 +123,7 @@ def read_shard(shard: Shard) -> Path:
     def fill(staged: Path) -> dict[str, Any]:
         return {"kind": "part", "states": _write_shard(shard, staged, scratch)}
 
-    return manifest.once(shard.directory, fill)
+    return manifest.make_once(shard.directory, fill)
 
 
 def _is_current(shard: Shard, scratch: Path) -> bool:

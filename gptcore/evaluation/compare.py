@@ -7,9 +7,10 @@ chapter 13.
 Blocks of one document resemble each other, so whole documents are drawn if there are enough of them. clean_blocks.py
 selects the blocks that may count. The callers decide what follows from a comparison.
 
-All blocks together can mislead. If a night adds a kind of text that the champion never met, also garbage, that kind is
-in the holdout too, and the challenger gains so much there that a loss on all other text does not show. So the blocks
-that the champion's corpus had already (old) and the others (new) can be compared apart: see `Comparison.classify`.
+A comparison on all blocks together can mislead. Suppose that the corpus gains a kind of text that the champion never
+met, perhaps garbage. The holdout gains that kind too, and the challenger improves so much on it that a loss on all
+other text does not show. So the blocks that were in the champion's corpus already (old) and the others (new) can also
+be compared separately: see `Comparison.classify`.
 """
 
 import math
@@ -49,9 +50,9 @@ class Comparison:
     high: float | None
     """Upper bound of the improvement with the same confidence. None without sufficient evidence."""
     old: "Comparison | None" = None
-    """The same on the old blocks alone. None if it is unknown which blocks are old."""
+    """The comparison on the old blocks alone. None if it is unknown which blocks are old."""
     new: "Comparison | None" = None
-    """The same on the other blocks alone."""
+    """The comparison on the other blocks alone."""
 
     @property
     def improvement(self) -> float:
@@ -59,7 +60,7 @@ class Comparison:
         return self.champion - self.challenger
 
     def falls_behind(self, forget: float) -> bool:
-        """Whether the challenger is surely worse by more than `forget`, in bits per byte, on enough blocks."""
+        """Whether the upper bound of the improvement is below -`forget` bits per byte. False with too few blocks."""
         return self.high is not None and self.high < -forget
 
     def classify(self, margin: float, forget: float) -> Finding:
@@ -126,9 +127,9 @@ def compare_by_age(
     confidence: float,
     is_old: Sequence[bool],
 ) -> Comparison:
-    """Compare two models as `compare` does, and apart on the old blocks and on the new ones.
+    """Compare two models as `compare` does: on all blocks, on the old ones alone, and on the new ones alone.
 
-    `is_old` (blocks,) says which blocks are old.
+    `is_old`, (blocks,), says which blocks are old.
     """
     old, new = (
         compare(list(compress(challenger, chosen)), list(compress(champion, chosen)), confidence)

@@ -136,8 +136,8 @@ def sample_champion(
 ) -> Path:
     """Let the champion, with its own tokenizer, continue the run's prompts with the same seeds.
 
-    `load_champion` loads it on a device, if its samples do not exist yet. `weights_sha256` names its weights. Returns
-    the directory of the samples.
+    `load_champion` loads the champion on the named device; it is called only if the samples do not exist yet.
+    `weights_sha256` identifies the champion's weights. Returns the directory of the samples.
     """
     inputs = {"weights": weights_sha256, "sample": cfg.model_dump(mode="json")}
 
@@ -230,7 +230,7 @@ def _publish(run: RunDirectory, name: str, inputs: dict[str, Any], fill: Callabl
         fill(staged)
         return {"kind": name, "inputs": inputs}
 
-    return manifest.once(run.path / f"{name}-{manifest.sha256_of(inputs)[:12]}", fill_and_describe)
+    return manifest.make_once(run.path / f"{name}-{manifest.sha256_of(inputs)[:12]}", fill_and_describe)
 
 
 def _weights_sha256(run: RunDirectory) -> str:

@@ -32,9 +32,9 @@ class Request:
         self.ids: list[int] = []
         """The ids drawn so far, without the end-of-text id."""
         self.finish_reason: Literal["stop", "length", "error"] | None = None
-        """Why the request ended: "stop" after an end-of-text id, "length" after max_new_tokens. None before that."""
+        """Why the request ended: "stop" by an end-of-text id, "length" by max_new_tokens, "error". None before that."""
         self.error: Exception | None = None
-        """Why the request could not be continued, if `finish_reason` is "error"."""
+        """The error that ended the request, if `finish_reason` is "error"."""
         self.window = list(prompt)
         """The ids from which the next one is predicted."""
         self._max_new_tokens, self._sampling, self._eos_ids = max_new_tokens, sampling, eos_ids
@@ -50,7 +50,7 @@ class Request:
         """Draw the next id from logits (vocabulary,) and append it. An error finishes this request alone."""
         try:
             self.append(self.draw(logits))
-        except Exception as error:  # of any kind: the other requests of the batch go on
+        except Exception as error:  # of any kind: the other requests of the batch continue
             self.fail(error)
 
     def fail(self, error: Exception) -> None:
@@ -121,7 +121,7 @@ class Batch:
     def step(self) -> list[Request]:
         """Add one token to every request. Return all of them; finished requests have left the batch.
 
-        If a token cannot be drawn, or prompts cannot be read, those requests have finished with their `error`.
+        A request finishes with its `error` if its prompt cannot be prefilled or no token can be drawn for it.
         """
         failed: list[Request] = []
         with torch.inference_mode():
@@ -162,8 +162,8 @@ class Batch:
     def _prefill(self, failed: list[Request]) -> Iterator[Tensor]:
         """Prefill the waiting requests -> logits (requests, vocabulary) of each group.
 
-        A group holds prompts of similar lengths, so that at most half of it is padding. If a group cannot be read, its
-        requests fail and are appended to `failed`.
+        A group holds prompts of similar lengths, so that at most half of it is padding. If the prefill of a group
+        fails, its requests finish with the error and are appended to `failed`.
         """
         waiting = sorted(self._waiting, key=lambda request: len(request.window), reverse=True)
         while waiting:
@@ -173,7 +173,7 @@ class Batch:
             waiting = waiting[len(group) :]
             try:
                 logits = self._decoder.prefill([request.window for request in group])
-            except Exception as error:  # such as too little memory: requests that are decoding go on
+            except Exception as error:  # such as too little memory: requests that are decoding continue
                 for request in group:
                     request.fail(error)
                 failed += group

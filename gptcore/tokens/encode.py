@@ -136,5 +136,5 @@ def _load_batch_encoder(saved: Path) -> _BatchEncoder:
 
 @functools.lru_cache(maxsize=1)
 def load_once(saved: Path) -> Tokenizer:
-    """Load a tokenizer, and keep it for the next call. For paths under which there is never another tokenizer."""
+    """Load a tokenizer, and keep it for the next call. The tokenizer at the path must never change."""
     return Tokenizer.load(saved)

@@ -4,7 +4,8 @@ A shard is a range of bytes of one side, about 16 MiB. It ends with a passage, o
 `cut_into_pieces`, so that the ids are those of the whole text. The output of a shard is named after its range. It lies
 in a work directory that belongs to this snapshot and this tokenizer, so that the next run after a kill reuses it.
 
-Who runs the shards is up to the caller's `MapShards` (gptcore/processes.py). See files.py for what the ids become.
+The caller's `MapShards` (gptcore/processes.py) decides which processes encode the shards. See files.py for what the ids
+become.
 """
 
 import functools
@@ -62,7 +63,7 @@ def load_or_make_vocabulary(directory: Path, make: Callable[[], Tokenizer]) -> T
         make().save(staged)
         return {"kind": "vocabulary"}
 
-    return Tokenizer.load(manifest.once(directory / _VOCABULARY, fill))
+    return Tokenizer.load(manifest.make_once(directory / _VOCABULARY, fill))
 
 
 def encode_in_shards(snapshot: Path, directory: Path, map_shards: MapShards) -> dict[str, Iterator[np.ndarray]]:
@@ -114,7 +115,7 @@ def _find_cuts(file: IO[bytes], start: int, end: int) -> list[int]:
 
 def encode_shard(shard: Shard) -> Path:
     """Encode a shard unless its output exists and is intact. Return the output. Memory does not grow with the shard."""
-    return manifest.once(shard.output, functools.partial(_write_shard, shard))
+    return manifest.make_once(shard.output, functools.partial(_write_shard, shard))
 
 
 def _write_shard(shard: Shard, staged: Path) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from gptcore.tokens.tokenizer import Tokenizer, cut_into_pieces, get_tokenizer, 
 
 
 @dataclass(frozen=True)
-class _Making:
+class _NewTokens:
     """A token directory that does not exist yet."""
 
     source: Snapshot
@@ -61,8 +61,9 @@ class _Making:
 def load_tokens(path: Path | str, must_verify: bool = True) -> Tokens:
     """Open the token directory at `path`, or at a URL that fsspec opens, which is then streamed (see stream.py).
 
-    Reads all files once and compares their hashes, unless another process has just done so (`must_verify`). Of streamed
-    files, only the sizes are compared. Raises CheckpointError if the directory was never completed or was altered.
+    Reads all files once and compares their hashes. `must_verify` is False if another process has just done so. Of
+    streamed files, only the sizes are compared. Raises CheckpointError if the directory was never completed or was
+    altered.
     """
     if "://" in str(path):
         return stream.load(str(path))
@@ -73,8 +74,8 @@ def load_tokens(path: Path | str, must_verify: bool = True) -> Tokens:
             raise
         except CheckpointError as error:
             raise CheckpointError(
-                f"the tokens cannot be used: {error} Start `gptflow run`, or `gptflow prepare` for its own directory: "
-                "it makes them again from the snapshot."
+                f"the tokens cannot be used: {error} Run `gptflow run`, or `gptflow prepare` if it made the directory. "
+                "The command makes the tokens again from the snapshot."
             ) from None
     return read_manifest(Path(path))
 
@@ -90,8 +91,8 @@ def tokenize(
     """Encode the train and val sides of a corpus snapshot into a directory of `tokens_root`, unless it exists already.
 
     `name` is the tokenizer as in the configuration. A tokenizer bpe:N is trained on the train side first, unless a
-    `vocabulary` of that name is given. `map_shards` distributes a large corpus, in shards. This process and its
-    children encode a smaller one, and also a large one if `processes` says how many of them to use. Memory does not
+    `vocabulary` of that name is given. `map_shards` distributes the shards of a large corpus. A smaller corpus, or any
+    corpus if `processes` is given, is encoded by this process and its children, `processes` in all. Memory does not
     grow with the corpus or its longest text.
 
     Raises ConfigError for an unknown tokenizer or a vocabulary of another name, CorpusError if the text is too short
@@ -108,40 +109,40 @@ def tokenize(
     if manifest.is_committed(goal):
         return read_manifest(goal)
 
-    making = _Making(source, identity, goal, make_tokenizer=lambda: fixed or _train_tokenizer(name, snapshot))
-    if processes is None and making.num_bytes > WHOLE_BYTES:
-        _encode_in_shards(making, map_shards)
+    new = _NewTokens(source, identity, goal, make_tokenizer=lambda: fixed or _train_tokenizer(name, snapshot))
+    if processes is None and new.num_bytes > WHOLE_BYTES:
+        _encode_in_shards(new, map_shards)
     else:
-        _encode_whole(making, processes or choose_num_processes(making.num_bytes))
+        _encode_whole(new, processes or choose_num_processes(new.num_bytes))
     return read_manifest(goal)
 
 
-def _encode_in_shards(making: _Making, map_shards: MapShards) -> None:
+def _encode_in_shards(new: _NewTokens, map_shards: MapShards) -> None:
     """Encode a large snapshot through `map_shards`."""
-    with shards.lock_work_directory(making.goal.parent.absolute(), making.identity) as directory:
-        tokenizer = encode_shards.load_or_make_vocabulary(directory, making.make_tokenizer)
-        sides = encode_shards.encode_in_shards(making.source.path.absolute(), directory, map_shards)
+    with shards.lock_work_directory(new.goal.parent.absolute(), new.identity) as directory:
+        tokenizer = encode_shards.load_or_make_vocabulary(directory, new.make_tokenizer)
+        sides = encode_shards.encode_in_shards(new.source.path.absolute(), directory, map_shards)
 
         def fill(staged: Path) -> dict[str, Any]:
             tokenizer.save(staged / "tokenizer")
-            return making.write_sides(staged, tokenizer, sides)
+            return new.write_sides(staged, tokenizer, sides)
 
-        manifest.once(making.goal, fill)
+        manifest.make_once(new.goal, fill)
 
 
-def _encode_whole(making: _Making, processes: int) -> None:
+def _encode_whole(new: _NewTokens, processes: int) -> None:
     """Encode a snapshot by this process and its children, while the ids are written."""
-    tokenizer = making.make_tokenizer()
-    progress = Progress("tokenize", "encoded", making.num_bytes)
+    tokenizer = new.make_tokenizer()
+    progress = Progress("tokenize", "encoded", new.num_bytes)
 
     def fill(staged: Path) -> dict[str, Any]:
         tokenizer.save(staged / "tokenizer")
         with start_encoder(tokenizer, staged / "tokenizer", processes) as encode:
-            passages = {side: read_passages_in_chunks(making.source.path, side, progress) for side in SIDES}
+            passages = {side: read_passages_in_chunks(new.source.path, side, progress) for side in SIDES}
             sides = {side: encode(batch_passages(passages[side])) for side in SIDES}
-            return making.write_sides(staged, tokenizer, sides)
+            return new.write_sides(staged, tokenizer, sides)
 
-    manifest.once(making.goal, fill)
+    manifest.make_once(new.goal, fill)
 
 
 def _choose_fixed_tokenizer(name: str, vocabulary: Tokenizer | None) -> Tokenizer | None:

@@ -41,7 +41,7 @@ def save(checkpoints: Path, state: TrainState, identity: dict[str, Any], keep: i
         return {"kind": "checkpoint", "identity": identity, "counters": state.counters()}
 
     def write() -> None:
-        manifest.once(goal, fill)
+        manifest.make_once(goal, fill)
         prune(checkpoints, keep)
 
     state.ranks.run_on_rank_0(write)

@@ -98,10 +98,10 @@ def _accumulate_gradients(state: TrainState, micro_batches: MicroBatches, precis
 
 @contextlib.contextmanager
 def _add_tied_gradient_in_place(model: GPTModel) -> Iterator[None]:
-    """Inside this context, add the embedding's gradient to a tied head's in place, in the rows of the batch's tokens.
+    """Inside this context, add the embedding's gradient in place to that of a tied head, in the rows of the batch.
 
-    Autograd would make a second matrix of zeros, as large as the vocabulary, and add it. A GPU would have to wait for
-    the number of rows, so this does nothing there.
+    Autograd would make a second matrix of zeros, (vocabulary, emb_dim), and add it. On a GPU this context does nothing,
+    because the GPU would have to wait for the number of rows.
     """
     weight = model.tok_emb.weight  # (vocabulary, emb_dim)
     if not (model.is_tied and weight.requires_grad and weight.device.type == "cpu"):

@@ -1,10 +1,10 @@
 """How the ranks of one training find each other.
 
-A launcher starts the same program several times, and tells each process its rank by environment variables. On one
+A launcher starts the same program several times, and gives each process its rank in environment variables. On one
 machine, the launcher is `flows` (train.processes): the ranks meet in a file of the run directory, and exchange values
 over the loopback interface. So nothing listens to the network. On several machines, the launcher is torchrun, Slurm or
-a Kubernetes job: the ranks meet at a TCP port of rank 0's machine (MASTER_ADDR). The port asks nobody for a password,
-and torchrun runs code that it receives there, so a public address is refused until the user confirms it.
+a Kubernetes job: the ranks meet at a TCP port of rank 0's machine (MASTER_ADDR). The port needs no password, and
+torchrun runs code that it receives there, so a public address is refused until the user confirms it.
 """
 
 import ipaddress
@@ -54,24 +54,24 @@ def new_store(directory: Path) -> Path:
 
 
 def remove_old_stores(directory: Path) -> None:
-    """Remove the files that are left from earlier ranks, if the process that started those was killed."""
+    """Remove the files in which earlier ranks met. They are left if the process that started those ranks was killed."""
     own = Path(os.environ.get(STORE, "")).name
     for store in directory.glob(f"{_PREFIX}*"):
         if store.name != own:
             store.unlink(missing_ok=True)
 
 
-def local_environments(size: int, store: Path) -> Iterator[dict[str, str]]:
+def make_local_environments(size: int, store: Path) -> Iterator[dict[str, str]]:
     """Yield the environment variables of each of `size` ranks of this machine, which meet in the file `store`.
 
     The file must not exist yet. The caller removes it after the ranks have ended.
     """
     for rank in range(size):
         numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
-        yield {name: str(number) for name, number in numbers.items()} | {STORE: str(store), **_loopback_only()}
+        yield {name: str(number) for name, number in numbers.items()} | {STORE: str(store), **_restrict_to_loopback()}
 
 
-def _loopback_only() -> dict[str, str]:
+def _restrict_to_loopback() -> dict[str, str]:
     """Return the variables with which gloo and NCCL use the loopback interface only."""
     name = "lo" if sys.platform == "linux" else "lo0"
     return {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": f"={name}"}
@@ -113,7 +113,7 @@ def is_restarted(environment: Mapping[str, str]) -> bool:
 
 
 def open_store(place: Place, timeout: timedelta) -> "Store":
-    """Open the key-value store through which the ranks tell each other their addresses.
+    """Open the key-value store through which the ranks exchange their addresses.
 
     Raises ConfigError if it would be at a public address. Raises torch's errors if rank 0 does not appear in time.
     """
@@ -128,11 +128,11 @@ def open_store(place: Place, timeout: timedelta) -> "Store":
         _check_not_public(host, networks)
     port = int(os.environ.setdefault("MASTER_PORT", _PORT))
     if networks and all(address.is_loopback for address in networks):
-        os.environ.update(_loopback_only())
+        os.environ.update(_restrict_to_loopback())
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
             return _open_loopback_store(place, str(networks[0]), port, timeout)
     store, _, _ = next(rendezvous("env://", place.rank, place.size, timeout=timeout))
-    return distributed.PrefixStore(_attempt_name(os.environ), store)
+    return distributed.PrefixStore(_name_attempt(os.environ), store)
 
 
 def _open_loopback_store(place: Place, address: str, port: int, timeout: timedelta) -> "Store":
@@ -169,13 +169,13 @@ def _check_not_public(host: str, addresses: list[Address]) -> None:
     if public := [str(address) for address in addresses if address.is_global]:
         shown = host if public == [host] else f"{host} ({', '.join(public)})"
         raise ConfigError(
-            f"MASTER_ADDR={shown} is a public address. Who reaches the ranks' port can read the weights, change the "
-            f"training and, under torchrun, run code. Use a private network, or confirm with {ALLOW_PUBLIC}=1."
+            f"MASTER_ADDR={shown} is a public address. Anyone who reaches the ranks' port can read the weights, change "
+            f"the training and, under torchrun, run code. Use a private network, or confirm with {ALLOW_PUBLIC}=1."
         )
 
 
-def _attempt_name(environment: Mapping[str, str]) -> str:
-    """Return a prefix that tells this start of the processes from earlier ones, whose addresses stay in the store.
+def _name_attempt(environment: Mapping[str, str]) -> str:
+    """Return a prefix for the keys of this start of the processes. Addresses of earlier starts stay in the store.
 
     On several machines each torchrun counts its own restarts, so the count cannot be used. There,
     TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes torchrun create a new store each time.

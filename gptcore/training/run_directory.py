@@ -243,8 +243,8 @@ class RunDirectory:
         kept = [line for line in reader.read_new_lines() if line["step"] <= step]
         if reader.damage and (not kept or kept[-1]["step"] < step) and step > 0:
             raise CheckpointError(
-                f"{reader.damage}, and the training resumes only at update {step}. Restore the file from a backup, or "
-                "remove the damaged lines."
+                f"{reader.damage}, before the line of update {step}, at which the training resumes. Restore the file "
+                "from a backup, or remove the damaged lines."
             )
         manifest.write_atomically(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
 
@@ -262,7 +262,7 @@ class RunDirectory:
         manifest.write_atomically(self.path / "paused.json", json.dumps(asdict(paused)) + "\n")
 
     def read_pause(self) -> Paused | None:
-        """Read how the last attempt paused; None if it ended in another way, or if the file is damaged."""
+        """Read paused.json of the last attempt; None if the attempt ended in another way, or the file is damaged."""
         return read_record(self.path / "paused.json", Paused)
 
     def remove_ending(self) -> None:
@@ -273,7 +273,7 @@ class RunDirectory:
     def read_failure(self) -> GPTCoreError | None:
         """Read the error that ended the last attempt, as an exception of its class.
 
-        None if it did not fail, or if the file is damaged: the attempt then counts as one that was killed.
+        Return None if the attempt did not fail, or if the file is damaged: the attempt then counts as killed.
         """
         record = read_record(self.path / "failure.json", _Failure)
         return error_from_json(asdict(record)) if record else None
@@ -287,7 +287,7 @@ class MetricsReader:
         self.offset = 0
         self.inode = 0
         self.damage = ""
-        """Which line is not one of a training, at which the reading ends. A resumed training writes it again."""
+        """File and byte of the first damaged line, at which reading ends; empty without one."""
 
     def read_new_lines(self, most_bytes: int = -1) -> list[MetricsLine]:
         """Read the lines completed since the last call, but at most `most_bytes`, in which one line must fit.

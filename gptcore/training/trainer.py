@@ -307,7 +307,7 @@ def _load_start(state: TrainState, directory: RunDirectory, sha256: str) -> None
 
 
 def _load_checked_tokens(directory: RunDirectory, config: RunConfig, must_verify: bool) -> Tokens:
-    """Open the tokens that config.json names. One rank of each machine verifies the files, for all of them."""
+    """Open the tokens that config.json names. One rank of each machine verifies the files."""
     if config.training_version != TRAINING_VERSION:
         raise CheckpointError(
             f"{directory.path} was prepared for training version {config.training_version}, this release has version "

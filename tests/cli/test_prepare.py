@@ -19,7 +19,7 @@ def tokens(tmp_path: Path) -> Path:
             (staged / name).write_text(name)
         return {"kind": "tokens"}
 
-    return manifest.once(tmp_path / "tokens" / "0123456789abcdef", fill)
+    return manifest.make_once(tmp_path / "tokens" / "0123456789abcdef", fill)
 
 
 def test_a_killed_copy_leaves_nothing_and_a_damaged_or_partial_one_is_made_again(

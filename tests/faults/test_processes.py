@@ -21,7 +21,7 @@ from flows.retrain import trainer_process
 from gptcore.errors import ConfigError
 from gptcore.tokens.directory import Tokens
 from gptcore.training import trainer
-from gptcore.training.rendezvous import local_environments, new_store
+from gptcore.training.rendezvous import make_local_environments, new_store
 from gptcore.training.run_directory import STOPPED, MetricsLine, Result, RunDirectory
 from gptcore.training.trainer import train_directory
 from tests.tiny import TINY_MODEL, make_tokens
@@ -67,7 +67,7 @@ def train_in_turn(processes: int, *asked: tuple[RunDirectory, int]) -> None:
     store = new_store(asked[0][0].path.parent)
     ranks = [
         subprocess.Popen([sys.executable, "-c", SEVERAL, steps], env={**os.environ, **rank}, cwd=ROOT)
-        for rank in local_environments(processes, store)
+        for rank in make_local_environments(processes, store)
     ]
     try:
         assert [rank.wait(timeout=300) for rank in ranks] == [0] * processes

@@ -232,16 +232,16 @@ def test_a_write_that_fails_before_the_rename_leaves_the_old_text(tmp_path, monk
 
 
 def test_a_damaged_directory_is_set_aside_and_made_again_but_not_one_of_a_newer_release(tmp_path):
-    goal = manifest.once(tmp_path / "goal", lambda staged: {"size": (staged / "a").write_text("first")})
+    goal = manifest.make_once(tmp_path / "goal", lambda staged: {"size": (staged / "a").write_text("first")})
     (goal / "a").write_text("other")
-    assert manifest.once(goal, lambda staged: {"size": (staged / "a").write_text("again")}) == goal
+    assert manifest.make_once(goal, lambda staged: {"size": (staged / "a").write_text("again")}) == goal
     assert (goal / "a").read_text() == "again" and manifest.verify(goal) == {"size": 5}
     (aside,) = tmp_path.glob(".tmp-removed-goal*")
     assert (aside / "a").read_text() == "other"
     newer = (goal / "manifest.json").read_text().replace('"format": 7', '"format": 8')
     (goal / "manifest.json").write_text(newer)
     with pytest.raises(NewerFormat):
-        manifest.once(goal, lambda staged: {})
+        manifest.make_once(goal, lambda staged: {})
     assert goal.exists()
 
 
@@ -251,8 +251,8 @@ def test_a_directory_is_made_once_and_stays_away_if_filling_fails(tmp_path):
         return {"kind": "test"}
 
     with pytest.raises(ZeroDivisionError):
-        manifest.once(tmp_path / "goal", lambda staged: {"kind": 1 / 0})
+        manifest.make_once(tmp_path / "goal", lambda staged: {"kind": 1 / 0})
     assert list(tmp_path.iterdir()) == []
-    assert manifest.once(tmp_path / "goal", fill_and_describe) == tmp_path / "goal"
+    assert manifest.make_once(tmp_path / "goal", fill_and_describe) == tmp_path / "goal"
     assert manifest.verify(tmp_path / "goal") == {"kind": "test"}
-    manifest.once(tmp_path / "goal", lambda staged: {"kind": 1 / 0})
+    manifest.make_once(tmp_path / "goal", lambda staged: {"kind": 1 / 0})

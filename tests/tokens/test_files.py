@@ -188,7 +188,7 @@ def test_an_altered_token_file_of_the_same_size_is_refused_and_made_again(snapsh
     with file.open("r+b") as opened:
         opened.seek(200)
         opened.write(bytes(100))
-    with pytest.raises(CheckpointError, match=rf"{file} has sha256 .*: it was altered\. Start `gptflow run`"):
+    with pytest.raises(CheckpointError, match=rf"{file} has sha256 .*: it was altered\. Run `gptflow run`"):
         load_tokens(made.path)
     assert not caplog.records
     assert tokenize(snapshot, "bytes", tmp_path / "tokens") == made == load_tokens(made.path)

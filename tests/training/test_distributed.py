@@ -24,7 +24,7 @@ from gptcore.training.rendezvous import (
     STORE,
     Place,
     is_restarted,
-    local_environments,
+    make_local_environments,
     open_store,
     read_place,
 )
@@ -45,7 +45,7 @@ def test_a_place_is_read_from_torchruns_variables_or_else_from_slurms():
     assert read_place({"RANK": "0", "WORLD_SIZE": "1"}) is None, "one process is alone, even if a launcher started it"
     kubernetes = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "a"}
     assert read_place(kubernetes) == Place(1, 2, 0, 1), "one process per pod"
-    here = list(local_environments(2, Path("/run/meeting")))
+    here = list(make_local_environments(2, Path("/run/meeting")))
     assert [read_place(each) for each in here] == [Place(0, 2, 0, 2), Place(1, 2, 1, 2)], "no address is needed"
     assert is_restarted({"TORCHELASTIC_RUN_ID": "x"}) and not is_restarted(SLURM)
 

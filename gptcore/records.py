@@ -54,7 +54,7 @@ def read_record(path: Path, kind: type[T]) -> T | None:
 
 
 def parse_record(data: bytes | str, kind: type[T]) -> T | None:
-    """Return JSON as a dataclass or another type; None if it is damaged, or lacks a field, or has other types."""
+    """Return JSON as a dataclass or another type; None if it is damaged, lacks a field or has other types."""
     try:
         return _adapter(cast(Any, kind)).validate_json(data)
     except ValidationError:

@@ -68,10 +68,10 @@ def make_local_environments(size: int, store: Path) -> Iterator[dict[str, str]]:
     """
     for rank in range(size):
         numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
-        yield {name: str(number) for name, number in numbers.items()} | {STORE: str(store), **_restrict_to_loopback()}
+        yield {name: str(number) for name, number in numbers.items()} | {STORE: str(store), **_loopback_variables()}
 
 
-def _restrict_to_loopback() -> dict[str, str]:
+def _loopback_variables() -> dict[str, str]:
     """Return the variables with which gloo and NCCL use the loopback interface only."""
     name = "lo" if sys.platform == "linux" else "lo0"
     return {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": f"={name}"}
@@ -128,7 +128,7 @@ def open_store(place: Place, timeout: timedelta) -> "Store":
         _check_not_public(host, networks)
     port = int(os.environ.setdefault("MASTER_PORT", _PORT))
     if networks and all(address.is_loopback for address in networks):
-        os.environ.update(_restrict_to_loopback())
+        os.environ.update(_loopback_variables())
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
             return _open_loopback_store(place, str(networks[0]), port, timeout)
     store, _, _ = next(rendezvous("env://", place.rank, place.size, timeout=timeout))

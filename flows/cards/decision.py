@@ -110,8 +110,8 @@ def explain_verdict(verdict: Verdict, version: str) -> str:
         "worse": f"{loses} It predicts unseen text worse than {old}{difference}.",
         "tie within noise": f"{loses} It predicts unseen text about as well as {old}{difference}, so the "
         "difference may be chance.",
-        "worse on old text": f"{loses} It predicts new text better than {old}, but it predicts the kinds of text that "
-        f"were there before worse{old_difference}.",
+        "worse on old text": f"{loses} It predicts new text better than {old}, but it predicts older text "
+        f"worse{old_difference}.",
         "not finite": f"{loses} Its score is not a finite number, so it cannot be compared and {stays}.",
         "insufficient evidence": f"{loses} Too little text that neither model has learned from is left to tell which "
         f"is better, so {stays}.",
@@ -217,7 +217,7 @@ def _list_evidence(card: Card) -> list[tuple[str, str]]:
         which = "that neither model has trained on" if card.champion else "that the model has not trained on"
         rows.append(("scored on", f"{verdict.blocks:,} blocks, {verdict.bytes:,} bytes of text {which}"))
     if verdict.champion_bits_per_byte is not None:
-        why = "held-out text that one of the models may have trained on, or that shares 128 letters with such text"
+        why = "held-out text that one of the models may have trained on, or that shares 128 letters and digits with it"
         rows.append(("left out", f"{verdict.excluded_bytes:,} bytes: {why}"))
     if verdict.champion_bits_per_byte is not None:
         rows += _list_ages(card)
@@ -237,8 +237,8 @@ def _list_ages(card: Card) -> list[tuple[str, str]]:
         rule = f"all blocks decide together: fewer than {MIN_BLOCKS} blocks were in the champion's corpus (old text)"
     else:
         rule = (
-            "old text was in the champion's corpus already; nothing is promoted if its whole interval is below "
-            f"-{card.gate.forget_margin:g} (gate.forget)"
+            "old text was in the champion's corpus already; the challenger is not promoted if the whole interval on "
+            f"old text is below -{card.gate.forget_margin:g} (gate.forget)"
         )
     return [*rows, ("rule for old text", rule)]
 

@@ -1,4 +1,4 @@
-"""The command line `gptflow`: its group of commands, and those that run until Ctrl-C or register deployments.
+"""The command line `gptflow`: the group of all commands, and the commands `serve`, `deploy`, `up` and `serve-model`.
 
 Each command imports what it needs when it runs, so that help and wrong input are answered at once. See the other
 modules of this folder for the other commands, and exit.py for error messages and exit codes.

@@ -277,7 +277,7 @@ def check_champion(root: StateRoot, model: str) -> Check:
         return Check("champion", False, f"the champion {uri} is damaged: {error}", cure)
     tags = VersionTags.from_tags(version.tags)
     if tags.bundle_sha256 is not None:
-        message = f"the champion {uri} loads, all its files as registered: sha256 {tags.bundle_sha256[:12]}"
+        message = f"the champion {uri} loads, and all its files are as registered: sha256 {tags.bundle_sha256[:12]}"
         return Check("champion", True, message)
     weights = tags.weights_sha256
     extent = f"only its weights were compared, sha256 {weights[:12]}" if weights else "no file could be compared"

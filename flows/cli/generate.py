@@ -113,7 +113,7 @@ def _load(root: "StateRoot", uri: str, quantization: str | None) -> "LoadedModel
 def _print_in_order(batch: "Batch", samples: "Iterator[_Sample]") -> None:
     """Generate all samples, as many at once as the batch has room for, and print one after the other.
 
-    A sample takes its room as soon as `samples` yields it. The first unfinished one is printed token by token.
+    A sample takes its place in the batch when `samples` yields it. The first unfinished one is printed token by token.
     """
     unfinished: deque[_Sample] = deque()
     while True:

@@ -48,8 +48,8 @@ ALLOWED_HOSTS = click.option(
     default="",
     metavar="HOSTS",
     callback=parse_allowed_hosts,
-    help="Names beside localhost by which browsers may reach the server, for example that of a reverse proxy: NAME "
-    "or NAME:PORT, separated by commas. Other names and the web pages of other sites are refused.",
+    help="Names besides localhost by which clients may reach the server, such as that of a reverse proxy: NAME or "
+    "NAME:PORT, separated by commas. Other names and the web pages of other sites are refused.",
 )
 FILE = click.option("--file", metavar="PATH", help="The pipelines.yaml to use. Default: the one in this directory.")
 REASON = click.option(
@@ -120,7 +120,7 @@ def print_json(body: Any) -> None:
 
 
 class _LibraryLog(logging.FileHandler):
-    """A file of log lines, opened at the first. A line is lost if the file cannot be opened; its caller goes on."""
+    """A log file, opened at the first line. If it cannot be opened, the line is lost and the caller continues."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:

@@ -164,7 +164,7 @@ def _copy_tokens(tokens: Path, goal: Path) -> None:
     manifest.set_aside_damaged(goal)
     if manifest.is_committed(goal):
         return
-    if goal.exists():  # a copy that an earlier release was killed in
+    if goal.exists():  # an earlier release was killed while it copied
         manifest.set_aside(goal)
     with manifest.stage(goal.parent) as staged:
         shutil.copytree(tokens, staged, dirs_exist_ok=True)

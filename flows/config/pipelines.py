@@ -84,7 +84,7 @@ def _check_task_runner(name: str) -> str:
     if is_plain and parts.scheme in ("tcp", "tls", "ray"):
         return name
     # An address with an @ may hold a password, so it is not repeated.
-    problem = "an address holds no credentials" if "@" in name else f"given: {name!r:.80}"
+    problem = "an address must not hold credentials" if "@" in name else f"given: {name!r:.80}"
     raise ValueError(
         "must be processes, dask, ray, a Dask scheduler as in tcp://HOST:8786 (or tls://), or a Ray cluster as in "
         f"ray://HOST:10001 ({problem})"

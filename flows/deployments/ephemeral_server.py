@@ -108,7 +108,8 @@ def disable_heartbeats() -> Iterator[None]:
 def serve(port: int, home: str) -> None:
     """Serve Prefect's API until SIGTERM, or until the parent process has ended.
 
-    First create or migrate the server's database in the directory `home`. Empty: the database is not gptflow's.
+    First creates or migrates the server's database in the directory `home`. If `home` is empty, the server uses another
+    database, which gptflow leaves alone.
     """
     threading.Thread(target=_stop_with_parent, args=(os.getppid(),), daemon=True).start()
     gc.disable()  # imports and migrations make no garbage, and a fifth of their time would go into looking for it

@@ -47,7 +47,7 @@ class Options:
     mlflow_port: int
     limit: int
     allowed_hosts: tuple[str, ...] = ()
-    """Names beside those of loopback by which the servers are reached, for example through a reverse proxy."""
+    """Names besides those of loopback by which clients reach the servers, such as that of a reverse proxy."""
 
 
 def up(root: StateRoot, options: Options) -> None:
@@ -171,7 +171,7 @@ class _Supervisor:
             _print_urls(self.record())
 
     def prepare_databases(self) -> None:
-        """Create or migrate the databases of the servers, unless they are complete, in child processes side by side.
+        """Create or migrate the servers' databases that are not complete, each in a child process, side by side.
 
         Raises GPTCoreError if a database cannot be used.
         """
@@ -198,7 +198,10 @@ class _Supervisor:
                 maker.wait(0)
 
     def list_databases(self) -> Iterator[tuple[str, str]]:
-        """Yield package and place of each database that is not complete. Raises DatabaseBroken."""
+        """Yield package and place of each SQLite database that is not complete, and of all tables on PostgreSQL.
+
+        Raises DatabaseBroken.
+        """
         local, shared = self.root.mlflow_database, self.root.database
         if local is not None and local.check() is not Condition.WHOLE:
             yield "mlflow", str(local.path.parent)

@@ -32,7 +32,7 @@ def create_app(
     """Return the application that serves `followed`, behind the guard.
 
     A request may ask for up to `max_tokens` tokens per text. `host` is the address at which the server will listen, and
-    `allowed_hosts` are other names by which it is reached.
+    `allowed_hosts` are other names by which clients reach it.
     """
 
     @asynccontextmanager

@@ -265,6 +265,9 @@ def _call_clients(deliveries: Sequence[tuple[TextRequest, Chunk]]) -> None:
 
 
 def _failed_chunk(request: TextRequest, error: Exception) -> Chunk:
-    """Return the last chunk of a text that failed. Texts for people are sent; others may hold anything."""
+    """Return the last chunk of a text that failed.
+
+    It has the message of a GPTCoreError, but only the class of another error, whose message may hold anything.
+    """
     reason = str(error) if isinstance(error, GPTCoreError) else type(error).__name__
     return Chunk(request.index, "", 0, problem=f"the text could not be generated: {reason}")

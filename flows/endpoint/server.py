@@ -37,7 +37,7 @@ class Options:
     host: str
     port: int
     allowed_hosts: tuple[str, ...]
-    """Names beside those of loopback by which the server is reached."""
+    """Names besides those of loopback by which clients reach the server."""
     max_concurrent: int
     max_queue: int
     max_tokens: int

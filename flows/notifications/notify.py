@@ -38,8 +38,8 @@ class NotifyConfig(Section):
     """One receiver of messages: a webhook, or a notification block that is saved on the Prefect server.
 
     A webhook's address is visible in pipelines.yaml and in the Prefect UI, and is written nowhere else. If the address
-    itself is the secret, as with Slack or Teams, write ${NAME}, an environment variable of the run, or name a block of
-    that kind that was saved in the UI.
+    itself is the secret, as with Slack or Teams, write ${NAME}, an environment variable of the run, or name a
+    notification block that was saved in the UI.
     """
 
     webhook: str | None = None
@@ -136,13 +136,13 @@ def _notify(flow_run: "FlowRun", state: "State[Any]", event: Occasion, summary: 
 def _post_to_webhook(address: str, message: Message) -> None:
     """Send the message as JSON. Raises requests.RequestException if the second attempt fails too.
 
-    Raises ConfigError if the address names an environment variable that is not set, or that holds no address.
+    Raises ConfigError if an environment variable in the address is not set, or if its value makes no http(s) address.
     """
     import requests
 
     silence_request_log()
     if not _is_address(target := resolve_variable(address)):
-        raise ConfigError(f"{address} does not hold an http(s) address")
+        raise ConfigError(f"{address} does not give an http(s) address. Correct the environment variable")
     for attempt in range(1, _TRIES + 1):
         try:
             with requests.post(target, json=asdict(message), timeout=(_CONNECT_SECONDS, _READ_SECONDS)) as answer:

@@ -100,8 +100,8 @@ class _Pruning:
         self.root, self.keep, self.dry_run = root, keep, dry_run
         self.client = MlflowClient(root.tracking_uri)
         self.freed = Freed()
-        self.doomed: dict[Path, Path] = {}
-        """Where each path is that `free` has renamed."""
+        self.renamed: dict[Path, Path] = {}
+        """The present path of each path that `free` was called with."""
         self.tokens_of_configs: dict[tuple[Path, int], str] = {}
         """Name of the token directory, by path and time of a run directory's config.json."""
 
@@ -249,7 +249,7 @@ class _Pruning:
 
         `runs_before` lists the trainings in the object store when this call began.
         """
-        self.find_tokens_in_use()  # reads every config.json, so that under the locks only new ones are left to read
+        self.find_tokens_in_use()  # reads every config.json, so that only new ones are left to read under the locks
         store, tokens, corpora = self.root.store, *self.find_needed(kept)
         unpublished = self.list_unused_in_store(store, tokens, corpora) if store is not None else []
         with ExitStack() as locked:
@@ -290,7 +290,7 @@ class _Pruning:
         return sorted({*directory.glob("*.lock"), *(directory / name for name in names)})
 
     def list_unused_in_store(self, store: Store, tokens: set[str], corpora: set[str]) -> list[str]:
-        """Return the same directories in the object store, except those that trainings of other machines need."""
+        """Return the directories in the object store that neither this state root nor trainings elsewhere need."""
         runs, used_tokens = mirror.find_in_use(store)
         corpora = corpora | {mirror.find_corpus(store, name) for name in used_tokens}
         unused = [f"tokens/{name}" for name in store.list_directories("tokens") if name not in tokens | used_tokens]
@@ -325,25 +325,25 @@ class _Pruning:
         self.delete_freed()
 
     def free(self, path: Path) -> None:
-        """Rename a directory, so that it is gone under its own name. `delete_freed` deletes its files."""
+        """Rename a directory, so that no process finds it any more. `delete_freed` deletes its files."""
         is_renamed = not self.dry_run and path.is_dir() and not path.name.startswith(manifest.TEMPORARY)
-        self.doomed[path] = manifest.set_aside(path) if is_renamed else path
+        self.renamed[path] = manifest.set_aside(path) if is_renamed else path
         self.freed.paths[str(path)] = 0
 
     def delete_freed(self) -> None:
-        """Measure what `free` has renamed, and delete it. No lock may be held, because many files take minutes.
+        """Measure what `free` has renamed, and delete it. Call this without a lock, because many files take minutes.
 
         If the process is killed meanwhile, the next sweep deletes the rest.
         """
-        for path, doomed in self.doomed.items():
-            self.freed.paths[str(path)] = _measure_size(doomed)
+        for path, present in self.renamed.items():
+            self.freed.paths[str(path)] = _measure_size(present)
             if self.dry_run:
                 continue
-            if doomed.is_file():
-                doomed.unlink()
+            if present.is_file():
+                present.unlink()
             else:
-                shutil.rmtree(doomed, ignore_errors=True)
-        self.doomed.clear()
+                shutil.rmtree(present, ignore_errors=True)
+        self.renamed.clear()
 
 
 def _measure_size(path: Path) -> int:

@@ -2,9 +2,10 @@
 
 The gate scores champion and challenger on the same held-out blocks, each with its own tokenizer. It uses only blocks
 that neither of them can have learned by heart. Blocks that were in the champion's snapshot (old) and the others (new)
-are also scored apart. It stores the verdict and its numbers as tags of the version. See gptcore.evaluation.compare for
-how two models are compared and for the rule about old blocks, gptcore.corpus.clean_blocks for which blocks are clean,
-gptcore.corpus.diff for which are old, and register.py for how a version is registered.
+are also compared separately. It stores the verdict and its numbers as tags of the version. See
+gptcore.evaluation.compare for how two models are compared and for the rule about old blocks,
+gptcore.corpus.clean_blocks for which blocks are clean, gptcore.corpus.diff for which are old, and register.py for how a
+version is registered.
 """
 
 import math
@@ -46,8 +47,8 @@ def judge(
 ) -> Verdict:
     """Decide whether a version becomes champion, and promote it if it does.
 
-    Raises CheckpointError if the snapshot was altered on disk, and RegistryError if the champion cannot be loaded. Then
-    the version's tags say why. The version stays undecided, so that the next run decides when the damage is fixed.
+    Raises CheckpointError if the snapshot was altered on disk, and RegistryError if the champion cannot be loaded. The
+    version's tags then give the reason. The version stays undecided until a run finds that the damage is fixed.
 
     The tag `verdict` is written last. If a run is killed before that, the next one reads the numbers of a promotion
     that took place from the other tags. If the tag exists, the next run returns the recorded verdict.
@@ -142,7 +143,7 @@ def _describe_scores(
         "tie within noise": f"{gain}, is not {sure}",
         "worse on old text": f"{gain}, is {sure}, but only because of new text",
         "not finite": "a score that is not finite does not win",
-        "insufficient evidence": f"fewer than {MIN_BLOCKS} blocks clean for both are no sufficient evidence",
+        "insufficient evidence": f"fewer than {MIN_BLOCKS} blocks are clean for both, which is not enough evidence",
     }
     return f"{scored}: {conclusions[kind]}"
 
@@ -182,7 +183,7 @@ def _reach_verdict(
     cfg: GateConfig,
     sources_overridden: bool,
 ) -> Verdict:
-    """Compare the challenger with the champion, unless it does not compete. If that fails, its tags say why."""
+    """Compare the challenger with the champion, unless it does not compete. If that fails, its tags give the reason."""
     withdrawal = explain_withdrawal(root, challenger.name, str(challenger.version))
     if withdrawal or (champion is not None and sources_overridden):
         return _reject_without_comparison(champion, scores, withdrawal)

@@ -1,4 +1,4 @@
-"""Loading a registered version as a model, after its files have been compared with the registered hashes.
+"""Load a registered version as a model, after comparing its files with the registered hashes.
 
 The tag `bundle_sha256` names the bundle's manifest, and the manifest every file. A version that an earlier release
 registered has only the tag `weights_sha256`; then only the weights are compared.

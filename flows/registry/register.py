@@ -97,16 +97,16 @@ def add_version(
 ) -> str:
     """Log the bundle that `fill` writes as a model of the MLflow run, and register it. Return the version.
 
-    `fill` receives an empty directory for the bundle, inside `workplace`, and returns what `write_bundle` does. If a
-    killed attempt has already logged the model, that model is registered. Raises LockLost if a lock between machines
-    was lost meanwhile.
+    `fill` receives an empty directory for the bundle, inside `workplace`, and returns the sha256 of the bundle's
+    manifest. If a killed attempt has already logged the model, that model is registered. Raises LockLost if a lock
+    between machines was lost meanwhile.
     """
     mlflow.set_tracking_uri(root.tracking_uri)
     client = MlflowClient(root.tracking_uri)
     uri = _reuse_logged_model(client, root, mlflow_run_id) or _log_model(mlflow_run_id, workplace, fill)
     client.update_run(mlflow_run_id, status="RUNNING")  # logging ended the run, but its evidence is not logged yet
     model_id = uri.removeprefix("models:/")
-    sha256 = client.get_logged_model(model_id).tags.get(BUNDLE_SHA256)  # a killed earlier release wrote none
+    sha256 = client.get_logged_model(model_id).tags.get(BUNDLE_SHA256)  # missing if an earlier release logged it
     postgres_lock.ensure_held()
     with contextlib.suppress(MlflowException):  # the registered model exists already
         client.create_registered_model(model_name)

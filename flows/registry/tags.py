@@ -1,4 +1,4 @@
-"""The tags of a registered version: their names, and how MLflow's texts become values.
+"""The tags of a registered version: their names, and how MLflow's strings become values.
 
 register.py and import_.py write the tags about a version's origin, gate.py those about its verdict, and champion.py the
 tag `withdrawn`. Searches and lists read them; the version's lineage.json has everything else. Any tag may be missing,
@@ -94,12 +94,12 @@ class VersionTags(BaseModel):
 
     @classmethod
     def from_lineage(cls, lineage: Mapping[str, Any]) -> Self:
-        """Take the entries of a lineage that are short enough to search for."""
+        """Take the entries of a lineage that are tags too."""
         return cls(**{name: lineage[name] for name in cls.model_fields if lineage.get(name) is not None})
 
     @classmethod
     def from_verdict(cls, verdict: Verdict) -> Self:
-        """Take all of a verdict but whether it promotes: that is the tag `verdict`."""
+        """Take the fields of a verdict except `promoted`, which is stored as the tag `verdict`."""
         return cls(reason=verdict.reason, **{name: getattr(verdict, field) for name, field in _GATE_FIELDS.items()})
 
     def to_tags(self) -> dict[str, str]:

@@ -103,8 +103,7 @@ def locate_bundle(root: StateRoot, name: str, version: str, file: str = "") -> P
 def locate_file(root: StateRoot, version: ModelVersion, file: str) -> Path:
     """Return the local path of a file of the version's bundle, after comparing it with what was registered.
 
-    Raises RegistryError if the file is missing or was altered. A version without the tag BUNDLE_SHA256 has nothing to
-    compare with.
+    Raises RegistryError if the file is missing or was altered. Without the tag BUNDLE_SHA256, nothing is compared.
     """
     name, number = version.name, str(version.version)
     path = locate_bundle(root, name, number, file)

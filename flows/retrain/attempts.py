@@ -91,7 +91,7 @@ def configure(run: RunDirectory, pipeline: Pipeline, tokens: Tokens, tokens_path
 
 
 def check_fits(pipeline: Pipeline, tokens: Tokens) -> None:
-    """Raise an error if the text is too short for the batches, or the model too large for the memory."""
+    """Raise CorpusError if the text is too short for the batches, ConfigError if the model is too large for memory."""
     train, context = pipeline.train, pipeline.model.shape()["context_length"]
     check_sizes(tokens, context, train.stride or context, train.batch_size * train.accumulation)
     memory.check(pipeline.model, train, tokens.n_vocab)
@@ -150,8 +150,8 @@ def _repair_tokens(root: StateRoot, config: RunConfig, tokens: Tokens, snapshot:
         made = tokenize(snapshot.path, tokens.tokenizer, root.tokens, vocabulary=vocabulary)
         if made.sha256 != config.tokens_sha256:
             raise CheckpointError(
-                f"{damage} But this release makes other ones: {made.sha256} (expected {config.tokens_sha256}). Restore "
-                "them from a backup, or set retrain.unfinished: restart."
+                f"{damage} From the same text, this release makes tokens with the identity {made.sha256} (expected "
+                f"{config.tokens_sha256}). Restore the files from a backup, or set retrain.unfinished: restart."
             ) from None
         return made
 

@@ -2,7 +2,7 @@
 
 The trainer is a child process. It has its own memory, so an out-of-memory kill costs a retry and not the flow. It holds
 the other end of a pipe: if this process dies, the child saves and stops, so a run directory never has two writers. If
-train.processes is more than one, there is such a child for each rank. They meet in a file, and nothing of them listens
+train.processes is more than one, there is one such child per rank. The ranks meet in a file, and none of them listens
 to the network.
 """
 
@@ -117,17 +117,17 @@ class _Trainers:
         return any(process.poll() is None for process in self._processes)
 
     def wait(self, seconds: float) -> None:
-        """Wait until all trainers have ended, at most so many seconds."""
+        """Wait until all trainers have ended, but at most `seconds`."""
         psutil.wait_procs(self._processes, seconds)
 
     def exit_code(self) -> int:
-        """Return the code with which the trainers ended, that of the rank that failed first as far as it is known."""
+        """Return the trainers' exit code. If ranks failed, return the lowest of their codes: a signal is negative."""
         codes = [process.poll() for process in self._processes]
         failed = sorted(code for code in codes if code not in (None, 0, STOPPED))
         return failed[0] if failed else max(code or 0 for code in codes)
 
     def _stop(self, seconds: float) -> None:
-        """Let the trainers save and stop. Kill them if that takes longer than so many seconds."""
+        """Let the trainers save and stop. Kill them if that takes longer than `seconds`."""
         # No signal: a container's stop may have signalled every process, and a second signal ends a trainer at once.
         for process in self._processes:
             assert process.stdin is not None

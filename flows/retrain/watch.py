@@ -78,7 +78,9 @@ def read_registered(root: StateRoot) -> list[Pipeline]:
     """Return the pipelines that `register` wrote down. Empty if nothing was registered. Raises GPTCoreError."""
     path = root.path / "watch" / ".watched.json"
     if (pipelines := read_record(path, list[Pipeline])) is None and path.exists():
-        raise GPTCoreError(f"{path} is damaged, or of another release. Start `gptflow up` or `gptflow serve` again.")
+        raise GPTCoreError(
+            f"{path} is damaged, or another release wrote it. Start `gptflow up` or `gptflow serve` again."
+        )
     return pipelines or []
 
 

@@ -79,9 +79,10 @@ def read_backends(home: Path) -> Backends:
 def export_passwords() -> None:
     """Move the passwords of servers from the URLs in the environment to variables of their own.
 
-    The database's password goes to PGPASSWORD, and its TLS options likewise. After this, no variable of gptflow, MLflow
-    or Prefect has a password in a URL, which cards, messages and logs show. Libraries and child processes read the
-    other variables. Raises ConfigError if a URL cannot be used, or if two passwords of the database differ.
+    The database's password goes to PGPASSWORD, and its TLS options go to PGSSLMODE and PGSSLROOTCERT. After this, no
+    variable of gptflow, MLflow or Prefect has a password in a URL, because cards, messages and logs show URLs.
+    Libraries and child processes read the other variables. Raises ConfigError if a URL cannot be used, or if two
+    passwords of the database differ.
     """
     if (login := _take_login("PREFECT_API_URL")) is not None:
         os.environ.setdefault("PREFECT_API_AUTH_STRING", ":".join(login))

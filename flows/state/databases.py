@@ -6,7 +6,7 @@ kill in between would leave a SQLite database that neither can use or repair. Th
 - A new database is made under a temporary name in the same directory, and renamed when it is complete.
 - A database of an older schema is migrated as a copy, which then replaces it in one transaction of SQLite. The database
   as it was stays beside it: mlflow-schema-<revision>.db.
-- A lock beside the database (mlflow.lock, prefect.lock) admits one process at a time to both.
+- A lock beside the database (mlflow.lock, prefect.lock) lets one process at a time create or migrate it.
 - A database that cannot be used is named in an error, with the fix. It is never replaced if it may have had contents.
 
 The check of a complete database takes milliseconds and imports neither MLflow nor Prefect. Both record the revision of
@@ -69,6 +69,7 @@ class Condition(Enum):
     BUSY = auto()
     """Another process writes to it, so it cannot be read now."""
     WHOLE = auto()
+    """Complete: it has the schema of the installed package."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ def is_damage(error: BaseException) -> bool:
 
 @dataclass(frozen=True)
 class SQLiteDatabase:
-    """One of the databases."""
+    """The database of MLflow or Prefect in a SQLite file."""
 
     path: Path
     schema: Schema
@@ -332,7 +333,7 @@ class PostgresTables:
         return order == 0
 
     def prepare(self) -> None:
-        """Create or migrate the tables, unless they are complete. One process at a time of all machines does so.
+        """Create or migrate the tables, unless they are complete. Of all machines, one process at a time does so.
 
         A kill in between does no harm: PostgreSQL undoes the migration that was killed.
         """
@@ -373,7 +374,7 @@ def main(package: str, place: str) -> None:
 
 
 def _connect(path: Path, seconds: float) -> sqlite3.Connection:
-    """Open an existing database without implicit transactions. Wait for locks of other processes that long."""
+    """Open an existing database without implicit transactions. Wait up to `seconds` for locks of other processes."""
     uri = f"file:{quote(str(path))}?mode=rw"
     return sqlite3.connect(uri, uri=True, timeout=seconds, isolation_level=None)
 

@@ -32,8 +32,8 @@ def hold(
 ) -> Iterator[Holder | None]:
     """Hold the lock inside this context, in `database` too. Yields the previous holder if it died with the lock.
 
-    If the lock is held by another process, `overlap` decides: "wait" waits, "skip" raises LockHeld after a second, or
-    later if nobody has signed the lock: `try_lock` takes a lock for a moment, which must not be mistaken for a run.
+    If another process holds the lock, `overlap` decides: "wait" waits; "skip" raises LockHeld after a second. If no run
+    has signed the lock, "skip" waits for a minute, because `try_lock` holds locks only for a moment.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open_lock(path) as file:

@@ -144,7 +144,7 @@ class Store:
             self.delete(key)
 
     def unpublish(self, directories: Sequence[str]) -> None:
-        """Remove the manifests of published directories, after which nobody finds these. `remove` removes the rest."""
+        """Remove the manifests of published directories, which hides the directories. `remove` deletes the rest."""
         with ThreadPoolExecutor(_THREADS) as threads:
             list(threads.map(lambda relative: self.delete(f"{relative}/{MANIFEST}"), directories))
 

@@ -190,7 +190,7 @@ class StateRoot:
         """Make the state root ready for this process: it can be written, and its paths are right after a move.
 
         Also moves passwords out of the URLs in the environment (`backends.export_passwords`). Raises GPTCoreError with
-        the path and the reason, as `relocate.update_location` does, DatabaseBroken and ConfigError.
+        the path and the reason (see `relocate.update_location`), DatabaseBroken, and ConfigError.
         """
         backends.export_passwords()
         try:

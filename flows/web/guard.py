@@ -1,10 +1,10 @@
 """The guard around every server that gptflow starts: it keeps web pages in a browser from using the server.
 
-A browser on this machine can reach 127.0.0.1, and a web page of any site can let it send requests there. The browser
+A browser on this machine can reach 127.0.0.1, and a web page of any site can make it send requests there. The browser
 names the page's site as Origin. After DNS rebinding (the site's own name suddenly means 127.0.0.1) it names the site as
-Host. So the guard checks both headers of every HTTP request and every WebSocket handshake. A page of another site also
-may not show the server's pages in a frame, where it could trick a person into a click. Programs send no Origin, and
-need no key.
+Host. So the guard checks both headers of every HTTP request and every WebSocket handshake. It also
+forbids other sites to show the server's pages in a frame, where they could trick a person into a click. Programs send
+no Origin, and need no key.
 """
 
 import re
@@ -43,7 +43,7 @@ class _Refusal:
 class Guard:
     """Passes on the requests of programs and of the server's own pages, and refuses all others.
 
-    A Host must be a name of this machine's loopback interface, with any port: it may be forwarded. `allowed_hosts` adds
+    A Host must be a name of this machine's loopback interface, with any port, as after forwarding. `allowed_hosts` adds
     names, such as that of a reverse proxy: NAME with any port, or NAME:PORT. If the server listens beyond loopback
     (`listens_at`), any IP address is accepted too: DNS rebinding needs a name. An Origin must be the Host itself, a
     loopback name with this server's port, or an allowed host.
@@ -74,8 +74,8 @@ class Guard:
         if host is None:
             return _Refusal(400, "malformed_host", "the request needs one Host header: a name, and perhaps a port")
         if not self.is_own(host["name"], host["port"]):
-            message = f"this server does not answer as {host[0]!r:.100} (expected localhost or 127.0.0.1): if this is "
-            return _Refusal(400, "foreign_host", message + "its address, start it with --allowed-hosts")
+            message = f"this server does not answer as {host[0]!r:.100} (expected localhost or 127.0.0.1). If that is "
+            return _Refusal(400, "foreign_host", message + "its name, start it with --allowed-hosts and the name")
         if not origins or origins == ["null"]:
             return _refuse_origin("null") if origins else None
         origin = re.fullmatch(_ORIGIN, origins[0].lower()) if len(origins) == 1 else None

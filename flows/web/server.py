@@ -2,7 +2,7 @@
 
 A request's header must arrive in time, idle connections end, and the number of connections has a limit that leaves
 files for everything else. At the limit, the connection that has been idle longest is closed for a new one. So clients
-that only hold connections, or a full table of file descriptors, cost the others a second at most.
+that only hold connections, or a full table of file descriptors, delay the others by a second at most.
 """
 
 import asyncio
@@ -42,10 +42,10 @@ class Config(uvicorn.Config):
 
 
 class Server(uvicorn.Server):
-    """Uvicorn's server. It goes on when the process or the machine is out of file descriptors."""
+    """Uvicorn's server. It keeps running when the process or the machine is out of file descriptors."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen."""
+        """Start to listen, with a longer queue in the kernel."""
         self._last_report = -_REPORT_SECONDS
         asyncio.get_running_loop().set_exception_handler(self.handle_loop_error)
         await super().startup(sockets)
@@ -80,7 +80,7 @@ class Protocol(H11Protocol):
         return self.cycle is None or self.cycle.response_complete
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """If there are too many, close the connection that has been idle longest, or this one if none is idle."""
+        """Watch a new connection. If there are too many, close the one that has been idle longest, perhaps this one."""
         super().connection_made(transport)
         self.idle_since = self.loop.time()
         if len(self.connections) > self.config.max_connections:
@@ -93,7 +93,7 @@ class Protocol(H11Protocol):
         self.watch_header()
 
     def watch_header(self) -> None:
-        """Give the next request's header HEADER_SECONDS, once it is awaited. More bytes do not buy more time.
+        """Close the connection if the next request's header takes longer than HEADER_SECONDS, even if bytes arrive.
 
         Between two requests, uvicorn's own timer runs until the first byte.
         """
@@ -110,12 +110,12 @@ class Protocol(H11Protocol):
             self.header_timer = None
 
     def on_response_complete(self) -> None:
-        """Become idle."""
+        """Record when the connection became idle."""
         self.idle_since = self.loop.time()
         super().on_response_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget the connection."""
+        """Stop the timer of a connection that has ended."""
         self.stop_watching()
         super().connection_lost(exc)
 
@@ -128,7 +128,7 @@ def _find_idle(connections: Any) -> list[Protocol]:
 
 
 def _choose_max_connections() -> int:
-    """Raise the limit of open files if it is low, and return how many connections leave enough files."""
+    """Raise the limit of open files if it is low, and return how many connections leave enough files over."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _WANTED_FILES if hard == resource.RLIM_INFINITY else min(hard, _WANTED_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:

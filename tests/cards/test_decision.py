@@ -126,7 +126,7 @@ def test_the_page_scores_old_and_new_text_apart_and_names_the_rule() -> None:
     new = Comparison(6.0, 8.1, 40, 10_000, "block", 0.95, 2.0, 2.2)
     written = rendered(card(verdict=decide(by_age(old, new), GateConfig(), CHALLENGER, "2")))
     plain = written.split("\n\n")[1]
-    assert "kinds of text that were there before worse (16.2% more bits to encode it)" in plain
+    assert "predicts older text worse (16.2% more bits to encode it)" in plain
     unwrapped = written.replace(" <br>", " ")
     assert "| old text | 50 blocks, 12,345 bytes: 2.3701 bits per byte, champion 2.0400;" in unwrapped
     assert "improvement -0.3301, from -0.4000 to -0.2800 |" in unwrapped

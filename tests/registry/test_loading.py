@@ -93,7 +93,7 @@ def test_doctor_names_an_altered_champion_and_one_whose_files_an_earlier_release
     found = check_champion(altered, NAME)
     assert not found.ok and "config.json" in found.message and "it was altered" in found.message
     champion.promote(altered, NAME, "2", "x", "ann")
-    assert "all its files as registered" in check_champion(altered, NAME).message
+    assert "all its files are as registered" in check_champion(altered, NAME).message
     make_old(altered, NAME, "2")
     found = check_champion(altered, NAME)
     assert found.ok and "an earlier release registered it: only its weights were compared" in found.message

@@ -50,7 +50,7 @@ def test_any_other_task_runner_is_refused_with_its_line_and_the_valid_values(pro
 
 
 def test_an_address_with_credentials_is_refused_without_printing_them(project: Path) -> None:
-    with pytest.raises(ConfigError, match="an address holds no credentials") as refused:
+    with pytest.raises(ConfigError, match="an address must not hold credentials") as refused:
         PipelinesFile(project / "pipelines.yaml").pipeline("tiny", ["task_runner=tcp://me:s3cret@h:8786"])
     assert "s3cret" not in str(refused.value)
 

@@ -15,7 +15,7 @@ import re
 import sys
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import PurePosixPath
@@ -180,36 +180,44 @@ def _text_of(value: Any, row: str, reading: Reading) -> str:
     return reading.rule.extract(value, row)
 
 
-def _read_csv(file: BinaryIO, name: str, reading: Reading) -> Texts:
+def _read_csv(file: BinaryIO, name: str, reading: Reading, delimiters: Sequence[str] = _DELIMITERS) -> Texts:
     csv.field_size_limit(sys.maxsize)  # the module's default refuses documents of more than 128 KiB
     lines = _RowLimit(_read_lines(file, name, reading.errors), name)
     first = next((line for line in lines if line.strip()), None)
     if first is None:
         return
     blank = lines.number - 1  # lines before the header
-    rows = csv.reader(chain([first], lines), strict=True, delimiter=_find_delimiter(first, reading.rule))
+    rows = csv.reader(chain([first], lines), strict=True, delimiter=_find_delimiter(first, reading.rule, delimiters))
     try:
         header = next(rows)
         for column in reading.rule.columns:
             if column not in header:
                 raise missing_column(f"{name}:{blank + rows.line_num}", column, header)
+        places = {column: header.index(column) for column in reading.rule.columns}  # the first of several
         for row in rows:
             lines.row_chars = 0
             row_name = f"{name}:{blank + rows.line_num}"
-            if row and len(row) < len(header) and any(header.index(one) >= len(row) for one in reading.rule.columns):
+            if row and len(row) <= max(places.values()):
                 raise CorpusError(f"{row_name}: expected {len(header)} columns, found {len(row)}")
             if row:
-                text = reading.rule.extract(dict(zip(header, row)), row_name)
+                text = reading.rule.extract({column: row[place] for column, place in places.items()}, row_name)
                 yield row_name, encode_chunks(text, row_name, reading.errors)
     except csv.Error as error:
         raise CorpusError(f"{name}:{rows.line_num} is not CSV: {error}") from None
 
 
-def _find_delimiter(header: str, rule: TextRule) -> str:
-    """Return the delimiter with which the header has all columns of the rule, else that with the most columns."""
-    headers = {mark: next(csv.reader([header], delimiter=mark), []) for mark in _DELIMITERS}
+def _find_delimiter(header: str, rule: TextRule, delimiters: Sequence[str]) -> str:
+    """Return the delimiter with which the header has all columns of the rule, else that with the most columns.
+
+    If several do, as in a table with one column, return the first of `delimiters`.
+    """
+    headers = {mark: next(csv.reader([header], delimiter=mark), []) for mark in delimiters}
     fitting = [mark for mark, names in headers.items() if set(rule.columns) <= set(names)]
-    return max(fitting or _DELIMITERS, key=lambda mark: len(headers[mark]))
+    return max(fitting or delimiters, key=lambda mark: len(headers[mark]))
+
+
+def _read_tsv(file: BinaryIO, name: str, reading: Reading) -> Texts:
+    return _read_csv(file, name, reading, ("\t", *_DELIMITERS))
 
 
 class _RowLimit:
@@ -238,6 +246,7 @@ def _read_parquet(file: BinaryIO, name: str, reading: Reading) -> Texts:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    number = 0
     try:
         schema = pq.read_schema(file)
         columns = [column if column in schema.names else column.partition(".")[0] for column in reading.rule.columns]
@@ -247,12 +256,15 @@ def _read_parquet(file: BinaryIO, name: str, reading: Reading) -> Texts:
         if columns == [reading.text] and _is_text(schema.field(reading.text).type):
             yield from _read_text_column(file, name, reading)
         else:
-            number = 0
             for batch in pq.ParquetFile(file).iter_batches(batch_size=64, columns=columns, use_threads=False):
                 for row in batch.to_pylist():
                     number += 1
                     place = f"{name}:{number}"
                     yield place, encode_chunks(reading.rule.extract(row, place), place, reading.errors)
+    except UnicodeDecodeError as error:
+        raise CorpusError(
+            f"{name} is not UTF-8: {error} in one of the rows after row {number}. Save it as UTF-8."
+        ) from None
     except (pa.ArrowException, OSError) as error:
         raise CorpusError(f"{name} cannot be read as Parquet with a column of text: {error}") from None
 
@@ -261,9 +273,9 @@ def _is_text(kind: Any) -> bool:
     import pyarrow as pa
 
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    return any(
-        test(kind) for test in (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_null)
-    )
+    types = pa.types
+    tests = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary, types.is_null)
+    return any(test(kind) for test in tests)
 
 
 def _read_text_column(file: BinaryIO, name: str, reading: Reading) -> Texts:
@@ -292,7 +304,7 @@ _READERS: dict[str, Callable[[BinaryIO, str, Reading], Texts]] = {
     ".jsonl": _read_jsonl,
     ".ndjson": _read_jsonl,
     ".csv": _read_csv,
-    ".tsv": _read_csv,
+    ".tsv": _read_tsv,
     ".parquet": _read_parquet,
 }
 SUFFIXES = tuple(_READERS)

@@ -95,6 +95,10 @@ def test_a_delimiter_is_that_of_the_header_and_blank_lines_count(tmp_path: Path)
     assert read(tmp_path, "a.csv", "text") == [("a.csv:4", "one")]
     (tmp_path / "b.csv").write_text("text\none; two, three\n")
     assert read(tmp_path, "b.csv", "text") == [("b.csv:2", "one; two")]
+    (tmp_path / "c.tsv").write_text("text\none; two, three\n")
+    assert read(tmp_path, "c.tsv", "text") == [("c.tsv:2", "one; two, three")]
+    (tmp_path / "d.csv").write_text("text,id,text\none,1,two\n")
+    assert read(tmp_path, "d.csv", "text") == [("d.csv:2", "one")], "the first of two columns with one name"
     (tmp_path / "empty.csv").write_text("\n\n")
     assert read(tmp_path, "empty.csv", "text") == []
 
@@ -108,3 +112,13 @@ def test_a_template_that_cannot_be_filled_in_is_refused(text: str) -> None:
 def test_escaped_braces_stand_for_braces(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"a": "x", "b.c": "y"}\n')
     assert read(tmp_path, "a.jsonl", "{{{a}}} {b.c}") == [("a.jsonl:1", "{x} y")]
+
+
+def test_bytes_in_a_parquet_column_are_text_if_they_are_utf_8(tmp_path: Path) -> None:
+    for kind in (pa.binary(), pa.large_binary()):
+        pq.write_table(pa.table({"text": pa.array(["Zoë".encode()], kind)}), tmp_path / "a.parquet")
+        assert read(tmp_path, "a.parquet", "text") == [("a.parquet:1", "Zoë")]
+    broken = pa.StringArray.from_buffers(1, pa.py_buffer(bytes([0, 0, 0, 0, 2, 0, 0, 0])), pa.py_buffer(b"\xff\xfe"))
+    pq.write_table(pa.table({"text": broken}), tmp_path / "b.parquet")
+    with pytest.raises(CorpusError, match=r"b\.parquet is not UTF-8: .* byte 0xff"):
+        read(tmp_path, "b.parquet", "{text}")

@@ -5,6 +5,7 @@ MLflow, the backup files of editors, and what a `.gitignore` file there or corpu
 entry of its own in corpus.sources is always read.
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
@@ -59,7 +60,7 @@ class IgnoreRules:
         if directory not in self._gitignores:
             file = directory / GITIGNORE
             is_there = file.is_file()
-            lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if is_there else []
+            lines = file.read_text(encoding="utf-8-sig", errors="replace").splitlines() if is_there else []
             self._gitignores[directory] = _parse(lines, str(file)) if is_there else None
         return self._gitignores[directory]
 
@@ -83,5 +84,5 @@ def _ignores(patterns: GitIgnoreSpec, path: Path, is_directory: bool) -> bool | 
 def _parse(patterns: Sequence[str], where: str) -> GitIgnoreSpec:
     try:
         return GitIgnoreSpec.from_lines(patterns)
-    except ValueError as error:
+    except (ValueError, re.error) as error:
         raise CorpusError(f"{where}: {error}. Write patterns as in .gitignore, such as drafts/ or *.log.") from None

@@ -79,3 +79,24 @@ def test_a_project_can_learn_from_its_own_directory_night_after_night(tmp_path: 
     assert first.documents == 60
     excluding = cfg.model_copy(update={"exclude": ("1*.txt",)})
     assert ingest(excluding, tmp_path / "mlruns" / "corpora", tmp_path).documents == 49
+
+
+def test_a_gitignore_written_by_a_windows_editor_is_honoured(tmp_path: Path) -> None:
+    write(tmp_path, "a.txt", "b.txt", "c.txt")
+    (tmp_path / ".gitignore").write_bytes(b"\xef\xbb\xbfb.txt\r\n\r\nc.txt\r\n")
+    assert found(tmp_path, ".") == ["a.txt"]
+
+
+def test_a_pattern_that_cannot_be_understood_is_named_with_its_file(tmp_path: Path) -> None:
+    write(tmp_path, "a.txt")
+    for pattern in ("!", "x[z-a]"):
+        (tmp_path / ".gitignore").write_text(f"{pattern}\n")
+        with pytest.raises(CorpusError, match=r"\.gitignore: .* The patterns are those of"):
+            sources.check(["."], tmp_path)
+
+
+def test_the_directory_of_the_pipelines_file_may_have_the_marks_of_a_glob_in_its_name(tmp_path: Path) -> None:
+    base = tmp_path / "[new]" / ".work"
+    write(base, "notes/a.txt")
+    (tmp_path / ".gitignore").write_text("*\n")
+    assert found(base, "notes/*.txt") == found(base, "n*/*.txt") == ["notes/a.txt"]

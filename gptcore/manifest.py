@@ -86,7 +86,8 @@ def set_aside_damaged(directory: Path) -> None:
         raise
     except CheckpointError as error:
         LOGGER.warning("%s The directory is set aside and made again.", error, extra={"step": "repair"})
-        set_aside(directory)
+        with contextlib.suppress(FileNotFoundError):  # another process has set it aside meanwhile
+            set_aside(directory)
 
 
 @contextlib.contextmanager

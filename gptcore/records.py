@@ -5,6 +5,7 @@ missing. A path that is not a regular file is refused before it is read, because
 `manifest.write_atomically` writes such files.
 """
 
+import errno
 import os
 import stat
 from functools import cache
@@ -19,7 +20,7 @@ T = TypeVar("T")
 
 
 class NotAFile(GPTCoreError):
-    """A path is a directory, a named pipe or a device instead of a file."""
+    """A path is a directory, a named pipe, a socket or a device instead of a file."""
 
 
 def read_bytes(path: Path) -> bytes:
@@ -40,8 +41,9 @@ def open_regular(path: str, flags: int) -> int:
         if stat.S_ISREG(os.fstat(descriptor).st_mode):
             return descriptor
         os.close(descriptor)
-    except IsADirectoryError:
-        pass
+    except OSError as error:
+        if error.errno not in (errno.EISDIR, errno.ENXIO):  # ENXIO: a socket
+            raise
     raise NotAFile(f"{path} is not a regular file, but gptflow keeps one there. Move it away.")
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,12 @@ def put_directory(path: Path) -> None:
     path.mkdir()
 
 
-IN_PLACE = pytest.mark.parametrize("put", [put_fifo, put_directory])
+def put_socket(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    os.mknod(path, 0o600 | stat.S_IFSOCK)
+
+
+IN_PLACE = pytest.mark.parametrize("put", [put_fifo, put_directory, put_socket])
 
 
 def read_up(root: StateRoot) -> Any:

@@ -245,6 +245,18 @@ def test_a_damaged_directory_is_set_aside_and_made_again_but_not_one_of_a_newer_
     assert goal.exists()
 
 
+def test_a_damaged_directory_that_another_process_sets_aside_meanwhile_is_made_again(tmp_path, monkeypatch):
+    goal = manifest.once(tmp_path / "goal", lambda staged: {"size": (staged / "a").write_text("first")})
+
+    def verify_too_late(directory):
+        directory.rename(tmp_path / ".tmp-removed-goal")
+        raise CheckpointError("it was altered.")
+
+    monkeypatch.setattr(manifest, "verify", verify_too_late)
+    assert manifest.once(goal, lambda staged: {"size": (staged / "a").write_text("again")}) == goal
+    assert (goal / "a").read_text() == "again"
+
+
 def test_a_directory_is_made_once_and_stays_away_if_filling_fails(tmp_path):
     def fill_and_describe(staged):
         fill(staged)

@@ -61,7 +61,7 @@ def test_exclude_takes_the_same_patterns_relative_to_each_source(tmp_path: Path)
     assert found(tmp_path, ".", "drafts/", "*.md") == ["a.txt", "docs/deep/c.txt"]
     assert found(tmp_path, "docs", "/deep") == ["docs/b.md", "docs/drafts/d.txt"]
     assert found(tmp_path, "docs/**/*.txt", "*", "!deep", "!c.txt") == ["docs/deep/c.txt"]
-    with pytest.raises(CorpusError, match=r"corpus\.exclude: .*patterns are those of \.gitignore"):
+    with pytest.raises(CorpusError, match=r"corpus\.exclude: .*Write patterns as in \.gitignore"):
         found(tmp_path, ".", "a\\")
     store = fsspec.filesystem("memory")
     for name in ("a.txt", "drafts/b.txt", ".cache/c.txt"):
@@ -91,7 +91,7 @@ def test_a_pattern_that_cannot_be_understood_is_named_with_its_file(tmp_path: Pa
     write(tmp_path, "a.txt")
     for pattern in ("!", "x[z-a]"):
         (tmp_path / ".gitignore").write_text(f"{pattern}\n")
-        with pytest.raises(CorpusError, match=r"\.gitignore: .* The patterns are those of"):
+        with pytest.raises(CorpusError, match=r"\.gitignore: .* Write patterns as in"):
             sources.check(["."], tmp_path)
 
 

@@ -70,5 +70,5 @@ def missing_column(place: str, path: str, columns: list[str]) -> CorpusError:
     listed = ", ".join(map(str, columns[:_MAX_NAMED])) + (", ..." if len(columns) > _MAX_NAMED else "") or "none"
     return CorpusError(
         f"{place} has no column {path!r}; columns found: {listed}. Set corpus.text to the column that holds the "
-        "text, or to a template such as '{title} {body}'; or name the file in corpus.exclude if it is no text."
+        "text, or to a template such as '{title} {body}'; or name the file in corpus.exclude if it holds other data."
     )

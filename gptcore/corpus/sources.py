@@ -227,7 +227,7 @@ def _find_local_paths(source: str, base: Path, exclude: Sequence[str]) -> list[P
         paths = _find_texts_in(path, IgnoreRules(path, exclude))
         problem = f"has no file with a suffix {' '.join(formats.SUFFIXES)} (or these with .gz or .zst) that may be read"
     elif any(mark in source for mark in "*?["):
-        root = base / _glob_root(Path(source).expanduser())  # a mark in `base` is no pattern
+        root = base / _glob_root(Path(source).expanduser())  # the name of `base` is literal
         names_hidden = any(name.startswith(".") for name in path.relative_to(root).parts)
         rules = IgnoreRules(root, exclude, includes_hidden=names_hidden)
         paths = [found for found in _match_glob(Path(source).expanduser(), base) if rules.keeps_with_parents(found)]

@@ -5,6 +5,7 @@ server's headers, and that of an object of fsspec's description. Two equal finge
 read again. If they differ, it must be read, though the text may turn out to be the same.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,22 +24,22 @@ _HEADERS = ("ETag", "Last-Modified", "Content-Length")
 _NO_HEAD = (403, 405, 501)
 
 
-def fingerprint_source(source: str, base: Path) -> str:
+def fingerprint_source(source: str, base: Path, exclude: Sequence[str] = ()) -> str:
     """Return a hash of the present state of an entry of corpus.sources. No text is read.
 
-    Relative paths start at `base`. The fingerprint of python-docs never changes, nor that of an address with a sha256.
-    Raises CorpusError if the source is missing. Raises SourceUnavailable if a remote source does not answer in time, or
-    gives no information by which a change could be noticed.
+    Relative paths start at `base`; `exclude` is corpus.exclude. The fingerprint of python-docs never changes, nor that
+    of an address with a sha256. Raises CorpusError if the source is missing. Raises SourceUnavailable if a remote
+    source does not answer in time, or gives no information by which a change could be noticed.
     """
     scheme = scheme_of(source)
     if source == PYTHON_DOCS:
         return sha256_of(PYTHON_DOCS)
     if scheme is None:
-        return sha256_of([_describe_file(path) for path in find_local_paths(source, base)])
+        return sha256_of([_describe_file(path) for path in find_local_paths(source, base, exclude)])
     if scheme in ("http", "https"):
         address, sha256 = parse_address(source)
         return sha256_of(sha256 or _request_headers(address))
-    objects = remote.find_objects(source).objects
+    objects = remote.find_objects(source, exclude).objects
     return sha256_of([[name, remote.select_version_fields(info)] for name, info in objects.items()])
 
 

@@ -53,6 +53,15 @@ def replaced(texts: Path) -> None:
     (texts / "new").rename(texts / "one.txt")
 
 
+def test_a_change_of_a_file_that_is_excluded_or_ignored_does_not_count(texts: Path) -> None:
+    (texts / ".gitignore").write_text("one.txt\n")
+    before = fingerprint_source("texts", texts.parent, ["*.jsonl"])
+    longer(texts)
+    added(texts)
+    assert fingerprint_source("texts", texts.parent, ["*.jsonl"]) == before
+    assert fingerprint_source("texts", texts.parent) != before
+
+
 @pytest.mark.parametrize("change", [longer, as_long, touched, deleted, added, renamed, replaced])
 def test_every_change_in_a_directory_changes_its_fingerprint(texts: Path, change) -> None:
     before = fingerprint_source("texts", texts.parent)

@@ -7,15 +7,15 @@ A tiny model (1 layer, 4 heads, width 64, bytes) learns 200 kB of prose: Python'
 `--text`. A seed selects the documents and starts the training. Every night is ingested, trained from scratch,
 registered and judged as a retraining does it, but in this process and without Prefect. The scenarios are
 
-    garbage     80 files of base64 are added, 39 percent of the text; nobody wants them
-    new kind    as much text is added as tables of numbers, and that is meant; the gate judges the model with the
-                default, then with a larger gate.forget
+    garbage     80 files of base64 are added by mistake: 39 percent of the text
+    new kind    80 tables of numbers are added on purpose: as many bytes; the gate judges the model with the default,
+                then with a larger gate.forget
     growth      ten nights add 15 percent of prose each, and each trains for as many epochs
 
-For each verdict the table shows the improvement in bits per byte, with its interval, on all blocks, on old ones and on
-new ones; and what the blocks together would have decided. The exit code is 1 if garbage was promoted, if a new kind was
-promoted by default or rejected with the larger `gate.forget`, or if fewer than 8 of 10 nights of growth were promoted.
-A seed takes two and a half minutes of one core.
+For each verdict the table shows the improvement in bits per byte, with its interval, on all blocks, on the old and on
+the new ones, and what all blocks together would have decided. The exit code is 1 if garbage was promoted, if a new kind
+was promoted by default or rejected with the larger `gate.forget`, or if fewer than 8 of 10 nights of growth were
+promoted. A seed takes two and a half minutes of one core.
 """
 
 import argparse
@@ -106,7 +106,7 @@ class Bench:
         self.client.create_registered_model(model)
         self.count = 0
         self.scores: Scores | None = None
-        """Those of the first model, which is compared with the unigram model. The gate ignores the others'."""
+        """The scores of the first model, which the gate compares with the unigram model's. It ignores later ones."""
 
     def train(self, texts: Texts, steps: int | None) -> "Trained":
         """Ingest the texts and train on them, for so many steps or for `EPOCHS`."""
@@ -260,7 +260,7 @@ def judge_all(root: StateRoot, prose: Texts, seed: int, scenarios: Sequence[str]
 def table(nights: Sequence[Night]) -> str:
     """Return one row per verdict, as Markdown."""
     lines = [
-        "| night | seed | all blocks | old blocks: champion, challenger, improvement | new blocks | all say | gate |",
+        "| night | seed | all | old blocks: champion, challenger, improvement | new blocks | by all blocks | gate |",
         "|---|---|---|---|---|---|---|",
     ]
     for night in nights:
@@ -304,22 +304,22 @@ def main() -> int:
     parser.add_argument("--text", type=Path, help="prose of 300 kB or more (default: Python's reference)")
     parser.add_argument("--only", nargs="+", choices=SCENARIOS, default=SCENARIOS)
     parser.add_argument("--json", type=Path, help="where every verdict is written")
-    asked = parser.parse_args()
+    options = parser.parse_args()
     began, nights = time.perf_counter(), list[Night]()
-    with tempfile.TemporaryDirectory() as made:
-        os.environ.update(OPT_OUTS, GPTFLOW_HOME=made)
+    with tempfile.TemporaryDirectory() as home:
+        os.environ.update(OPT_OUTS, GPTFLOW_HOME=home)
         root = state_root().prepare()
         os.environ["MLFLOW_TRACKING_URI"] = root.tracking_uri
         torch.set_num_threads(1)
-        prose = read_prose(asked.text)
-        for seed in asked.seeds:
-            for night in judge_all(root, prose, seed, asked.only):
+        prose = read_prose(options.text)
+        for seed in options.seeds:
+            for night in judge_all(root, prose, seed, options.only):
                 nights.append(night)
                 print(f"{night.scenario} {night.number}, seed {seed}: {night.reason}", flush=True)
     seconds = time.perf_counter() - began
     print(f"\n{table(nights)}\n\n{seconds:.0f} s, {time.process_time():.0f} s of processor time")
-    if asked.json:
-        asked.json.write_text(json.dumps([asdict(night) for night in nights], indent=1) + "\n")
+    if options.json:
+        options.json.write_text(json.dumps([asdict(night) for night in nights], indent=1) + "\n")
     failures = list_failures(nights)
     print("\n".join(failures), file=sys.stderr)
     return 1 if failures else 0

@@ -40,7 +40,7 @@ from bench.soak_checks import (
     unlike_twin,
 )
 from flows.registry import versions as registry
-from flows.registry.champion import read_moves, settle
+from flows.registry.champion import complete_log, read_moves
 from flows.retrain.attempts import read_current
 from flows.state.root import OPT_OUTS
 
@@ -279,7 +279,7 @@ def _has_come(step: str | None, wanted: str) -> bool:
 def _judge(project: Project, watch: ChampionWatch, done: Soak) -> None:
     """Check for violations while everything is still up."""
     root = project.root
-    settle(root, MODEL)
+    complete_log(root, MODEL)
     last = done.lived[-1]
     if last.outcome not in ("Promoted", "Kept champion"):
         done.violations.append(f"the last night, which nobody disturbed, ended as {last.outcome}")

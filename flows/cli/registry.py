@@ -28,7 +28,7 @@ def list_models(model: str | None, file: str | None, json: bool) -> None:
 
     for name in versions.list_models(root):
         if model in (None, name):
-            champion.settle(root, name)
+            champion.complete_log(root, name)
     summaries = versions.summarize_all(root, model)
     if json:
         print_json(summaries)
@@ -52,7 +52,7 @@ def show_lineage(uri: str, file: str | None, json: bool) -> None:
     from flows.registry import champion, versions
 
     version = versions.resolve(root, uri)
-    champion.settle(root, version.name)
+    champion.complete_log(root, version.name)
     number = str(version.version)
     moves = [move for move in champion.read_moves(root, version.name) if number in (move.source, move.target)]
     lineage = {**versions.describe(root, version), "moves": [move.as_dict() for move in moves]}

@@ -1,7 +1,8 @@
 """`gptflow up`: the Prefect server, the MLflow server and the runner of the deployments as supervised child processes.
 
-The supervisor starts them, waits until they are healthy, and restarts them if they fail. When it stops, it stops flow
-runs first, while the servers still answer, so that the runs can save and report.
+The supervisor creates or migrates the servers' databases, starts the processes, waits until they are healthy, and
+restarts them if they fail. When it stops, it stops flow runs first, while the servers still answer, so that the runs
+can save and report.
 """
 
 import importlib.util

@@ -1,10 +1,10 @@
 """The champion: promotion, rollback, and the log of both. No other module moves the alias `champion`.
 
 A promotion or rollback is written to the log before the alias moves, and marked as done afterwards. If the process is
-killed in between, the next call completes it: `promote`, `rollback` and `hold_champion` settle the log first, and
-`settle` does only that. Settling also notices that somebody moved the alias in MLflow itself, and records that. See
-moves.py for what the log means. The alias `previous` and the tag `withdrawn` show the log's conclusions to people.
-Prefect receives an event for each move that was carried out here (events.py).
+killed in between, the next call completes it: `promote`, `rollback` and `hold_champion` call `complete_log` first. If
+somebody has moved the alias in MLflow itself, `complete_log` records that move too. See moves.py for what the log
+means. The alias `previous` and the tag `withdrawn` show the log's conclusions to people. Prefect receives an event for
+each move that was carried out here (events.py).
 """
 
 import json
@@ -49,7 +49,7 @@ def promote(root: StateRoot, model: str, version: str, reason: str, by: str, ove
     comparison; then the champion stays.
     """
     with _open_log(root, model) as log:
-        log.settle()
+        log.complete_log()
         candidate = log.get_loadable_version(version)
         if log.champion == version:
             return None
@@ -73,7 +73,7 @@ def rollback(root: StateRoot, model: str, reason: str, by: str) -> Move:
     RegistryError if the earlier champion cannot be loaded; then the champion stays.
     """
     with _open_log(root, model) as log:
-        completed = log.settle()
+        completed = log.complete_log()
         if completed is not None and completed.kind == "rolled back":
             return completed
         if (version := find_previous(log.moves)) is None:
@@ -84,17 +84,17 @@ def rollback(root: StateRoot, model: str, reason: str, by: str) -> Move:
         return log.move_champion(log.get_loadable_version(version), "rolled back", reason, by)
 
 
-def settle(root: StateRoot, model: str) -> Move | None:
+def complete_log(root: StateRoot, model: str) -> Move | None:
     """Complete an interrupted promotion or rollback, and record a champion that was set in MLflow itself.
 
     Return the move that was completed, None if none was. Raises UnknownVersion for an unknown model.
     """
     with _open_log(root, model) as log:
-        return log.settle()
+        return log.complete_log()
 
 
 def read_moves(root: StateRoot, model: str) -> list[Move]:
-    """Return the log of moves, oldest first, without writing. `settle` first for a log without an interrupted move.
+    """Return the log of moves, oldest first, without writing. Its last move may be interrupted: see `complete_log`.
 
     Raises UnknownVersion for an unknown model.
     """
@@ -113,9 +113,9 @@ def explain_withdrawal(root: StateRoot, model: str, version: str) -> str | None:
 
 @contextmanager
 def hold_champion(root: StateRoot, model: str) -> Iterator[list[Move]]:
-    """Settle the log and yield it. Inside this context, no gptflow process on this machine moves the champion."""
+    """Complete the log and yield it. Inside this context, no gptflow process on this machine moves the champion."""
     with _open_log(root, model) as log:
-        log.settle()
+        log.complete_log()
         yield log.moves
 
 
@@ -166,7 +166,7 @@ class _ChampionLog:
         """The version that the alias names. None if there is no champion."""
         return self.aliases.get(CHAMPION)
 
-    def settle(self) -> Move | None:
+    def complete_log(self) -> Move | None:
         """Complete an interrupted move, and return it. Record a champion that was set in MLflow itself."""
         completed = None
         if self.moves and not self.moves[-1].is_done:
@@ -174,9 +174,7 @@ class _ChampionLog:
         logged = self.moves[-1].target if self.moves else None
         if self.champion != logged:
             version = self._find_version(self.champion)
-            outside = self._build_move(
-                version, "moved outside", "found so; the alias was not moved by gptflow", "unknown"
-            )
+            outside = self._build_move(version, "moved outside", "gptflow did not move the alias", "unknown")
             self._complete(replace(outside, source=logged))
         return completed
 

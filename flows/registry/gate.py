@@ -18,7 +18,7 @@ from mlflow.entities.model_registry import ModelVersion
 
 from flows.cards.verdict import SOURCES_OVERRIDDEN, WITHDRAWN, Verdict
 from flows.registry.ancestry import check_training_texts, read_ancestry
-from flows.registry.champion import GATE, explain_withdrawal, promote, settle
+from flows.registry.champion import GATE, complete_log, explain_withdrawal, promote
 from flows.registry.loading import load
 from flows.registry.tags import VersionTags
 from flows.registry.versions import RegistryError, find_champion, resolve
@@ -57,7 +57,7 @@ def judge(
     own = VersionTags.from_tags(challenger.tags)
     if own.verdict is not None and own.gate_kind != SOURCES_OVERRIDDEN:
         return own.to_verdict()
-    settle(root, model_name)  # completes a promotion that was killed half-way
+    complete_log(root, model_name)  # completes a promotion that was killed half-way
     champion = find_champion(root, model_name)
     is_champion = champion is not None and str(champion.version) == version
     if is_champion and own.gate_bits_per_byte is not None:

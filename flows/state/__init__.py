@@ -1,1 +1,1 @@
-"""The state root: its layout, its locks and small files, and the servers that several machines share it through."""
+"""The state root: its layout, its locks and databases, and the servers that several machines share it through."""

@@ -1,6 +1,8 @@
 """The state root: the directory with everything that the project remembers, and its layout.
 
-    mlflow.db    artifacts/   MLflow's runs, registry and files
+    mlflow.db    artifacts/   MLflow's runs, registry and files (databases.py)
+    mlflow.lock               held while mlflow.db is made, migrated or moved; mlflow-schema-*.db are older copies
+    downloads/                files from http and https addresses
     corpora/     tokens/      committed snapshots and token files, shared by all pipelines
     runs/                     run directories, <pipeline>/<run key>-<attempt>
     imports/                  models from elsewhere while they are prepared

@@ -90,8 +90,8 @@ def find_shared_runs(
         arrays = {"bounds": text.view.bounds, "starts": starts, "shared": shared}
         runs += _search(text.view, _find_shared_windows, arrays, map_shards)
     joined = np.concatenate(runs)  # (runs, 2)
-    found = text.find_in_text(_merge_ranges(joined[:, 0], joined[:, 1]))  # (runs, 2)
-    return _merge_ranges(found[:, 0], found[:, 1])
+    in_text = text.find_in_text(_merge_ranges(joined[:, 0], joined[:, 1]))  # (runs, 2)
+    return _merge_ranges(in_text[:, 0], in_text[:, 1])
 
 
 def _search(

@@ -44,7 +44,7 @@ def has_known_suffix(filename: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Reading:
+class ReadOptions:
     """How the bytes of files become text: corpus.errors and corpus.text."""
 
     errors: Errors = "strict"
@@ -56,16 +56,16 @@ class Reading:
         return TextRule(self.text)
 
 
-def read_texts(file: BinaryIO, name: str, filename: str, reading: Reading) -> Texts:
+def read_texts(file: BinaryIO, name: str, filename: str, options: ReadOptions) -> Texts:
     """Yield the documents in `file`, in order. Consume the chunks of each before you ask for the next one.
 
     The suffix of `filename` decides the format; a file with an unknown suffix is plain text, which is one document with
     the name `name`. The document of a table's row has a name such as `name:3`, with its line number, or with its row
     number in JSON and Parquet. Raises CorpusError if the file is damaged, lacks a column that corpus.text names, or is
-    not UTF-8 and `reading.errors` is strict.
+    not UTF-8 and `options.errors` is strict.
     """
     reader = _READERS.get(_format_suffix(filename), _read_plain)
-    return reader(_decompress(file, name, filename), name, reading)
+    return reader(_decompress(file, name, filename), name, options)
 
 
 def encode_chunks(text: str, name: str, errors: Errors) -> Iterator[bytes]:
@@ -88,8 +88,8 @@ def _format_suffix(filename: str) -> str:
     return dot + suffix
 
 
-def _read_plain(file: BinaryIO, name: str, reading: Reading) -> Texts:
-    yield name, _read_utf8(file, name, reading.errors)
+def _read_plain(file: BinaryIO, name: str, options: ReadOptions) -> Texts:
+    yield name, _read_utf8(file, name, options.errors)
 
 
 def _read_utf8(file: BinaryIO, name: str, errors: Errors) -> Iterator[bytes]:
@@ -133,14 +133,14 @@ def _row_length_error(row: str) -> CorpusError:
     )
 
 
-def _read_jsonl(file: BinaryIO, name: str, reading: Reading) -> Texts:
-    for number, line in enumerate(_read_lines(file, name, reading.errors), start=1):
+def _read_jsonl(file: BinaryIO, name: str, options: ReadOptions) -> Texts:
+    for number, line in enumerate(_read_lines(file, name, options.errors), start=1):
         if line.strip():
             row = f"{name}:{number}"
-            yield row, encode_chunks(_text_of(_parse_json(line, row), row, reading), row, reading.errors)
+            yield row, encode_chunks(_text_of(_parse_json(line, row), row, options), row, options.errors)
 
 
-def _read_json(file: BinaryIO, name: str, reading: Reading) -> Texts:
+def _read_json(file: BinaryIO, name: str, options: ReadOptions) -> Texts:
     """Read one JSON value. Each entry of an array is a document; an object is one document."""
     data = file.read(MAX_ROW_BYTES + 1)
     if len(data) > MAX_ROW_BYTES:
@@ -149,15 +149,15 @@ def _read_json(file: BinaryIO, name: str, reading: Reading) -> Texts:
             f"jq -c '.[]' {PurePosixPath(name).name} > texts.jsonl"
         )
     try:
-        value = _parse_json(data.decode("utf-8-sig", reading.errors), name)
+        value = _parse_json(data.decode("utf-8-sig", options.errors), name)
     except UnicodeDecodeError as error:
         raise _utf8_error(name, 0, error) from None
     if isinstance(value, dict):
-        yield name, encode_chunks(_text_of(value, name, reading), name, reading.errors)
+        yield name, encode_chunks(_text_of(value, name, options), name, options.errors)
     elif isinstance(value, list):
         for number, entry in enumerate(value, start=1):
             row = f"{name}:{number}"
-            yield row, encode_chunks(_text_of(entry, row, reading), row, reading.errors)
+            yield row, encode_chunks(_text_of(entry, row, options), row, options.errors)
     else:
         raise CorpusError(f"{name}: expected an array or an object, found {value!r:.80}")
 
@@ -169,39 +169,39 @@ def _parse_json(text: str, place: str) -> Any:
         raise CorpusError(f"{place} is not JSON: {error}") from None
 
 
-def _text_of(value: Any, row: str, reading: Reading) -> str:
+def _text_of(value: Any, row: str, options: ReadOptions) -> str:
     """Return the text of an entry: an object by corpus.text, a string as it is."""
     if isinstance(value, str):
         return value
     if not isinstance(value, dict):
         raise CorpusError(
-            f"{row}: expected a string, or an object for corpus.text {reading.text!r}; found {value!r:.80}"
+            f"{row}: expected a string, or an object for corpus.text {options.text!r}; found {value!r:.80}"
         )
-    return reading.rule.extract(value, row)
+    return options.rule.extract(value, row)
 
 
-def _read_csv(file: BinaryIO, name: str, reading: Reading, delimiters: Sequence[str] = _DELIMITERS) -> Texts:
+def _read_csv(file: BinaryIO, name: str, options: ReadOptions, delimiters: Sequence[str] = _DELIMITERS) -> Texts:
     csv.field_size_limit(sys.maxsize)  # the module's default refuses documents of more than 128 KiB
-    lines = _RowLimit(_read_lines(file, name, reading.errors), name)
+    lines = _RowLimit(_read_lines(file, name, options.errors), name)
     first = next((line for line in lines if line.strip()), None)
     if first is None:
         return
     blank = lines.number - 1  # lines before the header
-    rows = csv.reader(chain([first], lines), strict=True, delimiter=_find_delimiter(first, reading.rule, delimiters))
+    rows = csv.reader(chain([first], lines), strict=True, delimiter=_find_delimiter(first, options.rule, delimiters))
     try:
         header = next(rows)
-        for column in reading.rule.columns:
+        for column in options.rule.columns:
             if column not in header:
                 raise missing_column(f"{name}:{blank + rows.line_num}", column, header)
-        places = {column: header.index(column) for column in reading.rule.columns}  # the first of several
+        places = {column: header.index(column) for column in options.rule.columns}  # the first of several
         for row in rows:
             lines.row_chars = 0
             row_name = f"{name}:{blank + rows.line_num}"
             if row and len(row) <= max(places.values()):
                 raise CorpusError(f"{row_name}: expected {len(header)} columns, found {len(row)}")
             if row:
-                text = reading.rule.extract({column: row[place] for column, place in places.items()}, row_name)
-                yield row_name, encode_chunks(text, row_name, reading.errors)
+                text = options.rule.extract({column: row[place] for column, place in places.items()}, row_name)
+                yield row_name, encode_chunks(text, row_name, options.errors)
     except csv.Error as error:
         raise CorpusError(f"{name}:{rows.line_num} is not CSV: {error}") from None
 
@@ -216,8 +216,8 @@ def _find_delimiter(header: str, rule: TextRule, delimiters: Sequence[str]) -> s
     return max(fitting or delimiters, key=lambda mark: len(headers[mark]))
 
 
-def _read_tsv(file: BinaryIO, name: str, reading: Reading) -> Texts:
-    return _read_csv(file, name, reading, ("\t", *_DELIMITERS))
+def _read_tsv(file: BinaryIO, name: str, options: ReadOptions) -> Texts:
+    return _read_csv(file, name, options, ("\t", *_DELIMITERS))
 
 
 class _RowLimit:
@@ -242,25 +242,25 @@ class _RowLimit:
         return line
 
 
-def _read_parquet(file: BinaryIO, name: str, reading: Reading) -> Texts:
+def _read_parquet(file: BinaryIO, name: str, options: ReadOptions) -> Texts:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     number = 0
     try:
         schema = pq.read_schema(file)
-        columns = [column if column in schema.names else column.partition(".")[0] for column in reading.rule.columns]
-        for path, column in zip(reading.rule.columns, columns):
+        columns = [column if column in schema.names else column.partition(".")[0] for column in options.rule.columns]
+        for path, column in zip(options.rule.columns, columns):
             if column not in schema.names:
                 raise missing_column(name, path, schema.names)
-        if columns == [reading.text] and _is_text(schema.field(reading.text).type):
-            yield from _read_text_column(file, name, reading)
+        if columns == [options.text] and _is_text(schema.field(options.text).type):
+            yield from _read_text_column(file, name, options)
         else:
             for batch in pq.ParquetFile(file).iter_batches(batch_size=64, columns=columns, use_threads=False):
                 for row in batch.to_pylist():
                     number += 1
                     place = f"{name}:{number}"
-                    yield place, encode_chunks(reading.rule.extract(row, place), place, reading.errors)
+                    yield place, encode_chunks(options.rule.extract(row, place), place, options.errors)
     except UnicodeDecodeError as error:
         raise CorpusError(
             f"{name} is not UTF-8: {error} in one of the rows after row {number}. Save it as UTF-8."
@@ -278,14 +278,14 @@ def _is_text(kind: Any) -> bool:
     return any(test(kind) for test in tests)
 
 
-def _read_text_column(file: BinaryIO, name: str, reading: Reading) -> Texts:
+def _read_text_column(file: BinaryIO, name: str, options: ReadOptions) -> Texts:
     """Read one column as a dictionary, so that a long text that a million rows repeat is in memory once."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     number = 0
-    table = pq.ParquetFile(file, read_dictionary=[reading.text])
-    for batch in table.iter_batches(batch_size=64, columns=[reading.text], use_threads=False):
+    table = pq.ParquetFile(file, read_dictionary=[options.text])
+    for batch in table.iter_batches(batch_size=64, columns=[options.text], use_threads=False):
         column = batch.column(0)
         if not pa.types.is_dictionary(column.type):
             column = column.dictionary_encode()
@@ -294,10 +294,10 @@ def _read_text_column(file: BinaryIO, name: str, reading: Reading) -> Texts:
             number += 1
             row = f"{name}:{number}"
             text = b"" if index is None else texts[index].as_py() or b""
-            yield row, _read_utf8(io.BytesIO(text), row, reading.errors)
+            yield row, _read_utf8(io.BytesIO(text), row, options.errors)
 
 
-_READERS: dict[str, Callable[[BinaryIO, str, Reading], Texts]] = {
+_READERS: dict[str, Callable[[BinaryIO, str, ReadOptions], Texts]] = {
     ".txt": _read_plain,
     ".md": _read_plain,
     ".json": _read_json,

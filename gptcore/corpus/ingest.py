@@ -26,7 +26,7 @@ from gptcore.config import CorpusConfig
 from gptcore.corpus import contamination, shards, sources, split
 from gptcore.corpus.contamination import Positions
 from gptcore.corpus.documents import DocumentStore, Spool, read_chunks
-from gptcore.corpus.formats import Reading
+from gptcore.corpus.formats import ReadOptions
 from gptcore.corpus.normalize import PassageFile, normalize, normalize_file
 from gptcore.corpus.shards import WHOLE_BYTES, ShardDocuments
 from gptcore.corpus.snapshot import DOCUMENTS, TRAIN_BLOCKS, BlockEntry, Snapshot, load_snapshot, passage_bounds
@@ -68,13 +68,13 @@ def ingest(cfg: CorpusConfig, corpora: Path, base: Path, map_shards: MapShards =
     downloads = corpora.parent / "downloads"
     files = list(sources.find_files(cfg.sources, base, downloads, cfg.exclude))
     key = manifest.sha256_of([*cfg.sources, str(base), cfg.errors, cfg.text, cfg.block_bytes])
-    reading = Reading(cfg.errors, cfg.text)
+    options = ReadOptions(cfg.errors, cfg.text)
     if sum(file.num_bytes for file in files) <= WHOLE_BYTES or len(files) == 1:
         with tempfile.TemporaryFile(dir=corpora) as file:
-            documents = sources.read_documents(files, downloads, reading)
+            documents = sources.read_documents(files, downloads, options)
             return _make_snapshot(cfg, Spool(file, documents, cfg.duplicates == "keep"), corpora, map_shards)
     with shards.lock_work_directory(corpora.absolute(), key) as directory:
-        planned = shards.plan_shards(files, reading, cfg.block_bytes, directory)
+        planned = shards.plan_shards(files, options, cfg.block_bytes, directory)
         shard_directories = map_shards("ingest", "read", shards.read_shard, planned)
         with contextlib.closing(ShardDocuments(shard_directories, cfg.duplicates == "keep")) as shard_documents:
             return _make_snapshot(cfg, shard_documents, corpora, map_shards)

@@ -66,7 +66,7 @@ class NormalizedFile:
 
     def _find_bytes(self, positions: Positions) -> Positions:
         """Return (positions,): the place in the text of each byte of the view. The positions are in order."""
-        found = np.empty(len(positions), np.int64)
+        places = np.empty(len(positions), np.int64)
         borders = np.searchsorted(positions, self.chunks[:, 1])  # (chunks + 1,)
         with self.text.path.open("rb") as file:
             for chunk in np.flatnonzero(np.diff(borders)):
@@ -74,8 +74,8 @@ class NormalizedFile:
                 file.seek(int(start))
                 viewed = np.flatnonzero(_view_bytes(file.read(int(end - start))))  # (bytes of the view,)
                 here = slice(borders[chunk], borders[chunk + 1])
-                found[here] = start + viewed[positions[here] - done]
-        return found
+                places[here] = start + viewed[positions[here] - done]
+        return places
 
 
 def normalize(text: bytes) -> bytes:

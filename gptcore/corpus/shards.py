@@ -28,7 +28,7 @@ import numpy as np
 from gptcore import manifest
 from gptcore.corpus.blocks import cut_blocks
 from gptcore.corpus.documents import DocumentEntry, DocumentStore, MeasuredChunks, read_chunks
-from gptcore.corpus.formats import Reading
+from gptcore.corpus.formats import ReadOptions
 from gptcore.corpus.sources import Document, File
 from gptcore.errors import CheckpointError
 
@@ -52,7 +52,7 @@ class Shard:
     """Files that are read together."""
 
     files: tuple[File, ...]
-    reading: Reading
+    options: ReadOptions
     block_bytes: int
     work_directory: Path
     """Holds the shard directories of one corpus."""
@@ -68,11 +68,11 @@ class Shard:
         files = [[file.source, file.name, file.filename, file.location] for file in self.files]
         return (
             self.work_directory
-            / manifest.sha256_of([SHARDS_VERSION, *astuple(self.reading), self.block_bytes, files])[:16]
+            / manifest.sha256_of([SHARDS_VERSION, *astuple(self.options), self.block_bytes, files])[:16]
         )
 
 
-def plan_shards(files: Iterable[File], reading: Reading, block_bytes: int, work_directory: Path) -> list[Shard]:
+def plan_shards(files: Iterable[File], options: ReadOptions, block_bytes: int, work_directory: Path) -> list[Shard]:
     """Divide the files, in their order, into shards."""
     shards: list[list[File]] = []
     room = 0
@@ -82,7 +82,7 @@ def plan_shards(files: Iterable[File], reading: Reading, block_bytes: int, work_
             shards.append([])
             room = SHARD_BYTES - file.num_bytes
         shards[-1].append(file)
-    return [Shard(tuple(chosen), reading, block_bytes, work_directory) for chosen in shards]
+    return [Shard(tuple(chosen), options, block_bytes, work_directory) for chosen in shards]
 
 
 @contextmanager
@@ -160,7 +160,7 @@ def _write_shard(shard: Shard, staged: Path, scratch: Path) -> list[str]:
             with file.open(scratch) as content:
                 states.append(file.state or _hash_content(content))
                 content.seek(0)
-                for document in file.read_documents(content, shard.reading):
+                for document in file.read_documents(content, shard.options):
                     _append_document(document, shard.block_bytes, text=text, blocks=blocks, lines=lines)
     return states
 

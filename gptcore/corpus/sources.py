@@ -23,7 +23,7 @@ from urllib.parse import unquote, urlsplit
 
 from gptcore.corpus import formats, remote
 from gptcore.corpus import http as web
-from gptcore.corpus.formats import Reading
+from gptcore.corpus.formats import ReadOptions
 from gptcore.corpus.ignore import IgnoreRules
 from gptcore.credentials import conceal, resolve, strip_secrets
 from gptcore.errors import ConfigError, CorpusError
@@ -81,15 +81,15 @@ class File:
             return Path(self.location).open("rb")
         return remote.download(self.source, self.location, scratch)
 
-    def read_documents(self, content: BinaryIO, reading: Reading) -> Iterator[Document]:
+    def read_documents(self, content: BinaryIO, options: ReadOptions) -> Iterator[Document]:
         """Yield the documents in `content`, in order. Consume the chunks of each before you ask for the next one.
 
         Raises CorpusError if the text cannot be used.
         """
         if self.kind == "docs":
-            yield from _read_python_docs(reading)
+            yield from _read_python_docs(options)
         else:
-            for name, chunks in formats.read_texts(content, self.name, self.filename, reading):
+            for name, chunks in formats.read_texts(content, self.name, self.filename, options):
                 yield Document(name, self.source, chunks)
 
 
@@ -128,14 +128,14 @@ def find_files(sources: Sequence[str], base: Path, downloads: Path, exclude: Seq
             yield from _find_files_of(source, base, downloads, exclude)
 
 
-def read_documents(files: Iterable[File], scratch: Path, reading: Reading) -> Iterator[Document]:
+def read_documents(files: Iterable[File], scratch: Path, options: ReadOptions) -> Iterator[Document]:
     """Yield the documents of all files, in order. Consume the chunks of each before you ask for the next one.
 
     The directory `scratch` holds copies of large files. Raises as `find_files`.
     """
     for file in files:
         with file.open(scratch) as content:
-            yield from file.read_documents(content, reading)
+            yield from file.read_documents(content, options)
 
 
 def scheme_of(source: str) -> str | None:
@@ -162,12 +162,12 @@ def parse_address(source: str) -> tuple[str, str | None]:
     return address, fragment.removeprefix("sha256=").lower() or None
 
 
-def _read_python_docs(reading: Reading) -> Iterator[Document]:
+def _read_python_docs(options: ReadOptions) -> Iterator[Document]:
     from pydoc_data.topics import topics
 
     for topic, text in sorted(topics.items()):
         name = f"{PYTHON_DOCS}:{topic}"
-        yield Document(name, PYTHON_DOCS, formats.encode_chunks(text, name, reading.errors))
+        yield Document(name, PYTHON_DOCS, formats.encode_chunks(text, name, options.errors))
 
 
 def _find_files_of(source: str, base: Path, downloads: Path, exclude: Sequence[str]) -> Iterator[File]:
@@ -230,7 +230,7 @@ def _find_local_paths(source: str, base: Path, exclude: Sequence[str]) -> list[P
         root = base / _glob_root(Path(source).expanduser())  # the name of `base` is literal
         names_hidden = any(name.startswith(".") for name in path.relative_to(root).parts)
         rules = IgnoreRules(root, exclude, includes_hidden=names_hidden)
-        paths = [found for found in _match_glob(Path(source).expanduser(), base) if rules.keeps_with_parents(found)]
+        paths = [match for match in _match_glob(Path(source).expanduser(), base) if rules.keeps_with_parents(match)]
         problem = "matches no file that may be read"
     else:
         paths = []

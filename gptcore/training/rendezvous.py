@@ -158,10 +158,10 @@ def _family_of(address: str) -> socket.AddressFamily:
 def _resolve(host: str) -> list[Address]:
     """Return the addresses of a host; none if it cannot be resolved, which torch reports."""
     try:
-        found = {str(entry[4][0]).partition("%")[0]: None for entry in socket.getaddrinfo(host, None)}
+        texts = {str(entry[4][0]).partition("%")[0]: None for entry in socket.getaddrinfo(host, None)}
     except (OSError, UnicodeError):
         return []
-    addresses = map(ipaddress.ip_address, found)
+    addresses = map(ipaddress.ip_address, texts)
     return [getattr(address, "ipv4_mapped", None) or address for address in addresses]
 
 

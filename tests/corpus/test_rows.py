@@ -11,7 +11,7 @@ import pytest
 
 from gptcore.config import CorpusConfig
 from gptcore.corpus import sources
-from gptcore.corpus.formats import Reading
+from gptcore.corpus.formats import ReadOptions
 from gptcore.errors import ConfigError, CorpusError
 from gptcore.sections import parse
 
@@ -23,7 +23,7 @@ TICKETS: list[dict[str, Any]] = [
 
 def read(directory: Path, name: str, text: str) -> list[tuple[str, str]]:
     files = sources.find_files([name], directory, directory / "downloads")
-    documents = sources.read_documents(files, directory, Reading("strict", text))
+    documents = sources.read_documents(files, directory, ReadOptions("strict", text))
     return [(document.name, b"".join(document.chunks).decode()) for document in documents]
 
 

@@ -25,7 +25,7 @@ ROWS = ["one", TEXT, "", "x" * 200_000, 'quotes " and, commas\n']
 
 def read_sources(given: Sequence[str], base: Path, errors: formats.Errors = "strict") -> Iterator[sources.Document]:
     downloads = base / "downloads"
-    return sources.read_documents(sources.find_files(given, base, downloads), downloads, formats.Reading(errors))
+    return sources.read_documents(sources.find_files(given, base, downloads), downloads, formats.ReadOptions(errors))
 
 
 def texts(given: Sequence[str], base: Path, errors: formats.Errors = "strict") -> list[str]:

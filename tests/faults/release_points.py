@@ -163,7 +163,7 @@ def rollback(root: StateRoot) -> None:
 
 
 def settle(root: StateRoot) -> None:
-    champion.settle(root, MODEL)
+    champion.complete_log(root, MODEL)
 
 
 # Looks afterwards.
@@ -184,7 +184,7 @@ def look_at_everything(root: StateRoot) -> None:
     experiments = [one.experiment_id for one in client.search_experiments()]
     files = sorted(_without_ids(str(path.relative_to(root.path))) for path in root.path.rglob("*") if path.is_file())
     versions = registry.list_versions(root, MODEL)
-    champion.settle(root, MODEL)
+    champion.complete_log(root, MODEL)
     _tell(
         root,
         {

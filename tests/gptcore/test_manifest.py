@@ -246,14 +246,14 @@ def test_a_damaged_directory_is_set_aside_and_made_again_but_not_one_of_a_newer_
 
 
 def test_a_damaged_directory_that_another_process_sets_aside_meanwhile_is_made_again(tmp_path, monkeypatch):
-    goal = manifest.once(tmp_path / "goal", lambda staged: {"size": (staged / "a").write_text("first")})
+    goal = manifest.make_once(tmp_path / "goal", lambda staged: {"size": (staged / "a").write_text("first")})
 
     def verify_too_late(directory):
         directory.rename(tmp_path / ".tmp-removed-goal")
         raise CheckpointError("it was altered.")
 
     monkeypatch.setattr(manifest, "verify", verify_too_late)
-    assert manifest.once(goal, lambda staged: {"size": (staged / "a").write_text("again")}) == goal
+    assert manifest.make_once(goal, lambda staged: {"size": (staged / "a").write_text("again")}) == goal
     assert (goal / "a").read_text() == "again"
 
 

@@ -91,8 +91,8 @@ def test_the_event_of_a_killed_promotion_is_sent_once_when_the_promotion_is_comp
         with pytest.raises(pytest.fail.Exception, match="killed"):
             champion.promote(registry.root, MODEL, "1", "first", "ann")
     assert receiver.got == []
-    champion.settle(registry.root, MODEL)
-    champion.settle(registry.root, MODEL)
+    champion.complete_log(registry.root, MODEL)
+    champion.complete_log(registry.root, MODEL)
     assert [event["payload"]["version"] for (event,) in receiver.got] == ["1"]
 
 

@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 
 from flows.operations.retention import prune
 from flows.registry import versions
-from flows.registry.champion import NoPrevious, promote, read_moves, rollback, settle
+from flows.registry.champion import NoPrevious, complete_log, promote, read_moves, rollback
 from flows.registry.moves import trace_champions
 from flows.retrain.attempts import CURRENT
 from flows.state import locks
@@ -268,7 +268,7 @@ def test_needed_files_are_kept_and_every_rollback_loads_after_any_history(tiny_r
         if draw.random() < 0.25:
             keep = draw.randint(1, 4)
             before = versions.list_versions(root, MODEL) if tiny_registry.count else []
-            settle(root, MODEL)
+            complete_log(root, MODEL)
             needed = {str(v.version) for v in before[-keep:]} | set(trace_champions(read_moves(root, MODEL))) - {None}
             dry = prune(root, {MODEL: keep}, dry_run=True)
             freed = prune(root, {MODEL: keep})

@@ -7,7 +7,7 @@ import pytest
 from mlflow import MlflowClient
 
 from flows.registry import versions
-from flows.registry.champion import GATE, NoPrevious, explain_withdrawal, promote, read_moves, rollback, settle
+from flows.registry.champion import GATE, NoPrevious, complete_log, explain_withdrawal, promote, read_moves, rollback
 from flows.registry.moves import trace_champions
 from flows.registry.versions import RegistryError, UnknownVersion
 from flows.state.root import StateRoot
@@ -22,7 +22,7 @@ def current(root: StateRoot) -> str | None:
 
 def log(root: StateRoot) -> list[tuple[str | None, str | None, str]]:
     """Settle the log of moves and return it."""
-    settle(root, MODEL)
+    complete_log(root, MODEL)
     return [(move.source, move.target, move.kind) for move in read_moves(root, MODEL)]
 
 
@@ -187,8 +187,8 @@ def test_settling_the_log_completes_a_killed_rollback_and_reading_the_log_does_n
         rollback(root, MODEL, "x", "ann")
     assert not read_moves(root, MODEL)[-1].is_done
     assert current(root) == "2"
-    completed = settle(root, MODEL)
-    assert completed is not None and completed.kind == "rolled back" and settle(root, MODEL) is None
+    completed = complete_log(root, MODEL)
+    assert completed is not None and completed.kind == "rolled back" and complete_log(root, MODEL) is None
     assert log(root)[-1] == ("2", "1", "rolled back")
     assert current(root) == "1"
 

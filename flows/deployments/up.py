@@ -348,7 +348,7 @@ def _check_ports(options: Options, has_mlflow: bool) -> None:
 
 
 def _stop_leftovers(root: StateRoot) -> None:
-    """Kill the children of a `gptflow up` that was killed. The flow runs of its runner may go on."""
+    """Kill the children of a `gptflow up` that was killed. The flow runs of its runner may continue."""
     before = read_servers(root.path)
     for name, (pid, created) in (before.processes if before else {}).items():
         with suppress(psutil.NoSuchProcess):

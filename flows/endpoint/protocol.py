@@ -26,7 +26,7 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "presence_penalty": (0,),
     "frequency_penalty": (0,),
 }
-"""OpenAI's parameters that are refused. Each has the values that are accepted, beside null, because they do nothing."""
+"""OpenAI's parameters that are refused. Each has the values that are accepted, besides null, as they do nothing."""
 Prompt = str | list[int]
 
 
@@ -83,7 +83,7 @@ def _parse_stops(value: Any) -> list[str]:
 
 
 class StreamOptions(BaseModel):
-    """What a stream contains beside the text."""
+    """What a stream contains besides the text."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 

@@ -1,7 +1,7 @@
 """`gptflow reproduce`: train a version again from its lineage, and compare the weights.
 
 Everything comes from the version's lineage, snapshot and tokens, never from today's pipelines.yaml. Differences from
-the day of the training are listed first. If one of them can change the weights, only --anyway goes on. The training
+the day of the training are listed first. If one of them can change the weights, only --anyway continues. The training
 runs in a child process, as always, in a directory that is removed afterwards. Nothing is written to MLflow.
 """
 

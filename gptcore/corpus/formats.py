@@ -193,7 +193,7 @@ def _read_csv(file: BinaryIO, name: str, options: ReadOptions, delimiters: Seque
         for column in options.rule.columns:
             if column not in header:
                 raise missing_column(f"{name}:{blank + rows.line_num}", column, header)
-        places = {column: header.index(column) for column in options.rule.columns}  # the first of several
+        places = {column: header.index(column) for column in options.rule.columns}  # the first of equal names
         for row in rows:
             lines.row_chars = 0
             row_name = f"{name}:{blank + rows.line_num}"

@@ -23,7 +23,7 @@ Bytes = npt.NDArray[np.uint8]
 Positions = npt.NDArray[np.int64]
 
 MIN_VIEW_BYTES = 128
-"""Views, or parts of views, of at least this length that are equal are not a coincidence. In prose, so many bytes are
+"""Views, or parts of views, of at least this length that are equal are not a coincidence. In prose, that is
 the view of about 160 bytes of text."""
 
 _CHUNK_BYTES = 1 << 19

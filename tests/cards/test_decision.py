@@ -131,7 +131,7 @@ def test_the_page_scores_old_and_new_text_apart_and_names_the_rule() -> None:
     assert "| old text | 50 blocks, 12,345 bytes: 2.3701 bits per byte, champion 2.0400;" in unwrapped
     assert "improvement -0.3301, from -0.4000 to -0.2800 |" in unwrapped
     assert "| new text | 40 blocks, 10,000 bytes: 6.0000 bits per byte, champion 8.1000;" in unwrapped
-    assert "interval is below -0.005 (gate.forget) |" in unwrapped
+    assert "interval on old text is below -0.005 (gate.forget) |" in unwrapped
     assert "`gptflow promote gpt-tiny 3 --reason WHY`".replace("`", "\\`") in written
 
 

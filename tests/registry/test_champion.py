@@ -21,7 +21,7 @@ def current(root: StateRoot) -> str | None:
 
 
 def log(root: StateRoot) -> list[tuple[str | None, str | None, str]]:
-    """Settle the log of moves and return it."""
+    """Complete the log of moves and return it."""
     complete_log(root, MODEL)
     return [(move.source, move.target, move.kind) for move in read_moves(root, MODEL)]
 

@@ -127,7 +127,7 @@ def open_store(place: Place, timeout: timedelta) -> "Store":
     if os.environ.get(ALLOW_PUBLIC) != "1":
         _check_not_public(host, networks)
     port = int(os.environ.setdefault("MASTER_PORT", _PORT))
-    if networks and all(address.is_loopback for address in networks):
+    if networks and all(address.is_loopback for address in networks) and _is_on_one_machine(place, host, networks):
         os.environ.update(_loopback_variables())
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
             return _open_loopback_store(place, str(networks[0]), port, timeout)
@@ -163,6 +163,15 @@ def _resolve(host: str) -> list[Address]:
         return []
     addresses = map(ipaddress.ip_address, texts)
     return [getattr(address, "ipv4_mapped", None) or address for address in addresses]
+
+
+def _is_on_one_machine(place: Place, host: str, addresses: list[Address]) -> bool:
+    """Whether a host with these loopback addresses means that all ranks are on this machine.
+
+    Many systems give a machine's own name a loopback address in /etc/hosts. On the machine of rank 0, that says nothing
+    about the other ranks.
+    """
+    return host == "localhost" or host in map(str, addresses) or place.local_size == place.size
 
 
 def _check_not_public(host: str, addresses: list[Address]) -> None:

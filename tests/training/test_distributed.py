@@ -3,6 +3,8 @@
 Tests with several real processes are in tests/faults.
 """
 
+import os
+import socket
 import subprocess
 import sys
 import threading
@@ -89,6 +91,24 @@ def test_private_and_link_local_addresses_need_no_confirmation(monkeypatch, addr
     monkeypatch.delenv(STORE, raising=False)
     with pytest.raises(StopIteration):
         open_store(*patch_torchs_store(monkeypatch))
+
+
+def test_a_name_that_is_loopback_on_one_machine_only_does_not_cut_the_others_off(monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "node-0")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, "eth0")
+    monkeypatch.delenv(STORE, raising=False)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [(0, 0, 0, "", ("127.0.1.1", 0))])
+    place, timeout = patch_torchs_store(monkeypatch)
+    with pytest.raises(StopIteration):
+        open_store(place, timeout)
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "eth0"
+    monkeypatch.setattr(socket, "create_server", lambda *_, **__: (_ for _ in ()).throw(OSError(98, "in use")))
+    for host, all_here in (("node-0", Place(0, 2, 0, 2)), ("localhost", place), ("127.0.1.1", place)):
+        monkeypatch.setenv("MASTER_ADDR", host)
+        with pytest.raises(ConfigError, match=r"rank 0 cannot listen at 127\.0\.1\.1"):
+            open_store(all_here, timeout)
 
 
 def patch_torchs_store(monkeypatch: pytest.MonkeyPatch) -> tuple[Place, timedelta]:

@@ -72,11 +72,11 @@ class _Watched:
         self.start = self.mapping = self.work = self.peak = 0.0
         self.shards = 0
 
-    def __call__(self, step: str, doing: str, function: Callable[[Any], Any], shards: Sequence[Any]) -> list[Any]:
+    def __call__(self, step: str, action: str, function: Callable[[Any], Any], shards: Sequence[Any]) -> list[Any]:
         began = time.perf_counter()
         self._start()
         started = time.perf_counter()
-        made = self._map_shards(step, doing, functools.partial(timed, function), shards)
+        made = self._map_shards(step, action, functools.partial(timed, function), shards)
         self.start += started - began
         self.mapping += time.perf_counter() - started
         self.work += sum(seconds for _, seconds, _ in made)

@@ -96,7 +96,12 @@ class CorpusConfig(Section):
     def _check_template(cls, text: str) -> str:
         """Refuse a template that cannot be filled in."""
         is_template = "{" in text or "}" in text
-        fields = list(Formatter().parse(text)) if is_template else []  # raises ValueError for a single brace
+        try:
+            fields = list(Formatter().parse(text)) if is_template else []
+        except ValueError as error:
+            raise ValueError(
+                f"{text!r} is not a template: {error}. Write {{{{ or }}}} for a brace in the text"
+            ) from None
         if any(name == "" or spec or conversion for _, name, spec, conversion in fields):
             raise ValueError(
                 f"{text!r} must hold a column or path between each pair of braces, as in '{{title}} {{body}}'"

@@ -44,7 +44,7 @@ def check_address(address: str) -> str:
                 "holds ${...} around text that is not the name of an environment variable (letters, digits, _)"
             )
     user, at, _ = parts["authority"].rpartition("@")
-    if at and not _names_secrets(parts["scheme"].lower().removesuffix("://"), user):
+    if at and not _has_no_secret(parts["scheme"].lower().removesuffix("://"), user):
         raise ValueError(
             f"holds a user or password before its host. {_ADVICE}, as in https://me:${{NAME}}@example.org/"
         )
@@ -115,7 +115,7 @@ def strip_secrets(address: str) -> str:
     return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
 
 
-def _names_secrets(scheme: str, user: str) -> bool:
+def _has_no_secret(scheme: str, user: str) -> bool:
     """Whether the part before the host holds no secret itself."""
     name, colon, password = user.partition(":")
     if scheme in _NAMES_IN_USER_INFO:

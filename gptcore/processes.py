@@ -47,11 +47,11 @@ R = TypeVar("R")
 class MapShards(Protocol):
     """Calls a function of a module for every shard, and returns the results in the order of the shards.
 
-    `doing` is a word for the work, such as `read`, for the progress. Raises what the function raises; if several shards
+    `action` is a word for the work in the progress, such as `read`. Raises what the function raises; if several shards
     fail, the error of any of them.
     """
 
-    def __call__(self, step: str, doing: str, function: Callable[[S], R], shards: Sequence[S]) -> list[R]: ...
+    def __call__(self, step: str, action: str, function: Callable[[S], R], shards: Sequence[S]) -> list[R]: ...
 
 
 class WorkerDied(GPTCoreError):
@@ -64,13 +64,13 @@ def count_cpus() -> int:
 
 
 def map_in_processes(
-    step: str, doing: str, function: Callable[[S], R], shards: Sequence[S], processes: int | None = None
+    step: str, action: str, function: Callable[[S], R], shards: Sequence[S], processes: int | None = None
 ) -> list[R]:
     """Map with local processes, one per CPU unless `processes` is given: see `MapShards`.
 
     Raises WorkerDied if a shard has killed three processes.
     """
-    progress = Progress(step, doing, sum(shard.num_bytes for shard in shards))
+    progress = Progress(step, action, sum(shard.num_bytes for shard in shards))
     with start_pool(min(processes or count_cpus(), len(shards))) as pool:
         shard_of = {pool.submit(function, shard): shard for shard in shards}
         for future in as_completed(shard_of):

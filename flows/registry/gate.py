@@ -151,7 +151,7 @@ def _describe_scores(
 def _describe_old(comparison: Comparison, cfg: GateConfig, challenger: ModelVersion, kind: Finding) -> str:
     """Describe the finding on the old blocks, and what a person may do if it prevents the promotion."""
     old = comparison.old
-    if old is None or not old.falls_behind(cfg.forget_margin):
+    if old is None or not old.is_worse_by(cfg.forget_margin):
         return ""
     finding = (
         f"; on the {old.blocks} old blocks, which were in the champion's corpus already, the improvement "

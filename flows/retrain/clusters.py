@@ -75,11 +75,11 @@ class Cluster:
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
-    def __call__(self, step: str, doing: str, function: Callable[[S], R], shards: Sequence[S]) -> list[R]:
+    def __call__(self, step: str, action: str, function: Callable[[S], R], shards: Sequence[S]) -> list[R]:
         """Call `function` with each shard and return the results in order. Raises ClusterUnreachable."""
         runner = self.start()
-        progress = Progress(step, doing, sum(shard.num_bytes for shard in shards))
-        named_task: Any = work.with_options(name=f"{step}: {doing}")
+        progress = Progress(step, action, sum(shard.num_bytes for shard in shards))
+        named_task: Any = work.with_options(name=f"{step}: {action}")
         futures = runner.map(named_task, {"function": unmapped(function), "shard": list(shards)})
         results: list[R] = []
         try:

@@ -21,7 +21,7 @@ from itertools import chain
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO, Literal, cast
 
-from gptcore.corpus.rows import TextRule, missing_column
+from gptcore.corpus.rows import TextRule, missing_column_error
 from gptcore.errors import CorpusError
 
 Errors = Literal["strict", "replace"]
@@ -192,7 +192,7 @@ def _read_csv(file: BinaryIO, name: str, options: ReadOptions, delimiters: Seque
         header = next(rows)
         for column in options.rule.columns:
             if column not in header:
-                raise missing_column(f"{name}:{blank + rows.line_num}", column, header)
+                raise missing_column_error(f"{name}:{blank + rows.line_num}", column, header)
         places = {column: header.index(column) for column in options.rule.columns}  # the first of equal names
         for row in rows:
             lines.row_chars = 0
@@ -252,7 +252,7 @@ def _read_parquet(file: BinaryIO, name: str, options: ReadOptions) -> Texts:
         columns = [column if column in schema.names else column.partition(".")[0] for column in options.rule.columns]
         for path, column in zip(options.rule.columns, columns):
             if column not in schema.names:
-                raise missing_column(name, path, schema.names)
+                raise missing_column_error(name, path, schema.names)
         if columns == [options.text] and _is_text(schema.field(options.text).type):
             yield from _read_text_column(file, name, options)
         else:

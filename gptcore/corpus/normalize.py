@@ -113,7 +113,7 @@ def _read_characters(file: BinaryIO) -> Iterator[bytes]:
         while cut > 0 and cut > len(data) - 4 and data[cut - 1] & 0xC0 == 0x80:
             cut -= 1
         lead = data[cut - 1] if cut else 0
-        is_whole = lead < 0xC0 or len(data) - cut + 1 >= _character_bytes(lead)
+        is_whole = lead < 0xC0 or len(data) - cut + 1 >= _count_bytes(lead)
         cut = len(data) if is_whole else cut - 1
         data, rest = data[:cut], data[cut:]
         yield data
@@ -121,7 +121,7 @@ def _read_characters(file: BinaryIO) -> Iterator[bytes]:
         yield rest
 
 
-def _character_bytes(lead: int) -> int:
+def _count_bytes(lead: int) -> int:
     return 2 + (lead >= 0xE0) + (lead >= 0xF0)
 
 
@@ -131,7 +131,7 @@ def _drop_zeros(view: Bytes) -> bytes:
 
 def _view_bytes(text: bytes) -> Bytes:
     """Return (len(text),): each byte's byte of the view, 0 for bytes that have none. NUL has no view."""
-    view = np.frombuffer(text.translate(_ascii_table()), np.uint8)
+    view = np.frombuffer(text.translate(_make_ascii_table()), np.uint8)
     if not text.isascii():
         whole, view = np.frombuffer(text, np.uint8), view.copy()
         _fill_views(whole, np.flatnonzero(whole >= 0xC0), view)
@@ -139,15 +139,15 @@ def _view_bytes(text: bytes) -> Bytes:
 
 
 @cache
-def _ascii_table() -> bytes:
-    return _page(0)[0][:128, 0].tobytes() + bytes(128)
+def _make_ascii_table() -> bytes:
+    return _view_page(0)[0][:128, 0].tobytes() + bytes(128)
 
 
 def _fill_views(text: Bytes, leads: Positions, view: Bytes) -> None:
     """Write the views of the characters that begin at `leads` and are not ASCII into `view`."""
     points = _decode(text, leads)  # (characters,)
     for page in np.unique(points >> _PAGE_BITS):
-        views, lengths = _page(int(page))
+        views, lengths = _view_page(int(page))
         here = points >> _PAGE_BITS == page  # (characters,)
         starts, entries = leads[here], points[here] & ((1 << _PAGE_BITS) - 1)
         for place in range(views.shape[1]):
@@ -168,7 +168,7 @@ def _decode(text: Bytes, leads: Positions) -> Positions:
 
 
 @cache
-def _page(number: int) -> tuple[Bytes, Positions]:
+def _view_page(number: int) -> tuple[Bytes, Positions]:
     """Return the views of 256 characters: (256, 4) their bytes, padded with zeros, and (256,) their lengths."""
     views, lengths = np.zeros((1 << _PAGE_BITS, 4), np.uint8), np.zeros(1 << _PAGE_BITS, np.int64)
     for entry in range(1 << _PAGE_BITS):

@@ -55,17 +55,20 @@ class TextRule:
             elif value is None:
                 return ""
             else:
-                raise missing_column(place, path, list(row))
+                raise missing_column_error(place, path, list(row))
         if value is None:
             return ""
         if is_template and isinstance(value, int | float) and not isinstance(value, bool):
             return str(value)
         if not isinstance(value, str):
-            raise CorpusError(f"{place}: {path!r} must be a string, found {type(value).__name__} {value!r:.80}")
+            raise CorpusError(
+                f"{place}: {path!r} must be a string, found {type(value).__name__} {value!r:.80}. Set corpus.text to a "
+                "column of text."
+            )
         return value
 
 
-def missing_column(place: str, path: str, columns: list[str]) -> CorpusError:
+def missing_column_error(place: str, path: str, columns: list[str]) -> CorpusError:
     """Return the error for a column that a table does not have."""
     listed = ", ".join(map(str, columns[:_MAX_NAMED])) + (", ..." if len(columns) > _MAX_NAMED else "") or "none"
     return CorpusError(

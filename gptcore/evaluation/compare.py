@@ -59,9 +59,9 @@ class Comparison:
         """Return how many bits per byte fewer the challenger needs: champion minus challenger."""
         return self.champion - self.challenger
 
-    def falls_behind(self, forget: float) -> bool:
-        """Whether the upper bound of the improvement is below -`forget` bits per byte. False with too few blocks."""
-        return self.high is not None and self.high < -forget
+    def is_worse_by(self, margin: float) -> bool:
+        """Whether the upper bound of the improvement is below -`margin` bits per byte. False with too few blocks."""
+        return self.high is not None and self.high < -margin
 
     def classify(self, margin: float, forget: float) -> Finding:
         """Classify the challenger: better, worse, a tie, or not comparable. A score that is not finite never wins.
@@ -74,20 +74,21 @@ class Comparison:
         margin that rarely, and an equal one hardly ever. This strictness costs little: the champion stays until it is
         beaten, so small gains of the challengers add up.
 
-        A better challenger is `worse on old text` if it falls behind on the old blocks. Block i has b_i bytes, on which
-        the challenger saves g_i bits. On the old blocks the improvement is d = sum(g_i) / sum(b_i), and U is the upper
-        bound of d, one-sided, from the same bootstrap at the same confidence. The challenger falls behind if there are
-        at least `MIN_BLOCKS` old blocks and U < -forget. This is a test of inferiority by a margin: the whole interval
-        is beyond the margin (Piaggio et al. 2012, "Reporting of noninferiority and equivalence randomized trials", JAMA
-        308:2594). So a challenger that is as good on old text as the champion is stopped in at most 1 of 20 nights with
-        a confidence of 0.95 and `forget` 0, and more rarely with a larger `forget`.
+        A better challenger is `worse on old text` if it is worse by `forget` on the old blocks. Block i has b_i bytes,
+        on which the challenger saves g_i bits. On the old blocks the improvement is d = sum(g_i) / sum(b_i), and U is
+        the upper bound of d, one-sided, from the same bootstrap at the same confidence. The challenger is worse by
+        `forget` if there are at least `MIN_BLOCKS` old blocks and U < -forget. This is a test of inferiority by a
+        margin: the whole interval is beyond the margin (Piaggio et al. 2012, "Reporting of noninferiority and
+        equivalence randomized trials", JAMA 308:2594). So a challenger that is as good on old text as the champion is
+        stopped in at most 1 of 20 nights with a confidence of 0.95 and `forget` 0, and more rarely with a larger
+        `forget`.
         """
         if self.blocks and not (math.isfinite(self.challenger) and math.isfinite(self.champion)):
             return "not finite"
         if self.low is None or self.high is None:
             return "insufficient evidence"
         if self.low > margin:
-            return "worse on old text" if self.old is not None and self.old.falls_behind(forget) else "better"
+            return "worse on old text" if self.old is not None and self.old.is_worse_by(forget) else "better"
         return "worse" if self.high < 0 else "tie within noise"
 
 

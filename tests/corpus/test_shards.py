@@ -44,14 +44,14 @@ def write_texts(directory: Path) -> None:
     (directory / "rows.jsonl.gz").write_bytes(gzip.compress(lines))
 
 
-def backwards(step: str, doing: str, function: Callable[[Any], Any], shards: Sequence[Any]) -> list[Any]:
+def backwards(step: str, action: str, function: Callable[[Any], Any], shards: Sequence[Any]) -> list[Any]:
     """Process the last shard first, and the first shard twice."""
     done = {number: function(shards[number]) for number in (*reversed(range(len(shards))), 0)}
     return [done[number] for number in range(len(shards))]
 
 
-def in_two(step: str, doing: str, function: Callable[[Any], Any], shards: Sequence[Any]) -> list[Any]:
-    return map_in_processes(step, doing, function, shards, processes=2)
+def in_two(step: str, action: str, function: Callable[[Any], Any], shards: Sequence[Any]) -> list[Any]:
+    return map_in_processes(step, action, function, shards, processes=2)
 
 
 def files_of(directory: Path) -> dict[str, bytes]:
@@ -74,9 +74,9 @@ def test_shards_give_the_same_snapshot_and_token_files_byte_for_byte(
     counted: dict[str, int] = {}
     for name, map_shards in (("backwards", backwards), ("two", in_two)):
 
-        def counting(step: str, doing: str, function: Any, shards: Any, map_shards: Any = map_shards) -> list[Any]:
-            counted[doing] = max(len(shards), counted.get(doing, 0))
-            return map_shards(step, doing, function, shards)
+        def counting(step: str, action: str, function: Any, shards: Any, map_shards: Any = map_shards) -> list[Any]:
+            counted[action] = max(len(shards), counted.get(action, 0))
+            return map_shards(step, action, function, shards)
 
         made = ingest.ingest(cfg, tmp_path / name / "corpora", tmp_path, counting)
         assert files_of(made.path) == files_of(alone.path)
@@ -120,7 +120,7 @@ def test_finished_shards_of_an_interrupted_run_are_reused_unless_their_files_cha
         parts, "_write_shard", lambda shard, *rest: written.append(shard.directory.name) or write(shard, *rest)
     )
 
-    def until_killed(step: str, doing: str, function: Any, shards: Any) -> list[Any]:
+    def until_killed(step: str, action: str, function: Any, shards: Any) -> list[Any]:
         [function(shard) for shard in shards[:-1]]
         raise KeyboardInterrupt
 

@@ -79,7 +79,7 @@ def test_an_equal_challenger_rarely_wins_or_falls_behind_and_one_better_by_the_m
             wins[truth] += found.classify(0.005, 0.005) == "better"
             if truth == 0.0:
                 for forget in behind:
-                    behind[forget] += found.falls_behind(forget)
+                    behind[forget] += found.is_worse_by(forget)
     assert wins[0.0] <= 4 and wins[0.005] <= 16
     assert behind[0.005] <= 4 and 1 <= behind[0.0] <= 16
 

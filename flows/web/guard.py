@@ -2,9 +2,9 @@
 
 A browser on this machine can reach 127.0.0.1, and a web page of any site can make it send requests there. The browser
 names the page's site as Origin. After DNS rebinding (the site's own name suddenly means 127.0.0.1) it names the site as
-Host. So the guard checks both headers of every HTTP request and every WebSocket handshake. It also
-forbids other sites to show the server's pages in a frame, where they could trick a person into a click. Programs send
-no Origin, and need no key.
+Host. So the guard checks both headers of every HTTP request and every WebSocket handshake. It also forbids other sites
+to show the server's pages in a frame, where they could trick a person into a click. Programs send no Origin, and need
+no key.
 """
 
 import re

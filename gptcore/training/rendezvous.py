@@ -123,14 +123,14 @@ def open_store(place: Place, timeout: timedelta) -> "Store":
     if path := os.environ.get(STORE):
         return distributed.FileStore(path, place.size)
     host = os.environ["MASTER_ADDR"]
-    networks = _resolve(host)
+    addresses = _resolve(host)
     if os.environ.get(ALLOW_PUBLIC) != "1":
-        _check_not_public(host, networks)
+        _check_not_public(host, addresses)
     port = int(os.environ.setdefault("MASTER_PORT", _PORT))
-    if networks and all(address.is_loopback for address in networks) and _is_on_one_machine(place, host, networks):
+    if addresses and all(address.is_loopback for address in addresses) and _is_on_one_machine(place, host, addresses):
         os.environ.update(_loopback_variables())
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-            return _open_loopback_store(place, str(networks[0]), port, timeout)
+            return _open_loopback_store(place, str(addresses[0]), port, timeout)
     store, _, _ = next(rendezvous("env://", place.rank, place.size, timeout=timeout))
     return distributed.PrefixStore(_name_attempt(os.environ), store)
 

@@ -169,7 +169,14 @@ class SQLiteDatabase:
         """Return the database's condition. Raises DatabaseBroken with the fix if it cannot be used."""
         try:
             status = self.path.stat()
-        except FileNotFoundError:
+        except OSError as error:
+            if self.path.is_symlink():  # perhaps to a disk that is not mounted: a new database would replace the link
+                raise DatabaseBroken(
+                    f"the database {self.path} is a link to {self.path.readlink()}, which cannot be opened: "
+                    f"{error.strerror}. Mount its disk, or remove the link to begin with an empty database."
+                ) from None
+            if not isinstance(error, FileNotFoundError):
+                raise
             return Condition.MISSING
         if not stat.S_ISREG(status.st_mode):
             raise DatabaseBroken(f"{self.path} is not a file, so it cannot be a database. Move it away.")

@@ -154,6 +154,16 @@ def test_a_read_only_database_is_named(project: Path, root: StateRoot, monkeypat
         raise result.exception or AssertionError(result.output)
 
 
+def test_a_link_to_a_disk_that_is_not_mounted_is_named_and_stays(tmp_path: Path) -> None:
+    database = mlflow_database(tmp_path)
+    for target in ("mounted/mlflow.db", "mlflow.db"):
+        database.path.unlink(missing_ok=True)
+        database.path.symlink_to(target)
+        with pytest.raises(DatabaseBroken, match=rf"mlflow\.db is a link to {target}, which cannot be opened: .*Mount"):
+            database.prepare()
+        assert database.path.is_symlink()
+
+
 def test_damage_in_the_middle_is_named_when_mlflow_meets_it(
     project: Path, root: StateRoot, monkeypatch: pytest.MonkeyPatch
 ) -> None:

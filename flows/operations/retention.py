@@ -17,6 +17,7 @@ kept versions are complete. A tag of the MLflow run records that its files are s
 deletes them.
 """
 
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, suppress
@@ -340,13 +341,20 @@ class _Pruning:
             if self.dry_run:
                 continue
             if present.is_file():
-                present.unlink()
+                present.unlink(missing_ok=True)
             else:
                 shutil.rmtree(present, ignore_errors=True)
         self.renamed.clear()
 
 
 def _measure_size(path: Path) -> int:
-    """Return the size of a file, or of all files below a directory, in bytes."""
-    files = path.rglob("*") if path.is_dir() else [path]
-    return sum(file.lstat().st_size for file in files if not file.is_dir())
+    """Return the size of a file, or of all files below a directory, in bytes.
+
+    Files that disappear meanwhile do not count: a run that begins sweeps up the same leftovers.
+    """
+    files = [Path(parent, name) for parent, _, names in os.walk(path) for name in names] if path.is_dir() else [path]
+    size = 0
+    for file in files:
+        with suppress(FileNotFoundError):
+            size += file.lstat().st_size
+    return size

@@ -176,6 +176,23 @@ def test_what_a_killed_call_has_renamed_is_deleted_by_a_later_one(
     assert not left.exists() and len(names(root.corpora)) == len(names(root.tokens)) == 1
 
 
+def test_a_run_that_sweeps_up_the_same_leftovers_does_not_stop_retention(
+    tiny_registry: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, set_aside = tiny_registry.root, manifest.set_aside
+    for corpus in ("old", "new"):
+        tiny_registry.register(corpus=corpus)
+
+    def set_aside_before_a_sweep(path: Path) -> Path:
+        present = set_aside(path)
+        shutil.rmtree(present)
+        return present
+
+    monkeypatch.setattr(manifest, "set_aside", set_aside_before_a_sweep)
+    assert len(prune(root, {MODEL: 1}).paths) > 2
+    assert len(names(root.corpora)) == len(names(root.tokens)) == 1
+
+
 def test_stale_temporary_directories_are_removed_and_fresh_ones_are_kept(tiny_registry: Any) -> None:
     root = tiny_registry.root
     for name in (".tmp-stale", ".tmp-fresh"):

@@ -146,6 +146,8 @@ class _Child:
             stdout=subprocess.PIPE,
             start_new_session=True,
         )
+        if self._is_killed:  # while the process started, in another thread
+            self._process.kill()
 
     def call(self, function: Callable[[Any], Any], argument: Any) -> Any:
         """Return the function's result. Raises what the function raises, and WorkerDied."""

@@ -1,6 +1,7 @@
 """The pool of child processes: what it promises to all who use it. See tests/corpus/test_shards.py for deaths."""
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -10,7 +11,7 @@ import psutil
 import pytest
 
 from gptcore import processes
-from gptcore.processes import start_pool
+from gptcore.processes import WorkerDied, start_pool
 
 
 def test_results_are_in_the_order_of_the_arguments_and_at_most_two_calls_per_process_are_under_way() -> None:
@@ -35,7 +36,7 @@ def test_an_error_in_a_child_is_raised_here_even_if_its_function_cannot_be_impor
 
 def test_busy_children_end_when_their_parent_is_killed(tmp_path: Path) -> None:
     program = (
-        "from gptcore.processes import start_pool\n"
+        "from gptcore.processes import WorkerDied, start_pool\n"
         "with start_pool(2) as pool:\n"
         "    pool.submit(exec, 'import os, time; os.write(2, b\"busy\\\\n\"); time.sleep(600)').result()\n"
     )
@@ -56,3 +57,20 @@ def test_an_error_in_the_block_ends_children_and_threads() -> None:
         raise KeyboardInterrupt
     assert set(psutil.Process().children()) <= before
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("ThreadPoolExecutor")]
+
+
+def test_a_child_that_is_replaced_while_the_pool_ends_is_killed_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    with start_pool(1) as pool:
+        child = pool._idle.get()
+        assert child is not None
+        close = child._close_pipes
+
+        def close_while_another_thread_kills() -> None:
+            close()
+            monkeypatch.undo()
+            child.kill()
+
+        monkeypatch.setattr(child, "_close_pipes", close_while_another_thread_kills)
+        with pytest.raises(WorkerDied, match="the work was stopped"):
+            child.call(os._exit, 3)
+        assert child._process.returncode == -signal.SIGKILL

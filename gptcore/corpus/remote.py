@@ -61,7 +61,7 @@ def check(source: str, scheme: str) -> None:
 def find_objects(source: str, exclude: Sequence[str] = ()) -> FoundObjects:
     """Find one object, the matches of a glob, or the texts below a prefix. Raises CorpusError, SourceUnavailable.
 
-    `exclude` is corpus.exclude, relative to the prefix.
+    `exclude` is corpus.exclude, relative to the prefix, or to the part of a glob before its first pattern.
     """
     check(source, source.partition("://")[0].lower())
     with _translate_errors(source):
@@ -73,7 +73,10 @@ def find_objects(source: str, exclude: Sequence[str] = ()) -> FoundObjects:
             objects = {path: filesystem.info(path)}
         elif any(mark in path for mark in "*?["):
             matches = filesystem.glob(path, detail=True)
-            objects = {name: info for name, info in matches.items() if info["type"] == "file"}
+            prefix, rest = _split_glob(path)
+            rules = IgnoreRules(Path(), exclude, includes_hidden=rest.startswith(".") or "/." in rest)
+            files = {name: info for name, info in matches.items() if info["type"] == "file"}
+            objects = {name: info for name, info in files.items() if rules.keeps_object(name.removeprefix(prefix))}
         else:
             below = filesystem.find(path, detail=True)
             rules, start = IgnoreRules(Path(), exclude), len(path.rstrip("/")) + 1
@@ -82,6 +85,13 @@ def find_objects(source: str, exclude: Sequence[str] = ()) -> FoundObjects:
     if not objects:
         raise CorpusError(f"corpus.sources: {source!r} does not exist, matches nothing or holds no text.")
     return FoundObjects(filesystem, dict(sorted(objects.items())), is_literal)
+
+
+def _split_glob(path: str) -> tuple[str, str]:
+    """Return the part of a glob in which it searches, up to a slash, and the rest, which begins with a pattern."""
+    first = min(path.index(mark) for mark in "*?[" if mark in path)
+    start = path.rfind("/", 0, first) + 1
+    return path[:start], path[start:]
 
 
 def select_version_fields(info: Mapping[str, Any]) -> dict[str, str]:

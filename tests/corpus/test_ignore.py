@@ -68,6 +68,9 @@ def test_exclude_takes_the_same_patterns_relative_to_each_source(tmp_path: Path)
         store.pipe(f"/shelf/{name}", b"text")
     assert list(find_objects("memory://shelf").objects) == ["/shelf/a.txt", "/shelf/drafts/b.txt"]
     assert list(find_objects("memory://shelf", ["drafts/"]).objects) == ["/shelf/a.txt"]
+    assert list(find_objects("memory://shelf/**", ["drafts/"]).objects) == ["/shelf/a.txt"]
+    assert list(find_objects("memory://shelf/d*/*.txt", ["/drafts/c*"]).objects) == ["/shelf/drafts/b.txt"]
+    assert list(find_objects("memory://shelf/.c*/*.txt").objects) == ["/shelf/.cache/c.txt"]
 
 
 def test_a_project_can_learn_from_its_own_directory_night_after_night(tmp_path: Path) -> None:

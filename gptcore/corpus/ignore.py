@@ -14,6 +14,8 @@ from pathspec import GitIgnoreSpec
 from gptcore.errors import CorpusError
 
 GITIGNORE = ".gitignore"
+_END = "ps_d"
+"""The group with which pathspec marks the slash at the end of the directory that a pattern matches."""
 _NEVER = {"__pycache__", "node_modules", "mlruns", "mlartifacts"}
 
 
@@ -72,13 +74,23 @@ def _is_private(directory: Path) -> bool:
 
 
 def _ignores(patterns: GitIgnoreSpec, path: Path, is_directory: bool) -> bool | None:
-    """Return whether the last pattern that matches excludes the path; None if none matches."""
-    result = patterns.check_file(path.as_posix())
-    if is_directory:  # a pattern may end in a slash, which matches directories only
-        result = max(
-            result, patterns.check_file(f"{path.as_posix()}/"), key=lambda one: -1 if one.index is None else one.index
-        )
-    return result.include
+    """Return whether the last pattern that matches excludes the path; None if none matches, as in git.
+
+    The directories that contain the path are not excluded, so a pattern that matches one of them does not count.
+    """
+    for pattern in reversed(list(patterns.patterns)):
+        if pattern.regex is not None and _matches(pattern.regex, path.as_posix(), is_directory):
+            return bool(pattern.include)
+    return None
+
+
+def _matches(pattern: re.Pattern[str], name: str, is_directory: bool) -> bool:
+    """Whether a pattern matches the file or directory itself, not only one of the directories that contain it."""
+    is_for_directories = _END in pattern.groupindex
+    if not pattern.pattern.startswith("^"):  # *, or */ for directories
+        return is_directory or not is_for_directories
+    match = pattern.match(f"{name}/" if is_directory and is_for_directories else name)
+    return match is not None and (not is_for_directories or match.start(_END) == (len(name) if is_directory else -1))
 
 
 def _parse(patterns: Sequence[str], where: str) -> GitIgnoreSpec:

@@ -103,3 +103,12 @@ def test_the_directory_of_the_pipelines_file_may_have_the_marks_of_a_glob_in_its
     write(base, "notes/a.txt")
     (tmp_path / ".gitignore").write_text("*\n")
     assert found(base, "notes/*.txt") == found(base, "n*/*.txt") == ["notes/a.txt"]
+
+
+@pytest.mark.parametrize(
+    "patterns", ["*\n!*/\n!*.txt\n", "docs/**\n!docs/deep/\n!docs/deep/c.txt\na.txt\n!a.txt\n", "/docs\n!*/\n*.md\n"]
+)
+def test_directories_are_searched_for_what_a_pattern_excepts_as_git_does(tmp_path: Path, patterns: str) -> None:
+    write(tmp_path, *TEXTS)
+    (tmp_path / ".gitignore").write_text(patterns)
+    assert found(tmp_path, ".") == found(tmp_path, "**/*.*") == ["a.txt", "docs/deep/c.txt"]

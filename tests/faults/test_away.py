@@ -181,7 +181,7 @@ def test_a_training_that_loses_its_prefect_server_finishes_and_its_version_gets_
     url = f"http://127.0.0.1:{port}"
     databases.give(root.path, migrated)
     mortal = subprocess.Popen(
-        [sys.executable, "-m", "flows.deployments.ephemeral_server", str(port)],
+        [sys.executable, "-m", "flows.deployments.ephemeral_server", str(port), str(root.prefect / "ephemeral")],
         env=clean(PREFECT_HOME=str(root.prefect / "ephemeral")),
     )
     wait_for(lambda: answers(f"{url}/api/health"), 120)

@@ -37,6 +37,7 @@ from bench.project import COMMAND, PIPELINE, Project
 from flows.state.root import OPT_OUTS
 
 KINDS = ("fresh", "changed", "skipped")
+SERVER = "flows.deployments.ephemeral_server"
 _LOOK_SECONDS = 0.02
 _SETTLING_SECONDS, _WINDOW_SECONDS = 1.0, 6.0
 Phases = dict[str, float]
@@ -81,11 +82,11 @@ def _look(process: psutil.Process, seen: Seen) -> None:
     commands: list[list[str]] = []
     with suppress(psutil.Error):
         commands = [child.cmdline() for child in process.children()]
-    server = next((command for command in commands if "flows.deployments.ephemeral_server" in command), None)
+    server = next((command for command in commands if SERVER in command), None)
     trains = any("gptcore.train" in command for command in commands)
     if server and not seen.server_started:
         seen.server_started = now
-    if server and not seen.server_listens and _listens(server[-1]):
+    if server and not seen.server_listens and _listens(server[server.index(SERVER) + 1]):
         seen.server_listens = now
     if trains and not seen.trainer_started:
         seen.trainer_started = now

@@ -165,18 +165,19 @@ def test_watch_seconds_are_five_minutes_unless_given(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_changed_text_is_trained_on_without_a_schedule(project: Path, server: Prefect) -> None:
     def runs() -> list[str]:
         return [run["state"]["name"] for run in server.runs() if run["parameters"].get("pipeline") == "night"]
 
-    write_pipelines(project, watch_seconds=10, night={"triggers": [{"on": "corpus_changed"}]})
+    write_pipelines(project, watch_seconds=15, night={"triggers": [{"on": "corpus_changed"}]})
     with Serving(project, server) as lines:
         assert lines[-1] == "added      watch"
-        wait_for(lambda: runs() == ["Promoted"], 100)
+        wait_for(lambda: runs() == ["Promoted"], 200)
         looks = len(list_watch_runs(server))
         (project / "text" / "two.txt").write_text(prose(2))
-        wait_for(lambda: len(runs()) == 2 and set(runs()) <= {"Promoted", "Kept champion"}, 100)
-        wait_for(lambda: len(list_watch_runs(server)) > looks + 2, 100)
+        wait_for(lambda: len(runs()) == 2 and set(runs()) <= {"Promoted", "Kept champion"}, 200)
+        wait_for(lambda: len(list_watch_runs(server)) > looks + 2, 200)
         assert len(runs()) == 2
     write_pipelines(project, night={})
     with Serving(project, server) as lines:

@@ -39,8 +39,11 @@ _UTF8_FIX = "Save it as UTF-8, or set corpus.errors: replace."
 
 
 def has_known_suffix(filename: str) -> bool:
-    """Whether the name ends in one of SUFFIXES, also with .gz or .zst. Directories are searched for such files."""
-    return _format_suffix(filename) in _READERS
+    """Whether directories are searched for files with this name's suffix: one of SUFFIXES, also with .gz or .zst.
+
+    They are not searched for .json, because most such files hold settings. A source may name one.
+    """
+    return _format_suffix(filename) in SUFFIXES
 
 
 @dataclass(frozen=True)
@@ -197,8 +200,11 @@ def _read_csv(file: BinaryIO, name: str, options: ReadOptions, delimiters: Seque
         for row in rows:
             lines.row_chars = 0
             row_name = f"{name}:{blank + rows.line_num}"
-            if row and len(row) <= max(places.values()):
-                raise CorpusError(f"{row_name}: expected {len(header)} columns, found {len(row)}")
+            if row and (len(row) <= max(places.values()) or any(row[len(header) :])):
+                raise CorpusError(
+                    f"{row_name}: expected {len(header)} columns, found {len(row)}. Put a text that holds the "
+                    "delimiter into quotation marks."
+                )
             if row:
                 text = options.rule.extract({column: row[place] for column, place in places.items()}, row_name)
                 yield row_name, encode_chunks(text, row_name, options.errors)
@@ -307,8 +313,8 @@ _READERS: dict[str, Callable[[BinaryIO, str, ReadOptions], Texts]] = {
     ".tsv": _read_tsv,
     ".parquet": _read_parquet,
 }
-SUFFIXES = tuple(_READERS)
-"""The suffixes of the formats."""
+SUFFIXES = tuple(suffix for suffix in _READERS if suffix != ".json")
+"""The suffixes for which directories are searched."""
 
 
 def _decompress(file: BinaryIO, name: str, filename: str) -> BinaryIO:

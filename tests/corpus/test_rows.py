@@ -91,10 +91,15 @@ def test_a_json_file_holds_one_object_or_an_array_of_objects_or_texts(tmp_path: 
 
 
 def test_a_delimiter_is_that_of_the_header_and_blank_lines_count(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text("\n\nkind;text\na,b;one; two\n")
-    assert read(tmp_path, "a.csv", "text") == [("a.csv:4", "one")]
-    (tmp_path / "b.csv").write_text("text\none; two, three\n")
+    (tmp_path / "a.csv").write_text("\n\nkind;text\na,b;one, two\n")
+    assert read(tmp_path, "a.csv", "text") == [("a.csv:4", "one, two")]
+    (tmp_path / "b.csv").write_text("text\none; two,\n")
     assert read(tmp_path, "b.csv", "text") == [("b.csv:2", "one; two")]
+    (tmp_path / "b.csv").write_text("text\none; two, three\n")
+    with pytest.raises(
+        CorpusError, match=r"b\.csv:2: expected 1 columns, found 2\. Put a text that holds the delimiter"
+    ):
+        read(tmp_path, "b.csv", "text")
     (tmp_path / "c.tsv").write_text("text\none; two, three\n")
     assert read(tmp_path, "c.tsv", "text") == [("c.tsv:2", "one; two, three")]
     (tmp_path / "d.csv").write_text("text,id,text\none,1,two\n")
@@ -122,3 +127,11 @@ def test_bytes_in_a_parquet_column_are_text_if_they_are_utf_8(tmp_path: Path) ->
     pq.write_table(pa.table({"text": broken}), tmp_path / "b.parquet")
     with pytest.raises(CorpusError, match=r"b\.parquet is not UTF-8: .* byte 0xff"):
         read(tmp_path, "b.parquet", "{text}")
+
+
+def test_a_directory_is_searched_for_tables_but_not_for_json(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "b.ndjson"):
+        (tmp_path / name).write_text('{"text": "x"}\n')
+    (tmp_path / "package.json").write_text('{"name": "settings"}\n')
+    (tmp_path / "c.tsv").write_text("text\nx\n")
+    assert [name for name, _ in read(tmp_path, ".", "text")] == ["a.jsonl:1", "b.ndjson:1", "c.tsv:2"]

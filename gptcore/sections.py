@@ -73,7 +73,11 @@ def check(section: type[S], given: Mapping[str, Any]) -> tuple[S | None, list[tu
     try:
         return section.model_validate_json(json.dumps(given, default=str), strict=True), []
     except ValidationError as error:
-        return None, [_describe_problem(detail, section) for detail in error.errors(include_url=False)]
+        details = error.errors(include_url=False)
+        # A list whose items are wrong counts as too short, because pydantic counts the valid ones only.
+        wrong = {detail["loc"][:-1] for detail in details if detail["loc"]}
+        shown = [detail for detail in details if detail["type"] != "too_short" or detail["loc"] not in wrong]
+        return None, [_describe_problem(detail, section) for detail in shown]
 
 
 def hashed_keys(section: Section, exclude: Collection[str] = ()) -> dict[str, Any]:

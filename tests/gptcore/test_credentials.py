@@ -6,7 +6,7 @@ from gptcore.config import CorpusConfig
 from gptcore.corpus import sources
 from gptcore.credentials import check_address, conceal, resolve, strip_secrets
 from gptcore.errors import ConfigError, CorpusError
-from gptcore.sections import parse
+from gptcore.sections import check, parse
 
 S = "c4n4ry"
 
@@ -101,3 +101,9 @@ def test_a_documents_name_is_its_address_without_user_and_query() -> None:
     assert strip_secrets("https://me:${PASSWORD}@h:8/a%20b.txt?${QUERY}#x") == "https://h:8/a%20b.txt"
     for unchanged in ("https://h:8/a%20b.txt", "http://[::1]:8/a", "notes/a?b.txt"):
         assert strip_secrets(unchanged) == unchanged
+
+
+def test_a_list_with_a_wrong_item_is_not_also_called_too_short() -> None:
+    _, problems = check(CorpusConfig, {"sources": ["https://me:pw@example.org/a.txt"]})
+    assert [path for path, _ in problems] == [("sources", 0)]
+    assert [path for path, _ in check(CorpusConfig, {"sources": []})[1]] == [("sources",)]

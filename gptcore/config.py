@@ -76,9 +76,10 @@ class CorpusConfig(Section):
     """What to do with copies of a text, also if line ends, indents, case or quoting marks differ. drop: train on each
     text once. keep: copies stay in train, so that the model learns a repeated text more often. Copies never stay in val
     or holdout."""
-    errors: Literal["strict", "replace"] = "strict"
-    """What to do with bytes that are not UTF-8. strict: refuse the file and report where they are. replace: put U+FFFD
-    in their place."""
+    errors: Literal["strict", "replace", "skip"] = "strict"
+    """What to do with files that cannot be used. strict: stop, and name all of them with their problems. skip: leave
+    each of them out as a whole, also if one row of a table is wrong, and name them in the report of the run. replace:
+    as strict, but bytes that are not UTF-8 become U+FFFD."""
 
     @model_validator(mode="after")
     def _check_fractions_and_tokenizer(self) -> Self:

@@ -146,7 +146,9 @@ def prepare(pipeline: "Pipeline", root: "StateRoot", directory: Path) -> "Tokens
         root.prepare_registry()
     start = ancestry.resolve_start(root, pipeline)
     # Shards are processed by local processes, because there is no flow run here that could have tasks.
-    snapshot = ingest(pipeline.corpus, root.corpora, Path.cwd())
+    snapshot = ingest(pipeline.corpus, root.corpora, root.project)
+    for line in snapshot.reading.describe():
+        click.echo(line)
     vocabulary = start.load_tokenizer() if start else None
     tokens = tokenize(snapshot.path, pipeline.corpus.tokenizer, root.tokens, vocabulary=vocabulary)
     attempts.check_fits(pipeline, tokens)

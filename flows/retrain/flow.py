@@ -195,8 +195,10 @@ class _Retraining:
         """Ingest and tokenize the text, with `map_shards` for its shards, and make the run directory."""
         pipeline, root = self.pipeline, self.root
         with self.step("ingest") as step:
-            snapshot = tasks.ingest(cfg=pipeline.corpus, corpora=root.corpora, base=Path.cwd(), map_shards=map_shards)
+            snapshot = tasks.ingest(cfg=pipeline.corpus, corpora=root.corpora, base=root.project, map_shards=map_shards)
             step.describe(tasks.describe_snapshot(snapshot))
+        for line in snapshot.reading.describe():
+            get_run_logger().info("ingest: %s", line, extra={"step": "ingest"})
         reason = self.compare(snapshot)
         if not (reason.must_train or self.force or self.sources_overridden):
             return f"{reason.text}; --force trains again"

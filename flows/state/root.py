@@ -57,6 +57,15 @@ class StateRoot:
     path: Path
 
     @property
+    def project(self) -> Path:
+        """The directory that documents are named relative to, and that relative sources start at.
+
+        It contains the state root, so it is that of pipelines.yaml unless GPTFLOW_HOME is set. Whatever starts a run,
+        from any working directory, gives the same names to the documents.
+        """
+        return self.path.parent
+
+    @property
     def corpora(self) -> Path:
         """Committed corpus snapshots, shared by all pipelines."""
         return self.path / "corpora"

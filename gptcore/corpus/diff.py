@@ -6,7 +6,6 @@ only the blocks around it new. Each block is held as a row of arrays and never a
 be compared. The policy for a retraining is in flows/retrain/policy.py.
 """
 
-import json
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -16,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from gptcore.corpus.snapshot import DOCUMENTS, Block, read_block_entries
+from gptcore.corpus.snapshot import Block, read_block_entries, read_document_list
 from gptcore.corpus.split import SIDES
 
 
@@ -91,8 +90,7 @@ def find_old_blocks(old: Path, new: Path, blocks: Sequence[Block]) -> list[bool]
 
 def _read_documents(path: Path) -> list[str]:
     """Return (documents,): the hash of each document, in the order of documents.jsonl."""
-    with (path / DOCUMENTS).open() as lines:
-        return [json.loads(line)["sha256"] for line in lines]
+    return [document.sha256 for document in read_document_list(path)]
 
 
 @dataclass(frozen=True)
@@ -114,8 +112,7 @@ class _Contents:
 
     @classmethod
     def of(cls, path: Path) -> "_Contents":
-        with (path / DOCUMENTS).open() as lines:
-            documents = {entry["sha256"]: entry["name"] for entry in map(json.loads, lines)}
+        documents = {document.sha256: document.name for document in read_document_list(path)}
         rows, digests = array("q"), bytearray()
         for number, side in enumerate(SIDES):
             for entry in read_block_entries(path, side):

@@ -5,19 +5,24 @@ processes have read are in shards.py.
 """
 
 import hashlib
-import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from gptcore.corpus.blocks import cut_blocks
+from gptcore.corpus.formats import ReadOptions
 from gptcore.corpus.normalize import MIN_VIEW_BYTES, normalize
-from gptcore.corpus.sources import Document
+from gptcore.corpus.reading import Reading
+from gptcore.corpus.rows import MissingColumn
+from gptcore.corpus.sources import Document, File
+from gptcore.errors import CorpusError
 from gptcore.progress import Progress
+
+T = TypeVar("T")
 
 _CHUNK_BYTES = 1024 * 1024
 
@@ -33,6 +38,8 @@ class DocumentEntry(NamedTuple):
     chars: int
     view_sha256: str
     """Hash of the text's view (normalize.py). Empty if the view is too short to tell a copy from a coincidence."""
+    suffix: str
+    """The suffix of its file, under which reports count it."""
     is_copy: bool = False
     """Whether the document is a copy of another one, perhaps in another form."""
 
@@ -45,24 +52,30 @@ class DocumentStore:
 
     def __init__(self, keeps_copies: bool) -> None:
         self._keeps_copies = keeps_copies
+        self.reading = Reading()
+        """What became of the files and documents."""
         self.entries: list[DocumentEntry] = []
         self.dropped: Counter[str] = Counter()
         """empty_documents, duplicate_documents, duplicate_bytes."""
         self._totals: dict[str, Counter[str]] = {}
         self._seen: set[str] = set()
 
-    def add(self, document: DocumentEntry, is_blank: bool) -> bool:
-        """Count the next document. Keep it unless it is blank or an exact copy, and return whether it was kept."""
+    def add(self, document: DocumentEntry, is_blank: bool) -> None:
+        """Count the next document, and keep it unless it is blank or an exact copy."""
         self._totals.setdefault(document.source, Counter()).update(documents=1, bytes=document.bytes)
+        self.reading.count(document.suffix, documents=1)
         if is_blank:
             self.dropped.update(empty_documents=1)
+            self.reading.count(document.suffix, empty=1)
         elif document.sha256 in self._seen and not self._keeps_copies:
-            self.dropped.update(duplicate_documents=1, duplicate_bytes=document.bytes)
+            self._drop_copy(document)
         else:
             self._seen.add(document.sha256)
             self.entries.append(document)
-            return True
-        return False
+
+    def _drop_copy(self, document: DocumentEntry) -> None:
+        self.dropped.update(duplicate_documents=1, duplicate_bytes=document.bytes)
+        self.reading.count(document.suffix, duplicate=1)
 
     def drop_or_mark_copies(self) -> None:
         """Drop the documents that are copies of another one in another form, or mark them if copies are kept.
@@ -80,7 +93,7 @@ class DocumentStore:
         for document in self.entries:
             is_copy = originals[document.view_sha256 or document.sha256] is not document
             if is_copy and not self._keeps_copies:
-                self.dropped.update(duplicate_documents=1, duplicate_bytes=document.bytes)
+                self._drop_copy(document)
             else:
                 kept.append(document._replace(is_copy=is_copy))
         self.entries = kept
@@ -112,35 +125,78 @@ class DocumentStore:
             offset += len(chunk)
         return offset
 
-    def write_list(self, path: Path) -> None:
-        """Write one JSON line per document: name, source, sha256, bytes."""
-        with path.open("w") as lines:
-            for entry in self.entries:
-                line = {"name": entry.name, "source": entry.source, "sha256": entry.sha256, "bytes": entry.bytes}
-                lines.write(json.dumps(line) + "\n")
-
 
 class Spool(DocumentStore):
     """The documents that one process has read, in one file."""
 
-    def __init__(self, file: IO[bytes], documents: Iterable[Document], keeps_copies: bool = False) -> None:
-        """Write every document into the empty `file`, and remove it from the file again if `add` does not keep it."""
+    def __init__(
+        self,
+        text: IO[bytes],
+        files: Iterable[File],
+        options: ReadOptions,
+        scratch: Path,
+        keeps_copies: bool = False,
+    ) -> None:
+        """Write every document of the files into the empty file `text`. Copies of large files are put into `scratch`.
+
+        Raises SourceUnavailable if a storage does not answer. Files that cannot be used are counted in `reading`.
+        """
         super().__init__(keeps_copies)
-        self._file = file
+        self._file = text
         progress = Progress("ingest", "read")
-        for document in documents:
-            offset, chunks = file.tell(), MeasuredChunks(document.chunks)
+
+        def append(document: Document) -> tuple[DocumentEntry, bool]:
+            offset, chunks = text.tell(), MeasuredChunks(document.chunks)
             for chunk in chunks:
-                file.write(chunk)
+                text.write(chunk)
                 progress.add(len(chunk))
-            if not self.add(chunks.make_entry(document, offset), chunks.is_blank):
-                file.seek(offset)
-                file.truncate()
+            if chunks.is_blank:
+                text.seek(offset)
+                text.truncate()
+            return chunks.make_entry(document, offset), chunks.is_blank
+
+        for file in files:
+            start = text.tell()
+            read = read_file(file, scratch, options, self.reading, append)
+            if read is None:
+                text.seek(start)
+                text.truncate()
+            for entry, is_blank in read or ():
+                self.add(entry, is_blank)
         self.drop_or_mark_copies()
 
     def read_chunks(self, start: int, end: int) -> Iterator[bytes]:
         """See `DocumentStore`."""
         return read_chunks(self._file, start, end)
+
+
+def read_file(
+    file: File,
+    scratch: Path,
+    options: ReadOptions,
+    reading: Reading,
+    append: Callable[[Document], T],
+    examine: Callable[[IO[bytes]], None] = lambda content: None,
+) -> list[T] | None:
+    """Call `append` for each document of a file, and return the results. None if the file cannot be used.
+
+    `examine` is called first, with the open file. A file is used as a whole or not at all: the caller must forget what
+    `append` did if the result is None. The file is counted in `reading`. A table that does not have the wanted column
+    is not meant as text if its directory or a glob led to it. Raises SourceUnavailable if a storage does not answer.
+    """
+    done: list[T] = []
+    try:
+        with file.open(scratch) as content:
+            examine(content)
+            content.seek(0)
+            for document in file.read_documents(content, options):
+                done.append(append(document))
+    except CorpusError as error:
+        is_foreign = isinstance(error, MissingColumn) and not file.is_named and not done
+        reading.add_problem(file.suffix, str(error), is_foreign)
+        return None
+    reading.count(file.suffix, read=1)
+    return done
 
 
 class MeasuredChunks:
@@ -154,11 +210,12 @@ class MeasuredChunks:
 
     def __iter__(self) -> Iterator[bytes]:
         for chunk in self._chunks:
-            self.is_blank = self.is_blank and chunk.decode().isspace()
-            self._chars += len(find_character_starts(chunk))
+            view = normalize(chunk)
+            # Text with a view has letters, digits or symbols, so only text without one has to be decoded.
+            self.is_blank = self.is_blank and not view and chunk.decode().isspace()
+            self._chars += _count_characters(chunk)
             self._bytes += len(chunk)
             self._digest.update(chunk)
-            view = normalize(chunk)
             self._view_bytes += len(view)
             self._view_digest.update(view)
             yield chunk
@@ -167,7 +224,16 @@ class MeasuredChunks:
         """Return the entry of the document, whose text begins at `offset`. All chunks must have been read."""
         view_sha256 = self._view_digest.hexdigest() if self._view_bytes >= MIN_VIEW_BYTES else ""
         sha256 = self._digest.hexdigest()
-        return DocumentEntry(document.name, document.source, sha256, offset, self._bytes, self._chars, view_sha256)
+        return DocumentEntry(
+            name=document.name,
+            source=document.source,
+            sha256=sha256,
+            offset=offset,
+            bytes=self._bytes,
+            chars=self._chars,
+            view_sha256=view_sha256,
+            suffix=document.suffix,
+        )
 
 
 def read_chunks(file: IO[bytes], start: int, end: int) -> Iterator[bytes]:
@@ -177,6 +243,12 @@ def read_chunks(file: IO[bytes], start: int, end: int) -> Iterator[bytes]:
         chunk = file.read(min(_CHUNK_BYTES, end - start))
         start += len(chunk)
         yield chunk
+
+
+def _count_characters(chunk: bytes) -> int:
+    if chunk.isascii():
+        return len(chunk)
+    return int(np.count_nonzero((np.frombuffer(chunk, np.uint8) & 0xC0) != 0x80))
 
 
 def find_character_starts(chunk: bytes) -> npt.NDArray[np.int64]:

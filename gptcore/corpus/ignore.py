@@ -13,7 +13,9 @@ from pathspec import GitIgnoreSpec
 
 from gptcore.errors import CorpusError
 
-GITIGNORE = ".gitignore"
+GITIGNORE, EXCLUDE, HIDDEN, TOOLS = ".gitignore", "corpus.exclude", "hidden", "files of tools"
+NOT_REGULAR = "not a regular file"
+"""The rules by which files are left out, as reports name them. The first is also the name of the file with the rule."""
 _END = "ps_d"
 """The group with which pathspec marks the slash at the end of the directory that a pattern matches."""
 _NEVER = {"__pycache__", "node_modules", "mlruns", "mlartifacts"}
@@ -31,32 +33,46 @@ class IgnoreRules:
         self._exclude = _parse(exclude, "corpus.exclude")
         self._gitignores: dict[Path, GitIgnoreSpec | None] = {}
 
-    def keeps(self, path: Path, is_directory: bool = False) -> bool:
-        """Whether a file or directory may be read. The directories that contain it are not checked."""
-        if self._is_hidden(path.name) or (is_directory and _is_private(path)):
-            return False
-        if _ignores(self._exclude, path.relative_to(self._root), is_directory):
-            return False
+    def find_rule(self, path: Path, is_directory: bool = False) -> str:
+        """Return the rule because of which a file or directory is not read; empty if it may be read.
+
+        The directories that contain it are not checked.
+        """
+        if rule := self._find_rule_for_name(path.name):
+            return rule
+        if is_directory and _is_private(path):
+            return TOOLS
+        if self._exclude.patterns and _ignores(self._exclude, path.relative_to(self._root), is_directory):
+            return EXCLUDE
         for directory in path.parents:
             if (spec := self._read_gitignore(directory)) is not None:
                 ignores = _ignores(spec, path.relative_to(directory), is_directory)
                 if ignores is not None:  # the file nearest to the path decides
-                    return not ignores
+                    return GITIGNORE if ignores else ""
             if directory == self._root:
                 break
-        return True
+        return ""
 
-    def keeps_with_parents(self, path: Path) -> bool:
-        """Whether a file may be read, and also every directory between the root and the file."""
+    def find_rule_with_parents(self, path: Path) -> str:
+        """Return the rule because of which a file, or a directory between the root and the file, is not read."""
         between = [parent for parent in path.parents if parent.is_relative_to(self._root) and parent != self._root]
-        return all(self.keeps(directory, is_directory=True) for directory in reversed(between)) and self.keeps(path)
+        rules = (self.find_rule(directory, is_directory=True) for directory in reversed(between))
+        return next(filter(None, rules), "") or self.find_rule(path)
 
-    def keeps_object(self, name: str) -> bool:
-        """Whether an object of a store may be read. `name` is relative to the prefix that corpus.sources names."""
-        return not any(map(self._is_hidden, PurePosixPath(name).parts)) and not self._exclude.match_file(name)
+    def find_rule_for_object(self, name: str) -> str:
+        """Return the rule because of which an object of a store is not read; empty if it may be read.
 
-    def _is_hidden(self, name: str) -> bool:
-        return name in _NEVER or name.endswith("~") or (name.startswith(".") and not self._includes_hidden)
+        `name` is relative to the prefix that corpus.sources names.
+        """
+        for part in PurePosixPath(name).parts:
+            if rule := self._find_rule_for_name(part):
+                return rule
+        return EXCLUDE if self._exclude.match_file(name) else ""
+
+    def _find_rule_for_name(self, name: str) -> str:
+        if name in _NEVER or name.endswith("~"):
+            return TOOLS
+        return HIDDEN if name.startswith(".") and not self._includes_hidden else ""
 
     def _read_gitignore(self, directory: Path) -> GitIgnoreSpec | None:
         if directory not in self._gitignores:

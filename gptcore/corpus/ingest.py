@@ -15,7 +15,7 @@ import tempfile
 from array import array
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -28,8 +28,17 @@ from gptcore.corpus.contamination import Positions
 from gptcore.corpus.documents import DocumentStore, Spool, read_chunks
 from gptcore.corpus.formats import ReadOptions
 from gptcore.corpus.normalize import PassageFile, normalize, normalize_file
+from gptcore.corpus.reading import Reading
 from gptcore.corpus.shards import WHOLE_BYTES, ShardDocuments
-from gptcore.corpus.snapshot import DOCUMENTS, TRAIN_BLOCKS, BlockEntry, Snapshot, load_snapshot, passage_bounds
+from gptcore.corpus.snapshot import (
+    TRAIN_BLOCKS,
+    BlockEntry,
+    ListedDocument,
+    Snapshot,
+    load_snapshot,
+    passage_bounds,
+    write_document_list,
+)
 from gptcore.corpus.split import SIDES
 from gptcore.errors import CorpusError
 from gptcore.processes import MapShards, map_in_processes
@@ -57,43 +66,53 @@ def ingest(cfg: CorpusConfig, corpora: Path, base: Path, map_shards: MapShards =
 
     Relative sources start at `base`; downloads are kept in `downloads` beside `corpora`. A large corpus is read, cut
     and searched for contamination in shards, which `map_shards` distributes; the snapshot does not depend on how.
-    Raises CorpusError if the text cannot be used or a side stays empty, SourceUnavailable if a remote source does not
-    answer.
+    The snapshot's `reading` says what became of every file, also if this snapshot exists already. Raises CorpusError
+    if text cannot be used or a side stays empty, SourceUnavailable if a remote source does not answer.
 
     For example, `ingest(CorpusConfig(sources=("notes",)), Path("state/corpora"), Path("."))`.
     """
-    sources.check(cfg.sources, base, cfg.exclude)
     corpora.mkdir(parents=True, exist_ok=True)
     manifest.sweep(corpora)
     downloads = corpora.parent / "downloads"
-    files = list(sources.find_files(cfg.sources, base, downloads, cfg.exclude))
+    files, found = sources.find_files(cfg.sources, base, downloads, cfg.exclude)
     key = manifest.sha256_of([*cfg.sources, str(base), cfg.errors, cfg.text, cfg.block_bytes])
-    options = ReadOptions(cfg.errors, cfg.text)
+    options = ReadOptions("replace" if cfg.errors == "replace" else "strict", cfg.text)
+    keeps_copies = cfg.duplicates == "keep"
     if sum(file.num_bytes for file in files) <= WHOLE_BYTES or len(files) == 1:
-        with tempfile.TemporaryFile(dir=corpora) as file:
-            documents = sources.read_documents(files, downloads, options)
-            return _make_snapshot(cfg, Spool(file, documents, cfg.duplicates == "keep"), corpora, map_shards)
+        with tempfile.TemporaryFile(dir=corpora) as text:
+            documents = Spool(text, files, options, downloads, keeps_copies)
+            return _make_snapshot(cfg, documents, found, corpora, map_shards)
     with shards.lock_work_directory(corpora.absolute(), key) as directory:
         planned = shards.plan_shards(files, options, cfg.block_bytes, directory)
         shard_directories = map_shards("ingest", "read", shards.read_shard, planned)
-        with contextlib.closing(ShardDocuments(shard_directories, cfg.duplicates == "keep")) as shard_documents:
-            return _make_snapshot(cfg, shard_documents, corpora, map_shards)
+        with contextlib.closing(ShardDocuments(shard_directories, keeps_copies)) as shard_documents:
+            return _make_snapshot(cfg, shard_documents, found, corpora, map_shards)
 
 
-def _make_snapshot(cfg: CorpusConfig, documents: DocumentStore, corpora: Path, map_shards: MapShards) -> Snapshot:
+def _make_snapshot(
+    cfg: CorpusConfig, documents: DocumentStore, found: Reading, corpora: Path, map_shards: MapShards
+) -> Snapshot:
+    """Make a snapshot of the documents. `found` says what was left out before they were read."""
+    reading = found
+    reading.merge(documents.reading)
+    if cfg.errors != "skip":
+        reading.check()
     if not documents.entries:
-        raise CorpusError(
-            f"corpus.sources {list(cfg.sources)} hold no text: {documents.dropped['empty_documents']} documents were "
-            "read, all of them empty or whitespace. Name a source with text."
+        problem = (
+            f"corpus.sources {list(cfg.sources)!r:.400} hold no text: {documents.dropped['empty_documents']} documents "
+            "were read, all of them empty or whitespace. Name a source with text."
         )
+        raise CorpusError("\n".join([problem, *reading.describe()]))
     if cfg.split == "hash":
         documents.entries.sort(key=lambda document: document.sha256)
     settings = _split_settings(cfg)
     hashes = [document.sha256 for document in documents.entries]
     sha256 = manifest.sha256_of({"version": CORPUS_VERSION, "split": settings, "documents": hashes})
     about = {"kind": "corpus", "sha256": sha256, "split": settings, "sources": documents.per_source}
+    about["reading"] = reading.to_json()
     fill = functools.partial(_write_snapshot, cfg, documents, about, map_shards)
-    return load_snapshot(manifest.make_once(corpora / sha256[:16], fill))
+    snapshot = load_snapshot(manifest.make_once(corpora / sha256[:16], fill))
+    return replace(snapshot, reading=reading)  # an existing snapshot may have been made from other files
 
 
 def _split_settings(cfg: CorpusConfig) -> dict[str, Any]:
@@ -153,7 +172,8 @@ def _write_snapshot(
     dropped.update(guard_runs=len(runs["train"]), guard_bytes=int(np.diff(runs["train"]).sum()))
     dropped.update(val_guard_runs=len(runs["val"]), val_guard_bytes=sum(sides["val"].block_bytes) - sizes["val"])
     _check_sides(cfg, counts, sizes, dropped)
-    documents.write_list(staged / DOCUMENTS)
+    listed = (ListedDocument(entry.name, entry.source, entry.sha256, entry.bytes) for entry in documents.entries)
+    write_document_list(staged, listed)
     totals = {"documents": len(documents.entries), "blocks": counts, "bytes": sizes, "dropped": dict(dropped)}
     return {**about, **totals}
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, cast
 
 from gptcore.corpus import formats
 from gptcore.corpus.ignore import IgnoreRules
+from gptcore.corpus.reading import Reading, suffix_of
 from gptcore.credentials import conceal, resolve
 from gptcore.errors import CorpusError, GPTCoreError, SourceUnavailable
 
@@ -39,11 +40,14 @@ _COPY_BYTES = 1024 * 1024
 _IN_MEMORY_BYTES = 8 * 1024 * 1024
 
 
+Objects = dict[str, dict[str, Any]]
+
+
 class FoundObjects(NamedTuple):
     """The objects that a source leads to."""
 
     filesystem: "fsspec.AbstractFileSystem"
-    objects: dict[str, dict[str, Any]]
+    objects: Objects
     """fsspec's description of each object, by name, in order."""
     is_literal: bool
     """Whether the source names a single object."""
@@ -58,11 +62,13 @@ def check(source: str, scheme: str) -> None:
         raise CorpusError(f"{source!r} needs the package {package}, which is not installed: pip install {package}")
 
 
-def find_objects(source: str, exclude: Sequence[str] = ()) -> FoundObjects:
+def find_objects(source: str, exclude: Sequence[str] = (), reading: Reading | None = None) -> FoundObjects:
     """Find one object, the matches of a glob, or the texts below a prefix. Raises CorpusError, SourceUnavailable.
 
-    `exclude` is corpus.exclude, relative to the prefix, or to the part of a glob before its first pattern.
+    `exclude` is corpus.exclude, relative to the prefix, or to the part of a glob before its first pattern. What is left
+    out is counted in `reading`.
     """
+    reading = Reading() if reading is None else reading
     check(source, source.partition("://")[0].lower())
     with _translate_errors(source):
         import fsspec
@@ -76,15 +82,24 @@ def find_objects(source: str, exclude: Sequence[str] = ()) -> FoundObjects:
             prefix, rest = _split_glob(path)
             rules = IgnoreRules(Path(), exclude, includes_hidden=rest.startswith(".") or "/." in rest)
             files = {name: info for name, info in matches.items() if info["type"] == "file"}
-            objects = {name: info for name, info in files.items() if rules.keeps_object(name.removeprefix(prefix))}
+            objects = _select_objects(files, len(prefix), rules, reading)
         else:
             below = filesystem.find(path, detail=True)
-            rules, start = IgnoreRules(Path(), exclude), len(path.rstrip("/")) + 1
-            texts = {name: info for name, info in below.items() if formats.has_known_suffix(name)}
-            objects = {name: info for name, info in texts.items() if rules.keeps_object(name[start:])}
+            kept = _select_objects(below, len(path.rstrip("/")) + 1, IgnoreRules(Path(), exclude), reading)
+            objects = {name: info for name, info in kept.items() if formats.has_known_suffix(name)}
+            for name in kept.keys() - objects.keys():
+                reading.count(suffix_of(name), skipped=1)
     if not objects:
         raise CorpusError(f"corpus.sources: {source!r} does not exist, matches nothing or holds no text.")
     return FoundObjects(filesystem, dict(sorted(objects.items())), is_literal)
+
+
+def _select_objects(objects: Objects, start: int, rules: IgnoreRules, reading: Reading) -> Objects:
+    """Return the objects that no rule leaves out. Their names relative to the source begin at `start`."""
+    found = {name: rules.find_rule_for_object(name[start:]) for name in objects}
+    for rule in filter(None, found.values()):
+        reading.exclude(rule)
+    return {name: info for name, info in objects.items() if not found[name]}
 
 
 def _split_glob(path: str) -> tuple[str, str]:

@@ -68,10 +68,14 @@ class TextRule:
         return value
 
 
-def missing_column_error(place: str, path: str, columns: list[str]) -> CorpusError:
+class MissingColumn(CorpusError):
+    """A table does not have a column that corpus.text names."""
+
+
+def missing_column_error(place: str, path: str, columns: list[str]) -> MissingColumn:
     """Return the error for a column that a table does not have."""
     listed = ", ".join(map(str, columns[:_MAX_NAMED])) + (", ..." if len(columns) > _MAX_NAMED else "") or "none"
-    return CorpusError(
+    return MissingColumn(
         f"{place} has no column {path!r}; columns found: {listed}. Set corpus.text to the column that holds the "
         "text, or to a template such as '{title} {body}'; or name the file in corpus.exclude if it holds other data."
     )

@@ -27,16 +27,17 @@ import numpy as np
 
 from gptcore import manifest
 from gptcore.corpus.blocks import cut_blocks
-from gptcore.corpus.documents import DocumentEntry, DocumentStore, MeasuredChunks, read_chunks
+from gptcore.corpus.documents import DocumentEntry, DocumentStore, MeasuredChunks, read_chunks, read_file
 from gptcore.corpus.formats import ReadOptions
+from gptcore.corpus.reading import Reading
 from gptcore.corpus.sources import Document, File
-from gptcore.errors import CheckpointError
+from gptcore.errors import CheckpointError, CorpusError
 
 SHARD_BYTES = 16 * 1024 * 1024
 """About how much text a shard holds."""
 WHOLE_BYTES = 256 * 1024 * 1024
 """Up to this much text is processed without shards: at 100 MB, two processes took longer with shards than without."""
-SHARDS_VERSION = 2
+SHARDS_VERSION = 3
 """Raised when equal files would give other shard directories."""
 
 _TEXT, _BLOCKS, _DOCUMENTS = "text.bin", "blocks.bin", "documents.jsonl"
@@ -45,6 +46,7 @@ _MAX_FILES = 1000
 _MAX_OPEN = 256
 _CHUNK_BYTES = 1024 * 1024
 _SCRATCH = "scratch"
+_UNREADABLE = "unreadable"
 
 
 @dataclass(frozen=True)
@@ -111,9 +113,9 @@ def _lock_directory(directory: Path) -> Iterator[None]:
 
 
 def read_shard(shard: Shard) -> Path:
-    """Return the shard directory. It is made unless it exists already. Memory does not grow with the shard.
+    """Return the shard directory. It is made unless it exists already. Memory does not grow with the texts.
 
-    Raises CorpusError if a file cannot be used, SourceUnavailable if a storage does not answer.
+    Files that cannot be used are counted in the manifest. Raises SourceUnavailable if a storage does not answer.
     """
     scratch = shard.work_directory / _SCRATCH
     scratch.mkdir(exist_ok=True)
@@ -121,7 +123,8 @@ def read_shard(shard: Shard) -> Path:
         manifest.remove(shard.directory)
 
     def fill(staged: Path) -> dict[str, Any]:
-        return {"kind": "part", "states": _write_shard(shard, staged, scratch)}
+        states, reading = _write_shard(shard, staged, scratch)
+        return {"kind": "part", "states": states, "reading": reading.to_json()}
 
     return manifest.make_once(shard.directory, fill)
 
@@ -137,8 +140,11 @@ def _read_state(file: File, scratch: Path) -> str:
     """Return what identifies the file's content: the state that its storage gives, or the hash of its bytes."""
     if file.state:
         return file.state
-    with file.open(scratch) as content:
-        return _hash_content(content)
+    try:
+        with file.open(scratch) as content:
+            return _hash_content(content)
+    except CorpusError:
+        return _UNREADABLE
 
 
 def _hash_content(content: IO[bytes]) -> str:
@@ -148,34 +154,48 @@ def _hash_content(content: IO[bytes]) -> str:
     return digest.hexdigest()
 
 
-def _write_shard(shard: Shard, staged: Path, scratch: Path) -> list[str]:
-    """Fill a shard directory. Return the states of the files as they were read."""
-    states = []
+def _write_shard(shard: Shard, staged: Path, scratch: Path) -> tuple[list[str], Reading]:
+    """Fill a shard directory. Return the states of the files as they were read, and what became of the files."""
+    states, reading = [], Reading()
     with (
         (staged / _TEXT).open("wb") as text,
         (staged / _BLOCKS).open("wb") as blocks,
         (staged / _DOCUMENTS).open("w") as lines,
     ):
-        for file in shard.files:
-            with file.open(scratch) as content:
-                states.append(file.state or _hash_content(content))
-                content.seek(0)
-                for document in file.read_documents(content, shard.options):
-                    _append_document(document, shard.block_bytes, text=text, blocks=blocks, lines=lines)
-    return states
+
+        def append(document: Document) -> str:
+            return _append_document(document, shard.block_bytes, text=text, blocks=blocks)
+
+        for number, file in enumerate(shard.files):
+            ends = text.tell(), blocks.tell()
+            states.append(file.state or _UNREADABLE)
+
+            def examine(content: IO[bytes], number: int = number, state: str = file.state) -> None:
+                states[number] = state or _hash_content(content)
+
+            entries = read_file(file, scratch, shard.options, reading, append, examine)
+            if entries is None:
+                _truncate((text, blocks), ends)
+            lines.writelines(entries or ())
+    return states, reading
 
 
-def _append_document(document: Document, block_bytes: int, text: IO[bytes], blocks: IO[bytes], lines: IO[str]) -> None:
-    offset, first_block = text.tell(), blocks.tell()
+def _append_document(document: Document, block_bytes: int, text: IO[bytes], blocks: IO[bytes]) -> str:
+    """Append a document's text and blocks to the files. Return its line of the list of documents."""
+    ends = text.tell(), blocks.tell()
     chunks = MeasuredChunks(document.chunks)
     for data in cut_blocks(chunks, block_bytes):
         text.write(data)
         blocks.write(len(data).to_bytes(4, "little") + hashlib.sha256(data).digest())
     if chunks.is_blank:
-        for file, end in ((text, offset), (blocks, first_block)):
-            file.seek(end)
-            file.truncate()
-    lines.write(json.dumps([*chunks.make_entry(document, offset), chunks.is_blank]) + "\n")
+        _truncate((text, blocks), ends)
+    return json.dumps([*chunks.make_entry(document, ends[0]), chunks.is_blank]) + "\n"
+
+
+def _truncate(files: Sequence[IO[bytes]], ends: Sequence[int]) -> None:
+    for file, end in zip(files, ends):
+        file.seek(end)
+        file.truncate()
 
 
 class ShardDocuments(DocumentStore):
@@ -188,6 +208,7 @@ class ShardDocuments(DocumentStore):
         self._open_shards: dict[int, _OpenShard] = {}
         offset = 0
         for directory in directories:
+            self.reading.merge(Reading.from_json(manifest.read_about(directory)["reading"]))
             self._offsets.append(offset)
             with (directory / _DOCUMENTS).open() as lines:
                 for *values, is_blank in map(json.loads, lines):

@@ -5,7 +5,7 @@ ingest.py writes snapshots.
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ import numpy as np
 from gptcore import manifest
 from gptcore.corpus.contamination import Positions
 from gptcore.corpus.normalize import PassageFile
+from gptcore.corpus.reading import Reading
 from gptcore.errors import CheckpointError
 
 DOCUMENTS = "documents.jsonl"
@@ -41,6 +42,19 @@ class Snapshot:
     """empty_documents, duplicate_documents, duplicate_blocks, duplicate_bytes, guard_runs, guard_bytes, val_guard_runs,
     val_guard_bytes. The guard_ counts are the runs and bytes of contamination that were removed from train, and the
     val_guard_ counts those that were removed from val."""
+    reading: Reading = field(compare=False)
+    """What became of the files and documents of the sources: in this ingest, else in the one that made the snapshot.
+    Empty for a snapshot of an earlier release. Equal snapshots may come from other files."""
+
+
+class ListedDocument(NamedTuple):
+    """A line of documents.jsonl."""
+
+    name: str
+    source: str
+    """The entry of corpus.sources that it came from."""
+    sha256: str
+    bytes: int
 
 
 @dataclass(frozen=True)
@@ -77,7 +91,22 @@ class BlockEntry(NamedTuple):
 def load_snapshot(path: Path) -> Snapshot:
     """Load the snapshot in a committed directory. Raises CheckpointError if the directory holds none."""
     about = manifest.read_about(path)
-    return Snapshot(path, *(about[key] for key in ("sha256", "documents", "blocks", "bytes", "dropped")))
+    reading = Reading.from_json(about["reading"]) if "reading" in about else Reading()
+    keys = ("sha256", "documents", "blocks", "bytes", "dropped")
+    return Snapshot(path, **{key: about[key] for key in keys}, reading=reading)
+
+
+def write_document_list(path: Path, documents: Iterable[ListedDocument]) -> None:
+    """Write documents.jsonl into the directory of a snapshot."""
+    with (path / DOCUMENTS).open("w") as lines:
+        lines.writelines(json.dumps(document._asdict()) + "\n" for document in documents)
+
+
+def read_document_list(path: Path) -> Iterator[ListedDocument]:
+    """Yield the documents of a snapshot, in order."""
+    with (path / DOCUMENTS).open() as lines:
+        for line in lines:
+            yield ListedDocument(**json.loads(line))
 
 
 def read_blocks(path: Path, side: str) -> Iterator[Block]:

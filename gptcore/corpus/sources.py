@@ -14,17 +14,18 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import islice, takewhile
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, Literal, cast
+from typing import BinaryIO, Literal, NamedTuple, cast
 from urllib.parse import unquote, urlsplit
 
 from gptcore.corpus import formats, remote
 from gptcore.corpus import http as web
 from gptcore.corpus.formats import ReadOptions
-from gptcore.corpus.ignore import IgnoreRules
+from gptcore.corpus.ignore import NOT_REGULAR, IgnoreRules
+from gptcore.corpus.reading import Reading, raise_problems, suffix_of
 from gptcore.credentials import conceal, resolve, strip_secrets
 from gptcore.errors import ConfigError, CorpusError
 from gptcore.manifest import sha256_of
@@ -50,6 +51,8 @@ class Document:
     """The entry of corpus.sources that it came from."""
     chunks: Iterator[bytes]
     """The text, once, as UTF-8 in chunks of at most 1 MiB that end at whole characters."""
+    suffix: str
+    """The suffix of its file, or `python-docs`."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,13 @@ class File:
     """Size of the file, compressed or not."""
     state: str = ""
     """Changes with the content. Empty if that would require reading the file."""
+    is_named: bool = True
+    """Whether the source names this file itself, and not a directory or a glob that leads to it."""
+
+    @property
+    def suffix(self) -> str:
+        """The suffix under which reports count the file."""
+        return PYTHON_DOCS if self.kind == "docs" else suffix_of(self.filename)
 
     def open(self, scratch: Path) -> BinaryIO:
         """Open the file's bytes in one state. A copy of a large file is put into `scratch`, without a name."""
@@ -90,52 +100,77 @@ class File:
             yield from _read_python_docs(options)
         else:
             for name, chunks in formats.read_texts(content, self.name, self.filename, options):
-                yield Document(name, self.source, chunks)
+                yield Document(name, self.source, chunks, self.suffix)
+
+
+class FoundFiles(NamedTuple):
+    """The files of all sources, in order, and what was left out when they were found."""
+
+    files: list[File]
+    reading: Reading
 
 
 def check(sources: Sequence[str], base: Path, exclude: Sequence[str] = ()) -> None:
-    """Raise CorpusError if a source cannot exist. No network is used and no text is read.
+    """Raise CorpusError with all problems of sources that cannot exist. No network is used and no text is read.
 
     Relative paths start at `base`; `exclude` is corpus.exclude. The causes are a missing file, a glob without a match,
-    a directory without text, a malformed address, or an environment variable that is named but not set.
+    a directory without text, a malformed address, or an environment variable that is named but not set. Directories are
+    searched only until the first file that is text: `find_files` finds the other problems.
     """
-    for source in sources:
-        try:
-            resolve(source)
-        except ConfigError as error:
-            raise CorpusError(f"corpus.sources: {error}") from None
+    raise_problems(filter(None, (_find_problem(source, base, exclude) for source in sources)))
+
+
+def _find_problem(source: str, base: Path, exclude: Sequence[str]) -> str | None:
+    """Return why a source cannot exist, or None."""
+    try:
+        resolve(source)
         if source == PYTHON_DOCS:
-            continue
+            return None
         if (scheme := scheme_of(source)) is None:
-            find_local_paths(source, base, exclude)
+            find_local_paths(source, base, exclude, only_first=True)
         elif scheme in ("http", "https"):
             parse_address(source)
         else:
             remote.check(source, scheme)
+    except ConfigError as error:
+        return f"corpus.sources: {error}"
+    except CorpusError as error:
+        return str(error)
+    return None
 
 
-def find_files(sources: Sequence[str], base: Path, downloads: Path, exclude: Sequence[str] = ()) -> Iterator[File]:
-    """Yield the files of all sources, in order. Files on the web are downloaded into `downloads`; no other is read.
+def find_files(sources: Sequence[str], base: Path, downloads: Path, exclude: Sequence[str] = ()) -> FoundFiles:
+    """Find the files of all sources. Files on the web are downloaded into `downloads`; no other file is read.
 
-    Relative paths start at `base`; `exclude` is corpus.exclude. Raises CorpusError if a source cannot be used, and
-    SourceUnavailable if a remote source does not answer.
+    Relative paths start at `base`; `exclude` is corpus.exclude. Raises CorpusError with all problems of sources that
+    cannot be used, and SourceUnavailable if a remote source does not answer.
     """
     downloads.mkdir(parents=True, exist_ok=True)
+    reading = Reading()
+    local: dict[str, list[Path]] = {}
+    problems: list[str | None] = []
+    for source in dict.fromkeys(sources):  # before anything is downloaded
+        if source == PYTHON_DOCS or scheme_of(source) is not None:
+            problems.append(_find_problem(source, base, exclude))
+            continue
+        try:
+            local[source] = find_local_paths(source, base, exclude, reading)
+        except CorpusError as error:
+            problems.append(str(error))
+    raise_problems(filter(None, problems))
+    files: list[File] = []
     for source in sources:
         if source == PYTHON_DOCS:
-            yield File(source, source, source, "docs", source, _DOCS_BYTES, state=sys.version)
+            files.append(File(source, source, source, "docs", source, _DOCS_BYTES, state=sys.version))
+        elif source in local:
+            files += _describe_local_files(source, local[source], base)
         else:
-            yield from _find_files_of(source, base, downloads, exclude)
-
-
-def read_documents(files: Iterable[File], scratch: Path, options: ReadOptions) -> Iterator[Document]:
-    """Yield the documents of all files, in order. Consume the chunks of each before you ask for the next one.
-
-    The directory `scratch` holds copies of large files. Raises as `find_files`.
-    """
-    for file in files:
-        with file.open(scratch) as content:
-            yield from file.read_documents(content, options)
+            try:
+                files += _find_remote_files(source, downloads, exclude, reading)
+            except CorpusError as error:
+                problems.append(str(error))
+    raise_problems(filter(None, problems))
+    return FoundFiles(files, reading)
 
 
 def scheme_of(source: str) -> str | None:
@@ -167,26 +202,31 @@ def _read_python_docs(options: ReadOptions) -> Iterator[Document]:
 
     for topic, text in sorted(topics.items()):
         name = f"{PYTHON_DOCS}:{topic}"
-        yield Document(name, PYTHON_DOCS, formats.encode_chunks(text, name, options.errors))
+        yield Document(name, PYTHON_DOCS, formats.encode_chunks(text, name, options.errors), PYTHON_DOCS)
 
 
-def _find_files_of(source: str, base: Path, downloads: Path, exclude: Sequence[str]) -> Iterator[File]:
-    scheme = scheme_of(source)
-    if scheme is None:
-        for path in find_local_paths(source, base, exclude):
-            yield File(source, _display_name(path, base), path.name, "local", str(path.absolute()), _size_of(path))
-    elif scheme in ("http", "https"):
+def _describe_local_files(source: str, paths: Sequence[Path], base: Path) -> Iterator[File]:
+    entry = _local_path(source, base)
+    is_named = len(paths) == 1 and paths[0] == entry
+    root = _glob_root(entry) if not entry.exists() else entry
+    for path in paths:
+        name = _display_name(path, base, root)
+        yield File(source, name, path.name, "local", str(path.absolute()), _size_of(path), is_named=is_named)
+
+
+def _find_remote_files(source: str, downloads: Path, exclude: Sequence[str], reading: Reading) -> Iterator[File]:
+    if scheme_of(source) in ("http", "https"):
         address, sha256 = parse_address(source)
         filename = PurePosixPath(unquote(urlsplit(address).path)).name
         body = web.download(address, sha256, downloads)
         yield File(source, strip_secrets(address), filename, "web", str(body.absolute()), _size_of(body))
-    else:
-        found = remote.find_objects(source, exclude)
-        for name, info in found.objects.items():
-            shown = _name_object(source if found.is_literal else found.filesystem.unstrip_protocol(name), source)
-            fields = remote.select_version_fields(info)
-            state = sha256_of(fields) if fields else ""
-            yield File(source, shown, name, "remote", name, info.get("size") or 0, state)
+        return
+    found = remote.find_objects(source, exclude, reading)
+    for name, info in found.objects.items():
+        shown = _name_object(source if found.is_literal else found.filesystem.unstrip_protocol(name), source)
+        fields = remote.select_version_fields(info)
+        state = sha256_of(fields) if fields else ""
+        yield File(source, shown, name, "remote", name, info.get("size") or 0, state, found.is_literal)
 
 
 def _name_object(address: str, source: str) -> str:
@@ -203,38 +243,54 @@ def _size_of(path: Path) -> int:
         return 0
 
 
-def _display_name(path: Path, base: Path) -> str:
-    return str(path).removeprefix(os.path.join(base, ""))  # noqa: PTH118
+def _display_name(path: Path, base: Path, root: Path) -> str:
+    """Return the name of a file relative to `base`; outside of it, relative to the directory that contains `root`.
+
+    So a document has the same name on every machine and from every working directory. `root` is the file or directory
+    that the source names, or the directory in which a glob searches.
+    """
+    path, base, root = (Path(os.path.normpath(given)) for given in (path, base, root))
+    return str(path.relative_to(base if path.is_relative_to(base) else root.parent))
 
 
-def find_local_paths(source: str, base: Path, exclude: Sequence[str] = ()) -> list[Path]:
-    """Return at least one regular file, or raise CorpusError. A name that exists is literal, even with a `[` in it."""
+def find_local_paths(
+    source: str, base: Path, exclude: Sequence[str] = (), reading: Reading | None = None, only_first: bool = False
+) -> list[Path]:
+    """Return at least one regular file, or raise CorpusError. A name that exists is literal, even with a `[` in it.
+
+    What is left out is counted in `reading`. With `only_first`, the search ends at the first file that may be read.
+    """
     try:
-        return _find_local_paths(source, base, exclude)
+        return _find_local_paths(source, base, exclude, reading or Reading(), only_first)
     except (OSError, ValueError, RuntimeError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise CorpusError(f"corpus.sources: {source!r:.200} cannot be looked up: {reason}") from None
 
 
-def _find_local_paths(source: str, base: Path, exclude: Sequence[str]) -> list[Path]:
-    path = base / Path(source).expanduser()
+def _find_local_paths(
+    source: str, base: Path, exclude: Sequence[str], reading: Reading, only_first: bool
+) -> list[Path]:
+    path = _local_path(source, base)
     if not source.strip():
         raise CorpusError("corpus.sources: an entry is empty. Name a file, a directory, a glob or an address.")
     if path.is_file():
         return [path]
     root = path
+    found: Iterator[Path] = iter(())
     if path.is_dir():
-        paths = _find_texts_in(path, IgnoreRules(path, exclude))
+        found = _find_texts_in(path, IgnoreRules(path, exclude), reading)
         problem = f"has no file with a suffix {' '.join(formats.SUFFIXES)} (or these with .gz or .zst) that may be read"
     elif any(mark in source for mark in "*?["):
         root = base / _glob_root(Path(source).expanduser())  # the name of `base` is literal
         names_hidden = any(name.startswith(".") for name in path.relative_to(root).parts)
         rules = IgnoreRules(root, exclude, includes_hidden=names_hidden)
-        paths = [match for match in _match_glob(Path(source).expanduser(), base) if rules.keeps_with_parents(match)]
+        found = _match_glob(Path(source).expanduser(), base, rules, reading)
         problem = "matches no file that may be read"
     else:
-        paths = []
         problem = "is not a regular file" if path.exists() else "does not exist"
+    if only_first:
+        found = islice(found, 1)
+    paths = sorted(found, key=str) if path.is_dir() else sorted(found)
     if not paths:
         hint = "" if Path(source).is_absolute() else f" (looked for in {base})"
         if problem.endswith("read"):
@@ -242,6 +298,10 @@ def _find_local_paths(source: str, base: Path, exclude: Sequence[str]) -> list[P
         raise CorpusError(f"corpus.sources: {source!r:.200} {problem}{hint}.")
     _check_inside(paths, root)
     return paths
+
+
+def _local_path(source: str, base: Path) -> Path:
+    return base / Path(source).expanduser()
 
 
 def _glob_root(pattern: Path) -> Path:
@@ -259,27 +319,46 @@ def _check_inside(paths: list[Path], root: Path) -> None:
             )
 
 
-def _find_texts_in(directory: Path, rules: IgnoreRules) -> list[Path]:
-    paths, seen = [], set()
+def _find_texts_in(directory: Path, rules: IgnoreRules, reading: Reading) -> Iterator[Path]:
+    seen = set()
     for parent, directories, names in os.walk(directory, onerror=_raise_unreadable, followlinks=True):
         state = os.stat(parent)  # noqa: PTH116
         if (state.st_dev, state.st_ino) in seen:  # a symbolic link led back
             directories.clear()
             continue
         seen.add((state.st_dev, state.st_ino))
-        directories[:] = sorted(name for name in directories if rules.keeps(Path(parent, name), is_directory=True))
-        texts = (Path(parent, name) for name in names if formats.has_known_suffix(name))
-        paths += [path for path in texts if rules.keeps(path) and path.is_file()]
-    return sorted(paths, key=str)
+        kept = []
+        for name in sorted(directories):
+            if rule := rules.find_rule(Path(parent, name), is_directory=True):
+                reading.exclude(rule, is_directory=True)
+            else:
+                kept.append(name)
+        directories[:] = kept
+        for name in names:
+            path = Path(parent, name)
+            if rule := rules.find_rule(path):
+                reading.exclude(rule)
+            elif not formats.has_known_suffix(name):
+                reading.count(suffix_of(name), skipped=1)
+            elif path.is_file():
+                yield path
+            else:
+                reading.exclude(NOT_REGULAR)
 
 
 def _raise_unreadable(error: OSError) -> None:
     raise CorpusError(f"{error.filename} cannot be searched for text: {error.strerror}.")
 
 
-def _match_glob(pattern: Path, base: Path) -> list[Path]:
+def _match_glob(pattern: Path, base: Path, rules: IgnoreRules, reading: Reading) -> Iterator[Path]:
     root = Path(pattern.anchor) if pattern.is_absolute() else base
-    return sorted(path for path in root.glob(str(pattern.relative_to(pattern.anchor))) if path.is_file())
+    for path in root.glob(str(pattern.relative_to(pattern.anchor))):
+        if not path.is_file():
+            continue
+        if rule := rules.find_rule_with_parents(path):
+            reading.exclude(rule)
+        else:
+            yield path
 
 
 def _copy_file(path: Path, scratch: Path) -> BinaryIO:

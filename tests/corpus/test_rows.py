@@ -22,9 +22,13 @@ TICKETS: list[dict[str, Any]] = [
 
 
 def read(directory: Path, name: str, text: str) -> list[tuple[str, str]]:
-    files = sources.find_files([name], directory, directory / "downloads")
-    documents = sources.read_documents(files, directory, ReadOptions("strict", text))
+    files = sources.find_files([name], directory, directory / "downloads").files
+    documents = (document for file in files for document in file.read_documents(file.open(directory), options(text)))
     return [(document.name, b"".join(document.chunks).decode()) for document in documents]
+
+
+def options(text: str) -> ReadOptions:
+    return ReadOptions("strict", text)
 
 
 def delimited(mark: str) -> str:

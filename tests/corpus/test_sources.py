@@ -24,8 +24,9 @@ ROWS = ["one", TEXT, "", "x" * 200_000, 'quotes " and, commas\n']
 
 
 def read_sources(given: Sequence[str], base: Path, errors: formats.Errors = "strict") -> Iterator[sources.Document]:
-    downloads = base / "downloads"
-    return sources.read_documents(sources.find_files(given, base, downloads), downloads, formats.ReadOptions(errors))
+    for file in sources.find_files(given, base, base / "downloads").files:
+        with file.open(base / "downloads") as content:
+            yield from file.read_documents(content, formats.ReadOptions(errors))
 
 
 def texts(given: Sequence[str], base: Path, errors: formats.Errors = "strict") -> list[str]:
@@ -175,9 +176,15 @@ def make_tree(root: Path) -> None:
 def test_a_directory_gives_its_text_files_in_order_and_nothing_else(tmp_path: Path) -> None:
     make_tree(tmp_path / "texts")
     assert names(["texts"], tmp_path) == ["texts/a.md", "texts/b.txt", "texts/sub/c.txt.gz"]
-    assert names([str(tmp_path / "texts")], tmp_path / "elsewhere") == [
-        str(tmp_path / "texts" / name) for name in ("a.md", "b.txt", "sub/c.txt.gz")
-    ]
+
+
+def test_a_document_outside_the_project_is_named_relative_to_its_source(tmp_path: Path) -> None:
+    make_tree(tmp_path / "texts")
+    elsewhere = tmp_path / "elsewhere"
+    for source in (str(tmp_path / "texts"), "../texts"):
+        assert names([source], elsewhere) == ["texts/a.md", "texts/b.txt", "texts/sub/c.txt.gz"]
+    assert names([f"{tmp_path}/texts/*.md"], elsewhere) == ["texts/a.md"]
+    assert names([f"{tmp_path}/texts/a.md"], elsewhere) == ["a.md"]
 
 
 def test_a_glob_gives_its_matches_in_order_with_any_suffix(tmp_path: Path) -> None:

@@ -316,7 +316,7 @@ def test_a_link_that_leads_out_of_a_text_directory_is_refused(tmp_path: Path, wa
     else:
         (texts / "b.txt").symlink_to(secret)
     with pytest.raises(CorpusError, match=rf"is a link that leads out of .*texts, to {secret}. Remove it, or name"):
-        sources.check(["texts/*.txt" if way == "glob" else "texts"], tmp_path)
+        sources.find_files(["texts/*.txt" if way == "glob" else "texts"], tmp_path, tmp_path / "downloads")
 
 
 def test_a_link_named_as_a_source_and_links_within_a_directory_are_followed(tmp_path: Path) -> None:

@@ -1,0 +1,163 @@
+"""Count what became of every file and document of a corpus, so that nothing is left out in silence.
+
+A `Reading` belongs to one reading of the sources. Its parts are counted where files are found (sources.py), where they
+are read (documents.py, shards.py: perhaps in another process or on another machine), and where copies are dropped. The
+parts are merged, stored with the snapshot, and shown by every run.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Any
+
+from gptcore.errors import CorpusError
+
+MAX_NAMED = 20
+"""Number of files that a report names. More files are counted."""
+NO_SUFFIX = "no suffix"
+_COMPRESSED = (".gz", ".zst")
+_MAX_SUFFIXES = 50
+_MAX_SUFFIX_CHARS = 16
+_OTHER = "other suffixes"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What became of the files and documents of a corpus."""
+
+    counts: dict[str, Counter[str]] = field(default_factory=dict)
+    """By suffix, such as `.jsonl.gz`. The keys, of which absent ones are 0:
+    read, skipped, bad, foreign     files: read; not text by their suffix; damaged; tables without the wanted column
+    documents, empty, duplicate     documents: all that were read, and those of them that were left out
+    """
+    excluded: dict[str, Counter[str]] = field(default_factory=dict)
+    """Number of `files` and `directories` that each rule left out. The files in these directories are not counted."""
+    problems: list[str] = field(default_factory=list)
+    """The problems of the first bad files."""
+    foreign: list[str] = field(default_factory=list)
+    """The problems of the first tables that are not text."""
+
+    @property
+    def num_bad(self) -> int:
+        """Number of files that cannot be used."""
+        return self.total("bad")
+
+    def total(self, key: str) -> int:
+        """Return one of the counts over all suffixes."""
+        return sum(counts[key] for counts in self.counts.values())
+
+    def count(self, suffix: str, **numbers: int) -> None:
+        """Add to the counts of a suffix. Of very many suffixes, the last ones are counted together."""
+        if suffix not in self.counts and (len(self.counts) >= _MAX_SUFFIXES or len(suffix) > _MAX_SUFFIX_CHARS):
+            suffix = _OTHER
+        self.counts.setdefault(suffix, Counter()).update(numbers)
+
+    def exclude(self, rule: str, is_directory: bool = False) -> None:
+        """Count a file or a directory that a rule has left out."""
+        self.excluded.setdefault(rule, Counter()).update(["directories" if is_directory else "files"])
+
+    def add_problem(self, suffix: str, problem: str, is_foreign: bool = False) -> None:
+        """Count a file that cannot be used; with `is_foreign`, a table that is not meant as text."""
+        named = self.foreign if is_foreign else self.problems
+        self.count(suffix, **{"foreign" if is_foreign else "bad": 1})
+        if len(named) < MAX_NAMED:
+            named.append(problem)
+
+    def merge(self, other: "Reading") -> None:
+        """Add the counts of another part of the corpus, which comes after this one."""
+        for suffix, numbers in other.counts.items():
+            self.count(suffix, **numbers)
+        for rule, counts in other.excluded.items():
+            self.excluded.setdefault(rule, Counter()).update(counts)
+        for mine, others in ((self.problems, other.problems), (self.foreign, other.foreign)):
+            mine.extend(others[: MAX_NAMED - len(mine)])
+
+    def check(self) -> None:
+        """Raise CorpusError with the problems of all bad files, if there are any."""
+        if not self.num_bad:
+            return
+        fix = "Or set corpus.errors: skip to leave such files out"
+        if self.num_bad == 1:
+            raise CorpusError(f"{self.problems[0]} {fix}.")
+        raise CorpusError("\n".join([f"{self.num_bad:,} files cannot be used:", *self.list_problems(), f"{fix}."]))
+
+    def list_problems(self) -> list[str]:
+        """List the problems of the bad files, one line each, and the number of those that are not named."""
+        return _list_named(self.problems, self.num_bad)
+
+    def describe(self) -> list[str]:
+        """Return lines about what was left out; none if every file was read and every document was used."""
+        lines = [line for suffix in sorted(self.counts) if (line := _describe_counts(suffix, self.counts[suffix]))]
+        if self.excluded:
+            rules = ", ".join(f"{rule} {counts.total():,}" for rule, counts in sorted(self.excluded.items()))
+            total = sum(self.excluded.values(), Counter())
+            lines.append(f"excluded: {_enumerate(total, ('files', 'directories'))} ({rules})")
+        if self.foreign:
+            lines += ["left out, because their columns are others:", *_list_named(self.foreign, self.total("foreign"))]
+        if self.problems:
+            lines += ["left out by corpus.errors: skip:", *self.list_problems()]
+        return lines
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the reading as plain data."""
+        counts = {suffix: _sort(numbers) for suffix, numbers in sorted(self.counts.items())}
+        excluded = {rule: _sort(numbers) for rule, numbers in sorted(self.excluded.items())}
+        return {"counts": counts, "excluded": excluded, "problems": self.problems, "foreign": self.foreign}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Reading":
+        """Return the reading that `to_json` wrote."""
+        counts, excluded = (
+            {key: Counter(numbers) for key, numbers in data[name].items()} for name in ("counts", "excluded")
+        )
+        return cls(counts, excluded, list(data["problems"]), list(data["foreign"]))
+
+
+def suffix_of(filename: str) -> str:
+    """Return the suffix of a file's name, in lower case and with that of its compression, such as `.txt.gz`."""
+    path = PurePosixPath(filename.lower())
+    if path.suffix in _COMPRESSED:
+        return "".join(path.suffixes[-2:])
+    return path.suffix or NO_SUFFIX
+
+
+def _describe_counts(suffix: str, counts: Counter[str]) -> str:
+    """Return a line about the files of one suffix; empty if all of their text was used."""
+    left_out = _enumerate(counts, ("empty", "duplicate"))
+    parts = []
+    if counts["read"] and (left_out or counts["skipped"] or counts["bad"] or counts["foreign"]):
+        files, documents = _count(counts["read"], "file"), _count(counts["documents"], "document")
+        parts.append(f"{files} read" + ("" if counts["read"] == counts["documents"] else f" with {documents}"))
+    if left_out:
+        parts.append(f"left out: {left_out}")
+    if counts["skipped"]:
+        parts.append(f"{_count(counts['skipped'], 'file')} not read, because the suffix is not one of text")
+    if refused := counts["bad"] + counts["foreign"]:
+        parts.append(f"{_count(refused, 'file')} left out, see below")
+    return f"{suffix}: {'; '.join(parts)}" if parts else ""
+
+
+def _list_named(named: list[str], total: int) -> list[str]:
+    rest = total - len(named)
+    return [*(f"  {problem}" for problem in named), *([f"  and {rest:,} more"] if rest else [])]
+
+
+def _enumerate(counts: Counter[str], keys: tuple[str, ...]) -> str:
+    return ", ".join(f"{counts[key]:,} {key}" for key in keys if counts[key])
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def _sort(counts: Counter[str]) -> dict[str, int]:
+    return {key: counts[key] for key in sorted(counts) if counts[key]}
+
+
+def raise_problems(problems: Iterator[str]) -> None:
+    """Raise CorpusError with all of these problems, one line each; the first ones if they are very many."""
+    found = list(problems)
+    if found:
+        rest = [f"and {len(found) - MAX_NAMED:,} more problems"] if len(found) > MAX_NAMED else []
+        raise CorpusError("\n".join([*found[:MAX_NAMED], *rest]))

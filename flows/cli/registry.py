@@ -26,9 +26,7 @@ def list_models(model: str | None, file: str | None, json: bool) -> None:
     from flows.cli.tables import print_models
     from flows.registry import champion, versions
 
-    for name in versions.list_models(root):
-        if model in (None, name):
-            champion.complete_log(root, name)
+    champion.complete_logs(root, model)
     summaries = versions.summarize_all(root, model)
     if json:
         print_json(summaries)

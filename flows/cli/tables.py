@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
-from flows.state.console import print_table
+from flows.state.console import print_rows, print_table
 
 
 def print_models(summaries: Sequence[Mapping[str, Any]]) -> None:
@@ -17,9 +17,8 @@ def print_models(summaries: Sequence[Mapping[str, Any]]) -> None:
     if not summaries:
         print("no models are registered yet: gptflow run quickstart")
         return
-    table = Table("version", "verdict", "bits/byte", "champion's", "trained", "aliases")
-    for summary in summaries:
-        table.add_row(
+    rows = [
+        (
             f"{summary['model']}/{summary['version']}",
             f"{summary['verdict'] or 'undecided'}{', withdrawn' if summary['withdrawn'] else ''}",
             _format_score(summary["gate_bits_per_byte"]),
@@ -27,7 +26,9 @@ def print_models(summaries: Sequence[Mapping[str, Any]]) -> None:
             datetime.fromtimestamp(summary["created_ms"] / 1000).strftime("%m-%d %H:%M"),
             ", ".join(summary["aliases"]),
         )
-    print_table(table)
+        for summary in summaries
+    ]
+    print_rows(("version", "verdict", "bits/byte", "champion's", "trained", "aliases"), rows)
 
 
 def print_lineage(lineage: Mapping[str, Any]) -> None:

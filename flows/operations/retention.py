@@ -34,7 +34,7 @@ from flows.registry import artifacts
 from flows.registry.champion import hold_champion
 from flows.registry.moves import trace_champions
 from flows.registry.tags import VersionTags
-from flows.registry.versions import RegistryError, list_models, list_versions, uri_of
+from flows.registry.versions import RegistryError, list_models, list_registered, list_versions, uri_of
 from flows.retrain import mirror
 from flows.retrain.attempts import read_current
 from flows.state import postgres_lock
@@ -157,7 +157,7 @@ class _Pruning:
 
     def find_aliased(self, name: str) -> set[str]:
         """Return the versions of a model that have an alias."""
-        return {str(number) for number in self.client.get_registered_model(name).aliases.values()}
+        return {str(number) for model in list_registered(self.root, name) for number in model.aliases.values()}
 
     def drop(self, version: ModelVersion) -> None:
         """Record on the version's MLflow run that its files are to be deleted, then delete the version."""

@@ -21,7 +21,7 @@ from mlflow.exceptions import MlflowException
 from flows.notifications import events
 from flows.registry.moves import Kind, Move, find_previous, find_withdrawn, parse_moves
 from flows.registry.tags import VersionTags
-from flows.registry.versions import CHAMPION, RegistryError, UnknownVersion, list_versions
+from flows.registry.versions import CHAMPION, RegistryError, UnknownVersion, list_registered, list_versions
 from flows.state import postgres_lock
 from flows.state.root import StateRoot
 from gptcore.errors import GPTCoreError
@@ -93,6 +93,17 @@ def complete_log(root: StateRoot, model: str) -> Move | None:
         return log.complete_log()
 
 
+def complete_logs(root: StateRoot, model: str | None = None) -> None:
+    """Call `complete_log` for one model or for all models, but only if the log is not complete. Takes one query."""
+    for registered in list_registered(root, model):
+        moves = parse_moves(registered.name, registered.tags)
+        is_done = not moves or moves[-1].is_done
+        logged = moves[-1].target if moves else None
+        champion = registered.aliases.get(CHAMPION)
+        if not is_done or logged != (None if champion is None else str(champion)):
+            complete_log(root, registered.name)
+
+
 def read_moves(root: StateRoot, model: str) -> list[Move]:
     """Return the log of moves, oldest first, without writing. Its last move may be interrupted: see `complete_log`.
 
@@ -152,12 +163,9 @@ class _ChampionLog:
         self.carried_out: list[Move] = []
         """The moves that this process has carried out."""
         self.client = MlflowClient(root.tracking_uri)
-        try:
-            registered = self.client.get_registered_model(model)
-        except MlflowException as error:
-            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-                list_versions(root, model)  # raises UnknownVersion, which names the registered models
-            raise
+        if not (matches := list_registered(root, model)):
+            list_versions(root, model)  # raises UnknownVersion, which names the registered models
+        (registered,) = matches
         self.moves = parse_moves(model, registered.tags)
         self.aliases = {alias: str(version) for alias, version in registered.aliases.items()}
 

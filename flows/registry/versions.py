@@ -12,7 +12,7 @@ from typing import Any
 
 import mlflow
 from mlflow import MlflowClient
-from mlflow.entities.model_registry import ModelVersion
+from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
 
 from flows.cards.verdict import SOURCES_OVERRIDDEN
@@ -174,8 +174,13 @@ def read_lineage(root: StateRoot, version: ModelVersion) -> dict[str, Any]:
 
 def summarize(root: StateRoot, version: ModelVersion) -> dict[str, Any]:
     """Return what a version's tags and aliases say, with the keys of `describe`."""
-    aliases = MlflowClient(root.tracking_uri).get_registered_model(version.name).aliases
-    return _summarize(version, [alias for alias, number in aliases.items() if str(number) == str(version.version)])
+    aliases = [
+        alias
+        for model in list_registered(root, version.name)
+        for alias, number in model.aliases.items()
+        if str(number) == str(version.version)
+    ]
+    return _summarize(version, aliases)
 
 
 def summarize_all(root: StateRoot, model_name: str | None = None) -> list[dict[str, Any]]:
@@ -185,7 +190,7 @@ def summarize_all(root: StateRoot, model_name: str | None = None) -> list[dict[s
     """
     listed = list_versions(root, model_name)
     aliases: dict[tuple[str, str], list[str]] = {}
-    for model in iterate_results(MlflowClient(root.tracking_uri).search_registered_models):
+    for model in list_registered(root, model_name):
         for alias, number in model.aliases.items():
             aliases.setdefault((model.name, str(number)), []).append(alias)
     return [_summarize(version, aliases.get((version.name, str(version.version)), ())) for version in listed]
@@ -205,16 +210,23 @@ def _summarize(version: ModelVersion, aliases: Sequence[str]) -> dict[str, Any]:
 
 def list_models(root: StateRoot) -> list[str]:
     """Return the names of all registered models, sorted."""
-    return sorted(model.name for model in iterate_results(MlflowClient(root.tracking_uri).search_registered_models))
+    return [model.name for model in list_registered(root)]
+
+
+def list_registered(root: StateRoot, model_name: str | None = None) -> list[RegisteredModel]:
+    """Return one registered model or all of them, by name, with their tags and aliases. Empty if there is none.
+
+    `MlflowClient.get_registered_model` would also read every version of the model, to pick the latest ones.
+    """
+    search = MlflowClient(root.tracking_uri).search_registered_models
+    matches = iterate_results(search, filter_string=_filter_name(model_name)) if _is_possible(model_name) else ()
+    return sorted(matches, key=lambda model: model.name)
 
 
 def list_versions(root: StateRoot, model_name: str | None = None) -> list[ModelVersion]:
     """Return all versions of one model or of all models, by model and number. Raises UnknownVersion."""
-    client = MlflowClient(root.tracking_uri)
-    # A quote would end the string in the filter, and a registered model's name cannot have one.
-    is_possible = "'" not in (model_name or "")
-    own = f"name = '{model_name}'" if model_name else None
-    matches = iterate_results(client.search_model_versions, filter_string=own) if is_possible else ()
+    search = MlflowClient(root.tracking_uri).search_model_versions
+    matches = iterate_results(search, filter_string=_filter_name(model_name)) if _is_possible(model_name) else ()
     listed = sorted(matches, key=lambda version: (version.name, int(version.version)))
     if model_name and not listed:
         known = ", ".join(list_models(root)) or "none yet"
@@ -229,3 +241,12 @@ def iterate_results(search: Callable[..., Any], **settings: Any) -> Iterator[Any
     while page.token:
         page = search(**settings, page_token=page.token)
         yield from page
+
+
+def _is_possible(model_name: str | None) -> bool:
+    """Whether a model can have the name. A quote, which no registered model's name has, would end the filter's text."""
+    return "'" not in (model_name or "")
+
+
+def _filter_name(model_name: str | None) -> str | None:
+    return f"name = '{model_name}'" if model_name else None

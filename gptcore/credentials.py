@@ -31,7 +31,7 @@ _ADVICE = "Addresses are recorded in many places: write ${NAME} instead, and set
 
 
 def check_address(address: str) -> str:
-    """Return the address. Raise ValueError if it holds a secret instead of naming it; the message hides the secret.
+    """Return the address. Raises ValueError if it holds a secret instead of naming it; the message hides the secret.
 
     A secret is a password before the host (with http and https, anything before the host), or the value of a key such
     as `token` or `X-Amz-Signature` in the query. Text without a scheme is not an address.

@@ -60,17 +60,17 @@ def sha256_of_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def make_once(goal: Path, fill: Callable[[Path], Mapping[str, Any]]) -> Path:
-    """Make the directory `goal` unless it is committed and intact. Return `goal`.
+def make_once(target: Path, fill: Callable[[Path], Mapping[str, Any]]) -> Path:
+    """Make the directory `target` unless it is committed and intact. Return `target`.
 
     Verifies an existing directory, and makes a damaged one again, with a warning in the log. `fill` writes the files
     into the staged directory that it gets, and returns the `about` of `commit`. Raises DiskFull as `stage` does.
     """
-    set_aside_damaged(goal)
-    if not is_committed(goal):
-        with stage(goal.parent) as staged:
-            commit(staged, goal, fill(staged))
-    return goal
+    set_aside_damaged(target)
+    if not is_committed(target):
+        with stage(target.parent) as staged:
+            commit(staged, target, fill(staged))
+    return target
 
 
 def set_aside_damaged(directory: Path) -> None:
@@ -135,16 +135,16 @@ def _describe_full_disk(directory: Path) -> str:
     )
 
 
-def commit(staged: Path, goal: Path, about: Mapping[str, Any]) -> Path:
-    """Write the manifest into `staged`, flush everything to disk, rename `staged` to `goal` and return `goal`.
+def commit(staged: Path, target: Path, about: Mapping[str, Any]) -> Path:
+    """Write the manifest into `staged`, flush everything to disk, rename `staged` to `target` and return `target`.
 
-    `about` describes the directory as an object for JSON; the manifest keeps it. If `goal` exists already, it was made
-    from the same inputs: `goal` stays, and `stage` removes `staged`.
+    `about` describes the directory as an object for JSON; the manifest keeps it. If `target` exists already, it was
+    made from the same inputs: `target` stays, and `stage` removes `staged`.
     """
     _write_manifest(staged, about, _flush_and_hash)
     for path in [staged / MANIFEST, *(p for p in staged.rglob("*") if p.is_dir()), staged]:
         flush(path)
-    return _publish(staged, goal)
+    return _publish(staged, target)
 
 
 def seal(directory: Path, about: Mapping[str, Any]) -> str:
@@ -155,8 +155,8 @@ def seal(directory: Path, about: Mapping[str, Any]) -> str:
     return _write_manifest(directory, about, _hash)
 
 
-def adopt(staged: Path, goal: Path) -> Path:
-    """Check and flush `staged`, rename it to `goal` and return `goal`.
+def adopt(staged: Path, target: Path) -> Path:
+    """Check and flush `staged`, rename it to `target` and return `target`.
 
     `staged` is a copy of a directory that was committed elsewhere, with its manifest. Raises CheckpointError, and
     publishes nothing, if a file differs from the manifest.
@@ -164,19 +164,19 @@ def adopt(staged: Path, goal: Path) -> Path:
     verify(staged)
     for path in [*(p for p in staged.rglob("*")), staged]:
         flush(path)
-    return _publish(staged, goal)
+    return _publish(staged, target)
 
 
-def _publish(staged: Path, goal: Path) -> Path:
+def _publish(staged: Path, target: Path) -> Path:
     staged.chmod(0o755)
-    goal.parent.mkdir(parents=True, exist_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        staged.rename(goal)
+        staged.rename(target)
     except OSError:
-        if not is_committed(goal):
+        if not is_committed(target):
             raise
-    flush(goal.parent)
-    return goal
+    flush(target.parent)
+    return target
 
 
 def _write_manifest(directory: Path, about: Mapping[str, Any], make_entry: Callable[[Path], dict[str, Any]]) -> str:

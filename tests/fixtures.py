@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 from mlflow.entities import LoggedModelOutput
 
 from flows.config.pipelines import Pipeline, PipelinesFile
-from flows.registry.versions import BUNDLE_SHA256, locate_bundle
+from flows.registry.versions import BUNDLE_SHA256, fetch_bundle
 from flows.state.root import OPT_OUTS, StateRoot
 from gptcore.bundle import write_bundle
 from gptcore.config import ModelConfig, RunConfig, TrainConfig
@@ -243,13 +243,13 @@ class TinyRegistry:
 
 def forge(root: StateRoot, name: str, version: str) -> None:
     """Register the version's files as they are now, after a test has changed them."""
-    sha256 = seal(locate_bundle(root, name, version), {})
+    sha256 = seal(fetch_bundle(root, name, version), {})
     MlflowClient(root.tracking_uri).set_model_version_tag(name, version, BUNDLE_SHA256, sha256)
 
 
 def make_old(root: StateRoot, name: str, version: str) -> None:
     """Turn a version into one that an earlier release registered, without a manifest."""
-    (locate_bundle(root, name, version) / MANIFEST).unlink()
+    (fetch_bundle(root, name, version) / MANIFEST).unlink()
     MlflowClient(root.tracking_uri).delete_model_version_tag(name, version, BUNDLE_SHA256)
 
 

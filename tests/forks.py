@@ -43,7 +43,7 @@ PRELOADED = (
     ),
     *("flows.cli", "flows.registry.versions", "flows.registry.champion", "flows.operations.retention"),
 )
-"""Modules that the fork server imports. torch would import `_dynamo` with the first optimiser."""
+"""Modules that the fork server imports. torch would import `_dynamo` with the first optimizer."""
 PROGRAMS: dict[str, Callable[[], Any]] = {
     "gptflow": lambda: import_module("flows.cli").main(),
     "gptcore.train": lambda: import_module("gptcore.training.trainer").main(),

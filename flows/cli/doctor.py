@@ -1,7 +1,7 @@
 """`gptflow doctor`: run all checks, and print a fix for each failure.
 
-See checks.py for the checks themselves. They run side by side, each in a thread. None may take longer than two minutes:
-the failure may be that something hangs.
+See doctor_checks.py for the checks themselves. They run side by side, each in a thread. None may take longer than two
+minutes, because the failure may be that something hangs.
 """
 
 import os
@@ -18,7 +18,7 @@ from flows.cli.options import FILE, JSON, print_json
 from gptcore.errors import GPTCoreError
 
 if TYPE_CHECKING:
-    from flows.cli.checks import Check, CheckFunction, CheckTarget
+    from flows.cli.doctor_checks import Check, CheckFunction, CheckTarget
     from flows.state.root import StateRoot
 
 MAX_SECONDS = 120.0
@@ -65,7 +65,7 @@ COMMANDS = (check_project,)
 
 def run_checks(file: Path, root: "StateRoot") -> "list[Check]":
     """Run every check on this pipelines.yaml and this state root. Return the results in a fixed order."""
-    from flows.cli.checks import CHECKS, CheckTarget, check_pipelines
+    from flows.cli.doctor_checks import CHECKS, CheckTarget, check_pipelines
 
     pipelines, results = check_pipelines(file)
     target = CheckTarget(file, root, tuple(pipelines))
@@ -96,7 +96,7 @@ class _CheckThread:
 
     def result(self, deadline: float) -> "list[Check]":
         """Wait for the results until `deadline`, in monotonic seconds. A check that is late or broken has failed."""
-        from flows.cli.checks import Check
+        from flows.cli.doctor_checks import Check
 
         self.thread.join(max(deadline - time.monotonic(), 0.0))
         if self.thread.is_alive():

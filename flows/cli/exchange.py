@@ -133,7 +133,7 @@ def _read_card(root: "StateRoot", version: "ModelVersion", cfg: Mapping[str, Any
     from flows.registry import versions
     from gptcore.bundle import CARD
 
-    path = versions.locate_bundle(root, version.name, str(version.version)) / CARD
+    path = versions.fetch_bundle(root, version.name, str(version.version)) / CARD
     if path.exists():
         return path.read_text(encoding="utf-8")
     lineage = versions.read_lineage(root, version)

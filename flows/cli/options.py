@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 
 def check_reason(_context: click.Context, _option: click.Parameter, text: str) -> str:
-    """Return the reason without spaces around it. Raise BadParameter if it is empty."""
+    """Return the reason without spaces around it. Raises BadParameter if it is empty."""
     if not text.strip():
         raise click.BadParameter("say why: people will look for the reason in the log")
     return text.strip()
 
 
 def check_model_name(_context: click.Context, _option: click.Parameter, name: str) -> str:
-    """Return the name. Raise BadParameter if a registered model cannot have it."""
+    """Return the name. Raises BadParameter if a registered model cannot have it."""
     from flows.config.pipelines import NAME
 
     if not re.fullmatch(NAME, name):
@@ -34,7 +34,7 @@ def check_model_name(_context: click.Context, _option: click.Parameter, name: st
 
 
 def parse_allowed_hosts(_context: click.Context, _option: click.Parameter, text: str) -> tuple[str, ...]:
-    """Return the hosts of a comma-separated list. Raise BadParameter for anything else."""
+    """Return the hosts of a comma-separated list. Raises BadParameter for anything else."""
     from flows.web import guard
 
     try:
@@ -71,7 +71,7 @@ QUANTIZE = click.option(
 
 
 def load_pipelines_file(file: str | None, run_here: bool = False) -> "tuple[PipelinesFile, StateRoot]":
-    """Return the file and a writable state root. Raise ConfigError if any of the file's pipelines is wrong.
+    """Return the file and a writable state root. Raises ConfigError if any of the file's pipelines is wrong.
 
     With `run_here`, the task runners of the pipelines must be installed on this machine.
     """

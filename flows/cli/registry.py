@@ -4,7 +4,6 @@ They work on the registry directly, without Prefect. Each command imports what i
 """
 
 import os
-from typing import Any
 
 import click
 
@@ -97,7 +96,10 @@ def promote(model: str, version: int, reason: str, file: str | None, json: bool)
     Example: gptflow promote gpt-notes 7 --reason "reads better"
     """
     root = open_state_root(file)
-    move = _import_champion().promote(root, model, str(version), reason, by=user_name())
+    _preload_bundle_imports()
+    from flows.registry import champion
+
+    move = champion.promote(root, model, str(version), reason, by=user_name())
     if json:
         unchanged = {"from": str(version), "to": str(version), "kind": "unchanged"}
         print_json({"model": model, **(unchanged if move is None else move.as_dict())})
@@ -121,7 +123,10 @@ def rollback(model: str, reason: str, file: str | None, json: bool) -> None:
     Example: gptflow rollback gpt-notes --reason "repeats itself"
     """
     root = open_state_root(file)
-    move = _import_champion().rollback(root, model, reason, by=user_name())
+    _preload_bundle_imports()
+    from flows.registry import champion
+
+    move = champion.rollback(root, model, reason, by=user_name())
     if json:
         print_json({"model": model, **move.as_dict()})
     else:
@@ -154,14 +159,11 @@ def prune(dry_run: bool, file: str | None, json: bool) -> None:
 COMMANDS = (list_models, show_lineage, reproduce, promote, rollback, prune)
 
 
-def _import_champion() -> Any:
-    """Return the module flows.registry.champion. Import beside it what loading a bundle needs."""
+def _preload_bundle_imports() -> None:
+    """Start to import what loading a bundle needs, beside the imports of the command."""
     from threading import Thread
 
     Thread(target=__import__, args=("gptcore.bundle",)).start()
-    from flows.registry import champion
-
-    return champion
 
 
 def user_name() -> str:

@@ -245,7 +245,7 @@ def _start_prefect(root: "StateRoot") -> bool:
 def _import_and_open(root: "StateRoot") -> None:
     import_module("flows.retrain.flow")
     with suppress(Exception):  # the flow opens the database again and reports the error
-        import_module("flows.tracking.runs").open_database(root)
+        import_module("flows.tracking.runs").connect_and_migrate(root)
 
 
 def _run_flow(pipeline: "Pipeline", root: "StateRoot", force: bool, sources_overridden: bool) -> "Outcome":

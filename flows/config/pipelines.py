@@ -113,12 +113,12 @@ class Pipeline(Section):
     triggers: tuple[TriggerConfig, ...] = ()
     """Events that start it: {on: corpus_changed}, or {on: promoted, model: gpt-base}."""
     overlap: Overlap = "skip"
-    """What a new run does while another run of the pipeline is at work: `skip` ends it, `wait` lets it wait."""
+    """What a new run does while another run of the pipeline is active: `skip` ends it, `wait` lets it wait."""
     task_runner: TaskRunnerName = "processes"
     """What reads and encodes the shards of a large corpus: processes (of this machine), dask or ray (a cluster that
     belongs to the run), a Dask scheduler (tcp://HOST:8786, tls://HOST:8786) or a Ray cluster (ray://HOST:10001)."""
     notify: tuple[NotifyConfig, ...] = ()
-    """Where failures, promotions and missing successes are reported: {webhook: ADDRESS} or {block: TYPE/NAME}."""
+    """Where failures, promotions and overdue pipelines are reported: {webhook: ADDRESS} or {block: TYPE/NAME}."""
     tags: tuple[Annotated[str, Field(min_length=1, max_length=100)], ...] = ()
     """Tags of the pipeline's deployment and runs in the Prefect UI."""
 

@@ -77,7 +77,7 @@ def start_temporary_server(root: StateRoot) -> Child:
 
 
 def wait_until_ready(server: Child) -> None:
-    """Wait until the server answers. Raise GPTCoreError with the end of its log if it ends or never answers."""
+    """Wait until the server answers. Raises GPTCoreError with the end of its log if it ends or never answers."""
     deadline = time.monotonic() + _START_SECONDS
     while not server.is_healthy(server):
         if not server.is_alive() or time.monotonic() > deadline:

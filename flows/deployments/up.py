@@ -25,7 +25,7 @@ from flows.deployments.up_servers import HOST, mlflow_command, prefect_command
 from flows.state import databases, lock_holder, locks
 from flows.state.backends import Backends
 from flows.state.databases import Condition, SQLiteDatabase
-from flows.state.postgres import PREFECT_URL, Database
+from flows.state.postgres import PREFECT_URL, PostgresDatabase
 from flows.state.root import StateRoot
 from flows.state.servers import Servers, answers, find_running_servers, read_servers, up_lock, write_servers
 from gptcore.errors import ConfigError, GPTCoreError
@@ -70,11 +70,14 @@ def up(root: StateRoot, options: Options) -> None:
 
 @dataclass
 class _Supervisor:
+    """The running `gptflow up`: its servers and the runner, from start to stop."""
+
     root: StateRoot
     options: Options
     stopping: Event = field(default_factory=Event)
 
     def run(self) -> None:
+        """Start everything, restart what fails until a signal arrives, and then stop everything."""
         began = time.perf_counter()
         if (given := os.environ.get("PREFECT_API_URL")) is not None:
             raise ConfigError(
@@ -98,7 +101,7 @@ class _Supervisor:
     def make_children(self) -> None:
         """Prepare Prefect, MLflow (None if the user has a tracking server) and the runner, without starting them."""
         api = f"http://{HOST}:{self.options.prefect_port}/api"
-        environment = self.build_environment(api)
+        environment, self.prefect_database = self.build_environment(api)
 
         def child(name: str, is_healthy: Callable[[Child], bool], *command: str) -> Child:
             return Child(name, (sys.executable, *command), self.root.logs / f"{name}.log", environment, is_healthy)
@@ -111,7 +114,8 @@ class _Supervisor:
         serve = ("serve", "--reconcile", "--file", str(self.options.file), "--limit", str(self.options.limit))
         self.runner = child("runner", _is_runner_ready, "-c", "from flows.cli import main; main()", *serve)
 
-    def build_environment(self, api: str) -> dict[str, str]:
+    def build_environment(self, api: str) -> tuple[dict[str, str], SQLiteDatabase | PostgresDatabase | None]:
+        """Return the children's environment, and Prefect's database unless the user keeps it elsewhere."""
         root = self.root
         environment = {**os.environ, "PREFECT_API_URL": api, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
         environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
@@ -122,13 +126,11 @@ class _Supervisor:
             environment.setdefault("PYTHONTZPATH", "")
         if environment["PREFECT_HOME"] == str(root.prefect / "ephemeral"):
             environment["PREFECT_HOME"] = str(root.prefect)
-        self.prefect_database: SQLiteDatabase | Database | None = root.find_prefect_database(environment)
         if root.database is not None and not databases.is_prefect_elsewhere(environment):
-            self.prefect_database = root.database
-            environment |= {**root.database.prefect_environment, **environment}
-        elif isinstance(self.prefect_database, SQLiteDatabase):
-            environment[PREFECT_URL] = self.prefect_database.url
-        return environment
+            return {**root.database.prefect_environment, **environment}, root.database
+        if (database := root.find_prefect_database(environment)) is not None:
+            environment[PREFECT_URL] = database.url
+        return environment, database
 
     @property
     def tracking_server(self) -> str | None:
@@ -151,6 +153,7 @@ class _Supervisor:
         return [child for child in (self.prefect, self.mlflow) if child is not None]
 
     def start(self) -> None:
+        """Start the servers, wait until they are healthy, then start the runner. Stop early if a signal arrives."""
         click.echo("starting Prefect and MLflow")
         if (backends := self.root.backends) != Backends():
             click.echo(f"the state is on {backends}")
@@ -208,13 +211,13 @@ class _Supervisor:
             yield "mlflow", str(local.path.parent)
         elif shared is not None and self.root.tracking_uri == shared.tracking_uri:
             yield "mlflow", shared.url
-        if isinstance(self.prefect_database, Database):
+        if isinstance(self.prefect_database, PostgresDatabase):
             yield "prefect", self.prefect_database.url
         elif self.prefect_database is not None and self.prefect_database.check() is not Condition.WHOLE:
             yield "prefect", str(self.prefect_database.path.parent)
 
     def wait_until_healthy(self, child: Child) -> None:
-        """Wait for the child, or until everything is to stop. Raise GPTCoreError if it ends or never gets healthy."""
+        """Wait for the child, or until everything is to stop. Raises GPTCoreError if it ends or never gets healthy."""
         deadline = time.monotonic() + _START_SECONDS
         while not self.stopping.is_set() and not child.is_healthy(child):
             if not child.is_alive():
@@ -253,6 +256,7 @@ class _Supervisor:
             self.restart(self.runner, is_failure=False)
 
     def restart(self, child: Child, is_failure: bool = True) -> None:
+        """Restart a child until it is healthy. Raises GPTCoreError after too many failures."""
         while not self.stopping.is_set():
             if is_failure:
                 click.echo(f"{child.name} ended and is restarted. Its log: {child.log}", err=True)
@@ -307,6 +311,7 @@ class _Supervisor:
         return stopped, descendants
 
     def stop_children(self) -> None:
+        """Stop the runner, whose flow runs have ended, within a second; then the servers, which may take longer."""
         self.runner.signal(signal.SIGTERM)
         self.runner.wait(1.0)
         for child in self.servers():

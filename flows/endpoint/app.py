@@ -99,7 +99,7 @@ def _describe_health(followed: FollowedVersion, scheduler: Scheduler) -> dict[st
 
 
 async def _read_body(http_request: Request) -> bytes:
-    """Read the body. Raise RequestError if its type is not JSON, or if it is too large or too slow."""
+    """Read the body. Raises RequestError if its type is not JSON, or if it is too large or too slow."""
     kind = http_request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise RequestError(f"the content type is {kind or 'missing'}; send application/json", status=415)

@@ -25,7 +25,7 @@ from flows.endpoint.scheduler import Chunk, QueueFull, Scheduler, ServerStopping
 from gptcore.errors import ConfigError
 from gptcore.generation.sampling import Sampling
 
-RETRY_SECONDS = 1
+RETRY_AFTER_SECONDS = 1
 """When a client may try again after it was refused because the queue was full."""
 _log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class Completion:
 
     @classmethod
     async def create(cls, request: CompletionRequest, version: ServedVersion, scheduler: Scheduler) -> "Completion":
-        """Tokenize the prompts. Raise RequestError if there are too many texts or a prompt does not fit."""
+        """Tokenize the prompts. Raises RequestError if there are too many texts or a prompt does not fit."""
         if (count := len(request.prompt) * request.n) > scheduler.capacity:
             raise RequestError(
                 f"the request asks for {count} texts; this server has room for {scheduler.capacity} at once", "prompt"
@@ -57,7 +57,7 @@ class Completion:
         return cls(request, version, scheduler, prompts, Answer(version.id, version.fingerprint))
 
     def submit(self) -> None:
-        """Submit all texts to the scheduler. Raise RequestError if there is no room."""
+        """Submit all texts to the scheduler. Raises RequestError if there is no room."""
         request = self.request
         try:
             sampling = Sampling(
@@ -90,7 +90,7 @@ class Completion:
             raise _busy_error("the server is stopping", 503, "stopping") from None
 
     async def chunks(self) -> AsyncIterator[Chunk]:
-        """Yield chunks as they arrive, until all texts have ended. Raise RequestError if a text failed."""
+        """Yield chunks as they arrive, until all texts have ended. Raises RequestError if a text failed."""
         if self.request.echo:
             for index, text_request in enumerate(self.text_requests):
                 prompt = self.request.prompt[index // self.request.n]
@@ -191,7 +191,7 @@ def _encode_prompt(prompt: Prompt, version: ServedVersion) -> list[int]:
 
 
 def _busy_error(message: str, status: int, code: str) -> RequestError:
-    headers = {"retry-after": str(RETRY_SECONDS)}
+    headers = {"retry-after": str(RETRY_AFTER_SECONDS)}
     kind = "rate_limit_error" if status == 429 else "server_error"
     return RequestError(f"{message}: try again in a moment", status=status, type=kind, code=code, headers=headers)
 

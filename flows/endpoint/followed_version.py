@@ -19,7 +19,7 @@ from gptcore.bundle import LoadedModel
 from gptcore.generation.quantize import quantize
 
 POLL_SECONDS = 2.0
-RETRY_SECONDS = 30.0
+RELOAD_SECONDS = 30.0
 """After this time a version that could not be loaded is tried again: its files may have been restored."""
 _log = logging.getLogger(__name__)
 
@@ -56,7 +56,8 @@ class _FailedLoad:
 class FollowedVersion:
     """The version that `uri` names, loaded when this object is made.
 
-    Raises UnknownVersion if there is no such version, and CheckpointError if its files are missing or damaged.
+    Raises UnknownVersion if there is no such version, RegistryError if its files are missing, and CheckpointError or
+    TokenizerError if they are damaged.
     """
 
     root: StateRoot
@@ -104,7 +105,7 @@ class FollowedVersion:
         failed, number = self.failed_load, str(version.version)
         if number == self.current.version:
             self.report(None)
-        elif failed is not None and number == failed.version and time.monotonic() - failed.at < RETRY_SECONDS:
+        elif failed is not None and number == failed.version and time.monotonic() - failed.at < RELOAD_SECONDS:
             self.report(failed.problem)
         else:
             self.switch_to(version)
@@ -130,7 +131,7 @@ class FollowedVersion:
         self.problem = problem
 
     def load(self, version: ModelVersion) -> ServedVersion:
-        """Load a registered version. Raise GPTCoreError if its files are missing or damaged."""
+        """Load a registered version. Raises GPTCoreError if its files are missing or damaged."""
         loaded = loading.load_verified(self.root, version)
         if self.quantization:
             quantize(loaded.model, self.quantization)

@@ -121,7 +121,7 @@ class CompletionRequest(BaseModel):
 
 
 def parse(body: bytes) -> CompletionRequest:
-    """Parse a request's body. A null means the default. Raise RequestError, which names the wrong parameter."""
+    """Parse a request's body. A null means the default. Raises RequestError, which names the wrong parameter."""
     try:
         parameters = from_json(body)
     except ValueError as error:

@@ -105,6 +105,7 @@ class _VersionBatch:
         self.running: dict[int, _RunningText] = {}
 
     def add(self, request: TextRequest) -> None:
+        """Begin to generate the text of a request."""
         tokenizer = request.version.loaded.tokenizer
         row = self.batch.add(
             request.prompt_ids, request.max_new_tokens, request.sampling, seed=request.seed, eos_id=tokenizer.eot
@@ -112,6 +113,7 @@ class _VersionBatch:
         self.running[id(row)] = _RunningText(request, row, TextStream(tokenizer, request.stop))
 
     def drop(self, running: _RunningText) -> None:
+        """Stop generating a text, whether or not it has ended."""
         self.batch.drop(running.row)
         del self.running[id(running.row)]
 

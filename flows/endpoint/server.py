@@ -91,6 +91,7 @@ class _Server(Server):
         self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Accept no more texts, and give those under way GRACE_SECONDS to end."""
         self.scheduler.stop_accepting()
         running, waiting = self.scheduler.counts
         _log.info("stopping; %d texts under way and %d waiting texts have %.0f s", running, waiting, GRACE_SECONDS)

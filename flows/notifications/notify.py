@@ -104,7 +104,7 @@ def notify_failure(flow: "Flow[..., Any]", flow_run: "FlowRun", state: "State[An
 
     If the run was killed, Prefect calls the hook in the process that noticed it.
     """
-    notify_end(flow_run, state)
+    send_failure(flow_run, state)
 
 
 def notify_promotion(flow: "Flow[..., Any]", flow_run: "FlowRun", state: "State[Any]") -> None:
@@ -113,7 +113,7 @@ def notify_promotion(flow: "Flow[..., Any]", flow_run: "FlowRun", state: "State[
         _notify(flow_run, state, "promotion", f"{flow_run.parameters['model_name']} has a new champion")
 
 
-def notify_end(flow_run: "FlowRun", state: "State[Any]") -> None:
+def send_failure(flow_run: "FlowRun", state: "State[Any]") -> None:
     """Send the message that a run of `retrain` failed or crashed. Also for a dead run that no hook has noticed."""
     _notify(flow_run, state, "failure", "failed" if state.is_failed() else "crashed")
 

@@ -67,12 +67,12 @@ def resolve_start(root: StateRoot, pipeline: Pipeline) -> WarmStart | None:
 
 def load_tokenizer(root: StateRoot, version: ModelVersion) -> Tokenizer:
     """Load the tokenizer of a registered version. Raises RegistryError if its file is missing or was altered."""
-    return Tokenizer.load(versions.locate_file(root, version, f"tokenizer/{VOCABULARY}").parent)
+    return Tokenizer.load(versions.fetch_file(root, version, f"tokenizer/{VOCABULARY}").parent)
 
 
 def describe_start(root: StateRoot, version: ModelVersion) -> WarmStart:
     """Return a registered version as the start of a training. Raises RegistryError if its files are missing."""
-    bundle = versions.locate_bundle(root, version.name, str(version.version))
+    bundle = versions.fetch_bundle(root, version.name, str(version.version))
     digest = VersionTags.from_tags(version.tags).weights_sha256 or manifest.sha256_of_file(bundle / WEIGHTS)
     return WarmStart(versions.uri_of(version), bundle, digest, tuple(read_ancestry(root, version)))
 

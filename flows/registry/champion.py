@@ -68,9 +68,11 @@ def promote(root: StateRoot, model: str, version: str, reason: str, by: str, ove
 def rollback(root: StateRoot, model: str, reason: str, by: str) -> Move:
     """Go back to the champion before the current one's promotion, and withdraw the current one.
 
-    If an earlier rollback was killed half-way, complete that one instead: to repeat the command after a crash is still
-    one step back. Raises UnknownVersion for an unknown model and NoPrevious if there is no earlier champion. Raises
-    RegistryError if the earlier champion cannot be loaded; then the champion stays.
+    If an earlier rollback was killed half-way, complete that one instead. So repeating the command after a crash still
+    goes back only one step.
+
+    Raises UnknownVersion for an unknown model and NoPrevious if there is no earlier champion. Raises RegistryError if
+    the earlier champion cannot be loaded; then the champion stays.
     """
     with _open_log(root, model) as log:
         completed = log.complete_log()

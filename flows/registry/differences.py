@@ -172,7 +172,7 @@ def _start(root: StateRoot, then: Lineage) -> tuple[Path | None, list[Difference
     what, sha256 = f"weights of {nearest['uri']}", nearest["weights_sha256"]
     try:
         found = versions.resolve(root, nearest["uri"])
-        path = versions.locate_bundle(root, found.name, str(found.version)) / WEIGHTS
+        path = versions.fetch_bundle(root, found.name, str(found.version)) / WEIGHTS
         return path, list(_compare(what, sha256, manifest.sha256_of_file(path)))
     except (GPTCoreError, OSError) as error:
         return None, [Difference(what, sha256, f"gone: {error}")]

@@ -73,7 +73,7 @@ def judge(
     return verdict
 
 
-def judge_first(bits_per_byte: float, scores: Scores) -> Verdict:
+def judge_without_champion(bits_per_byte: float, scores: Scores) -> Verdict:
     """Return the verdict on a version without a champion to beat: it must be finite and beat the unigram model.
 
     `bits_per_byte` is the version's score. Version and unigram model learned from the same training text, so they are
@@ -209,7 +209,7 @@ def _compare_with_champion(
     if champion is None:
         scored = _score_blocks(load(root, challenger), list(read_blocks(snapshot.path, side)), side)
         total = sum(block["nats"] for block in scored) / math.log(2) / sum(block["bytes"] for block in scored)
-        return judge_first(total, scores)
+        return judge_without_champion(total, scores)
     champion_model = load(root, champion)
     evidence = _find_evidence(root, snapshot, side, challenger, champion)
     champion_scores = _score_blocks(champion_model, evidence.clean.blocks, side)

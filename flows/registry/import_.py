@@ -52,7 +52,7 @@ def register(root: StateRoot, model_name: str, checkpoint: Checkpoint, by: str) 
 
     `by` names the person who imports it. Raises RegistryError if the registry does not answer.
     """
-    runs.open_database(root)
+    runs.connect_and_migrate(root)
     manifest.sweep(root.imports)
     with (
         root.hold(root.path / "locks" / f"{quote(model_name, safe='')}.import", overlap="wait"),

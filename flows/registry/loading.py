@@ -10,7 +10,7 @@ because it imports torch, which takes seconds that look-ups need not wait for.
 from mlflow.entities.model_registry import ModelVersion
 
 from flows.registry.tags import VersionTags
-from flows.registry.versions import RegistryError, check_manifest, locate_bundle, uri_of
+from flows.registry.versions import RegistryError, check_manifest, fetch_bundle, uri_of
 from flows.state.root import StateRoot
 from gptcore import manifest
 from gptcore.bundle import WEIGHTS, LoadedModel
@@ -30,8 +30,11 @@ def load(root: StateRoot, version: ModelVersion, device: str = "cpu") -> LoadedM
 
 
 def load_verified(root: StateRoot, version: ModelVersion, device: str = "cpu") -> LoadedModel:
-    """Load like `load`, but raise CheckpointError or TokenizerError, whose messages say nothing of a promotion."""
-    bundle = locate_bundle(root, version.name, str(version.version))
+    """Load like `load`, for callers other than the gate.
+
+    Raises RegistryError if the files are missing, CheckpointError or TokenizerError if they are damaged.
+    """
+    bundle = fetch_bundle(root, version.name, str(version.version))
     tags = VersionTags.from_tags(version.tags)
     weights, expected = bundle / WEIGHTS, tags.weights_sha256
     if tags.bundle_sha256 is not None:

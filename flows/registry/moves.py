@@ -97,9 +97,9 @@ def find_withdrawn(moves: Sequence[Move]) -> dict[str, Move]:
 
 def find_previous(moves: Sequence[Move]) -> str | None:
     """Return the version that a rollback goes back to: the latest earlier champion that was not withdrawn since."""
-    champions, rejected = trace_champions(moves), find_withdrawn(moves)
+    champions, withdrawn = trace_champions(moves), find_withdrawn(moves)
     for version in reversed(champions[:-1]):
-        if version is not None and version != champions[-1] and version not in rejected:
+        if version is not None and version != champions[-1] and version not in withdrawn:
             return version
     return None
 

@@ -22,7 +22,7 @@ from flows.cards import model_card
 from flows.cards.model_card import Champion, Evidence
 from flows.registry import artifacts
 from flows.registry.tags import VersionTags
-from flows.registry.versions import BUNDLE, BUNDLE_SHA256, find, find_champion
+from flows.registry.versions import BUNDLE, BUNDLE_SHA256, find_by_run_key, find_champion
 from flows.state import postgres_lock
 from flows.state.root import StateRoot, to_artifact_uri
 from gptcore import manifest
@@ -67,7 +67,7 @@ def register(root: StateRoot, run: RunDirectory, tokens: Tokens, candidate: Cand
 
     Raises CheckpointError, and registers nothing, if the weights were altered since the training ended.
     """
-    if (existing := find(root, candidate.model_name, candidate.run_key, candidate.attempt)) is not None:
+    if (existing := find_by_run_key(root, candidate.model_name, candidate.run_key, candidate.attempt)) is not None:
         return str(existing.version)
     champion = find_champion(root, candidate.model_name)
     lineage = {**candidate.lineage, "parent_version": None if champion is None else str(champion.version)}

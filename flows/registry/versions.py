@@ -46,7 +46,7 @@ class UnknownVersion(GPTCoreError):
     exit_code = 2
 
 
-def find(root: StateRoot, model_name: str, run_key: str, attempt: int | None = None) -> ModelVersion | None:
+def find_by_run_key(root: StateRoot, model_name: str, run_key: str, attempt: int | None = None) -> ModelVersion | None:
     """Return the newest version with this run key, and with this attempt if one is given. None without one."""
     query = f"name = '{model_name}' and tags.run_key = '{run_key}'"
     if attempt is not None:
@@ -84,7 +84,7 @@ def resolve(root: StateRoot, uri: str) -> ModelVersion:
         ) from None
 
 
-def locate_bundle(root: StateRoot, name: str, version: str, file: str = "") -> Path:
+def fetch_bundle(root: StateRoot, name: str, version: str, file: str = "") -> Path:
     """Return the local path of the version's bundle, or of its file `file`, after a download if it is remote.
 
     Raises RegistryError if the files are missing.
@@ -95,20 +95,19 @@ def locate_bundle(root: StateRoot, name: str, version: str, file: str = "") -> P
         return Path(mlflow.artifacts.download_artifacts(f"models:/{name}/{version}/{inside}"))
     except (MlflowException, OSError) as error:
         raise RegistryError(
-            f"the files of models:/{name}/{version} cannot be read: {error}. Restore the artifacts from a backup, or "
-            "promote another version."
+            f"the files of models:/{name}/{version} cannot be read: {error}. Restore the artifacts from a backup."
         ) from None
 
 
-def locate_file(root: StateRoot, version: ModelVersion, file: str) -> Path:
+def fetch_file(root: StateRoot, version: ModelVersion, file: str) -> Path:
     """Return the local path of a file of the version's bundle, after comparing it with what was registered.
 
     Raises RegistryError if the file is missing or was altered. Without the tag BUNDLE_SHA256, nothing is compared.
     """
     name, number = version.name, str(version.version)
-    path = locate_bundle(root, name, number, file)
+    path = fetch_bundle(root, name, number, file)
     if (sha256 := VersionTags.from_tags(version.tags).bundle_sha256) is not None:
-        listing = locate_bundle(root, name, number, manifest.MANIFEST).parent
+        listing = fetch_bundle(root, name, number, manifest.MANIFEST).parent
         try:
             check_manifest(listing, sha256)
             manifest.verify_file(listing, file, path)
@@ -152,7 +151,7 @@ def describe(root: StateRoot, version: ModelVersion) -> dict[str, Any]:
     }
 
 
-def address(root: StateRoot, name: str, version: str) -> str | None:
+def find_url(root: StateRoot, name: str, version: str) -> str | None:
     """Return the URL of the version's page in MLflow's UI. None if no server shows it."""
     ui = root.find_mlflow_ui()
     return f"{ui}/#/models/{name}/versions/{version}" if ui else None
@@ -160,7 +159,7 @@ def address(root: StateRoot, name: str, version: str) -> str | None:
 
 def read_lineage(root: StateRoot, version: ModelVersion) -> dict[str, Any]:
     """Return the contents of the version's lineage.json. Raises RegistryError if the file is missing or altered."""
-    path = locate_file(root, version, "lineage.json")
+    path = fetch_file(root, version, "lineage.json")
     try:
         lineage = parse_record(read_bytes(path), dict[str, Any])
     except (OSError, GPTCoreError) as error:

@@ -55,7 +55,7 @@ def next_number(
     root: StateRoot, pipeline: Pipeline, tokens: Tokens, start: WarmStart | None, force: bool, sources_overridden: bool
 ) -> int | None:
     """Return the number of the attempt to work on. None if an earlier one has its verdict and `force` is not set."""
-    newest = versions.find(root, pipeline.model_name, _run_key(pipeline, tokens, start))
+    newest = versions.find_by_run_key(root, pipeline.model_name, _run_key(pipeline, tokens, start))
     if newest is None:
         return 1
     number = VersionTags.from_tags(newest.tags).attempt or 1
@@ -117,7 +117,7 @@ def find_unfinished(root: StateRoot, pipeline: Pipeline, sources_overridden: boo
         return None
     number = int(path.name.rpartition("-")[2])
     same = _run_key(pipeline, tokens, config.start) == config.run_key
-    found = versions.find(root, pipeline.model_name, config.run_key, number)
+    found = versions.find_by_run_key(root, pipeline.model_name, config.run_key, number)
     is_done = found is not None and _is_done(root, found, sources_overridden)
     has_diverged = isinstance(run.read_failure(), TrainingDiverged)
     if not same or is_done or has_diverged or not _is_start(root, pipeline, config.start):
@@ -203,7 +203,7 @@ def _ancestors(root: StateRoot, began_with: Start | None) -> tuple[Ancestor, ...
 
 def is_judged(root: StateRoot, pipeline: Pipeline, key: str, run: str, sources_overridden: bool) -> bool:
     """Whether the run directory named `run`, of this key, became a version with a verdict and all its evidence."""
-    found = versions.find(root, pipeline.model_name, key, int(run.rpartition("-")[2]))
+    found = versions.find_by_run_key(root, pipeline.model_name, key, int(run.rpartition("-")[2]))
     return found is not None and _is_done(root, found, sources_overridden)
 
 

@@ -154,7 +154,7 @@ def _list_links(root: StateRoot, done: JudgedRetraining) -> Rows:
 
 
 def _link_version(root: StateRoot, name: str, version: str) -> str:
-    return _link(f"models:/{name}/{version}", versions.address(root, name, version))
+    return _link(f"models:/{name}/{version}", versions.find_url(root, name, version))
 
 
 def _link(words: str, address: str | None) -> str:

@@ -154,7 +154,7 @@ class _Retraining:
 
     def run(self) -> State[Outcome]:
         """Resume an unfinished training or prepare a new one, and work on it. Skip if there is no reason to train."""
-        runs.open_database(self.root)
+        runs.connect_and_migrate(self.root)
         runs.close_leftovers(self.root, self.pipeline.name)
         for parent in (self.root.corpora, self.root.tokens, self.root.mirror):
             manifest.sweep(parent)

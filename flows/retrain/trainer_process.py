@@ -47,11 +47,11 @@ _AWAY_SECONDS = 60.0
 
 
 class TrainerDied(GPTCoreError):
-    """The trainer ended without result or reason: it was killed, or out of memory. To start it again helps."""
+    """The trainer ended without result or reason: it was killed, or out of memory. Starting it again helps."""
 
 
 class TrainerKeepsDying(GPTCoreError):
-    """The trainer died several times without a new checkpoint. To start it once more would not help."""
+    """The trainer died several times without a new checkpoint. Restarting it once more would not help."""
 
 
 def train(run: RunDirectory, on_metrics: Callable[[list[MetricsLine]], None]) -> Result | Paused:
@@ -159,7 +159,7 @@ def _read_outcome(run: RunDirectory, code: int) -> Result | Paused:
 def train_with_restarts(
     run: RunDirectory, on_metrics: Callable[[list[MetricsLine]], None], warn: Callable[[str], None]
 ) -> Result | Paused:
-    """Train like `train`, and start a trainer that died again from its last checkpoint, as long as it gets further.
+    """Train like `train`, and restart a trainer that died from its last checkpoint, as long as it makes progress.
 
     `warn` receives a sentence about each death. Raises TrainerKeepsDying, with a diagnosis, at the third death since
     the same checkpoint.

@@ -17,7 +17,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from flows.state import postgres
-from flows.state.postgres import Database
+from flows.state.postgres import PostgresDatabase
 from gptcore.errors import ConfigError
 from gptcore.manifest import write_atomically
 from gptcore.records import read_record
@@ -35,7 +35,7 @@ _Saved = dict[str, str | None]
 class Backends:
     """The servers that hold the state; None means local files."""
 
-    database: Database | None = None
+    database: PostgresDatabase | None = None
     artifacts: str | None = None
     """s3://BUCKET/PREFIX, without a slash at its end."""
 

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from flows.state.postgres import PREFECT_URL, Database
+from flows.state.postgres import PREFECT_URL, PostgresDatabase
 from gptcore.errors import GPTCoreError
 from gptcore.manifest import TEMPORARY, flush
 from gptcore.records import open_lock
@@ -320,7 +320,7 @@ def prefect_database(home: Path) -> SQLiteDatabase:
 class PostgresTables:
     """The tables of MLflow or Prefect on PostgreSQL, in the schema of the package's name."""
 
-    database: Database
+    database: PostgresDatabase
     schema: Schema
     url: str
     """The package's own URL of the database."""
@@ -340,7 +340,7 @@ class PostgresTables:
         return order == 0
 
     def prepare(self) -> None:
-        """Create or migrate the tables, unless they are complete. Of all machines, one process at a time does so.
+        """Create or migrate the tables, unless they are complete. Only one process on any machine does so at a time.
 
         A kill in between does no harm: PostgreSQL undoes the migration that was killed.
         """
@@ -355,13 +355,13 @@ class PostgresTables:
                 time.sleep(_POLL_SECONDS)
 
 
-def mlflow_tables(database: Database) -> PostgresTables:
+def mlflow_tables(database: PostgresDatabase) -> PostgresTables:
     """Return MLflow's tables on PostgreSQL."""
     return PostgresTables(database, _MLFLOW, database.tracking_uri)
 
 
-def prefect_tables(database: Database) -> PostgresTables:
-    """Return Prefect's tables on PostgreSQL. Its server needs `Database.prefect_environment`."""
+def prefect_tables(database: PostgresDatabase) -> PostgresTables:
+    """Return Prefect's tables on PostgreSQL. Its server needs `PostgresDatabase.prefect_environment`."""
     return PostgresTables(database, _PREFECT_ON_POSTGRES, database.prefect_environment[PREFECT_URL])
 
 
@@ -375,7 +375,7 @@ def main(package: str, place: str) -> None:
     makers = {"mlflow": (mlflow_database, mlflow_tables), "prefect": (prefect_database, prefect_tables)}
     in_directory, on_postgres = makers[package]
     try:
-        (on_postgres(Database(place)) if "://" in place else in_directory(Path(place))).prepare()
+        (on_postgres(PostgresDatabase(place)) if "://" in place else in_directory(Path(place))).prepare()
     except GPTCoreError as error:
         sys.exit(f"error: {error}")
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from flows.state import postgres_lock
 from flows.state.lock_holder import Holder, LockHeld, Overlap
-from flows.state.postgres import Database
+from flows.state.postgres import PostgresDatabase
 from gptcore.records import open_lock, read_record
 
 _PATIENCE_SECONDS = 1.0
@@ -28,7 +28,7 @@ _UNSIGNED_PATIENCE_SECONDS = 60.0
 
 @contextmanager
 def hold(
-    path: Path, flow_run: str = "", overlap: Overlap = "skip", database: Database | None = None
+    path: Path, flow_run: str = "", overlap: Overlap = "skip", database: PostgresDatabase | None = None
 ) -> Iterator[Holder | None]:
     """Hold the lock inside this context, in `database` too. Yields the previous holder if it died with the lock.
 
@@ -55,7 +55,7 @@ def hold(
 
 
 @contextmanager
-def try_lock(path: Path, database: Database | None = None) -> Iterator[bool]:
+def try_lock(path: Path, database: PostgresDatabase | None = None) -> Iterator[bool]:
     """Take the lock inside this context if it is free, without signing it. Yields whether it was free."""
     between_machines = nullcontext(True) if database is None else postgres_lock.try_lock(database, path.name)
     if not path.exists():
@@ -72,7 +72,7 @@ def try_lock(path: Path, database: Database | None = None) -> Iterator[bool]:
                 yield is_free
 
 
-def find_holder(path: Path, database: Database | None = None) -> Holder | None:
+def find_holder(path: Path, database: PostgresDatabase | None = None) -> Holder | None:
     """Return the process that holds the lock now; None if the lock is free."""
     with try_lock(path) as is_free:
         if not is_free:

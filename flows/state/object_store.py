@@ -76,7 +76,7 @@ class Store:
         return "/".join(filter(None, (urlsplit(self.url).path.strip("/"), "state", relative)))
 
     def check(self) -> None:
-        """Check that the bucket exists and that the store keeps conditions of writes.
+        """Check that the bucket exists and that the store honours conditional writes.
 
         Raises StoreRefused or StoreUnreachable.
         """
@@ -113,23 +113,23 @@ class Store:
         check_allowed()
         return self._put(f"{relative}/{MANIFEST}", text, IfNoneMatch="*")
 
-    def pull(self, relative: str, goal: Path) -> bool:
-        """Download a published directory and commit it as `goal`. Return False if it is not in the store.
+    def pull(self, relative: str, target: Path) -> bool:
+        """Download a published directory and commit it as `target`. Return False if it is not in the store.
 
-        An existing `goal` stays. Raises CheckpointError if the directory in the store is damaged.
+        An existing `target` stays. Raises CheckpointError if the directory in the store is damaged.
         """
-        if manifest.is_committed(goal):
+        if manifest.is_committed(target):
             return True
         published = self.read(f"{relative}/{MANIFEST}")
         if published is None:
             return False
-        with manifest.stage(goal.parent) as staged:
+        with manifest.stage(target.parent) as staged:
             (staged / MANIFEST).write_bytes(published.body)
             for name in manifest.list_files(staged):
                 path = staged / name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self.download(f"{relative}/{_seal(published.body)}/{name}", path)
-            manifest.adopt(staged, goal)
+            manifest.adopt(staged, target)
         return True
 
     def list_directories(self, relative: str) -> list[str]:

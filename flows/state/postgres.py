@@ -5,7 +5,7 @@ MLflow, Prefect and gptflow have a schema each, because two of them have a table
     mlflow     runs, registry                  prefect    the server of `gptflow up`
     gptflow    `holders`: the holder of each lock between machines (postgres_lock.py)
 
-A `Database` never has a password in its URL. backends.py exports the password as PGPASSWORD, which all drivers and
+A `PostgresDatabase` never has a password in its URL. backends.py exports it as PGPASSWORD, which all drivers and
 child processes read, so no command line, log or error message contains it. The driver is imported at the first
 connection.
 """
@@ -56,7 +56,7 @@ class DatabaseRefused(GPTCoreError):
 
 
 @dataclass(frozen=True)
-class Database:
+class PostgresDatabase:
     """The address of a database, without its password."""
 
     url: str
@@ -124,7 +124,7 @@ class Database:
         cursor.execute(_HOLDERS)
 
 
-def parse(url: str, source: str) -> Database:
+def parse(url: str, source: str) -> PostgresDatabase:
     """Return the database that the URL names, without its password and options.
 
     `source` is the variable, option or file that holds the URL. Raises ConfigError, without repeating the URL.
@@ -132,7 +132,7 @@ def parse(url: str, source: str) -> Database:
     parts = _split(url, source)
     user = f"{quote(unquote(parts.username), safe='')}@" if parts.username else ""
     host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
-    return Database(f"postgresql://{user}{host}:{parts.port or 5432}/{parts.path.lstrip('/')}")
+    return PostgresDatabase(f"postgresql://{user}{host}:{parts.port or 5432}/{parts.path.lstrip('/')}")
 
 
 def has_password(url: str, source: str) -> bool:
@@ -187,7 +187,7 @@ def _driver() -> Any:
     return psycopg2
 
 
-def _translate_error(database: Database, message: str) -> GPTCoreError:
+def _translate_error(database: PostgresDatabase, message: str) -> GPTCoreError:
     """Return the driver's error as one of this module's errors, with the fix."""
     message = message.strip().partition("\n")[0]
     fixes = {

@@ -25,7 +25,7 @@ from datetime import datetime
 from typing import Any
 
 from flows.state.lock_holder import Holder, LockHeld, Overlap
-from flows.state.postgres import Database
+from flows.state.postgres import PostgresDatabase
 from gptcore.errors import GPTCoreError
 
 _IDLE_SECONDS, _INTERVAL_SECONDS, _PROBES = 5, 3, 3
@@ -67,7 +67,7 @@ class LockLost(GPTCoreError):
 
 
 @contextmanager
-def hold(database: Database, name: str, flow_run: str, overlap: Overlap) -> Iterator[Holder | None]:
+def hold(database: PostgresDatabase, name: str, flow_run: str, overlap: Overlap) -> Iterator[Holder | None]:
     """Hold the lock `name` inside this context. Yields the previous holder if it died with the lock.
 
     If the lock is held, `overlap` decides: "wait" waits, "skip" raises LockHeld. Raises also DatabaseUnreachable.
@@ -90,7 +90,7 @@ def hold(database: Database, name: str, flow_run: str, overlap: Overlap) -> Iter
 
 
 @contextmanager
-def try_lock(database: Database, name: str) -> Iterator[bool]:
+def try_lock(database: PostgresDatabase, name: str) -> Iterator[bool]:
     """Take the lock inside this context if it is free, without signing it. Yields whether it was free."""
     database.prepare()
     session = _Session(database, name)
@@ -100,7 +100,7 @@ def try_lock(database: Database, name: str) -> Iterator[bool]:
         session.close()
 
 
-def read_holder(database: Database, name: str) -> Holder | None:
+def read_holder(database: PostgresDatabase, name: str) -> Holder | None:
     """Return the process that signed the lock last, or None if that process has released it.
 
     If the lock is free, the process died with it.
@@ -111,7 +111,7 @@ def read_holder(database: Database, name: str) -> Holder | None:
     return Holder(*row) if row and row[0] else None
 
 
-def list_locks(database: Database) -> list[str]:
+def list_locks(database: PostgresDatabase) -> list[str]:
     """Return the names of all locks that a process has ever held."""
     with database.open_cursor() as cursor:
         cursor.execute("select name from gptflow.holders order by name")
@@ -153,7 +153,7 @@ def _raise_if_lost(sessions: list["_Session"]) -> None:
 class _Session:
     """A connection that takes one lock."""
 
-    def __init__(self, database: Database, name: str) -> None:
+    def __init__(self, database: PostgresDatabase, name: str) -> None:
         self.database, self.name = database, name
         self.loss = ""
         """Why the lock was lost; empty while it is not."""

@@ -33,7 +33,7 @@ from flows.state import backends, databases, locks, relocate
 from flows.state.backends import Backends
 from flows.state.databases import SQLiteDatabase
 from flows.state.lock_holder import Holder, Overlap
-from flows.state.postgres import Database
+from flows.state.postgres import PostgresDatabase
 from flows.state.servers import find_running_servers
 from gptcore.errors import CheckpointError, GPTCoreError
 
@@ -106,7 +106,7 @@ class StateRoot:
         return backends.read_backends(self.path)
 
     @property
-    def database(self) -> Database | None:
+    def database(self) -> PostgresDatabase | None:
         """The PostgreSQL database of the state, if it has one."""
         return self.backends.database
 

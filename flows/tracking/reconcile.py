@@ -28,7 +28,7 @@ from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Crashed
 
-from flows.notifications.notify import notify_end
+from flows.notifications.notify import send_failure
 from flows.state.lock_holder import Holder
 from flows.state.root import StateRoot
 
@@ -62,7 +62,7 @@ def end_dead_run(holder: Holder) -> str | None:
     with get_client(sync_client=True) as client, suppress(ObjectNotFound, ValueError, httpx.HTTPError):
         run_id = UUID(holder.flow_run)
         if (crashed := _end(client, run_id, why)) is not None:
-            notify_end(client.read_flow_run(run_id), crashed)
+            send_failure(client.read_flow_run(run_id), crashed)
             return f"the previous run, {run_id}, ended as Crashed: {why}"
     return None
 
@@ -74,7 +74,7 @@ def _end_prefect_runs(client: SyncPrefectClient, root: StateRoot) -> Iterator[st
         _wait_for_start(run)
         with root.try_lock(root.lock_path(pipeline)) as is_free:
             if is_free and (crashed := _end(client, run.id)) is not None:
-                notify_end(run, crashed)
+                send_failure(run, crashed)
                 yield f"crashed    Prefect run {run.id} of {pipeline}"
     for run in _list_unfinished(client, FlowFilter(name=FlowFilterName(any_=OPERATIONS))):
         _wait_for_start(run)

@@ -26,7 +26,7 @@ _SYSTEM_METRICS_SECONDS = 10
 _CLOSING_PAUSES = (0.0, 0.5, 2.0)
 
 
-def open_database(root: StateRoot) -> None:
+def connect_and_migrate(root: StateRoot) -> None:
     """Connect to MLflow, after creating the tables of a new database. Both take seconds, so callers do it in parallel.
 
     Raises DatabaseBroken.

@@ -25,7 +25,7 @@ _POLICY_VIOLATION = 1008
 
 
 def parse_allowed_hosts(text: str) -> tuple[str, ...]:
-    """Return the entries of a comma-separated list of NAME or NAME:PORT. Raise ValueError for anything else."""
+    """Return the entries of a comma-separated list of NAME or NAME:PORT. Raises ValueError for anything else."""
     entries = tuple(entry.strip().lower() for entry in text.split(",") if entry.strip())
     for entry in entries:
         if not re.fullmatch(_HOST, entry):

@@ -1,7 +1,7 @@
 """Cut documents into blocks. The borders depend on the content around them only (content-defined chunking).
 
 An edit therefore changes only the blocks around it, and the blocks of a growing corpus keep their sides of the split.
-split.py decides the side of each block.
+split.py decides the side of each block. After a change, raise ingest.CORPUS_VERSION and shards.SHARDS_VERSION.
 """
 
 import hashlib
@@ -16,14 +16,14 @@ _SLICE_BYTES = 1024
 _LONGEST_SEGMENT = 4
 _LONGEST_BLOCK = 8
 
-# Borders by rank: the end of a paragraph, a line, a sentence (also in Chinese and Japanese), a word. A segment that is
-# too long at one rank is cut at the next lower rank. Each pattern also matches all borders of higher rank, so a search
-# at a low rank notices the end of a long line or paragraph.
-_PARAGRAPH = rb"(?P<r4>\n(?:[ \t\r\f\v]*\n)+)"
-_LINE = _PARAGRAPH + rb"|(?P<r3>\n)"
-_SENTENCE = _LINE + rb"|(?P<r2>[.!?][\"')\]]*[ \t]+|\xe3\x80\x82|\xef\xbc\x81|\xef\xbc\x9f)"
-_WORD = _SENTENCE + rb"|(?P<r1>[ \t\r\f\v]+)"
-_BORDERS = {rank: re.compile(p) for rank, p in {4: _PARAGRAPH, 3: _LINE, 2: _SENTENCE, 1: _WORD}.items()}
+# Borders by level: the end of a paragraph, a line, a sentence (also in Chinese and Japanese), a word. A segment that is
+# too long at one level is cut at the next lower level. Each pattern also matches all borders of higher levels, so a
+# search at a low level notices the end of a long line or paragraph.
+_PARAGRAPH = rb"(?P<l4>\n(?:[ \t\r\f\v]*\n)+)"
+_LINE = _PARAGRAPH + rb"|(?P<l3>\n)"
+_SENTENCE = _LINE + rb"|(?P<l2>[.!?][\"')\]]*[ \t]+|\xe3\x80\x82|\xef\xbc\x81|\xef\xbc\x9f)"
+_WORD = _SENTENCE + rb"|(?P<l1>[ \t\r\f\v]+)"
+_BORDERS = {level: re.compile(p) for level, p in {4: _PARAGRAPH, 3: _LINE, 2: _SENTENCE, 1: _WORD}.items()}
 
 
 def cut_blocks(chunks: Iterable[bytes], block_bytes: int) -> Iterator[bytes]:
@@ -68,7 +68,7 @@ def _hash64(segment: bytes) -> int:
 def _cut_segments(chunks: Iterable[bytes], longest: int) -> Iterator[bytes]:
     """Yield paragraphs, and slices of paragraphs longer than `longest`. Holds little more than one chunk in memory."""
     rest = iter(chunks)
-    buffer, start, rank, is_at_end = b"", 0, 4, False
+    buffer, start, level, is_at_end = b"", 0, 4, False
     while True:
         while not is_at_end and len(buffer) - start <= longest:
             chunk = next(rest, b"")
@@ -76,28 +76,28 @@ def _cut_segments(chunks: Iterable[bytes], longest: int) -> Iterator[bytes]:
             buffer, start = buffer[start:] + chunk, 0
         if start == len(buffer):
             return
-        end, rank = _find_segment_end(buffer, start, start + longest, rank)
+        end, level = _find_segment_end(buffer, start, start + longest, level)
         yield buffer[start:end]
         start = end
 
 
-def _find_segment_end(buffer: bytes, start: int, limit: int, rank: int) -> tuple[int, int]:
-    """Return the end of the segment that begins at `start`, and the border's rank: the next search begins at that rank.
+def _find_segment_end(buffer: bytes, start: int, limit: int, level: int) -> tuple[int, int]:
+    """Return the end of the segment that begins at `start`, and the border's level, at which the next search begins.
 
     Only bytes before `limit` are examined, so the result does not depend on how the document was cut into chunks. The
     buffer reaches past `limit` unless the document ends before.
     """
     is_last = len(buffer) <= limit
-    for lower in range(rank, 0, -1):
+    for lower in range(level, 0, -1):
         border = _BORDERS[lower].search(buffer, start, limit)
         if border and (is_last or border.end() < limit):
-            return border.end(), _rank_of(border)
+            return border.end(), _level_of(border)
         if is_last:
             return len(buffer), lower
     limit = start + _SLICE_BYTES
     border = _BORDERS[1].search(buffer, start, limit)
     if border and border.end() < limit:
-        return border.end(), _rank_of(border)
+        return border.end(), _level_of(border)
     if limit >= len(buffer):
         return len(buffer), 0
     while buffer[limit] & 0xC0 == 0x80:  # inside a character
@@ -105,6 +105,6 @@ def _find_segment_end(buffer: bytes, start: int, limit: int, rank: int) -> tuple
     return limit, 0
 
 
-def _rank_of(border: re.Match[bytes]) -> int:
+def _level_of(border: re.Match[bytes]) -> int:
     assert border.lastgroup
     return int(border.lastgroup[1:])

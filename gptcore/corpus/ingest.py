@@ -45,7 +45,7 @@ from gptcore.processes import MapShards, map_in_processes
 from gptcore.progress import Progress
 
 CORPUS_VERSION = 3
-"""Raised when equal documents would give other blocks, sides or files."""
+"""Raised when a change of gptcore/corpus gives equal documents other blocks, sides or files."""
 
 _DROPPED = (
     "empty_documents",

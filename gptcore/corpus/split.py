@@ -3,6 +3,8 @@
 A block is cut where its own content says so (blocks.py), and its side follows from the hash of its bytes. So renaming,
 copying and reordering files change nothing, and an insertion moves only the block that it falls into. A corpus can
 grow while yesterday's holdout stays unseen. Text that is still on two sides at once is found by contamination.py.
+
+If a change gives equal documents other sides, raise ingest.CORPUS_VERSION.
 """
 
 import hashlib

@@ -142,7 +142,7 @@ def compare_by_age(
 def compute_gains(challenger: Sequence[Mapping[str, Any]], champion: Sequence[Mapping[str, Any]]) -> tuple[float, ...]:
     """Return how many bits per byte fewer the challenger needs on each block. Both are `Evaluation.per_block`."""
     pairs = zip(challenger, champion, strict=True)
-    return tuple((old["nats"] - new["nats"]) / math.log(2) / new["bytes"] for new, old in pairs)
+    return tuple((theirs["nats"] - own["nats"]) / math.log(2) / own["bytes"] for own, theirs in pairs)
 
 
 def bootstrap(gains: Floats, sizes: Floats, draws: int = DRAWS) -> Floats:

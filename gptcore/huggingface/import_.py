@@ -132,7 +132,7 @@ def _load_tensors(files: list[Path]) -> dict[str, Tensor]:
 
 
 def _load_pickled(file: Path) -> dict[str, Tensor]:
-    """Load what `torch.save` wrote: a state dict, or the book's dict of the state dicts of model and optimiser."""
+    """Load what `torch.save` wrote: a state dict, or the book's dict of the state dicts of model and optimizer."""
     try:
         body = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except FileNotFoundError:

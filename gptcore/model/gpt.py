@@ -143,8 +143,8 @@ class GPTModel(nn.Module):
         """Build the model from `cfg`, the book's dict.
 
         It has the keys vocab_size, context_length, emb_dim, n_heads, n_layers, drop_rate and qkv_bias, and may have
-        keys of COMPONENTS. Other keys are ignored. Raises ConfigError with the key that is missing, out of range or in
-        contradiction to another.
+        keys of COMPONENTS. Other keys are ignored. Raises ConfigError with the key that is missing, out of range or
+        contradicts another.
         """
         super().__init__()
         _check(cfg, *_COUNTS, "drop_rate", "qkv_bias")

@@ -103,6 +103,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        """Return the mean loss (). `hidden` is (rows, emb_dim), `weight` (vocabulary, emb_dim), `targets` (rows,)."""
         for_hidden, for_weight, _ = ctx.needs_input_grad
         losses, *gradients = _calc_losses_and_gradients(
             hidden, weight, targets, for_hidden=for_hidden, for_weight=for_weight
@@ -113,6 +114,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        """Return the gradients of hidden and weight, in their shapes. `grad_output` is ()."""
         hidden_grad, weight_grad = ctx.saved_tensors
         # Reading the value from a GPU would stall it. Multiplying on a CPU would cost a pass over the vocabulary.
         if grad_output.device.type != "cpu" or grad_output.item() != 1:

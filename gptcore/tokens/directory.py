@@ -17,7 +17,7 @@ from gptcore import manifest
 from gptcore.tokens.tokenizer import Tokenizer
 
 TOKENS_VERSION = 1
-"""To be raised when the same corpus and tokenizer begin to give other files."""
+"""Raised when a change of gptcore/tokens gives the same corpus and tokenizer other files."""
 
 SIDES = ("train", "val")
 """The sides of the split that have a token file."""

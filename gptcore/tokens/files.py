@@ -33,7 +33,7 @@ class _NewTokens:
 
     source: Snapshot
     identity: str
-    goal: Path
+    target: Path
     make_tokenizer: Callable[[], Tokenizer]
 
     @property
@@ -104,22 +104,22 @@ def tokenize(
     source = load_snapshot(snapshot)
     fixed = _choose_fixed_tokenizer(name, vocabulary)
     identity = _compute_identity(source.sha256, name, fixed)
-    goal = tokens_root / identity[:16]
-    manifest.set_aside_damaged(goal)
-    if manifest.is_committed(goal):
-        return read_manifest(goal)
+    target = tokens_root / identity[:16]
+    manifest.set_aside_damaged(target)
+    if manifest.is_committed(target):
+        return read_manifest(target)
 
-    new = _NewTokens(source, identity, goal, make_tokenizer=lambda: fixed or _train_tokenizer(name, snapshot))
+    new = _NewTokens(source, identity, target, make_tokenizer=lambda: fixed or _train_tokenizer(name, snapshot))
     if processes is None and new.num_bytes > WHOLE_BYTES:
         _encode_in_shards(new, map_shards)
     else:
         _encode_whole(new, processes or choose_num_processes(new.num_bytes))
-    return read_manifest(goal)
+    return read_manifest(target)
 
 
 def _encode_in_shards(new: _NewTokens, map_shards: MapShards) -> None:
     """Encode a large snapshot through `map_shards`."""
-    with shards.lock_work_directory(new.goal.parent.absolute(), new.identity) as directory:
+    with shards.lock_work_directory(new.target.parent.absolute(), new.identity) as directory:
         tokenizer = encode_shards.load_or_make_vocabulary(directory, new.make_tokenizer)
         sides = encode_shards.encode_in_shards(new.source.path.absolute(), directory, map_shards)
 
@@ -127,7 +127,7 @@ def _encode_in_shards(new: _NewTokens, map_shards: MapShards) -> None:
             tokenizer.save(staged / "tokenizer")
             return new.write_sides(staged, tokenizer, sides)
 
-        manifest.make_once(new.goal, fill)
+        manifest.make_once(new.target, fill)
 
 
 def _encode_whole(new: _NewTokens, processes: int) -> None:
@@ -142,7 +142,7 @@ def _encode_whole(new: _NewTokens, processes: int) -> None:
             sides = {side: encode(batch_passages(passages[side])) for side in SIDES}
             return new.write_sides(staged, tokenizer, sides)
 
-    manifest.make_once(new.goal, fill)
+    manifest.make_once(new.target, fill)
 
 
 def _choose_fixed_tokenizer(name: str, vocabulary: Tokenizer | None) -> Tokenizer | None:

@@ -1,1 +1,1 @@
-"""Training: batches, optimisers, the loop, checkpoints, several processes."""
+"""Training: batches, optimizers, the loop, checkpoints, several processes."""

@@ -21,7 +21,7 @@ from gptcore.errors import ConfigError, CorpusError
 from gptcore.tokens.directory import Tokens
 from gptcore.tokens.tokenizer import END_OF_TEXT, load_tiktoken_encoding
 
-MicroBatches = Sequence[tuple[Tensor, Tensor]]
+BatchPairs = Sequence[tuple[Tensor, Tensor]]
 """Pairs of inputs and targets, each (rows, tokens) int64."""
 
 
@@ -107,7 +107,7 @@ class Batches:
     ) -> None:
         """`tokens`: (tokens,) ids, mapped, streamed or in memory.
 
-        Of several ranks, each reads batch_size / num_ranks rows of every micro-batch; num_ranks divides batch_size.
+        With several ranks, each reads batch_size / num_ranks rows of every micro-batch; num_ranks divides batch_size.
         Raises CorpusError if the tokens do not fill one update.
         """
         self.context, self.stride = context, stride
@@ -159,6 +159,7 @@ def feed(batches: Batches, step: int, device: torch.device) -> Iterator[list[tup
     """
     if device.type == "cpu":
         yield from map(batches.make_micro_batches, itertools.count(step))
+        return  # never reached, because the iterator does not end
 
     def make_on_device(step: int) -> list[tuple[Tensor, Tensor]]:
         return [(_copy(inputs, device), _copy(targets, device)) for inputs, targets in batches.make_micro_batches(step)]

@@ -1,7 +1,7 @@
 """Checkpoints: everything that a training needs to resume as if it had never stopped.
 
 A checkpoint is a committed directory `step-XXXXXXXX` (gptcore.manifest) of safetensors and JSON: weights, best weights,
-optimiser, random states, counters. Its hashes are verified before it is used, and nothing here can run code from a
+optimizer, random states, counters. Its hashes are verified before it is used, and nothing here can run code from a
 file. It holds complete tensors, so it does not depend on the number of ranks: rank 0 reads and writes for all.
 """
 
@@ -26,7 +26,7 @@ def save(checkpoints: Path, state: TrainState, identity: dict[str, Any], keep: i
 
     `identity` describes the training; `restore` compares it. All ranks have to call this.
     """
-    goal = checkpoints / f"step-{state.step:08d}"
+    target = checkpoints / f"step-{state.step:08d}"
     files = {
         "model": gather_to_rank_0(state.ranks, state.model.state_dict()),
         "optimizer": gather_to_rank_0(state.ranks, _optimizer_tensors(state.optimizer)),
@@ -41,11 +41,11 @@ def save(checkpoints: Path, state: TrainState, identity: dict[str, Any], keep: i
         return {"kind": "checkpoint", "identity": identity, "counters": state.counters()}
 
     def write() -> None:
-        manifest.make_once(goal, fill)
+        manifest.make_once(target, fill)
         prune(checkpoints, keep)
 
     state.ranks.run_on_rank_0(write)
-    return goal
+    return target
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def restore(checkpoints: Path, state: TrainState, identity: dict[str, Any]) -> b
     - It holds files other than safetensors, such as pickles, which are not read.
     """
     ranks = state.ranks
-    loaded = ranks.load_on_rank_0(lambda: _load_newest(checkpoints, state, identity))
+    loaded = ranks.run_on_rank_0_only(lambda: _load_newest(checkpoints, state, identity))
     counters = ranks.run_on_rank_0(lambda: None if loaded is None else loaded.counters)
     if counters is None:
         return False
@@ -142,13 +142,13 @@ def _read(directory: Path, state: TrainState, counters: dict[str, Any]) -> _Chec
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> Tensors:
-    """Return the optimiser's state. A tensor's name is its parameter's index and its own name: `3.exp_avg`."""
+    """Return the optimizer's state. A tensor's name is its parameter's index and its own name: `3.exp_avg`."""
     states = optimizer.state_dict()["state"]
     return {f"{index}.{name}": value for index, state in states.items() for name, value in state.items()}
 
 
 def _load_optimizer(state: TrainState, tensors: Tensors) -> None:
-    """Give every rank its shard (or copy) of the optimiser's state, which rank 0 passes as `tensors`."""
+    """Give every rank its shard (or copy) of the optimizer's state, which rank 0 passes as `tensors`."""
     if state.ranks.size > 1:
         tensors = _scatter_optimizer(state, tensors)
     by_parameter: dict[int, Tensors] = {}

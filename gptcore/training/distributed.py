@@ -48,7 +48,7 @@ class Ranks:
         """
         return work()
 
-    def load_on_rank_0(self, work: Callable[[], T]) -> T | None:
+    def run_on_rank_0_only(self, work: Callable[[], T]) -> T | None:
         """Call `work` on rank 0 only. Return its result, of any type, on rank 0, and None on other ranks.
 
         A GPTCoreError of rank 0 is raised on all ranks.
@@ -59,7 +59,7 @@ class Ranks:
         """Call `work` on every rank. Return this rank's result. A GPTCoreError of any rank is raised on all ranks."""
         return work()
 
-    def reduce_max(self, work: Callable[[], int]) -> int:
+    def run_and_take_max(self, work: Callable[[], int]) -> int:
         """Call `work` on every rank. Return the largest result, at least 0, of all ranks.
 
         A GPTCoreError of any rank is raised on all ranks.
@@ -97,11 +97,11 @@ class Group(Ranks):
         self._timeout_seconds, self._torch = timeout_seconds, distributed
 
     def run_on_rank_0(self, work: Callable[[], T]) -> T:
-        value = self.load_on_rank_0(work)
+        value = self.run_on_rank_0_only(work)
         received = self._broadcast_json(value)
         return cast(T, value if self.is_rank_0 else received)
 
-    def load_on_rank_0(self, work: Callable[[], T]) -> T | None:
+    def run_on_rank_0_only(self, work: Callable[[], T]) -> T | None:
         value, error = _try(work) if self.is_rank_0 else (None, None)
         with self._long_timeout():
             received = self._broadcast_json(error and error_to_json(error))
@@ -116,7 +116,7 @@ class Group(Ranks):
         self._raise_alarm(error, alarm)
         return cast(T, value)
 
-    def reduce_max(self, work: Callable[[], int]) -> int:
+    def run_and_take_max(self, work: Callable[[], int]) -> int:
         value, error = _try(work)
         alarm, largest = self._all_reduce_max([self._alarm_of(error), value or 0])
         self._raise_alarm(error, alarm)

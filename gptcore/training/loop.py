@@ -1,6 +1,7 @@
 """The training loop: a generator that updates the weights once per iteration.
 
-The caller (trainer.py) decides when to evaluate, log, save or stop. All that is resumed is in `TrainState`.
+The caller (trainer.py) decides when to evaluate, log, save or stop. All that is resumed is in `TrainState`. If a
+change gives other weights, raise resolve.TRAINING_VERSION.
 """
 
 import contextlib
@@ -16,7 +17,7 @@ from gptcore.config import TrainConfig
 from gptcore.errors import TrainingDiverged
 from gptcore.model.gpt import GPTModel
 from gptcore.model.loss import calc_loss_batch
-from gptcore.training.batches import Batches, MicroBatches, feed
+from gptcore.training.batches import Batches, BatchPairs, feed
 from gptcore.training.optim import learning_rate, set_learning_rate
 from gptcore.training.parallel import local_shard
 from gptcore.training.preserve import preserve_training_state
@@ -58,9 +59,7 @@ def run_updates(state: TrainState, batches: Batches, cfg: TrainConfig) -> Iterat
         )
 
 
-def update_weights(
-    state: TrainState, micro_batches: MicroBatches, rate: float, cfg: TrainConfig
-) -> tuple[float, float]:
+def update_weights(state: TrainState, micro_batches: BatchPairs, rate: float, cfg: TrainConfig) -> tuple[float, float]:
     """Update the weights once by the mean gradient of the micro-batches. Return the mean loss and the gradient's norm.
 
     Each rank passes its rows of every micro-batch, (rows, tokens), and all ranks return the same numbers. The loss is
@@ -82,7 +81,7 @@ def update_weights(
     return loss, norm
 
 
-def _accumulate_gradients(state: TrainState, micro_batches: MicroBatches, precision: str) -> list[Tensor]:
+def _accumulate_gradients(state: TrainState, micro_batches: BatchPairs, precision: str) -> list[Tensor]:
     """Add up the gradients of the micro-batches. Return each one's share of the mean loss: scalars."""
     losses = []
     is_alone = state.ranks.size == 1
@@ -156,7 +155,7 @@ def _check_finite(step: int, loss: float, norm: float, rate: float) -> None:
             )
 
 
-def compute_mean_loss(model: nn.Module, batches: MicroBatches, device: torch.device, precision: str = "fp32") -> float:
+def compute_mean_loss(model: nn.Module, batches: BatchPairs, device: torch.device, precision: str = "fp32") -> float:
     """Return the mean nats per token over `batches` in eval mode. The model's mode and all random states stay."""
     total, count = 0.0, 0
     with preserve_training_state(model), torch.no_grad(), autocast(device, precision):
@@ -166,8 +165,8 @@ def compute_mean_loss(model: nn.Module, batches: MicroBatches, device: torch.dev
     return total / count
 
 
-def evaluate_loss(state: TrainState, batches: MicroBatches, precision: str) -> float:
-    """Return `compute_mean_loss` of the model in training. Of several ranks, each computes its rows of every batch."""
+def evaluate_loss(state: TrainState, batches: BatchPairs, precision: str) -> float:
+    """Return `compute_mean_loss` of the model in training. With several ranks, each computes its own rows."""
     ranks = state.ranks
     if ranks.size == 1:
         return compute_mean_loss(state.model, batches, state.device, precision)

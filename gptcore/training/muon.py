@@ -21,15 +21,15 @@ BETAS = (0.9, 0.95)
 _EPS = 1e-8
 _MOMENTUM = 0.95
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of the quintic polynomial that, applied repeatedly, brings singular values near 1 fastest, if not quite to 1 (Jordan
-et al. 2024)."""
+"""Coefficients of the quintic polynomial that, applied repeatedly, brings singular values near 1 fastest, if not quite
+to 1 (Jordan et al. 2024)."""
 _ITERATIONS = 5
 _RMS = 0.2
 """Root mean square of AdamW's updates, as measured by Liu et al."""
 
 
 class EagerOptimizer(torch.optim.Optimizer):
-    """An optimiser that does not import torch's compiler.
+    """An optimizer that does not import torch's compiler.
 
     torch wraps these methods to exclude them from compilation, and the wrapper imports the compiler on its first call:
     1.3 s at the start of every training, as long as importing torch itself. These are the same methods, unwrapped.
@@ -58,6 +58,7 @@ class Muon(EagerOptimizer):
                 self._step_adamw(parameters, group["lr"], group["weight_decay"])
 
     def _step_orthogonal(self, matrices: list[Tensor], lr: float, weight_decay: float) -> None:
+        """Update matrices along their orthogonalised momentum, those of equal shape together."""
         by_shape: dict[tuple[torch.Size, torch.device], list[Tensor]] = defaultdict(list)
         for matrix in matrices:
             by_shape[matrix.shape, matrix.device].append(matrix)
@@ -70,14 +71,14 @@ class Muon(EagerOptimizer):
     def _compute_directions(self, matrices: list[Tensor]) -> Iterable[Tensor]:
         """Return the orthogonal direction (rows, columns) of each matrix. All matrices have one shape."""
         if not is_sharded(matrices[0]):
-            stacked = torch.stack([self._average_gradient(matrix) for matrix in matrices])  # (matrices, rows, columns)
+            stacked = torch.stack([self._update_momentum(matrix) for matrix in matrices])  # (matrices, rows, columns)
             return orthogonalise(stacked)
         # One matrix at a time: a device that needs shards has no room for all complete matrices.
         return (
-            shard_like(orthogonalise(gather(self._average_gradient(matrix))[None])[0], matrix) for matrix in matrices
+            shard_like(orthogonalise(gather(self._update_momentum(matrix))[None])[0], matrix) for matrix in matrices
         )
 
-    def _average_gradient(self, matrix: Tensor) -> Tensor:
+    def _update_momentum(self, matrix: Tensor) -> Tensor:
         """Update the momentum of a matrix, and return Nesterov's look-ahead of it: (rows, columns)."""
         state, gradient = self.state[matrix], matrix.grad
         assert gradient is not None
@@ -88,6 +89,7 @@ class Muon(EagerOptimizer):
         return gradient.lerp(momentum, _MOMENTUM)
 
     def _step_adamw(self, parameters: list[Tensor], lr: float, weight_decay: float) -> None:
+        """Update the other parameters by torch's fused AdamW."""
         for parameter in parameters:
             if not self.state[parameter]:
                 moments = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}

@@ -1,7 +1,7 @@
-"""How weights are updated: parameter groups, the optimiser, and the learning rate over the course of a training.
+"""How weights are updated: parameter groups, the optimizer, and the learning rate over the course of a training.
 
 The learning rate is a pure function of the update and of the fraction of the budget used, so a checkpoint does not
-store it.
+store it. If a change gives other weights, raise resolve.TRAINING_VERSION.
 """
 
 import math
@@ -21,7 +21,7 @@ class AdamW(EagerOptimizer, torch.optim.AdamW):
 
 
 def make_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.Optimizer:
-    """Make the optimiser that `cfg.optimizer` names.
+    """Make the optimizer that `cfg.optimizer` names.
 
     - adamw: fused AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) with betas 0.9 and 0.95 (Brown et al. 2020,
       appendix B).

@@ -107,7 +107,7 @@ def read_place(environment: Mapping[str, str]) -> Place | None:
         raise ConfigError(f"the environment has {settings}: all must be whole numbers.") from None
 
 
-def is_restarted(environment: Mapping[str, str]) -> bool:
+def has_restarting_launcher(environment: Mapping[str, str]) -> bool:
     """Whether torchrun watches this process and starts it again after any exit code other than 0."""
     return "TORCHELASTIC_RUN_ID" in environment
 

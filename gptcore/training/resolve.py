@@ -7,7 +7,7 @@ from gptcore.errors import ConfigError
 from gptcore.processes import count_cpus
 
 TRAINING_VERSION = 2
-"""Raised whenever the arithmetic of training changes, so that run keys of different arithmetic differ."""
+"""Raised whenever a change of gptcore/model or gptcore/training gives other weights, so that their run keys differ."""
 
 
 def resolve(train: TrainConfig) -> TrainConfig:

@@ -6,8 +6,8 @@
     metrics.jsonl      one line per update (`Update`)
     checkpoints/       step-XXXXXXXX/, see checkpoint.py
     final/             the best weights and the result; it exists only if the training is finished
-    failure.json       why the last attempt ended, if it failed
-    paused.json        how far the last attempt came, if its session ended before the training did
+    failure.json       why the last start ended, if it failed
+    paused.json        how far the last start came, if its session ended before the training did
 
 Training itself is in trainer.py. Nothing here needs torch.
 """
@@ -57,7 +57,7 @@ class Update:
     """Euclidean norm of the gradient before clipping."""
     tokens_per_second: float
     seconds: float
-    """Time spent in updates so far, over all attempts."""
+    """Time spent in updates so far, over all starts of the trainer."""
     progress: float
     """Fraction of the budget used, from 0 to 1."""
     memory_mb: float | None = None
@@ -262,18 +262,18 @@ class RunDirectory:
         manifest.write_atomically(self.path / "paused.json", json.dumps(asdict(paused)) + "\n")
 
     def read_pause(self) -> Paused | None:
-        """Read paused.json of the last attempt; None if the attempt ended in another way, or the file is damaged."""
+        """Read paused.json of the last start; None if the trainer ended in another way, or the file is damaged."""
         return read_record(self.path / "paused.json", Paused)
 
     def remove_ending(self) -> None:
-        """Remove failure.json and paused.json, because a new attempt begins."""
+        """Remove failure.json and paused.json, because the trainer starts again."""
         for name in ("failure.json", "paused.json"):
             (self.path / name).unlink(missing_ok=True)
 
     def read_failure(self) -> GPTCoreError | None:
-        """Read the error that ended the last attempt, as an exception of its class.
+        """Read the error that ended the last start, as an exception of its class.
 
-        Return None if the attempt did not fail, or if the file is damaged: the attempt then counts as killed.
+        Return None if the start did not fail, or if the file is damaged: the start then counts as killed.
         """
         record = read_record(self.path / "failure.json", _Failure)
         return error_from_json(asdict(record)) if record else None

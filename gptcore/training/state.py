@@ -24,7 +24,7 @@ class Best:
 
 @dataclass
 class TrainState:
-    """Model, optimiser and counters of one training."""
+    """Model, optimizer and counters of one training."""
 
     model: GPTModel
     optimizer: torch.optim.Optimizer
@@ -35,7 +35,7 @@ class TrainState:
     """Updates completed."""
     tokens_seen: int = 0
     seconds: float = 0.0
-    """Time spent in updates, over all attempts."""
+    """Time spent in updates, over all starts of the trainer."""
     best: Best | None = None
     stale_evaluations: int = 0
     """Evaluations since the best one."""

@@ -2,7 +2,7 @@
 
 loop.py makes the updates; this module decides what happens between them. The trainer holds the directory's lock, so
 there are never two writers. After the current update it saves a checkpoint and stops if it gets SIGTERM or SIGINT, if
-the process that started it is gone, or if its session is over (train.session_seconds). Of several ranks
+the process that started it is gone, or if its session is over (train.session_seconds). With several ranks
 (distributed.py), rank 0 holds the lock and does everything that is done once, and all ranks stop if any rank has to.
 """
 
@@ -31,10 +31,10 @@ from gptcore.sections import hashed_keys
 from gptcore.tokens.directory import Tokens
 from gptcore.tokens.files import load_tokens
 from gptcore.training import checkpoint, memory, warm_start
-from gptcore.training.batches import Batches, MicroBatches, check_sizes, make_eval_batches
+from gptcore.training.batches import Batches, BatchPairs, check_sizes, make_eval_batches
 from gptcore.training.distributed import ALONE, Ranks, join_ranks
 from gptcore.training.loop import evaluate_loss, is_budget_reached, is_evaluation_step, run_updates, steps_in_budget
-from gptcore.training.rendezvous import is_restarted, remove_old_stores
+from gptcore.training.rendezvous import has_restarting_launcher, remove_old_stores
 from gptcore.training.resolve import TRAINING_VERSION
 from gptcore.training.run_directory import STOPPED, Paused, Result, RunDirectory, Update, describe_result
 from gptcore.training.signals import Stop
@@ -53,7 +53,7 @@ def train_directory(path: Path, stop: Stop, ranks: Ranks = ALONE) -> Result | No
     """
     directory = RunDirectory(path)
     config = ranks.run_on_all_ranks(directory.read_config)
-    patience = _LOCK_SECONDS if ranks.size > 1 or is_restarted(os.environ) else 0.0
+    patience = _LOCK_SECONDS if ranks.size > 1 or has_restarting_launcher(os.environ) else 0.0
     with ExitStack() as held:
         ranks.run_on_rank_0(lambda: _enter(directory, held, patience))
         try:
@@ -69,7 +69,7 @@ def train_directory(path: Path, stop: Stop, ranks: Ranks = ALONE) -> Result | No
 
 
 def _enter(directory: RunDirectory, held: ExitStack, patience: float) -> None:
-    """Take the lock, which `held` releases, and clean up after the attempt before."""
+    """Take the lock, which `held` releases, and clean up after the previous start."""
     held.enter_context(directory.lock(patience))
     manifest.sweep(directory.path, older_than_seconds=0)
     remove_old_stores(directory.path)
@@ -108,8 +108,8 @@ class _Training:
     config: RunConfig
     state: TrainState
     batches: Batches
-    train_eval_batches: MicroBatches
-    val_eval_batches: MicroBatches
+    train_eval_batches: BatchPairs
+    val_eval_batches: BatchPairs
     began: float
     saved_at: float = field(default_factory=time.monotonic)
 
@@ -160,7 +160,7 @@ class _Training:
             for update in self.updates():
                 logged = self.evaluate(update)
                 # Logging is in here so that a full disk on rank 0 raises its error on all ranks.
-                action = self.ranks.reduce_max(partial(self.log_and_choose_action, logged, log, stop))
+                action = self.ranks.run_and_take_max(partial(self.log_and_choose_action, logged, log, stop))
                 if action == _Action.PAUSE:
                     self.pause()
                 elif action != _Action.CONTINUE:
@@ -231,23 +231,30 @@ class _Training:
             log.write(json.dumps(update.to_line()) + "\n")
 
     def must_pause(self) -> bool:
+        """Whether the session is over. Each rank has its own clock, so the caller combines the ranks."""
         limit = self.config.train.session_seconds
         is_over = limit is not None and time.monotonic() - self.began >= limit
         return is_over and not self.is_budget_reached() and not self.is_out_of_patience()
 
     def pause(self) -> None:
+        """Save, and record the pause on rank 0. All ranks must call this."""
         self.save()
         seconds = round(time.monotonic() - self.began, 3)
         paused = Paused("session_seconds", self.state.step, seconds)
         self.ranks.run_on_rank_0(lambda: self.directory.record_pause(paused))
 
     def must_save(self) -> bool:
+        """Whether a checkpoint is due. Each rank has its own clock, so the caller combines the ranks."""
         train = self.config.train
         by_steps = train.checkpoint_steps is not None and self.state.step % train.checkpoint_steps == 0
         by_time = train.checkpoint_seconds is not None and time.monotonic() - self.saved_at >= train.checkpoint_seconds
         return by_steps or by_time
 
     def save(self) -> None:
+        """Save a checkpoint. All ranks must call this.
+
+        The metrics are flushed first, so that no checkpoint is ahead of them.
+        """
         self.ranks.run_on_rank_0(lambda: manifest.flush(self.directory.metrics))
         keep = self.config.train.keep_checkpoints
         checkpoint.save(self.directory.checkpoints, self.state, _identity(self.config), keep)
@@ -269,7 +276,7 @@ class _Training:
                 steps=self.state.step,
                 tokens_seen=self.state.tokens_seen,
                 seconds=round(self.state.seconds, 3),
-                stopped_by=self.limit_reached(),
+                stopped_by=self.name_reached_limit(),
                 best_step=best.step,
                 best_val_loss=best.val_loss,
                 weights_sha256=manifest.sha256_of_file(weights),
@@ -278,7 +285,7 @@ class _Training:
         checkpoint.prune(self.directory.checkpoints, keep=0)
         return result
 
-    def limit_reached(self) -> str:
+    def name_reached_limit(self) -> str:
         """Return the key of `train` that ended the training."""
         train, state = self.config.train, self.state
         used = {
@@ -302,7 +309,7 @@ def _restore_state(directory: RunDirectory, config: RunConfig, ranks: Ranks) -> 
 
 def _load_start(state: TrainState, directory: RunDirectory, sha256: str) -> None:
     """Give the model the weights of start.safetensors."""
-    weights = state.ranks.load_on_rank_0(lambda: warm_start.read_weights(state.model, directory.start, sha256))
+    weights = state.ranks.run_on_rank_0_only(lambda: warm_start.read_weights(state.model, directory.start, sha256))
     state.parallel.load_weights(weights or {})
 
 
@@ -363,8 +370,8 @@ def main() -> int:
     )
     arguments = parser.parse_args()
     memory.keep_freed_memory()
-    is_watched = is_restarted(os.environ)
-    stop = Stop().listen_to_signals(ignore_second=is_watched)
+    launcher_restarts = has_restarting_launcher(os.environ)
+    stop = Stop().listen_to_signals(ignore_second=launcher_restarts)
     if arguments.stop_at_end_of_input:
         stop.listen_to_end_of_input()
     ranks = ALONE
@@ -374,10 +381,10 @@ def main() -> int:
     except GPTCoreError as error:
         if ranks.is_rank_0 or isinstance(error, RankLost):
             print(f"error: {error}", file=sys.stderr)
-        return 0 if is_watched and not isinstance(error, RankLost) else error.exit_code
+        return 0 if launcher_restarts and not isinstance(error, RankLost) else error.exit_code
     if ranks.is_rank_0:
         print(_describe_ending(result, stop, arguments.run_dir), flush=True)
-    return STOPPED if result is None and not is_watched else 0
+    return STOPPED if result is None and not launcher_restarts else 0
 
 
 def _describe_ending(result: Result | None, stop: Stop, run_dir: Path) -> str:

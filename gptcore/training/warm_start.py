@@ -1,6 +1,6 @@
 """Warm start: everything in which training from another model's weights differs from training from scratch.
 
-Only the weights are taken from the other model; optimiser, schedule and random states start fresh. The learning rate of
+Only the weights are taken from the other model; optimizer, schedule and random states start fresh. The learning rate of
 the earlier training ended near zero. It has to rise again before the model can learn from new text, but a sudden rise
 would destroy what the model knows (Gupta et al. 2023, "Continual Pre-Training of Large Language Models: How to (re)warm
 your model?", arXiv:2308.04014). So the learning rate always warms up.

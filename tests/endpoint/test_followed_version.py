@@ -4,7 +4,7 @@ import pytest
 from mlflow import MlflowClient
 
 from flows.endpoint.followed_version import FollowedVersion
-from flows.registry.versions import UnknownVersion, locate_bundle
+from flows.registry.versions import UnknownVersion, fetch_bundle
 from flows.state.root import StateRoot
 from gptcore.errors import CheckpointError
 from tests.fixtures import TinyRegistry
@@ -26,7 +26,7 @@ def move(root: StateRoot, version: str) -> None:
 
 
 def damage(root: StateRoot, version: str) -> None:
-    weights = locate_bundle(root, "gpt-tiny", version) / "model.safetensors"
+    weights = fetch_bundle(root, "gpt-tiny", version) / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
 
 
@@ -46,7 +46,7 @@ def test_the_previous_champion_is_served_until_the_files_of_a_damaged_one_are_re
     champion: TinyRegistry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     followed = FollowedVersion(champion.root, CHAMPION)
-    weights = locate_bundle(champion.root, "gpt-tiny", "2") / "model.safetensors"
+    weights = fetch_bundle(champion.root, "gpt-tiny", "2") / "model.safetensors"
     intact = weights.read_bytes()
     damage(champion.root, "2")
     move(champion.root, "2")
@@ -58,7 +58,7 @@ def test_the_previous_champion_is_served_until_the_files_of_a_damaged_one_are_re
     weights.write_bytes(intact)
     followed.update()
     assert followed.current.id == "gpt-tiny/1", "the bundle is not read again at every update"
-    monkeypatch.setattr("flows.endpoint.followed_version.RETRY_SECONDS", 0.0)
+    monkeypatch.setattr("flows.endpoint.followed_version.RELOAD_SECONDS", 0.0)
     followed.update()
     assert (followed.current.id, followed.problem) == ("gpt-tiny/2", None)
 

@@ -34,7 +34,7 @@ from gptcore.training.run_directory import RunDirectory
 _BOARD_BYTES = 256
 WRITING = os.O_WRONLY | os.O_RDWR
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload([__name__, "torch._dynamo"])  # which torch imports with the first optimiser
+_FORKS.set_forkserver_preload([__name__, "torch._dynamo"])  # which torch imports with the first optimizer
 
 
 class Points:

@@ -52,7 +52,7 @@ def without_directory(directory: Path) -> None:
 
 DAMAGES: dict[str, Callable[[Path], None]] = {
     "bit flip": lambda directory: flip_middle(directory / "model.safetensors"),
-    "bit flip in the optimiser": lambda directory: flip_middle(directory / "optimizer.safetensors"),
+    "bit flip in the optimizer": lambda directory: flip_middle(directory / "optimizer.safetensors"),
     "truncated": lambda directory: os.truncate(directory / "model.safetensors", 1000),
     "zero bytes": lambda directory: os.truncate(directory / "random.safetensors", 0),
     "file missing": lambda directory: (directory / "best.safetensors").unlink(),

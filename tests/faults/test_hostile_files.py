@@ -106,7 +106,7 @@ def test_a_pickle_in_place_of_the_weights_of_a_version_is_refused_and_not_execut
 ) -> None:
     root = tiny_registry.root
     version = tiny_registry.register()
-    plant(versions.locate_bundle(root, "gpt-tiny", version) / bundle.WEIGHTS, Payload(executed))
+    plant(versions.fetch_bundle(root, "gpt-tiny", version) / bundle.WEIGHTS, Payload(executed))
     with pytest.raises(versions.RegistryError, match="it was altered"):
         load_version(root, versions.resolve(root, f"models:/gpt-tiny/{version}"))
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from flows.cli import checks
-from flows.cli.checks import CheckTarget
+from flows.cli import doctor_checks
+from flows.cli.doctor_checks import CheckTarget
 from flows.config.pipelines import Pipeline
 from flows.retrain import attempts, last_success, watch
 from flows.state import backends, locks, relocate
@@ -181,7 +181,8 @@ def test_doctor_survives_a_record_of_servers_with_odd_addresses(home: StateRoot,
         (home.path / "up.json").write_text(json.dumps({"prefect": url, "mlflow": url}))
         with locks.hold(up_lock(home.path)):
             assert find_running_servers(home.path) is None
-            assert not all(check.ok for check in checks.check_servers(CheckTarget(tmp_path / "pipelines.yaml", home)))
+            checks = doctor_checks.check_servers(CheckTarget(tmp_path / "pipelines.yaml", home))
+            assert not all(check.ok for check in checks)
 
 
 def write_lines(path: Path, count: int, tail: bytes) -> None:

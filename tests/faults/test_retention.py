@@ -4,7 +4,7 @@ from typing import Any
 
 from flows.operations.retention import prune
 from flows.registry.champion import GATE, promote, rollback
-from flows.registry.versions import locate_bundle
+from flows.registry.versions import fetch_bundle
 from gptcore.bundle import load
 from tests.operations.test_retention import MODEL, numbers
 
@@ -19,7 +19,7 @@ def test_the_champion_and_every_version_that_a_rollback_may_reach_survive_retent
     prune(root, {MODEL: 1})
     assert numbers(root) == set("1348")
     for version in "134":
-        load(locate_bundle(root, MODEL, version))
+        load(fetch_bundle(root, MODEL, version))
     assert [rollback(root, MODEL, "bad", "ann").target for _ in range(2)] == ["3", "1"]
     prune(root, {MODEL: 1})
     assert numbers(root) == set("18")

@@ -400,7 +400,7 @@ class SignDescent(torch.optim.Optimizer):
 
 
 @pytest.mark.parametrize("kind", [SignDescent, lambda parameters: torch.optim.LBFGS(parameters, max_iter=3)])
-def test_a_custom_optimiser_reaches_the_same_losses(model, batch, kind):
+def test_a_custom_optimizer_reaches_the_same_losses(model, batch, kind):
     twin = copy.deepcopy(model)
     histories = []
     for trained, loss_of in (

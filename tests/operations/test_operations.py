@@ -60,7 +60,7 @@ def test_retrainings_after_a_rollback_promote_better_weights_but_not_the_withdra
     freed = prune(root, {MODEL: 1})
     assert set(freed.versions) == {f"models:/{MODEL}/2", f"models:/{MODEL}/3"}
     assert rollback(root, MODEL, "so does this", "ann").target == "1"
-    load(versions.locate_bundle(root, MODEL, "1"))
+    load(versions.fetch_bundle(root, MODEL, "1"))
     back = night(tiny, max_steps=120)  # pruned, so the version is trained again; its weights are still withdrawn
     assert back.verdict == "rejected" and "it swears" in back.reason
 

@@ -72,7 +72,7 @@ def described(root: StateRoot) -> dict[str, Any]:
 
 def rewrite(root: StateRoot, edit: Edit) -> None:
     """Change the version's lineage with `edit`."""
-    path = versions.locate_bundle(root, "gpt-tiny", "1") / "lineage.json"
+    path = versions.fetch_bundle(root, "gpt-tiny", "1") / "lineage.json"
     lineage = json.loads(path.read_text())
     edit(lineage)
     path.write_text(json.dumps(lineage))

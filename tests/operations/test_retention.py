@@ -76,7 +76,7 @@ def test_a_version_with_an_alias_a_copy_or_a_warm_started_descendant_is_kept(tin
     client.set_model_version_tag(MODEL, "5", "started_from", f"models:/{MODEL}/3")
     prune(root, {MODEL: 1})
     assert numbers(root) == set("12356")
-    load(versions.locate_bundle(root, "elsewhere", "1"))
+    load(versions.fetch_bundle(root, "elsewhere", "1"))
 
 
 def test_undecided_imported_and_unnamed_models_are_left_alone(tiny_registry: Any) -> None:
@@ -236,7 +236,7 @@ def test_a_killed_prune_damages_nothing_that_is_kept_and_the_next_prune_frees_th
                 break
         newest = versions.list_versions(root, MODEL)[-1]
         assert all(path.exists() for path in files_of(root, newest))
-        load(versions.locate_bundle(root, MODEL, str(newest.version)))
+        load(versions.fetch_bundle(root, MODEL, str(newest.version)))
         prune(root, {MODEL: 1})
         manifest.sweep(root.path / "runs" / "tiny", older_than_seconds=0)
         for parent in (root.corpora, root.tokens):
@@ -297,7 +297,7 @@ def test_needed_files_are_kept_and_every_rollback_loads_after_any_history(tiny_r
     with pytest.raises(NoPrevious):
         for _ in count():
             target = rollback(root, MODEL, "further back", "ann").target
-            load(versions.locate_bundle(root, MODEL, str(target)))
+            load(versions.fetch_bundle(root, MODEL, str(target)))
 
 
 def happen(tiny_registry: Any, draw: random.Random) -> None:

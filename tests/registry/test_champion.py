@@ -124,7 +124,7 @@ def test_unknown_versions_and_models_are_refused_by_name(tiny_registry: Any) -> 
 
 def test_a_version_that_cannot_be_loaded_does_not_become_champion(tiny_registry: Any) -> None:
     root = promoted(tiny_registry, 2)
-    weights = versions.locate_bundle(root, MODEL, "1") / "model.safetensors"
+    weights = versions.fetch_bundle(root, MODEL, "1") / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:50])
     for ask in (lambda: promote(root, MODEL, "1", "x", "ann"), lambda: rollback(root, MODEL, "x", "ann")):
         with pytest.raises(RegistryError, match="models:/gpt-tiny/1 cannot be loaded, and nothing is promoted"):

@@ -15,7 +15,7 @@ from mlflow.entities.model_registry import ModelVersion
 from flows.cards.verdict import SOURCES_OVERRIDDEN, WITHDRAWN, Verdict
 from flows.config.pipelines import Pipeline, overrides_sources
 from flows.registry import champion, gate, versions
-from flows.registry.gate import judge, judge_first
+from flows.registry.gate import judge, judge_without_champion
 from flows.registry.lineage import run_key
 from flows.registry.tags import VersionTags
 from flows.state.root import StateRoot
@@ -97,8 +97,8 @@ def summary(root: StateRoot, version: str) -> dict[str, Any]:
 def test_the_first_version_must_be_better_than_the_unigram_model(bits: float) -> None:
     simple = SimpleNamespace(unigram_bits_per_byte=2.5)
     scores = cast(Scores, SimpleNamespace(baselines=simple, reported=SimpleNamespace(blocks=40, bytes=1)))
-    assert not judge_first(bits, scores).promoted
-    assert judge_first(2.4999, scores).promoted
+    assert not judge_without_champion(bits, scores).promoted
+    assert judge_without_champion(2.4999, scores).promoted
 
 
 def test_the_gate_uses_the_margin_and_confidence_of_the_pipeline(

@@ -8,7 +8,7 @@ import torch
 from mlflow import MlflowClient
 
 import flows
-from flows.cli.checks import check_champion as checked
+from flows.cli.doctor_checks import check_champion as checked
 from flows.config.pipelines import Pipeline
 from flows.operations.reproduce import NotAsThen, reproduce
 from flows.operations.retention import prune
@@ -60,7 +60,7 @@ def test_the_first_import_becomes_champion_the_next_a_candidate_and_a_repeated_o
     described = versions.describe(root, versions.resolve(root, "models:/gpt-tiny/1"))
     assert described["imported_from"] == str(one) and described["verdict"] == "imported"
     assert described["files"] == checkpoints.read_checkpoint(str(one)).files
-    card = (versions.locate_bundle(root, "gpt-tiny", "1") / "README.md").read_text()
+    card = (versions.fetch_bundle(root, "gpt-tiny", "1") / "README.md").read_text()
     assert f"imported from `{one}`" in card and "Nothing is known about the text that it learned from." in card
     assert all(digest in card for digest in described["files"].values())
     assert json.dumps(described) and described["corpus_sha256"] is described["seed"] is None

@@ -87,7 +87,7 @@ def test_a_version_records_everything_it_was_made_from_in_its_lineage_its_tags_a
     }
     assert described["config"]["train"]["max_steps"] == 60 and described["run_config"]["train"]["threads"] == 1
     assert described["hardware"]["threads"] == 1 and described["ancestors"] == []
-    bundle = versions.locate_bundle(root, "gpt-tiny", "1")
+    bundle = versions.fetch_bundle(root, "gpt-tiny", "1")
     assert manifest.sha256_of_file(bundle / "model.safetensors") == described["weights_sha256"]
     loaded = load(bundle)
     assert sum(parameter.numel() for parameter in loaded.model.parameters()) == described["parameters"]

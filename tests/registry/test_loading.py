@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 import flows
 from flows.cards.verdict import Verdict
 from flows.cli import cli
-from flows.cli.checks import check_champion
+from flows.cli.doctor_checks import check_champion
 from flows.endpoint.followed_version import FollowedVersion
 from flows.registry import ancestry, champion, versions
 from flows.registry.loading import load
@@ -46,7 +46,7 @@ def altered(tiny_registry: TinyRegistry) -> StateRoot:
     for _ in range(2):
         tiny_registry.register()
     champion.promote(root, NAME, "1", "better", "ann")
-    alter_heads(versions.locate_bundle(root, NAME, "1"))
+    alter_heads(versions.fetch_bundle(root, NAME, "1"))
     return root
 
 
@@ -71,7 +71,7 @@ def test_an_altered_config_is_refused_by_everything_that_loads_the_version(
     if reader == "promote":
         MlflowClient(altered.tracking_uri).set_registered_model_alias(NAME, "champion", "2")
     if is_sealed:
-        alter_heads(versions.locate_bundle(altered, NAME, "1"), is_sealed=True)
+        alter_heads(versions.fetch_bundle(altered, NAME, "1"), is_sealed=True)
     what = "manifest.json" if is_sealed else "config.json"
     with pytest.raises(GPTCoreError, match=f"{what} has .*: it was altered"):
         READERS[reader](altered)
@@ -113,7 +113,7 @@ def test_the_gate_promotes_nothing_if_the_config_of_the_champion_was_altered(
 def test_an_altered_lineage_is_not_shown_and_an_edited_card_is(tiny_registry: TinyRegistry) -> None:
     root, version = tiny_registry.root, tiny_registry.register()
     found = versions.resolve(root, f"models:/{NAME}/{version}")
-    bundle = versions.locate_bundle(root, NAME, version)
+    bundle = versions.fetch_bundle(root, NAME, version)
     (bundle / CARD).write_text("license: MIT")
     load(root, found)
     assert versions.describe(root, found)["pipeline"] == "tiny"
@@ -130,7 +130,7 @@ def test_a_version_of_an_earlier_release_is_compared_by_its_weights(tiny_registr
     found = versions.resolve(root, f"models:/{NAME}/{version}")
     assert load(root, found).cfg["n_heads"] == 2
     assert versions.describe(root, found)["bundle_sha256"] is None
-    weights = versions.locate_bundle(root, NAME, version) / "model.safetensors"
+    weights = versions.fetch_bundle(root, NAME, version) / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
     with pytest.raises(RegistryError, match="it was altered"):
         load(root, found)
@@ -139,7 +139,7 @@ def test_a_version_of_an_earlier_release_is_compared_by_its_weights(tiny_registr
 def test_a_registered_bundle_has_its_hash_as_a_tag_and_mlflow_refuses_an_altered_one(root: StateRoot) -> None:
     bring_versions(root, NAME, 1)
     found = versions.resolve(root, URI)
-    bundle = versions.locate_bundle(root, NAME, "1")
+    bundle = versions.fetch_bundle(root, NAME, "1")
     assert found.tags[BUNDLE_SHA256] == manifest.read_sha256(bundle)
     assert CARD not in manifest.list_files(bundle) and (bundle / CARD).exists()
     load(root, found)

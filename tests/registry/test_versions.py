@@ -13,7 +13,7 @@ from rich.table import Table
 from sqlalchemy import Engine, event
 
 from flows.cli import cli
-from flows.cli.checks import CheckTarget, check_registry
+from flows.cli.doctor_checks import CheckTarget, check_registry
 from flows.config.pipelines import Pipeline
 from flows.registry import champion, versions
 from flows.state import console

@@ -60,7 +60,7 @@ def test_both_runs_have_the_card_and_it_shows_what_the_champion_would_have_writt
     assert re.sub(r"\(data:image/png;base64,[^)]+\)", "()", str(card.data)) == re.sub(
         r"(!\[.*?\])\(.*?\)", r"\1()", beside
     )
-    champion = load(versions.locate_bundle(root, "gpt-tiny", "1"))
+    champion = load(versions.fetch_bundle(root, "gpt-tiny", "1"))
     text = next((root.path / "corpora").glob("*/train.txt"))
     expected = write_samples(champion.model, champion.tokenizer, tiny.sample, tiny.train.seed, text, files)
     assert read_samples(files / "champion-samples") == expected
@@ -92,7 +92,7 @@ def test_ties_and_uncompared_versions_have_their_card_with_links_and_a_damaged_c
     assert "predicts unseen text about as well as version 1" in card
     assert "(http://127.0.0.1:2/#/models/gpt-tiny/versions/2)" in card
     assert f"/runs/{versions.resolve(root, 'models:/gpt-tiny/2').run_id})" in card
-    weights = versions.locate_bundle(root, "gpt-tiny", "1") / "model.safetensors"
+    weights = versions.fetch_bundle(root, "gpt-tiny", "1") / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
     sample = SampleConfig(prompts=("A night",), temperatures=(0.0,), max_new_tokens=5)
     run(tiny.model_copy(update={"sample": sample}), sources_overridden=True, max_steps=5)

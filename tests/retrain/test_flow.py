@@ -61,7 +61,7 @@ def test_a_forced_run_trains_equal_weights_and_a_tie_does_not_replace_the_champi
     assert first["weights_sha256"] == second["weights_sha256"]
     assert first["aliases"] == ["champion"]
     assert second["gate_bits_per_byte"] == second["gate_champion_bits_per_byte"]
-    cards = [(versions.locate_bundle(root, "gpt-tiny", number) / "README.md").read_text() for number in "12"]
+    cards = [(versions.fetch_bundle(root, "gpt-tiny", number) / "README.md").read_text() for number in "12"]
     assert ["version 1, the champion then" in card for card in cards] == [False, True]
     assert all(f"| {first['holdout_bits_per_byte']:.4f} |" in card and "## What it writes" in card for card in cards)
 
@@ -106,7 +106,7 @@ def test_a_run_killed_before_the_verdict_is_resumed_without_duplicates(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr("flows.registry.gate.judge_first", killed)
+        patched.setattr("flows.registry.gate.judge_without_champion", killed)
         run(tiny)
     assert versions.find_champion(root, "gpt-tiny") is None
     (interrupted,) = mlflow_runs(root)
@@ -133,7 +133,7 @@ def test_a_run_killed_after_the_verdict_is_reported_by_the_next_one_without_bein
     client.update_run(interrupted.info.run_id, status="RUNNING")  # as after SIGKILL, which no handler sees
     client.log_metric(interrupted.info.run_id, "holdout_loss", 1.0)
     with monkeypatch.context() as patched:
-        patched.setattr("flows.registry.gate.judge_first", killed)
+        patched.setattr("flows.registry.gate.judge_without_champion", killed)
         name, outcome = run(tiny)
     assert (name, outcome.uri) == ("Promoted", "models:/gpt-tiny/1")
     (only,) = mlflow_runs(root)
@@ -154,7 +154,7 @@ def test_a_diverging_training_fails_the_mlflow_run_and_registers_nothing(tiny: P
 
 def test_a_damaged_champion_stays_and_nothing_is_promoted(tiny: Pipeline, root: StateRoot) -> None:
     run(changed(tiny, max_steps=20))
-    weights = versions.locate_bundle(root, "gpt-tiny", "1") / "model.safetensors"
+    weights = versions.fetch_bundle(root, "gpt-tiny", "1") / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(versions.RegistryError, match="models:/gpt-tiny/1 cannot be loaded, and nothing is promoted"):
         run(tiny)

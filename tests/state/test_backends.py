@@ -12,7 +12,7 @@ import pytest
 from flows.state import lock_holder, locks, postgres_lock
 from flows.state import postgres as database
 from flows.state.backends import export_passwords, read_backends, save_backends
-from flows.state.postgres import Database, DatabaseRefused, DatabaseUnreachable, parse
+from flows.state.postgres import DatabaseRefused, DatabaseUnreachable, PostgresDatabase, parse
 from flows.state.root import StateRoot
 from gptcore.errors import ConfigError
 from tests.servers import gptflow, refused
@@ -21,20 +21,20 @@ from tests.state.postgres import Postgres
 pytestmark = pytest.mark.slow
 
 HOLD = "import sys; from pathlib import Path\nfrom flows.state.locks import hold\n"
-HOLD += "from flows.state.postgres import Database\n"
-HOLD += "with hold(Path(sys.argv[1]), 'run-1', database=Database(sys.argv[2])):\n"
+HOLD += "from flows.state.postgres import PostgresDatabase\n"
+HOLD += "with hold(Path(sys.argv[1]), 'run-1', database=PostgresDatabase(sys.argv[2])):\n"
 HOLD += "    print('held', flush=True); sys.stdin.read()"
 
 
 @pytest.fixture
-def shared(postgres: Postgres, monkeypatch: pytest.MonkeyPatch) -> Database:
+def shared(postgres: Postgres, monkeypatch: pytest.MonkeyPatch) -> PostgresDatabase:
     """A new database that this process may use."""
     monkeypatch.setenv("PGPASSWORD", postgres.password)
     return parse(postgres.new(), "the test")
 
 
 @pytest.fixture
-def elsewhere(shared: Database, tmp_path: Path) -> Iterator["subprocess.Popen[str]"]:
+def elsewhere(shared: PostgresDatabase, tmp_path: Path) -> Iterator["subprocess.Popen[str]"]:
     """A process that holds the lock `x.lock` of another state root, as if on another machine."""
     command = [sys.executable, "-c", HOLD, str(tmp_path / "elsewhere" / "x.lock"), shared.url]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -45,7 +45,7 @@ def elsewhere(shared: Database, tmp_path: Path) -> Iterator["subprocess.Popen[st
 
 
 def test_a_lock_on_another_machine_can_be_skipped_or_waited_for_and_is_released_when_its_holder_dies(
-    shared: Database, elsewhere: "subprocess.Popen[str]", tmp_path: Path
+    shared: PostgresDatabase, elsewhere: "subprocess.Popen[str]", tmp_path: Path
 ) -> None:
     path = tmp_path / "here" / "x.lock"
     with (
@@ -71,7 +71,7 @@ def test_a_lock_on_another_machine_can_be_skipped_or_waited_for_and_is_released_
 
 
 def test_a_broken_connection_gets_its_lock_back_unless_another_process_took_it_then_nothing_is_published(
-    shared: Database, postgres: Postgres, tmp_path: Path
+    shared: PostgresDatabase, postgres: Postgres, tmp_path: Path
 ) -> None:
     name = shared.url.rpartition("/")[2]
     end = "select pg_terminate_backend(pid) from pg_stat_activity where application_name = 'gptflow lock'"
@@ -98,7 +98,7 @@ def test_a_broken_connection_gets_its_lock_back_unless_another_process_took_it_t
 
 
 def test_a_refusal_of_postgresql_is_reported_in_one_line_with_the_fix(
-    postgres: Postgres, shared: Database, project: Path, monkeypatch: pytest.MonkeyPatch
+    postgres: Postgres, shared: PostgresDatabase, project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = shared.url.rpartition("/")[2]
     postgres.ask(name, "create role guest login password 'guest'")
@@ -108,11 +108,11 @@ def test_a_refusal_of_postgresql_is_reported_in_one_line_with_the_fix(
     }
     for url, (kind, said) in wrong.items():
         with pytest.raises(kind, match=said):
-            Database(url).prepare()
+            PostgresDatabase(url).prepare()
     with monkeypatch.context() as patched:
         patched.setenv("PGPASSWORD", "guest")
         with pytest.raises(DatabaseRefused, match=r"permission denied .* Grant the user CREATE on the database"):
-            Database(shared.url.replace("keeper", "guest")).prepare()
+            PostgresDatabase(shared.url.replace("keeper", "guest")).prepare()
         with pytest.raises(DatabaseRefused, match=r"password authentication failed .* Set PGPASSWORD"):
             shared.prepare()
         patched.setitem(sys.modules, "psycopg2", None)
@@ -161,7 +161,7 @@ def test_passwords_are_removed_from_every_url_and_the_state_root_saves_the_rest(
     monkeypatch.setenv("MLFLOW_DEFAULT_ARTIFACT_ROOT", "s3://bucket/deep/down/")
     export_passwords()
     found = read_backends(tmp_path)
-    assert found.database == Database("postgresql://me@db.example:6432/ml")
+    assert found.database == PostgresDatabase("postgresql://me@db.example:6432/ml")
     assert found.artifacts == "s3://bucket/deep/down"
     assert os.environ["MLFLOW_TRACKING_URI"] == "postgresql://me@db.example:6432/ml?sslmode=require"
     assert (os.environ["PGPASSWORD"], os.environ["PGSSLMODE"]) == ("p@ss", "require")

@@ -17,8 +17,8 @@ from mlflow import MlflowClient
 from mlflow.store.db import utils
 from sqlalchemy import create_engine, text
 
-from flows.cli import checks, cli
-from flows.cli.checks import CheckTarget
+from flows.cli import cli, doctor_checks
+from flows.cli.doctor_checks import CheckTarget
 from flows.state import databases
 from flows.state.databases import Condition, DatabaseBroken, SQLiteDatabase, mlflow_database, prefect_database
 from flows.state.root import StateRoot
@@ -143,7 +143,7 @@ def test_every_command_names_a_broken_database_and_its_fix(
         with pytest.raises(DatabaseBroken, match=rf"{root.path}/mlflow\.db {BROKEN[break_]}"):
             raise result.exception
     with pytest.raises(DatabaseBroken, match=BROKEN[break_]):
-        list(checks.check_registry(CheckTarget(project / "pipelines.yaml", root)))
+        list(doctor_checks.check_registry(CheckTarget(project / "pipelines.yaml", root)))
 
 
 def test_a_read_only_database_is_named(project: Path, root: StateRoot, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,7 +51,7 @@ def copied(home: StateRoot, to: Path) -> StateRoot:
 
 def answers(root: StateRoot) -> None:
     """Check that the only version is found inside the root and loads."""
-    # Not versions.locate_bundle: this process queried MLflow about another root, and MLflow caches the answer.
+    # Not versions.fetch_bundle: this process queried MLflow about another root, and MLflow caches the answer.
     files = Path(MlflowClient(root.tracking_uri).get_model_version_download_uri("gpt-tiny", "1"))
     assert files.is_relative_to(root.path)
     load(files / "artifacts" / versions.BUNDLE)

@@ -25,7 +25,7 @@ from gptcore.training.rendezvous import (
     ALLOW_PUBLIC,
     STORE,
     Place,
-    is_restarted,
+    has_restarting_launcher,
     make_local_environments,
     open_store,
     read_place,
@@ -49,7 +49,7 @@ def test_a_place_is_read_from_torchruns_variables_or_else_from_slurms():
     assert read_place(kubernetes) == Place(1, 2, 0, 1), "one process per pod"
     here = list(make_local_environments(2, Path("/run/meeting")))
     assert [read_place(each) for each in here] == [Place(0, 2, 0, 2), Place(1, 2, 1, 2)], "no address is needed"
-    assert is_restarted({"TORCHELASTIC_RUN_ID": "x"}) and not is_restarted(SLURM)
+    assert has_restarting_launcher({"TORCHELASTIC_RUN_ID": "x"}) and not has_restarting_launcher(SLURM)
 
 
 @pytest.mark.parametrize(
@@ -120,8 +120,10 @@ def patch_torchs_store(monkeypatch: pytest.MonkeyPatch) -> tuple[Place, timedelt
 def test_a_single_process_joins_no_group_and_runs_everything_itself():
     with join_ranks() as ranks:
         assert ranks is ALONE
-    assert ranks.run_on_rank_0(lambda: 1) == ranks.load_on_rank_0(lambda: 1) == ranks.run_on_all_ranks(lambda: 1) == 1
-    assert ranks.reduce_max(lambda: 2) == 2 and ranks.average(0.5, 2.0) == [0.5, 2.0]
+    assert (
+        ranks.run_on_rank_0(lambda: 1) == ranks.run_on_rank_0_only(lambda: 1) == ranks.run_on_all_ranks(lambda: 1) == 1
+    )
+    assert ranks.run_and_take_max(lambda: 2) == 2 and ranks.average(0.5, 2.0) == [0.5, 2.0]
     assert ranks.choose_device("cpu") == torch.device("cpu")
     before = torch.get_rng_state()
     ranks.seed(1, 2)

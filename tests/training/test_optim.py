@@ -1,4 +1,4 @@
-"""The optimisers against the arithmetic of their papers, and the learning rate against values worked out by hand."""
+"""The optimizers against the arithmetic of their papers, and the learning rate against values worked out by hand."""
 
 import pytest
 import torch

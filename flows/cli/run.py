@@ -147,7 +147,7 @@ def prepare(pipeline: "Pipeline", root: "StateRoot", directory: Path) -> "Tokens
     start = ancestry.resolve_start(root, pipeline)
     # Shards are processed by local processes, because there is no flow run here that could have tasks.
     snapshot = ingest(pipeline.corpus, root.corpora, root.project)
-    for line in snapshot.reading.describe():
+    for line in filter(None, (*snapshot.reading.describe(), snapshot.reading.describe_secrets())):
         click.echo(line)
     vocabulary = start.load_tokenizer() if start else None
     tokens = tokenize(snapshot.path, pipeline.corpus.tokenizer, root.tokens, vocabulary=vocabulary)

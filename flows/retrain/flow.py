@@ -199,6 +199,8 @@ class _Retraining:
             step.describe(tasks.describe_snapshot(snapshot))
         for line in snapshot.reading.describe():
             get_run_logger().info("ingest: %s", line, extra={"step": "ingest"})
+        if warning := snapshot.reading.describe_secrets():
+            get_run_logger().warning("ingest: %s", warning, extra={"step": "ingest"})
         reason = self.compare(snapshot)
         if not (reason.must_train or self.force or self.sources_overridden):
             return f"{reason.text}; --force trains again"

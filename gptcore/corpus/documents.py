@@ -7,6 +7,7 @@ processes have read are in shards.py.
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
 
@@ -18,6 +19,7 @@ from gptcore.corpus.formats import ReadOptions
 from gptcore.corpus.normalize import MIN_VIEW_BYTES, normalize
 from gptcore.corpus.reading import Reading
 from gptcore.corpus.rows import MissingColumn
+from gptcore.corpus.secrets import SecretFinder
 from gptcore.corpus.sources import Document, File
 from gptcore.errors import CorpusError
 from gptcore.progress import Progress
@@ -185,17 +187,22 @@ def read_file(
     is not meant as text if its directory or a glob led to it. Raises SourceUnavailable if a storage does not answer.
     """
     done: list[T] = []
+    secrets: list[tuple[str, int, str]] = []
     try:
         with file.open(scratch) as content:
             examine(content)
             content.seek(0)
             for document in file.read_documents(content, options):
-                done.append(append(document))
+                finder = SecretFinder()
+                done.append(append(replace(document, chunks=finder.search(document.chunks))))
+                secrets += [(document.name, line, kind) for line, kind in finder.found.items()]
     except CorpusError as error:
         is_foreign = isinstance(error, MissingColumn) and not file.is_named and not done
         reading.add_problem(file.suffix, str(error), is_foreign)
         return None
     reading.count(file.suffix, read=1)
+    for name, line, kind in secrets:
+        reading.add_secret(kind, f"{name} line {line:,}")
     return done
 
 

@@ -16,6 +16,7 @@ from gptcore.errors import CorpusError
 MAX_NAMED = 20
 """Number of files that a report names. More files are counted."""
 NO_SUFFIX = "no suffix"
+_MAX_PLACES = 10
 _COMPRESSED = (".gz", ".zst")
 _MAX_SUFFIXES = 50
 _MAX_SUFFIX_CHARS = 16
@@ -37,6 +38,11 @@ class Reading:
     """The problems of the first bad files."""
     foreign: list[str] = field(default_factory=list)
     """The problems of the first tables that are not text."""
+
+    secrets: Counter[str] = field(default_factory=Counter)
+    """Number of lines that look like a key or a password, by kind."""
+    secret_places: list[str] = field(default_factory=list)
+    """Document and line of the first of them."""
 
     @property
     def num_bad(self) -> int:
@@ -64,6 +70,12 @@ class Reading:
         if len(named) < MAX_NAMED:
             named.append(problem)
 
+    def add_secret(self, kind: str, place: str) -> None:
+        """Count a line that looks like a key or a password."""
+        self.secrets[kind] += 1
+        if len(self.secret_places) < _MAX_PLACES:
+            self.secret_places.append(place)
+
     def merge(self, other: "Reading") -> None:
         """Add the counts of another part of the corpus, which comes after this one."""
         for suffix, numbers in other.counts.items():
@@ -72,6 +84,8 @@ class Reading:
             self.excluded.setdefault(rule, Counter()).update(counts)
         for mine, others in ((self.problems, other.problems), (self.foreign, other.foreign)):
             mine.extend(others[: MAX_NAMED - len(mine)])
+        self.secrets.update(other.secrets)
+        self.secret_places.extend(other.secret_places[: _MAX_PLACES - len(self.secret_places)])
 
     def check(self) -> None:
         """Raise CorpusError with the problems of all bad files, if there are any."""
@@ -99,19 +113,40 @@ class Reading:
             lines += ["left out by corpus.errors: skip:", *self.list_problems()]
         return lines
 
+    def describe_secrets(self) -> str:
+        """Return a line that warns of keys and passwords in the text; empty if there are none."""
+        if not self.secrets:
+            return ""
+        kinds = ", ".join(f"{kind} {number:,}" for kind, number in sorted(self.secrets.items()))
+        rest = self.secrets.total() - len(self.secret_places)
+        places = ", ".join(self.secret_places) + (f" and {rest:,} more" if rest else "")
+        return (
+            f"{_count(self.secrets.total(), 'line')} of text look like keys or passwords ({kinds}): {places}. A model "
+            "may learn and repeat them. Remove them, or name the files in corpus.exclude"
+        )
+
     def to_json(self) -> dict[str, Any]:
         """Return the reading as plain data."""
-        counts = {suffix: _sort(numbers) for suffix, numbers in sorted(self.counts.items())}
-        excluded = {rule: _sort(numbers) for rule, numbers in sorted(self.excluded.items())}
-        return {"counts": counts, "excluded": excluded, "problems": self.problems, "foreign": self.foreign}
+        return {
+            "counts": {suffix: _sort(numbers) for suffix, numbers in sorted(self.counts.items())},
+            "excluded": {rule: _sort(numbers) for rule, numbers in sorted(self.excluded.items())},
+            "problems": self.problems,
+            "foreign": self.foreign,
+            "secrets": _sort(self.secrets),
+            "secret_places": self.secret_places,
+        }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Reading":
         """Return the reading that `to_json` wrote."""
-        counts, excluded = (
-            {key: Counter(numbers) for key, numbers in data[name].items()} for name in ("counts", "excluded")
+        return cls(
+            counts={suffix: Counter(numbers) for suffix, numbers in data["counts"].items()},
+            excluded={rule: Counter(numbers) for rule, numbers in data["excluded"].items()},
+            problems=list(data["problems"]),
+            foreign=list(data["foreign"]),
+            secrets=Counter(data["secrets"]),
+            secret_places=list(data["secret_places"]),
         )
-        return cls(counts, excluded, list(data["problems"]), list(data["foreign"]))
 
 
 def suffix_of(filename: str) -> str:

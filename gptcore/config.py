@@ -6,6 +6,7 @@ not import torch, so a wrong value is reported within a moment. Sections that on
 and flows/notifications.
 """
 
+import re
 from collections.abc import Mapping
 from string import Formatter
 from typing import Annotated, Any, Literal, Self
@@ -38,6 +39,9 @@ Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=2**48)]
 Source = Annotated[str, Field(min_length=1), AfterValidator(check_address)]
+Format = Literal["text", "json", "jsonl", "csv", "tsv", "parquet"]
+"""How the text of a file is found in its bytes."""
+_SUFFIX = re.compile(r"(\.[a-z0-9_+\-]+){1,2}(?<!\.gz)(?<!\.zst)")
 
 
 class CorpusConfig(Section):
@@ -46,7 +50,8 @@ class CorpusConfig(Section):
     sources: Annotated[tuple[Source, ...], Field(min_length=1)] = ("python-docs",)
     """Where text comes from: a file, a directory, a glob, an http(s) URL (append #sha256=HEX to check the download),
     anything that fsspec opens (s3://, gs://, hf://), or python-docs, the reference that ships inside Python. The suffix
-    names the format: .txt .md .json .jsonl .ndjson .csv .tsv .parquet, each also .gz or .zst. Write a password or
+    names the format: plain text and source code, .json .jsonl .ndjson .csv .tsv .parquet, each also .gz or
+    .zst; a file without a suffix is plain text. Directories are not searched for .json and .log. Write a password or
     key in an address as ${NAME}, an environment variable of the run. Links that lead out of a directory, and
     redirections from the internet into a private network, are refused: list their targets here instead."""
     exclude: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Added(before=())] = ()
@@ -76,6 +81,9 @@ class CorpusConfig(Section):
     """What to do with copies of a text, also if line ends, indents, case or quoting marks differ. drop: train on each
     text once. keep: copies stay in train, so that the model learns a repeated text more often. Copies never stay in val
     or holdout."""
+    formats: Annotated[dict[str, Format], Added(before={})] = Field(default={})
+    """How files are read whose suffix says nothing, or something else: .log: text. Directories are then searched for
+    these suffixes too. A suffix is in lower case, without .gz or .zst."""
     errors: Literal["strict", "replace", "skip"] = "strict"
     """What to do with files that cannot be used. strict: stop, and name all of them with their problems. skip: leave
     each of them out as a whole, also if one row of a table is wrong, and name them in the report of the run. replace:
@@ -91,6 +99,16 @@ class CorpusConfig(Section):
         if self.tokenizer.startswith("bpe:") and not 257 <= int(self.tokenizer[4:]) <= 200_000:
             raise ValueError(f"tokenizer {self.tokenizer!r}: N of bpe:N must be between 257 and 200000")
         return self
+
+    @field_validator("formats")
+    @classmethod
+    def _check_suffixes(cls, formats: dict[str, Format]) -> dict[str, Format]:
+        """Refuse a key that no file's suffix can be."""
+        if wrong := [suffix for suffix in formats if not _SUFFIX.fullmatch(suffix)]:
+            raise ValueError(
+                f"{wrong[0]!r} is not a suffix. Write it in lower case and with its dot, such as .log, without .gz"
+            )
+        return formats
 
     @field_validator("text")
     @classmethod

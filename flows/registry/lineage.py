@@ -41,7 +41,7 @@ PACKAGES = (
 
 # Keys that do not enter a run key: the text's content counts instead of its address, and the start's weights instead of
 # its name.
-_CORPUS_KEYS_OUTSIDE = {"sources", "exclude", "text"}
+_CORPUS_KEYS_OUTSIDE = {"sources", "exclude", "text", "formats", "encoding"}
 _TRAIN_KEYS_OUTSIDE = {*EXECUTION_KEYS, "start_from"}
 
 

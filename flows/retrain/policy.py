@@ -165,7 +165,8 @@ def _describe_settings(root: StateRoot, pipeline: Pipeline, newest: ModelVersion
         return sentence
     now = flatten(pipeline.model_dump(mode="json"))
     execution = tuple(f"train.{key}" for key in EXECUTION_KEYS)
-    outside = ("retrain.", "gate.", "sample.", "corpus.sources", "corpus.exclude", "corpus.text", *execution)
+    reading = ("corpus.sources", "corpus.exclude", "corpus.text", "corpus.formats", "corpus.encoding")
+    outside = ("retrain.", "gate.", "sample.", *reading, *execution)
     differing = [
         f"{key} {then.get(key, 'absent')} -> {now[key]}"
         for key in now

@@ -15,12 +15,14 @@ import re
 import sys
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO, Literal, cast
 
+from gptcore.config import Format
+from gptcore.corpus.file_types import COMPRESSED, require_format
 from gptcore.corpus.rows import TextRule, missing_column_error
 from gptcore.errors import CorpusError
 
@@ -31,27 +33,19 @@ Texts = Iterator[tuple[str, Iterator[bytes]]]
 CHUNK_BYTES = 256 * 1024
 MAX_ROW_BYTES = 128 * 1024 * 1024
 """Limit for one line of JSON or one row of CSV, which is read at once."""
-_COMPRESSED = (".gz", ".zst")
 _DELIMITERS = (",", ";", "\t", "|")
 _ZSTD_READ_BYTES = 4096  # this many bytes cannot decompress to more than about 128 MiB
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _UTF8_FIX = "Save it as UTF-8, or set corpus.errors: replace."
 
 
-def has_known_suffix(filename: str) -> bool:
-    """Whether directories are searched for files with this name's suffix: one of SUFFIXES, also with .gz or .zst.
-
-    They are not searched for .json, because most such files hold settings. A source may name one.
-    """
-    return _format_suffix(filename) in SUFFIXES
-
-
 @dataclass(frozen=True)
 class ReadOptions:
-    """How the bytes of files become text: corpus.errors and corpus.text."""
+    """How the bytes of files become text: corpus.errors, corpus.text and corpus.formats."""
 
     errors: Errors = "strict"
     text: str = "text"
+    formats: Mapping[str, Format] = field(default_factory=dict)
 
     @property
     def rule(self) -> TextRule:
@@ -62,13 +56,13 @@ class ReadOptions:
 def read_texts(file: BinaryIO, name: str, filename: str, options: ReadOptions) -> Texts:
     """Yield the documents in `file`, in order. Consume the chunks of each before you ask for the next one.
 
-    The suffix of `filename` decides the format; a file with an unknown suffix is plain text, which is one document with
-    the name `name`. The document of a table's row has a name such as `name:3`, with its line number, or with its row
-    number in JSON and Parquet. Raises CorpusError if the file is damaged, lacks a column that corpus.text names, or is
-    not UTF-8 and `options.errors` is strict.
+    The suffix of `filename` decides the format (file_types.py). Plain text is one document with the name `name`. The
+    document of a table's row has a name such as `name:3`, with its line number, or with its row number in JSON and
+    Parquet. Raises CorpusError if the format is not read, or if the file is damaged, lacks a column that corpus.text
+    names, or is not UTF-8 and `options.errors` is strict.
     """
-    reader = _READERS.get(_format_suffix(filename), _read_plain)
-    return reader(_decompress(file, name, filename), name, options)
+    file_format = require_format(name, filename, options.formats)
+    return _READERS[file_format](_decompress(file, name, filename, file_format), name, options)
 
 
 def encode_chunks(text: str, name: str, errors: Errors) -> Iterator[bytes]:
@@ -82,13 +76,6 @@ def encode_chunks(text: str, name: str, errors: Errors) -> Iterator[bytes]:
                 problem = f"character {start + error.start} is the lone surrogate {chunk[error.start]!r}"
                 raise CorpusError(f"{name} is not Unicode text: {problem}. {_UTF8_FIX}") from None
             yield _LONE_SURROGATE.sub("\ufffd", chunk).encode()
-
-
-def _format_suffix(filename: str) -> str:
-    stem, dot, suffix = filename.lower().rpartition(".")
-    if dot + suffix in _COMPRESSED:
-        _, dot, suffix = stem.rpartition(".")
-    return dot + suffix
 
 
 def _read_plain(file: BinaryIO, name: str, options: ReadOptions) -> Texts:
@@ -303,31 +290,27 @@ def _read_text_column(file: BinaryIO, name: str, options: ReadOptions) -> Texts:
             yield row, _read_utf8(io.BytesIO(text), row, options.errors)
 
 
-_READERS: dict[str, Callable[[BinaryIO, str, ReadOptions], Texts]] = {
-    ".txt": _read_plain,
-    ".md": _read_plain,
-    ".json": _read_json,
-    ".jsonl": _read_jsonl,
-    ".ndjson": _read_jsonl,
-    ".csv": _read_csv,
-    ".tsv": _read_tsv,
-    ".parquet": _read_parquet,
+_READERS: dict[Format, Callable[[BinaryIO, str, ReadOptions], Texts]] = {
+    "text": _read_plain,
+    "json": _read_json,
+    "jsonl": _read_jsonl,
+    "csv": _read_csv,
+    "tsv": _read_tsv,
+    "parquet": _read_parquet,
 }
-SUFFIXES = tuple(suffix for suffix in _READERS if suffix != ".json")
-"""The suffixes for which directories are searched."""
 
 
-def _decompress(file: BinaryIO, name: str, filename: str) -> BinaryIO:
+def _decompress(file: BinaryIO, name: str, filename: str, file_format: Format) -> BinaryIO:
     """Return `file` without its compression.
 
     Parquet is read from its end, so a compressed Parquet file is decompressed to disk first.
     """
     suffix = PurePosixPath(filename.lower()).suffix
-    if suffix not in _COMPRESSED:
+    if suffix not in COMPRESSED:
         return file
     content = _gunzip(file) if suffix == ".gz" else _unzstd(file)
     decompressed = cast(BinaryIO, io.BufferedReader(_DecompressedFile(content, name), CHUNK_BYTES))
-    if _format_suffix(filename) != ".parquet":
+    if file_format != "parquet":
         return decompressed
     on_disk = cast(BinaryIO, tempfile.TemporaryFile())  # noqa: SIM115 -- closed with the last reference to it
     while chunk := decompressed.read(CHUNK_BYTES):

@@ -76,7 +76,7 @@ def ingest(cfg: CorpusConfig, corpora: Path, base: Path, map_shards: MapShards =
     downloads = corpora.parent / "downloads"
     files, found = sources.find_files(cfg.sources, base, downloads, cfg.exclude)
     key = manifest.sha256_of([*cfg.sources, str(base), cfg.errors, cfg.text, cfg.block_bytes])
-    options = ReadOptions("replace" if cfg.errors == "replace" else "strict", cfg.text)
+    options = ReadOptions("replace" if cfg.errors == "replace" else "strict", cfg.text, cfg.formats)
     keeps_copies = cfg.duplicates == "keep"
     if sum(file.num_bytes for file in files) <= WHOLE_BYTES or len(files) == 1:
         with tempfile.TemporaryFile(dir=corpora) as text:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, cast
 
-from gptcore.corpus import formats
+from gptcore.corpus.file_types import classify
 from gptcore.corpus.ignore import IgnoreRules
 from gptcore.corpus.reading import Reading, suffix_of
 from gptcore.credentials import conceal, resolve
@@ -86,7 +86,7 @@ def find_objects(source: str, exclude: Sequence[str] = (), reading: Reading | No
         else:
             below = filesystem.find(path, detail=True)
             kept = _select_objects(below, len(path.rstrip("/")) + 1, IgnoreRules(Path(), exclude), reading)
-            objects = {name: info for name, info in kept.items() if formats.has_known_suffix(name)}
+            objects = {name: info for name, info in kept.items() if classify(name, {}).status == "read"}
             for name in kept.keys() - objects.keys():
                 reading.count(suffix_of(name), skipped=1)
     if not objects:

@@ -23,6 +23,7 @@ from urllib.parse import unquote, urlsplit
 
 from gptcore.corpus import formats, remote
 from gptcore.corpus import http as web
+from gptcore.corpus.file_types import classify
 from gptcore.corpus.formats import ReadOptions
 from gptcore.corpus.ignore import NOT_REGULAR, IgnoreRules
 from gptcore.corpus.reading import Reading, raise_problems, suffix_of
@@ -279,7 +280,7 @@ def _find_local_paths(
     found: Iterator[Path] = iter(())
     if path.is_dir():
         found = _find_texts_in(path, IgnoreRules(path, exclude), reading)
-        problem = f"has no file with a suffix {' '.join(formats.SUFFIXES)} (or these with .gz or .zst) that may be read"
+        problem = "has no file of text that may be read"
     elif any(mark in source for mark in "*?["):
         root = base / _glob_root(Path(source).expanduser())  # the name of `base` is literal
         names_hidden = any(name.startswith(".") for name in path.relative_to(root).parts)
@@ -338,7 +339,7 @@ def _find_texts_in(directory: Path, rules: IgnoreRules, reading: Reading) -> Ite
             path = Path(parent, name)
             if rule := rules.find_rule(path):
                 reading.exclude(rule)
-            elif not formats.has_known_suffix(name):
+            elif classify(name, {}).status != "read":
                 reading.count(suffix_of(name), skipped=1)
             elif path.is_file():
                 yield path

@@ -175,14 +175,14 @@ def make_tree(root: Path) -> None:
 
 def test_a_directory_gives_its_text_files_in_order_and_nothing_else(tmp_path: Path) -> None:
     make_tree(tmp_path / "texts")
-    assert names(["texts"], tmp_path) == ["texts/a.md", "texts/b.txt", "texts/sub/c.txt.gz"]
+    assert names(["texts"], tmp_path) == ["texts/a.md", "texts/b.txt", "texts/notes.rst", "texts/sub/c.txt.gz"]
 
 
 def test_a_document_outside_the_project_is_named_relative_to_its_source(tmp_path: Path) -> None:
     make_tree(tmp_path / "texts")
     elsewhere = tmp_path / "elsewhere"
     for source in (str(tmp_path / "texts"), "../texts"):
-        assert names([source], elsewhere) == ["texts/a.md", "texts/b.txt", "texts/sub/c.txt.gz"]
+        assert names([source], elsewhere) == ["texts/a.md", "texts/b.txt", "texts/notes.rst", "texts/sub/c.txt.gz"]
     assert names([f"{tmp_path}/texts/*.md"], elsewhere) == ["texts/a.md"]
     assert names([f"{tmp_path}/texts/a.md"], elsewhere) == ["a.md"]
 
@@ -200,7 +200,7 @@ def test_a_glob_gives_its_matches_in_order_with_any_suffix(tmp_path: Path) -> No
     [
         ("missing.txt", "does not exist"),
         ("*.nothing", "matches no file"),
-        ("empty", "has no file with a suffix"),
+        ("empty", "has no file of text"),
         ("pipe.txt", "is not a regular file"),
         (" ", "empty"),
         ("https:///path", "no host"),

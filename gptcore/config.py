@@ -393,6 +393,10 @@ class RetrainConfig(Section):
     """With when: share. The share of the text, between 0 and 1, that must be new."""
     drift_margin: Annotated[Finite, Field(ge=0, le=8)] = 0.1
     """With when: drift. Bits per byte by which the champion must be worse on the new text."""
+    max_removed_share: Annotated[float, Field(ge=0.0, le=1.0), Added(before=1.0)] = 0.5
+    """Share of the previous training's text, between 0 and 1, that may be gone. If more is gone, or if more of the text
+    is new and unlike the text before, the run is held: it trains nothing until a person accepts the text. With 1, no
+    run is held."""
     unfinished: Literal["finish", "restart"] = "finish"
     """What to do with a paused or interrupted training if the text has changed since. finish: complete it on the text
     that it began with. restart: leave it and train on the changed text."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import click
 
 from flows.cli.options import FILE, JSON, print_json, redirect_library_logs
-from gptcore.errors import ConfigError, GPTCoreError
+from gptcore.errors import ConfigError, CorpusError, GPTCoreError
 
 if TYPE_CHECKING:
     from flows.config.pipelines import Pipeline
@@ -58,9 +58,16 @@ class RunCommand(click.Command):
 @click.argument("pipeline", default="quickstart")
 @SET
 @click.option("--force", is_flag=True, help="Train again even if nothing has changed.")
+@click.option(
+    "--accept-text",
+    is_flag=True,
+    help="The text is right, even if much of it is gone, or something unlike it has taken its place.",
+)
 @FILE
 @JSON
-def retrain_now(pipeline: str, overrides: tuple[str, ...], force: bool, file: str | None, json: bool) -> None:
+def retrain_now(
+    pipeline: str, overrides: tuple[str, ...], force: bool, accept_text: bool, file: str | None, json: bool
+) -> None:
     """Retrain PIPELINE now: read its text, then train a model, evaluate it and register it as a version.
 
     PIPELINE is a name in pipelines.yaml (default: quickstart). The run ends at once if there is no reason to train,
@@ -76,10 +83,13 @@ def retrain_now(pipeline: str, overrides: tuple[str, ...], force: bool, file: st
     loaded, root = load_pipeline(pipeline, overrides, file)
     console = Console()
     console.terminal.quiet = json
-    outcome = _launch(loaded, root, console, force=force, sources_overridden=overrides_sources(overrides))
+    flags = {"force": force, "accept_text": accept_text, "sources_overridden": overrides_sources(overrides)}
+    outcome = _launch(loaded, root, console, flags)
     if json:
         print_json(asdict(outcome))
-    else:
+    if outcome.verdict == "held":
+        raise CorpusError(outcome.reason)
+    if not json:
         _print_outcome(console, outcome)
 
 
@@ -173,10 +183,11 @@ def _copy_tokens(tokens: Path, goal: Path) -> None:
         manifest.adopt(staged, goal)
 
 
-def _launch(
-    pipeline: "Pipeline", root: "StateRoot", console: "Console", force: bool, sources_overridden: bool
-) -> "Outcome":
-    """Run the retraining flow in this process and return its outcome. Raise what the flow raised."""
+def _launch(pipeline: "Pipeline", root: "StateRoot", console: "Console", flags: dict[str, bool]) -> "Outcome":
+    """Run the retraining flow in this process, with `flags` as parameters, and return its outcome.
+
+    Raise what the flow raised.
+    """
     import signal
     from dataclasses import replace
 
@@ -194,7 +205,7 @@ def _launch(
     signal.signal(signal.SIGINT, _interrupt)
     try:
         with console.attach(), disable_heartbeats() if has_own_server else nullcontext():
-            outcome = _run_flow(pipeline, root, force, sources_overridden)
+            outcome = _run_flow(pipeline, root, flags)
     except KeyboardInterrupt:
         raise Interrupted("interrupted. The saved state stays. Run the same command again to resume.") from None
     seconds |= {**outcome.seconds, "total": round(time.perf_counter() - began, 2)}
@@ -248,9 +259,9 @@ def _import_and_open(root: "StateRoot") -> None:
         import_module("flows.tracking.runs").connect_and_migrate(root)
 
 
-def _run_flow(pipeline: "Pipeline", root: "StateRoot", force: bool, sources_overridden: bool) -> "Outcome":
+def _run_flow(pipeline: "Pipeline", root: "StateRoot", flags: dict[str, bool]) -> "Outcome":
     from flows.config.pipelines import SECTIONS
-    from flows.retrain.flow import Outcome, retrain
+    from flows.retrain.flow import Outcome, TextHeld, retrain
     from flows.tracking import errors
 
     sections = {name: getattr(pipeline, name) for name in SECTIONS}
@@ -259,14 +270,16 @@ def _run_flow(pipeline: "Pipeline", root: "StateRoot", force: bool, sources_over
             pipeline=pipeline.name,
             model_name=pipeline.model_name,
             **sections,
-            force=force,
-            sources_overridden=sources_overridden,
+            **flags,
             overlap=pipeline.overlap,
             task_runner=pipeline.task_runner,
             notify=pipeline.notify,
             return_state=True,
         )
-        outcome = state.result()
+        try:
+            outcome = state.result()
+        except TextHeld as held:
+            return held.outcome
     assert isinstance(outcome, Outcome), "the flow returns a state that carries its outcome"
     return outcome
 

@@ -115,7 +115,8 @@ def notify_promotion(flow: "Flow[..., Any]", flow_run: "FlowRun", state: "State[
 
 def send_failure(flow_run: "FlowRun", state: "State[Any]") -> None:
     """Send the message that a run of `retrain` failed or crashed. Also for a dead run that no hook has noticed."""
-    _notify(flow_run, state, "failure", "failed" if state.is_failed() else "crashed")
+    how = "crashed" if state.is_crashed() else str(state.name).lower()  # failed, or held
+    _notify(flow_run, state, "failure", how)
 
 
 def _notify(flow_run: "FlowRun", state: "State[Any]", event: Occasion, summary: str) -> None:

@@ -3,7 +3,8 @@
 Every step finds what an earlier run completed, so a run after a failure resumes where the failed one stopped. The
 MLflow run and the registered version are found by the run key. If an earlier run left a training unfinished, the next
 run finishes that training first, on its own text. Without a reason to train (policy.py) the run ends as Completed with
-the name Skipped, and a training longer than its session with the name Paused. tasks.py has the steps themselves.
+the name Skipped, and a training longer than its session with the name Paused. If the text looks like an accident
+(hold.py), the run ends as Failed with the name Held. tasks.py has the steps themselves.
 """
 
 import time
@@ -15,7 +16,7 @@ from typing import Any
 
 from prefect import State, flow, get_run_logger
 from prefect.runtime import flow_run
-from prefect.states import Completed
+from prefect.states import Completed, Failed
 
 from flows.cards.decision import list_details, list_scores
 from flows.cards.model_card import Evidence
@@ -24,7 +25,7 @@ from flows.config.pipelines import Pipeline, TaskRunnerName
 from flows.notifications.notify import NotifyConfig, notify_failure, notify_promotion
 from flows.registry import ancestry, register, versions
 from flows.registry.lineage import lineage, settings_key
-from flows.retrain import attempts, decision_card, last_success, mirror, parameters, task_runners, tasks
+from flows.retrain import attempts, decision_card, hold, last_success, mirror, parameters, task_runners, tasks
 from flows.retrain.attempts import Attempt
 from flows.retrain.decision_card import JudgedRetraining
 from flows.retrain.parameters import Request
@@ -36,7 +37,7 @@ from flows.tracking.metrics import MetricsLog
 from gptcore import manifest
 from gptcore.config import CorpusConfig, GateConfig, ModelConfig, RetrainConfig, SampleConfig, TrainConfig
 from gptcore.corpus.snapshot import Snapshot
-from gptcore.errors import TrainingDiverged
+from gptcore.errors import CorpusError, TrainingDiverged
 from gptcore.evaluation.run_report import Scores, read_samples, read_scores
 from gptcore.processes import MapShards
 from gptcore.tokens.directory import Tokens
@@ -50,7 +51,7 @@ class Outcome:
 
     pipeline: str
     verdict: str
-    """promoted, rejected, skipped, or paused."""
+    """promoted, rejected, skipped, paused, or held."""
     reason: str
     """The reason, in a sentence."""
     uri: str
@@ -63,6 +64,14 @@ class Outcome:
     run_directory: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
     """Duration of each step."""
+
+
+class TextHeld(CorpusError):
+    """The text looks like an accident, and a person has to accept it."""
+
+    def __init__(self, outcome: Outcome) -> None:
+        super().__init__(outcome.reason)
+        self.outcome = outcome
 
 
 # Prefect would check each section by itself, but a deployed run's sections are complete only after they are merged with
@@ -86,6 +95,7 @@ def retrain(
     gate: GateConfig,
     retrain: RetrainConfig,
     force: bool = False,
+    accept_text: bool = False,
     sources_overridden: bool = False,
     overlap: lock_holder.Overlap = "skip",
     task_runner: TaskRunnerName = "processes",
@@ -103,6 +113,7 @@ def retrain(
         gate: When the new version replaces the champion.
         retrain: What is a reason to train, and what happens to an unfinished training.
         force: Train again even if nothing has changed.
+        accept_text: The text is right, even if much of it is gone, or something unlike it has taken its place.
         sources_overridden: Other sources than the pipeline's own: register a version, but do not replace a champion.
         overlap: While another run of the pipeline is active: skip, or wait for its end.
         task_runner: Processes the shards of a large corpus: processes, dask, ray, or a cluster's address.
@@ -110,10 +121,10 @@ def retrain(
     """
     values: Any = {"corpus": corpus, "model": model, "train": train, "sample": sample, "gate": gate, "retrain": retrain}
     given = Pipeline(name=pipeline, model_name=model_name, overlap=overlap, task_runner=task_runner, **values)
-    return _retrain(parameters.read_request() or Request(given), force, sources_overridden)
+    return _retrain(parameters.read_request() or Request(given), force, accept_text, sources_overridden)
 
 
-def _retrain(request: Request, force: bool, sources_overridden: bool) -> State[Outcome]:
+def _retrain(request: Request, force: bool, accept_text: bool, sources_overridden: bool) -> State[Outcome]:
     """Retrain the pipeline while holding its lock, or skip the run if another run holds it."""
     requested, root = request.pipeline, state_root().prepare()
     try:
@@ -123,12 +134,15 @@ def _retrain(request: Request, force: bool, sources_overridden: bool) -> State[O
         ):
             if died is not None and died.flow_run != str(flow_run.id) and (line := reconcile.end_dead_run(died)):
                 get_run_logger().warning(line)
-            state = _Retraining(requested, root, force, sources_overridden or request.has_other_sources).run()
+            has_other_sources = sources_overridden or request.has_other_sources
+            state = _Retraining(requested, root, force, accept_text, has_other_sources).run()
             last_success.record(root, requested.name, state.name or "", str(flow_run.id))
             return state
     except lock_holder.LockHeld as held:
         outcome = Outcome(requested.name, "skipped", str(held), uri=_champion_uri(requested))
         return Completed(name="Skipped", message=outcome.reason, data=outcome)
+    except TextHeld as error:
+        return Failed(name="Held", message=str(error), data=error)
 
 
 class _Step:
@@ -145,10 +159,13 @@ class _Step:
 class _Retraining:
     """One run of the flow: its request, and the results so far."""
 
-    def __init__(self, requested: Pipeline, root: StateRoot, force: bool, sources_overridden: bool) -> None:
+    def __init__(
+        self, requested: Pipeline, root: StateRoot, force: bool, accept_text: bool, sources_overridden: bool
+    ) -> None:
         self.pipeline = requested.model_copy(update={"train": resolve(requested.train)})
         self.settings = settings_key(requested)  # with `auto` as it is, not with what it means on this machine
-        self.root, self.force, self.sources_overridden = root, force, sources_overridden
+        self.root, self.force, self.accept_text = root, force, accept_text
+        self.sources_overridden = sources_overridden
         self.changes: tuple[tuple[str, str], ...] = ()
         self.seconds: dict[str, float] = {}
 
@@ -192,7 +209,10 @@ class _Retraining:
             return self.prepare(map_shards)
 
     def prepare(self, map_shards: MapShards) -> Attempt | str:
-        """Ingest and tokenize the text, with `map_shards` for its shards, and make the run directory."""
+        """Ingest and tokenize the text, with `map_shards` for its shards, and make the run directory.
+
+        Return a sentence instead if there is no reason to train. Raises TextHeld.
+        """
         pipeline, root = self.pipeline, self.root
         with self.step("ingest") as step:
             snapshot = tasks.ingest(cfg=pipeline.corpus, corpora=root.corpora, base=root.project, map_shards=map_shards)
@@ -202,6 +222,8 @@ class _Retraining:
         if warning := snapshot.reading.describe_secrets():
             get_run_logger().warning("ingest: %s", warning, extra={"step": "ingest"})
         reason = self.compare(snapshot)
+        if reason.hold is not None and not self.sources_overridden:
+            self.accept_or_hold(snapshot, reason)
         if not (reason.must_train or self.force or self.sources_overridden):
             return f"{reason.text}; --force trains again"
         start = ancestry.resolve_start(root, pipeline)
@@ -234,6 +256,27 @@ class _Retraining:
             reason = tasks.compare(root=self.root, pipeline=self.pipeline, settings=self.settings, snapshot=snapshot)
             step.describe(tasks.describe_reason(reason))
         return reason
+
+    def accept_or_hold(self, snapshot: Snapshot, reason: Reason) -> None:
+        """Record that the run's user accepts a text that looks like an accident. Raises TextHeld if not."""
+        if self.accept_text:
+            hold.accept(self.root, self.pipeline, snapshot, since=str(reason.since))
+            return
+        command = f"gptflow run {self.pipeline.name} --accept-text"
+        why = (
+            f"{reason.hold}. Nothing was trained. If the text is right, accept it: `{command}`, or accept_text in the "
+            f"form of a run{'; --force does not accept it' if self.force else ''}."
+        )
+        raise TextHeld(
+            Outcome(
+                pipeline=self.pipeline.name,
+                verdict="held",
+                reason=why,
+                uri=self.version_uri(str(reason.since)),
+                changes=reason.changes,
+                seconds=self.seconds,
+            )
+        )
 
     def collect_changes(self, reason: Reason, tokens: Tokens, snapshot: Snapshot) -> None:
         """Keep what changed since the previous training, for the decision card and the outcome."""

@@ -14,6 +14,7 @@ from flows.config.pipelines import Pipeline
 from flows.registry import versions
 from flows.registry.loading import load
 from flows.registry.tags import VersionTags
+from flows.retrain import hold
 from flows.state.root import StateRoot
 from flows.tracking.runs import flatten
 from gptcore import manifest
@@ -44,6 +45,8 @@ class Reason:
     """Version of the newest finished training, which text and settings are compared with."""
     changes: tuple[Row, ...] = ()
     """What changed in the text since that training, for people to read."""
+    hold: str | None = None
+    """Why the text looks like an accident, so that a person has to accept it. None if it does not."""
 
 
 def weigh(root: StateRoot, pipeline: Pipeline, settings: str, snapshot: Snapshot) -> Reason:
@@ -96,7 +99,10 @@ def _compare_text(root: StateRoot, pipeline: Pipeline, snapshot: Snapshot, newes
         return Reason(False, f"nothing changed since version {number} of {newest.name}", changes=same)
     drift, drift_row = _measure_drift(root, pipeline, snapshot, newest)
     rows = (*_build_rows(delta), drift_row)
-    return replace(_apply_policy(pipeline, delta, drift, number), changes=rows)
+    why = hold.explain_hold(pipeline, snapshot, before, delta, surprise=drift, since=str(number))
+    if why is not None and hold.is_accepted(root, pipeline, snapshot, since=str(number)):
+        why = None
+    return replace(_apply_policy(pipeline, delta, drift, number), changes=rows, hold=why)
 
 
 def _apply_policy(pipeline: Pipeline, delta: Delta, drift: float | None, number: Any) -> Reason:

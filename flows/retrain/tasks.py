@@ -68,7 +68,9 @@ def describe_snapshot(snapshot: Snapshot) -> str:
 
 
 def describe_reason(reason: Reason) -> str:
-    """Return a line that says whether there is a reason to train, and which."""
+    """Return a line that says whether there is a reason to train, and which, or why the text looks like an accident."""
+    if reason.hold is not None:
+        return reason.hold
     return reason.text if reason.must_train else f"no reason to train: {reason.text}"
 
 

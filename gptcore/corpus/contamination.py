@@ -34,6 +34,9 @@ R = TypeVar("R")
 
 _GRAM_BYTES = 65
 _GRID_BYTES = 64  # _GRID_BYTES - 1 + _GRAM_BYTES == RUN_BYTES
+_SHORT_RUN_BYTES = 48
+"""In prose about ten words. Short enough that most runs of an edited text survive, and long enough that the lines of a
+log or a table, which are alike, differ within it."""
 _CHUNK_BYTES = 1 << 19
 _FILTER_BITS = 23
 _NEEDLE_GRAMS = (96, 48, 24, 12)
@@ -173,7 +176,7 @@ def _find_indexed_grams(shard: SearchShard) -> tuple[Positions, Hashes]:
     for offset, chunk in _read_chunks(shard.path, _GRAM_BYTES, np.array([[shard.start, shard.end]])):
         hashes = _hash_grams(chunk, _GRAM_BYTES)  # (bytes - gram + 1,)
         likely = np.flatnonzero(is_likely[_bucket_of(hashes)])  # (likely,)
-        hits = likely[_contains(index, hashes[likely])]  # (hits,)
+        hits = likely[contains(index, hashes[likely])]  # (hits,)
         if len(hits):
             ranges.append(_find_window_starts(hits + offset))
             hit_hashes.append(np.unique(hashes[hits]))
@@ -187,9 +190,24 @@ def _find_shared_windows(shard: SearchShard) -> Positions:
     starts = starts[starts[:, 0] < starts[:, 1]]  # (ranges, 2)
     runs = [np.empty((0, 2), np.int64)]
     for positions, hashes in _hash_windows(PassageFile(shard.path, shard.load_array("bounds")), starts):
-        hits = positions[_contains(shared, hashes)]  # (hits,)
+        hits = positions[contains(shared, hashes)]  # (hits,)
         runs.append(_merge_ranges(hits, hits + RUN_BYTES))
     return np.concatenate(runs)
+
+
+def sample_short_runs(text: PassageFile, one_in: int) -> Iterator[Hashes]:
+    """Yield the hashes of about one in `one_in` of the short runs that lie within one passage of a view.
+
+    The hash of a run decides whether it is in the sample, so samples of two texts can be compared.
+    """
+    limit = np.uint64(2**64 // one_in - 1)
+    for offset, chunk in _read_chunks(text.path, _SHORT_RUN_BYTES):
+        if len(chunk) < _SHORT_RUN_BYTES:
+            continue
+        hashes = _hash_grams(chunk, _SHORT_RUN_BYTES)
+        inside = np.flatnonzero(hashes <= limit)  # (runs,)
+        ends = text.bounds[np.searchsorted(text.bounds, inside + offset, side="right")]  # (runs,) of their passages
+        yield hashes[inside[inside + offset + _SHORT_RUN_BYTES <= ends]]
 
 
 def _find_window_starts(grams: Positions) -> Positions:
@@ -269,7 +287,7 @@ def _bucket_of(hashes: Hashes) -> Positions:
     return (hashes >> np.uint64(64 - _FILTER_BITS)).view(np.int64)
 
 
-def _contains(ordered: Hashes, hashes: Hashes) -> npt.NDArray[np.bool_]:
+def contains(ordered: Hashes, hashes: Hashes) -> npt.NDArray[np.bool_]:
     """Return (hashes,): whether each of the hashes is in the sorted array `ordered`."""
     if not len(ordered):
         return np.zeros(len(hashes), np.bool_)

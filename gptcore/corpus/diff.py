@@ -6,6 +6,7 @@ only the blocks around it new. Each block is held as a row of arrays and never a
 be compared. The policy for a retraining is in flows/retrain/policy.py.
 """
 
+import tempfile
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -15,8 +16,14 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from gptcore.corpus.snapshot import Block, read_block_entries, read_document_list
+from gptcore.corpus.contamination import Hashes, contains, sample_short_runs
+from gptcore.corpus.normalize import normalize_file
+from gptcore.corpus.snapshot import Block, read_block_entries, read_document_list, side_text
 from gptcore.corpus.split import SIDES
+from gptcore.manifest import TEMPORARY
+
+_SAMPLED_RUNS = 1 << 17
+"""About as many short runs represent a text."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,8 @@ class Delta:
     """Text of the new snapshot."""
     new_bytes: int
     """Bytes of the blocks that the old snapshot does not hold on any side."""
+    old_bytes: int
+    """Text of the old snapshot."""
     removed_bytes: int
     """Bytes of the old snapshot's blocks that the new one does not hold."""
     has_same_documents: bool
@@ -42,6 +51,14 @@ class Delta:
     def new_share(self) -> float:
         """Share of the new snapshot's text that is new."""
         return self.new_bytes / self.bytes
+
+    @property
+    def removed_share(self) -> float:
+        """Share of the old snapshot's text whose blocks are gone, at least the share that `measure_lost_share` finds.
+
+        A block counts as gone if any of its bytes changed, or if other settings cut the text differently.
+        """
+        return self.removed_bytes / self.old_bytes
 
 
 def compare_snapshots(old: Path, new: Path) -> Delta:
@@ -56,9 +73,30 @@ def compare_snapshots(old: Path, new: Path) -> Delta:
         documents_kept=len(after.documents) - added.total(),
         bytes=int(after.bytes.sum()),
         new_bytes=int(after.bytes[after.are_missing_from(before)].sum()),
+        old_bytes=int(before.bytes.sum()),
         removed_bytes=int(before.bytes[before.are_missing_from(after)].sum()),
         has_same_documents=sorted(_read_documents(old)) == sorted(_read_documents(new)),
     )
+
+
+def measure_lost_share(old: Path, new: Path) -> float:
+    """Measure which share of the old snapshot's text is nowhere in the new one, in any form.
+
+    The texts' views (normalize.py) are compared by a sample of their short runs. So text that was edited, reformatted,
+    moved to another document or cut into other blocks is not lost, apart from the words around each edit. The memory
+    does not depend on the size of the text.
+    """
+    size = sum((old / f"{side}.txt").stat().st_size for side in SIDES)
+    before, after = (_sample_runs(path, one_in=max(1, size // _SAMPLED_RUNS)) for path in (old, new))
+    return float(np.mean(~contains(np.sort(after), before))) if len(before) else 0.0
+
+
+def _sample_runs(path: Path, one_in: int) -> Hashes:
+    """Return the hashes of about one in `one_in` of the short runs of a snapshot's text, one per occurrence."""
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=path.parent) as views:
+        sides = (normalize_file(side_text(path, side), Path(views) / side).view for side in SIDES)
+        sampled = [hashes for view in sides for hashes in sample_short_runs(view, one_in)]
+    return np.concatenate(sampled) if sampled else np.empty(0, np.uint64)
 
 
 def pick_new_blocks(old: Path, new: Path, max_bytes: int) -> list[Block]:
@@ -86,6 +124,11 @@ def find_old_blocks(old: Path, new: Path, blocks: Sequence[Block]) -> list[bool]
     held_out = {entry.sha256 for side in SIDES if side != "train" for entry in read_block_entries(old, side)}
     documents, known = _read_documents(new), set(_read_documents(old))
     return [block.sha256 in held_out or documents[block.document] in known for block in blocks]
+
+
+def count_documents(path: Path) -> Counter[str]:
+    """Count the documents of a snapshot by their source, an entry of corpus.sources."""
+    return Counter(document.source for document in read_document_list(path))
 
 
 def _read_documents(path: Path) -> list[str]:

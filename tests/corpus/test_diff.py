@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from gptcore.config import CorpusConfig
-from gptcore.corpus.diff import Delta, compare_snapshots, find_old_blocks, pick_new_blocks
+from gptcore.corpus.diff import (
+    Delta,
+    compare_snapshots,
+    count_documents,
+    find_old_blocks,
+    measure_lost_share,
+    pick_new_blocks,
+)
 from gptcore.corpus.ingest import ingest
 from gptcore.corpus.snapshot import read_block_entries, read_blocks
 from gptcore.corpus.split import SIDES
@@ -50,10 +57,12 @@ def test_added_removed_and_changed_documents_are_counted_with_their_bytes(tmp_pa
         documents_kept=39,
         bytes=TOTAL + new_bytes - removed_bytes,
         new_bytes=new_bytes,
+        old_bytes=TOTAL,
         removed_bytes=removed_bytes,
         has_same_documents=False,
     )
     assert delta.new_share == new_bytes / (TOTAL + new_bytes - removed_bytes)
+    assert delta.removed_share == removed_bytes / TOTAL
 
 
 @pytest.mark.parametrize("way", ["hash", "contiguous"])
@@ -66,7 +75,7 @@ def test_renaming_copying_and_reordering_do_not_count_as_changes(tmp_path: Path,
         snapshot(tmp_path, {**TEXTS, "copy.txt": TEXTS["03.txt"], "empty.txt": ""}, split=way),
         snapshot(tmp_path, {"all.jsonl": lines}, split=way),
     ):
-        assert compare_snapshots(before, after) == Delta(0, 0, 0, 41, TOTAL, 0, 0, True)
+        assert compare_snapshots(before, after) == Delta(0, 0, 0, 41, TOTAL, 0, TOTAL, 0, True)
         assert pick_new_blocks(before, after, 10**9) == []
 
 
@@ -74,6 +83,32 @@ def test_other_settings_for_blocks_and_split_make_no_text_new(tmp_path: Path) ->
     before = snapshot(tmp_path, TEXTS)
     for settings in ({"block_bytes": 256}, {"val_fraction": 0.3}, {"split": "contiguous"}):
         assert compare_snapshots(before, snapshot(tmp_path, TEXTS, **settings)).new_share == 0
+
+
+def test_text_that_is_edited_reformatted_or_cut_differently_is_not_lost(tmp_path: Path) -> None:
+    before = snapshot(tmp_path, TEXTS)
+    whole = "".join(TEXTS.values())
+    for text, settings in (
+        (whole.replace("\n", "\r\n"), {}),
+        ("".join(f"> {line}\n" for line in whole.upper().split("\n")), {"block_bytes": 2048}),
+        (whole.replace("model", "system"), {"split": "contiguous"}),
+    ):
+        after = snapshot(tmp_path, {"all.txt": text}, **settings)
+        assert compare_snapshots(before, after).removed_share > 0.5
+        assert measure_lost_share(before, after) < 0.3
+    assert measure_lost_share(before, before) == 0
+
+
+def test_the_lost_share_is_that_of_the_removed_text(tmp_path: Path) -> None:
+    log = "".join(
+        f"2026-11-{n // 100:02d} 10:{n % 60:02d} INFO worker {n % 7}: request {n * 7919} was served\n"
+        for n in range(3000)
+    )
+    lines = log.splitlines(keepends=True)
+    before = snapshot(tmp_path, {"a.txt": "".join(lines[:1100]), "b.txt": "".join(lines[1100:])})
+    after = snapshot(tmp_path, {"a.txt": "".join(lines[:1100]), "other.txt": odd_prose(3, 100_000)})
+    assert measure_lost_share(before, after) == pytest.approx(1900 / 3000, abs=0.05)
+    assert count_documents(before) == count_documents(after) == {"*": 2}
 
 
 def test_held_out_blocks_are_old_if_the_snapshot_before_held_them_out_or_held_their_whole_document(

@@ -39,7 +39,7 @@ Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=2**48)]
 Source = Annotated[str, Field(min_length=1), AfterValidator(check_address)]
-Format = Literal["text", "json", "jsonl", "csv", "tsv", "parquet"]
+Format = Literal["text", "json", "jsonl", "csv", "tsv", "parquet", "html", "notebook"]
 """How the text of a file is found in its bytes."""
 _SUFFIX = re.compile(r"(\.[a-z0-9_+\-]+){1,2}(?<!\.gz)(?<!\.zst)")
 
@@ -50,7 +50,7 @@ class CorpusConfig(Section):
     sources: Annotated[tuple[Source, ...], Field(min_length=1)] = ("python-docs",)
     """Where text comes from: a file, a directory, a glob, an http(s) URL (append #sha256=HEX to check the download),
     anything that fsspec opens (s3://, gs://, hf://), or python-docs, the reference that ships inside Python. The suffix
-    names the format: plain text and source code, .json .jsonl .ndjson .csv .tsv .parquet, each also .gz or
+    names the format: plain text and source code, .html .ipynb .json .jsonl .ndjson .csv .tsv .parquet, each also .gz or
     .zst; a file without a suffix is plain text. Directories are not searched for .json and .log. Write a password or
     key in an address as ${NAME}, an environment variable of the run. Links that lead out of a directory, and
     redirections from the internet into a private network, are refused: list their targets here instead."""
@@ -84,10 +84,14 @@ class CorpusConfig(Section):
     formats: Annotated[dict[str, Format], Added(before={})] = Field(default={})
     """How files are read whose suffix says nothing, or something else: .log: text. Directories are then searched for
     these suffixes too. A suffix is in lower case, without .gz or .zst."""
+    encoding: Annotated[str, Added(before="")] = ""
+    """The encoding of text files, by Python's name, such as cp1252 or shift_jis. Empty: UTF-8, or UTF-16 or UTF-32 if
+    the file begins with a byte order mark, which is not part of the text. Web pages may name their own encoding.
+    Everything is stored as UTF-8."""
     errors: Literal["strict", "replace", "skip"] = "strict"
     """What to do with files that cannot be used. strict: stop, and name all of them with their problems. skip: leave
     each of them out as a whole, also if one row of a table is wrong, and name them in the report of the run. replace:
-    as strict, but bytes that are not UTF-8 become U+FFFD."""
+    as strict, but bytes that are not valid in the encoding become U+FFFD."""
 
     @model_validator(mode="after")
     def _check_fractions_and_tokenizer(self) -> Self:
@@ -109,6 +113,18 @@ class CorpusConfig(Section):
                 f"{wrong[0]!r} is not a suffix. Write it in lower case and with its dot, such as .log, without .gz"
             )
         return formats
+
+    @field_validator("encoding")
+    @classmethod
+    def _check_encoding(cls, encoding: str) -> str:
+        """Refuse an encoding that Python does not know."""
+        try:
+            "".encode(encoding or "utf-8")
+        except (LookupError, ValueError):
+            raise ValueError(
+                f"{encoding!r} is not an encoding. Name one as Python does, such as cp1252, shift_jis or utf-16"
+            ) from None
+        return encoding
 
     @field_validator("text")
     @classmethod

@@ -82,7 +82,7 @@ def check_pipelines(file: Path) -> tuple[list[Pipeline], list[Check]]:
         try:
             pipeline = parsed.pipeline(name)
             pipelines.append(pipeline)
-            sources.check(pipeline.corpus.sources, file.parent, pipeline.corpus.exclude)
+            sources.check(pipeline.corpus.sources, file.parent, pipeline.corpus.exclude, pipeline.corpus.formats)
             tokenizer.check(pipeline.corpus.tokenizer)
         except GPTCoreError as error:
             failures.append(Check("pipelines", False, f"{name}: {error}", f"correct {file}"))

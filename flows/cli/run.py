@@ -127,7 +127,7 @@ def load_pipeline(name: str, overrides: tuple[str, ...], file: str | None) -> "t
 
     path = find_pipelines_file(file)
     pipeline = PipelinesFile(path).pipeline(name, overrides)
-    sources.check(pipeline.corpus.sources, path.parent, pipeline.corpus.exclude)
+    sources.check(pipeline.corpus.sources, path.parent, pipeline.corpus.exclude, pipeline.corpus.formats)
     tokenizer.check(pipeline.corpus.tokenizer)
     task_runners.check(pipeline.task_runner)
     memory.check(pipeline.model, pipeline.train)

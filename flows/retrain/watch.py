@@ -97,7 +97,7 @@ def look_at_sources(root: StateRoot, pipeline: Pipeline) -> list[str]:
     now = {source: before.sources[source] for source in pipeline.corpus.sources if source in before.sources}
     for source in pipeline.corpus.sources:
         try:
-            now[source] = fingerprint_source(source, root.project, pipeline.corpus.exclude)
+            now[source] = fingerprint_source(source, root.project, pipeline.corpus.exclude, pipeline.corpus.formats)
         except GPTCoreError as error:
             get_run_logger().warning("%s: %s", pipeline.name, error)
     changed = sorted(

@@ -11,10 +11,11 @@ from pathlib import PurePosixPath
 from typing import Literal
 
 from gptcore.config import Format
+from gptcore.corpus.compression import COMPRESSED
 from gptcore.errors import CorpusError
 
-COMPRESSED = (".gz", ".zst")
-"""Suffixes of compressed files that are read like the file inside them."""
+Formats = Mapping[str, Format] | None
+"""corpus.formats; None is the same as an empty one."""
 
 _PROSE = ".txt .text .md .markdown .mdx .mkd .qmd .rmd .rst .adoc .asciidoc .org .textile .wiki .mediawiki .creole"
 _MARKUP = ".tex .ltx .sty .cls .bib .texi .texinfo .man .roff .pod .xml .xsl .xslt .xsd .dtd .dita .srt .vtt .po .pot"
@@ -30,6 +31,8 @@ _CODE = (
 )
 _FORMATS: dict[str, Format] = {
     **dict.fromkeys((*_PROSE.split(), *_MARKUP.split(), *_CODE.split()), "text"),
+    **dict.fromkeys((".html", ".htm", ".xhtml"), "html"),
+    ".ipynb": "notebook",
     ".json": "json",
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
@@ -104,14 +107,14 @@ class FileType:
     """Why it is not read, or not in directories, and what to do. Empty if it is read."""
 
 
-def classify(filename: str, formats: Mapping[str, Format]) -> FileType:
-    """Return what the name of a file says about reading it. `formats` is corpus.formats.
+def classify(filename: str, formats: Formats = None) -> FileType:
+    """Return what the name of a file says about reading it.
 
     For example, `a/notes.md.gz` is read as text, `paper.pdf` is refused, and `README` is text.
     """
     suffixes = _list_suffixes(filename)
     for suffix in suffixes:
-        if suffix in formats:
+        if formats and suffix in formats:
             return FileType(suffix, "read", formats[suffix], "")
         if suffix in _NAMED_ONLY:
             return _name_only(suffix)
@@ -124,10 +127,10 @@ def classify(filename: str, formats: Mapping[str, Format]) -> FileType:
             return FileType(suffix, "skipped", None, f"{_SKIPPED_KINDS[suffix]} is not text.")
     if not suffixes or not _SUFFIX.fullmatch(suffixes[-1]):
         return FileType("", "read", "text", "")
-    return FileType(suffixes[-1], "unknown", None, _describe_unknown(suffixes[-1], [*_FORMATS, *formats]))
+    return FileType(suffixes[-1], "unknown", None, _describe_unknown(suffixes[-1], [*_FORMATS, *(formats or ())]))
 
 
-def require_format(name: str, filename: str, formats: Mapping[str, Format]) -> Format:
+def require_format(name: str, filename: str, formats: Formats = None) -> Format:
     """Return the format of a file that a source names. Raises CorpusError, which calls it `name`, if it is not read."""
     file_type = classify(filename, formats)
     if file_type.format is None:
@@ -151,8 +154,8 @@ def _list_suffixes(filename: str) -> list[str]:
 
 def _name_only(suffix: str) -> FileType:
     format_ = _FORMATS.get(suffix, "text")
-    fix = f'Name them, as in "DIR/*{suffix}", or set corpus.formats: {{"{suffix}": {format_}}}.'
-    return FileType(suffix, "named", format_, f"{_NAMED_ONLY[suffix]}, so directories are not searched for them. {fix}")
+    fix = f'name them, as in "DIR/*{suffix}", or set corpus.formats: {{"{suffix}": {format_}}}.'
+    return FileType(suffix, "named", format_, f"{_NAMED_ONLY[suffix]}; {fix}")
 
 
 def _describe_unknown(suffix: str, known: Iterable[str]) -> str:

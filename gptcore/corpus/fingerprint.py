@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptcore.corpus import remote
+from gptcore.corpus.file_types import Formats
 from gptcore.corpus.sources import PYTHON_DOCS, find_local_paths, parse_address, scheme_of
 from gptcore.credentials import conceal, resolve, silence_request_log
 from gptcore.errors import CorpusError, SourceUnavailable
@@ -24,22 +25,24 @@ _HEADERS = ("ETag", "Last-Modified", "Content-Length")
 _NO_HEAD = (403, 405, 501)
 
 
-def fingerprint_source(source: str, base: Path, exclude: Sequence[str] = ()) -> str:
+def fingerprint_source(source: str, base: Path, exclude: Sequence[str] = (), formats: Formats = None) -> str:
     """Return a hash of the present state of an entry of corpus.sources. No text is read.
 
-    Relative paths start at `base`; `exclude` is corpus.exclude. The fingerprint of python-docs never changes, nor that
-    of an address with a sha256. Raises CorpusError if the source is missing. Raises SourceUnavailable if a remote
-    source does not answer in time, or gives no information by which a change could be noticed.
+    Relative paths start at `base`; `exclude` is corpus.exclude, and `formats` is corpus.formats. The fingerprint of
+    python-docs never changes, nor that of an address with a sha256. Raises CorpusError if the source is missing. Raises
+    SourceUnavailable if a remote source does not answer in time, or gives no information by which a change could be
+    noticed.
     """
     scheme = scheme_of(source)
     if source == PYTHON_DOCS:
         return sha256_of(PYTHON_DOCS)
     if scheme is None:
-        return sha256_of([_describe_file(path) for path in find_local_paths(source, base, exclude)])
+        paths = find_local_paths(source, base, exclude, formats=formats)
+        return sha256_of([_describe_file(path) for path in paths])
     if scheme in ("http", "https"):
         address, sha256 = parse_address(source)
         return sha256_of(sha256 or _request_headers(address))
-    objects = remote.find_objects(source, exclude).objects
+    objects = remote.find_objects(source, exclude, formats=formats).objects
     return sha256_of([[name, remote.select_version_fields(info)] for name, info in objects.items()])
 
 

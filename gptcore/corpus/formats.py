@@ -1,51 +1,43 @@
-"""Turn the bytes of one file into documents: plain text, JSON, JSON lines, CSV and Parquet, also compressed.
+"""Turn the bytes of one file into documents: plain text, web pages, notebooks, JSON, CSV and Parquet.
 
-The rule for text is here. Text must be UTF-8. Other bytes are an error that names their place, or become U+FFFD.
-Everything else passes unchanged, byte for byte: byte order marks, NULs and CRLF too. Text is passed on in chunks, so a
-file of any size needs little memory, however large it is when decompressed. Only a row of a table is held as a whole,
-so its size is limited. sources.py finds the files.
+encoding.py has the rule for text. Only a row of a table, a page or a JSON file is held as a whole, so its size is
+limited. file_types.py says which format a file has, and sources.py finds the files.
 """
 
-import codecs
 import csv
-import gzip
 import io
 import json
-import re
 import sys
-import tempfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import PurePosixPath
-from typing import Any, BinaryIO, Literal, cast
+from typing import Any, BinaryIO
 
 from gptcore.config import Format
-from gptcore.corpus.file_types import COMPRESSED, require_format
+from gptcore.corpus import html
+from gptcore.corpus.compression import copy_to_disk, decompress
+from gptcore.corpus.encoding import Errors, decode, encode_chunks, read_utf8, to_utf8, utf8_error
+from gptcore.corpus.file_types import require_format
 from gptcore.corpus.rows import TextRule, missing_column_error
 from gptcore.errors import CorpusError
 
-Errors = Literal["strict", "replace"]
 Texts = Iterator[tuple[str, Iterator[bytes]]]
 """Documents as (name, chunks of UTF-8 that end at whole characters)."""
 
-CHUNK_BYTES = 256 * 1024
 MAX_ROW_BYTES = 128 * 1024 * 1024
 """Limit for one line of JSON or one row of CSV, which is read at once."""
 _DELIMITERS = (",", ";", "\t", "|")
-_ZSTD_READ_BYTES = 4096  # this many bytes cannot decompress to more than about 128 MiB
-_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-_UTF8_FIX = "Save it as UTF-8, or set corpus.errors: replace."
 
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How the bytes of files become text: corpus.errors, corpus.text and corpus.formats."""
+    """How the bytes of files become text: corpus.errors, corpus.text, corpus.formats and corpus.encoding."""
 
     errors: Errors = "strict"
     text: str = "text"
     formats: Mapping[str, Format] = field(default_factory=dict)
+    encoding: str = ""
 
     @property
     def rule(self) -> TextRule:
@@ -62,44 +54,17 @@ def read_texts(file: BinaryIO, name: str, filename: str, options: ReadOptions) -
     names, or is not UTF-8 and `options.errors` is strict.
     """
     file_format = require_format(name, filename, options.formats)
-    return _READERS[file_format](_decompress(file, name, filename, file_format), name, options)
-
-
-def encode_chunks(text: str, name: str, errors: Errors) -> Iterator[bytes]:
-    """Yield `text` as UTF-8 in chunks of at most 1 MiB. A lone surrogate (JSON allows it) counts as an invalid byte."""
-    for start in range(0, len(text), CHUNK_BYTES):
-        chunk = text[start : start + CHUNK_BYTES]
-        try:
-            yield chunk.encode()
-        except UnicodeEncodeError as error:
-            if errors == "strict":
-                problem = f"character {start + error.start} is the lone surrogate {chunk[error.start]!r}"
-                raise CorpusError(f"{name} is not Unicode text: {problem}. {_UTF8_FIX}") from None
-            yield _LONE_SURROGATE.sub("\ufffd", chunk).encode()
+    content = decompress(file, name, filename)
+    if file_format == "parquet":
+        content = content if content.seekable() else copy_to_disk(content)  # it is read from its end
+    elif file_format != "html":  # pages name their encoding themselves
+        encoding = "" if file_format == "notebook" else options.encoding
+        content = to_utf8(content, name, encoding, options.errors)
+    return _READERS[file_format](content, name, options)
 
 
 def _read_plain(file: BinaryIO, name: str, options: ReadOptions) -> Texts:
-    yield name, _read_utf8(file, name, options.errors)
-
-
-def _read_utf8(file: BinaryIO, name: str, errors: Errors) -> Iterator[bytes]:
-    decoder = codecs.getincrementaldecoder("utf-8")(errors)
-    offset, chunk = 0, b"."
-    while chunk:
-        chunk = file.read(CHUNK_BYTES)
-        held = len(decoder.getstate()[0])
-        try:
-            text = decoder.decode(chunk, final=not chunk)
-        except UnicodeDecodeError as error:
-            raise _utf8_error(name, offset - held, error) from None
-        if text:
-            yield text.encode()
-        offset += len(chunk)
-
-
-def _utf8_error(name: str, offset: int, error: UnicodeDecodeError) -> CorpusError:
-    byte = error.object[error.start]
-    return CorpusError(f"{name} is not UTF-8: byte 0x{byte:02x} at offset {offset + error.start}. {_UTF8_FIX}")
+    yield name, read_utf8(file, name, options.errors, "utf-8-sig")
 
 
 def _read_lines(file: BinaryIO, name: str, errors: Errors) -> Iterator[str]:
@@ -111,7 +76,7 @@ def _read_lines(file: BinaryIO, name: str, errors: Errors) -> Iterator[str]:
             # A byte order mark at the beginning of a table belongs to the format, not to the text.
             yield line.decode("utf-8-sig" if number == 0 else "utf-8", errors)
         except UnicodeDecodeError as error:
-            raise _utf8_error(name, offset + len(line) - len(error.object), error) from None
+            raise utf8_error(name, offset + len(line) - len(error.object), error) from None
         offset += len(line)
         number += 1
 
@@ -132,16 +97,12 @@ def _read_jsonl(file: BinaryIO, name: str, options: ReadOptions) -> Texts:
 
 def _read_json(file: BinaryIO, name: str, options: ReadOptions) -> Texts:
     """Read one JSON value. Each entry of an array is a document; an object is one document."""
-    data = file.read(MAX_ROW_BYTES + 1)
-    if len(data) > MAX_ROW_BYTES:
-        raise CorpusError(
-            f"{name} is longer than the {MAX_ROW_BYTES:,} bytes of JSON that are read at once. Save it as JSON lines: "
-            f"jq -c '.[]' {PurePosixPath(name).name} > texts.jsonl"
-        )
+    fix = f"Save it as JSON lines: jq -c '.[]' {PurePosixPath(name).name} > texts.jsonl"
+    data = _read_whole(file, name, fix)
     try:
         value = _parse_json(data.decode("utf-8-sig", options.errors), name)
     except UnicodeDecodeError as error:
-        raise _utf8_error(name, 0, error) from None
+        raise utf8_error(name, 0, error) from None
     if isinstance(value, dict):
         yield name, encode_chunks(_text_of(value, name, options), name, options.errors)
     elif isinstance(value, list):
@@ -152,11 +113,37 @@ def _read_json(file: BinaryIO, name: str, options: ReadOptions) -> Texts:
         raise CorpusError(f"{name}: expected an array or an object, found {value!r:.80}")
 
 
+def _read_whole(file: BinaryIO, name: str, fix: str) -> bytes:
+    data = file.read(MAX_ROW_BYTES + 1)
+    if len(data) > MAX_ROW_BYTES:
+        raise CorpusError(f"{name} is longer than the {MAX_ROW_BYTES:,} bytes of JSON that are read at once. {fix}")
+    return data
+
+
 def _parse_json(text: str, place: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise CorpusError(f"{place} is not JSON: {error}") from None
+
+
+def _read_notebook(file: BinaryIO, name: str, options: ReadOptions) -> Texts:
+    """Read the sources of a Jupyter notebook's cells, without their outputs, as one document."""
+    data = _read_whole(file, name, "Clear its outputs: jupyter nbconvert --clear-output --inplace FILE")
+    notebook = _parse_json(decode(data, name, "", options.errors), name)
+    try:
+        # Format 3 has its cells in worksheets, and calls the source of code its input.
+        cells = notebook["cells"] if "cells" in notebook else notebook["worksheets"][0]["cells"]
+        sources = ["".join(cell["source"] if "source" in cell else cell["input"]) for cell in cells]
+    except (TypeError, LookupError):
+        raise CorpusError(f"{name} is not a Jupyter notebook: it has no list of cells with sources.") from None
+    text = "\n\n".join(source for source in sources if source.strip())
+    yield name, encode_chunks(f"{text}\n" if text else "", name, options.errors)
+
+
+def _read_html(file: BinaryIO, name: str, options: ReadOptions) -> Texts:
+    text = html.extract_text(file.read(html.MAX_PAGE_BYTES + 1), name, options.encoding, options.errors)
+    yield name, encode_chunks(f"{text}\n" if text else "", name, options.errors)
 
 
 def _text_of(value: Any, row: str, options: ReadOptions) -> str:
@@ -287,7 +274,7 @@ def _read_text_column(file: BinaryIO, name: str, options: ReadOptions) -> Texts:
             number += 1
             row = f"{name}:{number}"
             text = b"" if index is None else texts[index].as_py() or b""
-            yield row, _read_utf8(io.BytesIO(text), row, options.errors)
+            yield row, read_utf8(io.BytesIO(text), row, options.errors)
 
 
 _READERS: dict[Format, Callable[[BinaryIO, str, ReadOptions], Texts]] = {
@@ -297,71 +284,6 @@ _READERS: dict[Format, Callable[[BinaryIO, str, ReadOptions], Texts]] = {
     "csv": _read_csv,
     "tsv": _read_tsv,
     "parquet": _read_parquet,
+    "html": _read_html,
+    "notebook": _read_notebook,
 }
-
-
-def _decompress(file: BinaryIO, name: str, filename: str, file_format: Format) -> BinaryIO:
-    """Return `file` without its compression.
-
-    Parquet is read from its end, so a compressed Parquet file is decompressed to disk first.
-    """
-    suffix = PurePosixPath(filename.lower()).suffix
-    if suffix not in COMPRESSED:
-        return file
-    content = _gunzip(file) if suffix == ".gz" else _unzstd(file)
-    decompressed = cast(BinaryIO, io.BufferedReader(_DecompressedFile(content, name), CHUNK_BYTES))
-    if file_format != "parquet":
-        return decompressed
-    on_disk = cast(BinaryIO, tempfile.TemporaryFile())  # noqa: SIM115 -- closed with the last reference to it
-    while chunk := decompressed.read(CHUNK_BYTES):
-        on_disk.write(chunk)
-    on_disk.seek(0)
-    return on_disk
-
-
-def _gunzip(file: BinaryIO) -> Iterator[bytes]:
-    with gzip.GzipFile(fileobj=file, mode="rb") as content:
-        while chunk := content.read(CHUNK_BYTES):
-            yield chunk
-
-
-def _unzstd(file: BinaryIO) -> Iterator[bytes]:
-    """Decompress zstandard and raise EOFError if the file is truncated.
-
-    The library's own stream_reader ends a truncated file without an error; its decompressor objects know their end.
-    """
-    import zstandard
-
-    context, frame, rest = zstandard.ZstdDecompressor(), None, b""
-    try:
-        while rest or (rest := file.read(_ZSTD_READ_BYTES)):
-            frame = frame or context.decompressobj()
-            yield frame.decompress(rest)
-            rest = frame.unused_data
-            frame = None if frame.eof else frame
-    except zstandard.ZstdError as error:
-        raise OSError(str(error)) from None
-    if frame is not None:
-        raise EOFError("the compressed file ended before the end of the stream was reached")
-
-
-class _DecompressedFile(io.RawIOBase):
-    """Decompressed chunks as a file. Reading a damaged file raises CorpusError."""
-
-    def __init__(self, content: Iterator[bytes], name: str) -> None:
-        self._content, self._name, self._rest = content, name, memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        try:
-            while not self._rest:
-                self._rest = memoryview(next(self._content))
-        except StopIteration:
-            return 0
-        except (OSError, EOFError, zlib.error) as error:
-            raise CorpusError(f"{self._name} is not a whole compressed file: {error}") from None
-        size = min(len(buffer), len(self._rest))
-        buffer[:size], self._rest = self._rest[:size], self._rest[size:]
-        return size

@@ -74,9 +74,9 @@ def ingest(cfg: CorpusConfig, corpora: Path, base: Path, map_shards: MapShards =
     corpora.mkdir(parents=True, exist_ok=True)
     manifest.sweep(corpora)
     downloads = corpora.parent / "downloads"
-    files, found = sources.find_files(cfg.sources, base, downloads, cfg.exclude)
+    files, found = sources.find_files(cfg.sources, base, downloads, cfg.exclude, cfg.formats)
     key = manifest.sha256_of([*cfg.sources, str(base), cfg.errors, cfg.text, cfg.block_bytes])
-    options = ReadOptions("replace" if cfg.errors == "replace" else "strict", cfg.text, cfg.formats)
+    options = ReadOptions("replace" if cfg.errors == "replace" else "strict", cfg.text, cfg.formats, cfg.encoding)
     keeps_copies = cfg.duplicates == "keep"
     if sum(file.num_bytes for file in files) <= WHOLE_BYTES or len(files) == 1:
         with tempfile.TemporaryFile(dir=corpora) as text:

@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
+from gptcore.corpus.compression import COMPRESSED
+from gptcore.corpus.file_types import classify
 from gptcore.errors import CorpusError
 
 MAX_NAMED = 20
 """Number of files that a report names. More files are counted."""
 NO_SUFFIX = "no suffix"
 _MAX_PLACES = 10
-_COMPRESSED = (".gz", ".zst")
 _MAX_SUFFIXES = 50
 _MAX_SUFFIX_CHARS = 16
 _OTHER = "other suffixes"
@@ -151,10 +152,9 @@ class Reading:
 
 def suffix_of(filename: str) -> str:
     """Return the suffix of a file's name, in lower case and with that of its compression, such as `.txt.gz`."""
-    path = PurePosixPath(filename.lower())
-    if path.suffix in _COMPRESSED:
-        return "".join(path.suffixes[-2:])
-    return path.suffix or NO_SUFFIX
+    compression = PurePosixPath(filename.lower()).suffix
+    suffix = classify(filename).suffix + (compression if compression in COMPRESSED else "")
+    return suffix or NO_SUFFIX
 
 
 def _describe_counts(suffix: str, counts: Counter[str]) -> str:
@@ -167,7 +167,8 @@ def _describe_counts(suffix: str, counts: Counter[str]) -> str:
     if left_out:
         parts.append(f"left out: {left_out}")
     if counts["skipped"]:
-        parts.append(f"{_count(counts['skipped'], 'file')} not read, because the suffix is not one of text")
+        reason = "they look like binary files." if suffix == NO_SUFFIX else classify(f"a{suffix}").reason
+        parts.append(f"{_count(counts['skipped'], 'file')} not read: {reason}")
     if refused := counts["bad"] + counts["foreign"]:
         parts.append(f"{_count(refused, 'file')} left out, see below")
     return f"{suffix}: {'; '.join(parts)}" if parts else ""

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, cast
 
-from gptcore.corpus.file_types import classify
+from gptcore.corpus.file_types import Formats, classify
 from gptcore.corpus.ignore import IgnoreRules
 from gptcore.corpus.reading import Reading, suffix_of
 from gptcore.credentials import conceal, resolve
@@ -62,11 +62,13 @@ def check(source: str, scheme: str) -> None:
         raise CorpusError(f"{source!r} needs the package {package}, which is not installed: pip install {package}")
 
 
-def find_objects(source: str, exclude: Sequence[str] = (), reading: Reading | None = None) -> FoundObjects:
+def find_objects(
+    source: str, exclude: Sequence[str] = (), reading: Reading | None = None, formats: Formats = None
+) -> FoundObjects:
     """Find one object, the matches of a glob, or the texts below a prefix. Raises CorpusError, SourceUnavailable.
 
-    `exclude` is corpus.exclude, relative to the prefix, or to the part of a glob before its first pattern. What is left
-    out is counted in `reading`.
+    `exclude` is corpus.exclude, relative to the prefix, or to the part of a glob before its first pattern, and
+    `formats` is corpus.formats. What is left out is counted in `reading`.
     """
     reading = Reading() if reading is None else reading
     check(source, source.partition("://")[0].lower())
@@ -82,11 +84,13 @@ def find_objects(source: str, exclude: Sequence[str] = (), reading: Reading | No
             prefix, rest = _split_glob(path)
             rules = IgnoreRules(Path(), exclude, includes_hidden=rest.startswith(".") or "/." in rest)
             files = {name: info for name, info in matches.items() if info["type"] == "file"}
-            objects = _select_objects(files, len(prefix), rules, reading)
+            kept = _select_objects(files, len(prefix), rules, reading)
+            objects = {name: info for name, info in kept.items() if classify(name, formats).format}
         else:
             below = filesystem.find(path, detail=True)
             kept = _select_objects(below, len(path.rstrip("/")) + 1, IgnoreRules(Path(), exclude), reading)
-            objects = {name: info for name, info in kept.items() if classify(name, {}).status == "read"}
+            objects = {name: info for name, info in kept.items() if classify(name, formats).status == "read"}
+        if not is_literal:
             for name in kept.keys() - objects.keys():
                 reading.count(suffix_of(name), skipped=1)
     if not objects:

@@ -21,10 +21,11 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO, Literal, NamedTuple, cast
 from urllib.parse import unquote, urlsplit
 
-from gptcore.corpus import formats, remote
 from gptcore.corpus import http as web
-from gptcore.corpus.file_types import classify
-from gptcore.corpus.formats import ReadOptions
+from gptcore.corpus import remote
+from gptcore.corpus.encoding import encode_chunks, is_binary
+from gptcore.corpus.file_types import Formats, classify, require_format
+from gptcore.corpus.formats import ReadOptions, read_texts
 from gptcore.corpus.ignore import NOT_REGULAR, IgnoreRules
 from gptcore.corpus.reading import Reading, raise_problems, suffix_of
 from gptcore.credentials import conceal, resolve, strip_secrets
@@ -39,6 +40,8 @@ _DOCS_BYTES = 465_000
 _COPY_BYTES = 1024 * 1024
 _IN_MEMORY_BYTES = 8 * 1024 * 1024
 _TRIES = 2
+_HEAD_BYTES = 8192
+_MAX_REASONS = 3
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ class File:
         if self.kind == "docs":
             yield from _read_python_docs(options)
         else:
-            for name, chunks in formats.read_texts(content, self.name, self.filename, options):
+            for name, chunks in read_texts(content, self.name, self.filename, options):
                 yield Document(name, self.source, chunks, self.suffix)
 
 
@@ -111,26 +114,28 @@ class FoundFiles(NamedTuple):
     reading: Reading
 
 
-def check(sources: Sequence[str], base: Path, exclude: Sequence[str] = ()) -> None:
+def check(sources: Sequence[str], base: Path, exclude: Sequence[str] = (), formats: Formats = None) -> None:
     """Raise CorpusError with all problems of sources that cannot exist. No network is used and no text is read.
 
-    Relative paths start at `base`; `exclude` is corpus.exclude. The causes are a missing file, a glob without a match,
-    a directory without text, a malformed address, or an environment variable that is named but not set. Directories are
-    searched only until the first file that is text: `find_files` finds the other problems.
+    Relative paths start at `base`; `exclude` is corpus.exclude, and `formats` is corpus.formats. The causes are a
+    missing file, a glob without a match, a directory without text, a malformed address, an address of a file that is
+    not read, or an environment variable that is named but not set. Directories are searched only until the first file
+    that is text: `find_files` finds the other problems.
     """
-    raise_problems(filter(None, (_find_problem(source, base, exclude) for source in sources)))
+    raise_problems(filter(None, (_find_problem(source, base, exclude, formats) for source in sources)))
 
 
-def _find_problem(source: str, base: Path, exclude: Sequence[str]) -> str | None:
+def _find_problem(source: str, base: Path, exclude: Sequence[str], formats: Formats) -> str | None:
     """Return why a source cannot exist, or None."""
     try:
         resolve(source)
         if source == PYTHON_DOCS:
             return None
         if (scheme := scheme_of(source)) is None:
-            find_local_paths(source, base, exclude, only_first=True)
+            find_local_paths(source, base, exclude, only_first=True, formats=formats)
         elif scheme in ("http", "https"):
-            parse_address(source)
+            address, _ = parse_address(source)
+            require_format(strip_secrets(address), _filename_of(address), formats)  # before it is downloaded
         else:
             remote.check(source, scheme)
     except ConfigError as error:
@@ -140,11 +145,13 @@ def _find_problem(source: str, base: Path, exclude: Sequence[str]) -> str | None
     return None
 
 
-def find_files(sources: Sequence[str], base: Path, downloads: Path, exclude: Sequence[str] = ()) -> FoundFiles:
+def find_files(
+    sources: Sequence[str], base: Path, downloads: Path, exclude: Sequence[str] = (), formats: Formats = None
+) -> FoundFiles:
     """Find the files of all sources. Files on the web are downloaded into `downloads`; no other file is read.
 
-    Relative paths start at `base`; `exclude` is corpus.exclude. Raises CorpusError with all problems of sources that
-    cannot be used, and SourceUnavailable if a remote source does not answer.
+    Relative paths start at `base`; `exclude` is corpus.exclude, and `formats` is corpus.formats. Raises CorpusError
+    with all problems of sources that cannot be used, and SourceUnavailable if a remote source does not answer.
     """
     downloads.mkdir(parents=True, exist_ok=True)
     reading = Reading()
@@ -152,10 +159,10 @@ def find_files(sources: Sequence[str], base: Path, downloads: Path, exclude: Seq
     problems: list[str | None] = []
     for source in dict.fromkeys(sources):  # before anything is downloaded
         if source == PYTHON_DOCS or scheme_of(source) is not None:
-            problems.append(_find_problem(source, base, exclude))
+            problems.append(_find_problem(source, base, exclude, formats))
             continue
         try:
-            local[source] = find_local_paths(source, base, exclude, reading)
+            local[source] = find_local_paths(source, base, exclude, reading, formats=formats)
         except CorpusError as error:
             problems.append(str(error))
     raise_problems(filter(None, problems))
@@ -167,7 +174,7 @@ def find_files(sources: Sequence[str], base: Path, downloads: Path, exclude: Seq
             files += _describe_local_files(source, local[source], base)
         else:
             try:
-                files += _find_remote_files(source, downloads, exclude, reading)
+                files += _find_remote_files(source, downloads, exclude, reading, formats)
             except CorpusError as error:
                 problems.append(str(error))
     raise_problems(filter(None, problems))
@@ -203,7 +210,7 @@ def _read_python_docs(options: ReadOptions) -> Iterator[Document]:
 
     for topic, text in sorted(topics.items()):
         name = f"{PYTHON_DOCS}:{topic}"
-        yield Document(name, PYTHON_DOCS, formats.encode_chunks(text, name, options.errors), PYTHON_DOCS)
+        yield Document(name, PYTHON_DOCS, encode_chunks(text, name, options.errors), PYTHON_DOCS)
 
 
 def _describe_local_files(source: str, paths: Sequence[Path], base: Path) -> Iterator[File]:
@@ -215,19 +222,24 @@ def _describe_local_files(source: str, paths: Sequence[Path], base: Path) -> Ite
         yield File(source, name, path.name, "local", str(path.absolute()), _size_of(path), is_named=is_named)
 
 
-def _find_remote_files(source: str, downloads: Path, exclude: Sequence[str], reading: Reading) -> Iterator[File]:
+def _find_remote_files(
+    source: str, downloads: Path, exclude: Sequence[str], reading: Reading, formats: Formats
+) -> Iterator[File]:
     if scheme_of(source) in ("http", "https"):
         address, sha256 = parse_address(source)
-        filename = PurePosixPath(unquote(urlsplit(address).path)).name
         body = web.download(address, sha256, downloads)
-        yield File(source, strip_secrets(address), filename, "web", str(body.absolute()), _size_of(body))
+        yield File(source, strip_secrets(address), _filename_of(address), "web", str(body.absolute()), _size_of(body))
         return
-    found = remote.find_objects(source, exclude, reading)
+    found = remote.find_objects(source, exclude, reading, formats)
     for name, info in found.objects.items():
         shown = _name_object(source if found.is_literal else found.filesystem.unstrip_protocol(name), source)
         fields = remote.select_version_fields(info)
         state = sha256_of(fields) if fields else ""
         yield File(source, shown, name, "remote", name, info.get("size") or 0, state, found.is_literal)
+
+
+def _filename_of(address: str) -> str:
+    return PurePosixPath(unquote(urlsplit(address).path)).name
 
 
 def _name_object(address: str, source: str) -> str:
@@ -255,37 +267,42 @@ def _display_name(path: Path, base: Path, root: Path) -> str:
 
 
 def find_local_paths(
-    source: str, base: Path, exclude: Sequence[str] = (), reading: Reading | None = None, only_first: bool = False
+    source: str,
+    base: Path,
+    exclude: Sequence[str] = (),
+    reading: Reading | None = None,
+    only_first: bool = False,
+    formats: Formats = None,
 ) -> list[Path]:
     """Return at least one regular file, or raise CorpusError. A name that exists is literal, even with a `[` in it.
 
     What is left out is counted in `reading`. With `only_first`, the search ends at the first file that may be read.
     """
     try:
-        return _find_local_paths(source, base, exclude, reading or Reading(), only_first)
+        return _find_local_paths(source, base, exclude, reading or Reading(), only_first, formats)
     except (OSError, ValueError, RuntimeError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise CorpusError(f"corpus.sources: {source!r:.200} cannot be looked up: {reason}") from None
 
 
 def _find_local_paths(
-    source: str, base: Path, exclude: Sequence[str], reading: Reading, only_first: bool
+    source: str, base: Path, exclude: Sequence[str], reading: Reading, only_first: bool, formats: Formats
 ) -> list[Path]:
     path = _local_path(source, base)
     if not source.strip():
         raise CorpusError("corpus.sources: an entry is empty. Name a file, a directory, a glob or an address.")
     if path.is_file():
         return [path]
-    root = path
+    root, own = path, Reading()
     found: Iterator[Path] = iter(())
     if path.is_dir():
-        found = _find_texts_in(path, IgnoreRules(path, exclude), reading)
+        found = _find_texts_in(path, IgnoreRules(path, exclude), own, formats)
         problem = "has no file of text that may be read"
     elif any(mark in source for mark in "*?["):
         root = base / _glob_root(Path(source).expanduser())  # the name of `base` is literal
         names_hidden = any(name.startswith(".") for name in path.relative_to(root).parts)
         rules = IgnoreRules(root, exclude, includes_hidden=names_hidden)
-        found = _match_glob(Path(source).expanduser(), base, rules, reading)
+        found = _match_glob(Path(source).expanduser(), base, rules, own, formats)
         problem = "matches no file that may be read"
     else:
         problem = "is not a regular file" if path.exists() else "does not exist"
@@ -296,8 +313,10 @@ def _find_local_paths(
         hint = "" if Path(source).is_absolute() else f" (looked for in {base})"
         if problem.endswith("read"):
             hint += ". Hidden files, state roots and what .gitignore or corpus.exclude names are not read"
+            hint += "".join(f". {line.rstrip('.')}" for line in own.describe()[:_MAX_REASONS])
         raise CorpusError(f"corpus.sources: {source!r:.200} {problem}{hint}.")
     _check_inside(paths, root)
+    reading.merge(own)
     return paths
 
 
@@ -320,7 +339,7 @@ def _check_inside(paths: list[Path], root: Path) -> None:
             )
 
 
-def _find_texts_in(directory: Path, rules: IgnoreRules, reading: Reading) -> Iterator[Path]:
+def _find_texts_in(directory: Path, rules: IgnoreRules, reading: Reading, formats: Formats) -> Iterator[Path]:
     seen = set()
     for parent, directories, names in os.walk(directory, onerror=_raise_unreadable, followlinks=True):
         state = os.stat(parent)  # noqa: PTH116
@@ -339,25 +358,38 @@ def _find_texts_in(directory: Path, rules: IgnoreRules, reading: Reading) -> Ite
             path = Path(parent, name)
             if rule := rules.find_rule(path):
                 reading.exclude(rule)
-            elif classify(name, {}).status != "read":
+            elif (file_type := classify(name, formats)).status != "read":
                 reading.count(suffix_of(name), skipped=1)
-            elif path.is_file():
-                yield path
-            else:
+            elif not path.is_file():
                 reading.exclude(NOT_REGULAR)
+            elif not file_type.suffix and _is_binary_file(path):
+                reading.count(suffix_of(name), skipped=1)
+            else:
+                yield path
+
+
+def _is_binary_file(path: Path) -> bool:
+    """Whether a file without a suffix is a program or other binary data. False if it cannot be opened."""
+    try:
+        with path.open("rb") as file:
+            return is_binary(file.read(_HEAD_BYTES))
+    except OSError:
+        return False  # reading it later raises the error
 
 
 def _raise_unreadable(error: OSError) -> None:
     raise CorpusError(f"{error.filename} cannot be searched for text: {error.strerror}.")
 
 
-def _match_glob(pattern: Path, base: Path, rules: IgnoreRules, reading: Reading) -> Iterator[Path]:
+def _match_glob(pattern: Path, base: Path, rules: IgnoreRules, reading: Reading, formats: Formats) -> Iterator[Path]:
     root = Path(pattern.anchor) if pattern.is_absolute() else base
     for path in root.glob(str(pattern.relative_to(pattern.anchor))):
         if not path.is_file():
             continue
         if rule := rules.find_rule_with_parents(path):
             reading.exclude(rule)
+        elif classify(path.name, formats).format is None:
+            reading.count(suffix_of(path.name), skipped=1)
         else:
             yield path
 

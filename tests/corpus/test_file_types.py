@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from gptcore.config import CorpusConfig
+from gptcore.corpus import sources
 from gptcore.corpus.file_types import classify, require_format
 from gptcore.corpus.ingest import ingest
 from gptcore.errors import ConfigError, CorpusError
@@ -69,3 +70,42 @@ def test_corpus_formats_says_how_a_suffix_is_read() -> None:
 def test_a_suffix_that_no_file_can_have_is_refused(suffix: str) -> None:
     with pytest.raises(ConfigError, match=r"corpus: formats: .* is not a suffix\. Write it in lower case"):
         parse(CorpusConfig, {"formats": {suffix: "text"}}, "corpus")
+
+
+def test_a_directory_gives_what_is_text_and_the_report_says_the_rest(tmp_path: Path) -> None:
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    texts = ("README", "a.html", "b.ipynb", "main.py", "old.export")
+    for number, name in enumerate((*texts, "a.json", "app.log", "site.min.js", "paper.pdf", "photo.png", "x.qqq")):
+        (notes / name).write_text(f"text {number}")
+    (notes / "b.ipynb").write_text('{"cells": [{"source": "text"}]}')
+    (notes / "program").write_bytes(b"\x7fELF" + b"\0" * 99)
+    found = sources.find_files(["notes"], tmp_path, tmp_path / "downloads", formats={".export": "text"})
+    assert [Path(file.name).name for file in found.files] == sorted(texts)
+    assert found.reading.describe() == [
+        '.json: 1 file not read: most JSON files hold settings; name them, as in "DIR/*.json", or set corpus.formats: '
+        '{".json": json}.',
+        '.log: 1 file not read: most logs are written by programs; name them, as in "DIR/*.log", or set '
+        'corpus.formats: {".log": text}.',
+        '.min.js: 1 file not read: minified files are written by programs; name them, as in "DIR/*.min.js", or set '
+        'corpus.formats: {".min.js": text}.',
+        ".pdf: 1 file not read: PDF is not read. Convert it: pdftotext -layout FILE FILE.txt",
+        ".png: 1 file not read: a picture is not text.",
+        '.qqq: 1 file not read: unknown suffix .qqq. Set corpus.formats: {".qqq": text} if it is plain text.',
+        "no suffix: 1 file not read: they look like binary files.",
+    ]
+
+
+def test_a_glob_gives_what_it_names_and_a_directory_of_pictures_says_why_it_has_no_text(tmp_path: Path) -> None:
+    for name in ("a.json", "b.log", "c.pdf"):
+        (tmp_path / name).write_text("text")
+    assert [path.name for path in sources.find_local_paths("*", tmp_path)] == ["a.json", "b.log"]
+    with pytest.raises(CorpusError, match=r"'\*\.pdf' matches no file.*\.pdf: 1 file not read: PDF is not read"):
+        sources.find_local_paths("*.pdf", tmp_path)
+
+
+@pytest.mark.parametrize("path", ["text", "text?download=1", "the-verdict.txt", "v1.2", "a.txt?file=b.pdf", ""])
+def test_an_address_without_a_suffix_is_text_and_one_of_a_pdf_is_refused_before_it_is_downloaded(path: str) -> None:
+    sources.check([f"https://example.org/{path}"], Path())
+    with pytest.raises(CorpusError, match=r"^https://example\.org/paper\.pdf: PDF is not read\. Convert it"):
+        sources.check(["https://example.org/paper.pdf?key=value"], Path())

@@ -22,6 +22,8 @@ _SECRET_KEY = re.compile(
 )
 """Matches the letters and digits, in lower case, of a key of a query whose value is a secret."""
 _KEY = re.compile(r"([^\s?&;#=]+)=")
+_KEY_AFTER_MARK = re.compile(r"(?<=[?&;#])([^\s?&;#=/]+)=")
+"""As `_KEY`, for addresses of stores: in `s3://b/year=20??/token=a/x`, `?` is a mark of a glob, and / ends a name."""
 _VALUE = re.compile(r"[^\s&;#]*")
 _USER_INFO = re.compile(r"(://)([^\s/?#]*)@")
 _WEB_ADDRESS = re.compile(r"(https?://)(?:[^\s/?#'\"]*@)?([^\s/?#'\"]*)[^\s'\"]*", re.IGNORECASE)
@@ -48,8 +50,9 @@ def check_address(address: str) -> str:
         raise ValueError(
             f"holds a user or password before its host. {_ADVICE}, as in https://me:${{NAME}}@example.org/"
         )
-    query = re.split("[?#]", parts["rest"], maxsplit=1)[1:]
-    for key, value in _find_secret_fields(*query):
+    query = "".join(re.split("([?#])", parts["rest"], maxsplit=1)[1:])
+    is_web = parts["scheme"].lower() in ("http://", "https://")
+    for key, value in _find_secret_fields(query, _KEY if is_web else _KEY_AFTER_MARK):
         if value and not _consists_of_references(value):
             raise ValueError(f"holds the value of {unquote(key)[:40]!r} in its query. {_ADVICE}")
     return address
@@ -133,9 +136,9 @@ def _consists_of_references(text: str) -> bool:
     return bool(text) and not _REFERENCE.sub("", text).strip(":")
 
 
-def _find_secret_fields(text: str = "") -> list[tuple[str, str]]:
+def _find_secret_fields(text: str, key_pattern: re.Pattern[str] = _KEY) -> list[tuple[str, str]]:
     """Return each key whose value is a secret, with the value, in a query or in a text that contains queries."""
-    keys = (match for match in _KEY.finditer(text) if _is_secret(match[1]))
+    keys = (match for match in key_pattern.finditer(text) if _is_secret(match[1]))
     return [(key[1], _VALUE.match(text, key.end())[0]) for key in keys]  # type: ignore[index]  # "" matches
 
 

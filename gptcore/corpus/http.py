@@ -17,10 +17,13 @@ only; files and messages have the address without the values.
 """
 
 import fcntl
+import gzip
 import hashlib
 import ipaddress
 import json
+import shutil
 import socket
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,6 +43,7 @@ READ_SECONDS = 60.0
 _CHUNK_BYTES = 64 * 1024
 _BUSY = (408, 425, 429)
 _MAX_REDIRECTIONS = 10
+_GZIP_MAGIC = b"\x1f\x8b"
 _PUBLIC, _PRIVATE, _THIS_MACHINE, _LINK_LOCAL = 3, 2, 1, 0
 
 
@@ -75,7 +79,7 @@ def _download_body(url: str, directory: Path, revalidate: bool) -> None:
         start = part.stat().st_size if part.is_file() else 0
         is_resumed = response.status_code == 206 and _range_starts_at(response, start)
         if response.status_code == 200 or is_resumed:
-            _save(response, part, append=is_resumed)
+            _save(response, url, part, append=is_resumed)
             return
     if not headers:
         raise CorpusError(f"{url} answered {response.status_code} {response.reason}. Check the address.")
@@ -84,21 +88,47 @@ def _download_body(url: str, directory: Path, revalidate: bool) -> None:
     _download_body(url, directory, revalidate)
 
 
-def _save(response: "requests.Response", part: Path, append: bool) -> None:
+def _save(response: "requests.Response", url: str, part: Path, append: bool) -> None:
     if not append:
         part.unlink(missing_ok=True)
         validators = {name: response.headers.get(name) for name in ("ETag", "Last-Modified")}
         part.with_suffix(".json").write_text(json.dumps(validators))
     with part.open("ab") as file:
-        for chunk in response.iter_content(_CHUNK_BYTES):
+        # As they were sent: a range counts these bytes, and .gz files are often labelled as if they had to be decoded.
+        for chunk in response.raw.stream(_CHUNK_BYTES, decode_content=False):
             file.write(chunk)
-    flush(part)
-    known = {**_load_validators(part), "sha256": sha256_of_file(part)}
+    received = _decode(part, response.headers.get("Content-Encoding", ""), url)
+    flush(received)
+    known = {**_load_validators(part), "sha256": sha256_of_file(received)}
     part.with_suffix(".json").write_text(json.dumps(known))
     body = part.with_name("body")
     body.with_suffix(".json").unlink(missing_ok=True)
-    part.rename(body)
+    received.rename(body)
     part.with_suffix(".json").rename(body.with_suffix(".json"))
+    part.unlink(missing_ok=True)
+
+
+def _decode(part: Path, encoding: str, url: str) -> Path:
+    """Return the file as it is on the server: `part` itself, or a decoded copy if the server has compressed it.
+
+    Many servers label a .gz file with `Content-Encoding: gzip`, although the file is not compressed once more. Raises
+    CorpusError for an encoding that was not asked for and is not known.
+    """
+    if encoding.lower() in ("", "identity"):
+        return part
+    if encoding.lower() not in ("gzip", "x-gzip"):
+        part.unlink()
+        raise CorpusError(f"{url} is sent with Content-Encoding {encoding!r:.40} (expected gzip or none). Name a file.")
+    decoded = part.with_name("decoded")
+    is_compressed_file = urlsplit(url).path.lower().endswith((".gz", ".tgz"))
+    try:
+        with gzip.open(part) as content, decoded.open("wb") as file:
+            if is_compressed_file and content.peek(2)[:2] != _GZIP_MAGIC:
+                return part
+            shutil.copyfileobj(content, file, _CHUNK_BYTES)
+    except (OSError, EOFError, zlib.error):  # the label is wrong
+        return part
+    return decoded
 
 
 def _resume_headers(part: Path) -> dict[str, str]:
@@ -132,6 +162,7 @@ def _open_response(url: str, headers: dict[str, str], body: Path) -> Iterator["r
     """Yield a response that is worth reading. Errors of requests and of HTTP become errors of gptcore."""
     import requests
     from requests import exceptions
+    from urllib3.exceptions import HTTPError
 
     silence_request_log()
     headers = {"Accept-Encoding": "identity", **headers}  # a compressed transfer could not be resumed
@@ -147,7 +178,7 @@ def _open_response(url: str, headers: dict[str, str], body: Path) -> Iterator["r
         raise CorpusError(
             f"{url} is not a valid http or https address, or redirects to one that is not: {conceal(error, url)}"
         ) from None
-    except exceptions.RequestException as error:
+    except (exceptions.RequestException, HTTPError) as error:
         raise _unavailable_error(url, conceal(error, url), body) from None
 
 

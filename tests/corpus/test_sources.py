@@ -270,6 +270,8 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {start}-{len(site.content) - 1}/{len(site.content)}")
         if tag:
             self.send_header("ETag", tag)
+        if site.encoding:
+            self.send_header("Content-Encoding", site.encoding)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body[: site.cut_after])
@@ -283,7 +285,7 @@ def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.content, server.tag, server.cut_after = TEXT.encode() * 20_000, '"v1"', None
-    server.requests = []
+    server.requests, server.encoding = [], ""
     server.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
@@ -310,6 +312,28 @@ def test_a_downloaded_file_that_was_altered_here_is_downloaded_again(tmp_path: P
     assert [asked.get("If-None-Match") for asked in site.requests] == [None, None]
     texts([url], tmp_path)
     assert site.requests[-1].get("If-None-Match") == '"v1"'
+
+
+@pytest.mark.parametrize(("name", "layers"), [("a.txt.gz", 1), ("a.txt.gz", 2), ("a.txt", 1), ("a.txt", 0)], ids=str)
+def test_a_file_labelled_as_gzip_is_decoded_only_if_the_server_has_compressed_it(
+    tmp_path: Path, site: Any, name: str, layers: int
+) -> None:
+    plain, site.encoding = site.content, "gzip"
+    for _ in range(layers):
+        site.content = gzip.compress(site.content)
+    site.cut_after = len(site.content) // 2
+    with pytest.raises(SourceUnavailable, match="an interrupted download is resumed"):
+        texts([f"{site.url}/{name}"], tmp_path)
+    site.cut_after = None
+    for _ in range(2):  # the second time, the server answers that nothing has changed
+        assert texts([f"{site.url}/{name}"], tmp_path) == [plain.decode()]
+    assert "Range" in site.requests[1]
+
+
+def test_a_file_in_an_encoding_that_was_not_asked_for_is_refused(tmp_path: Path, site: Any) -> None:
+    site.encoding = "br"
+    with pytest.raises(CorpusError, match=r"Content-Encoding 'br' \(expected gzip or none\)"):
+        texts([f"{site.url}/a.txt"], tmp_path)
 
 
 def test_a_file_with_a_sha256_is_never_downloaded_again_unless_the_copy_is_damaged(tmp_path: Path, site: Any) -> None:

@@ -56,6 +56,7 @@ def test_a_secret_in_a_source_is_refused_with_the_fix_and_not_repeated(address: 
         "abfs://container@account.dfs.core.windows.net/a.txt",
         "github://owner:repository@main/a.txt",
         "s3://bucket/key=1/a?.txt",
+        "s3://b/year=20??/token=a/x",
         "notes/me:you@home.txt",
     ],
 )

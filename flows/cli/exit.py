@@ -1,6 +1,6 @@
 """How a command ends: with one error message, without a traceback for a user's mistakes, and without delay.
 
-Exit codes are 0 (done), 2 (the input is wrong), 130 (interrupted) and 1 (any other failure).
+Exit codes are 0 (done), 2 (the input is wrong, or its text was held), 130 (interrupted) and 1 (any other failure).
 """
 
 import atexit

@@ -10,20 +10,25 @@ import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from flows.cards.verdict import SOURCES_OVERRIDDEN, WITHDRAWN, Verdict
 from gptcore.config import GateConfig
 from gptcore.evaluation.compare import MIN_BLOCKS, Comparison
+from gptcore.evaluation.memorization import Completions
 from gptcore.evaluation.run_report import Scores
 from gptcore.evaluation.samples import Sample
+from gptcore.evaluation.sources import SourceComparison, SourceScore
 from gptcore.training.run_directory import Result
 
 Rows = Sequence[tuple[str, str]]
+S = TypeVar("S", SourceScore, SourceComparison)
 
 FACTS = ("tokenizer", "parameters", "training", "corpus")
 """Facts about each model in the comparison, besides its score."""
 _MOST_CHARS = 600
 """Most characters of a sample on the card; samples.json has the whole text."""
+_MOST_SOURCES = 20
 _SAMPLE_WIDTH, _VALUE_WIDTH, _FACT_WIDTH = 36, 72, 30
 """Characters per line. Prefect's UI breaks no line inside a table, and cuts off what is too wide."""
 
@@ -82,7 +87,7 @@ def list_scores(scores: Scores) -> list[tuple[str, str]]:
 
 
 def list_details(scores: Scores, result: Result) -> list[tuple[str, str]]:
-    """List how the model was trained, and its score in other units."""
+    """List how the model was trained, its score in other units, and what it has memorized."""
     reported = scores.reported
     return [
         ("loss, perplexity", f"{reported.loss:.4f} nats per token, {reported.perplexity:,.1f}"),
@@ -91,7 +96,38 @@ def list_details(scores: Scores, result: Result) -> list[tuple[str, str]]:
         ("best val loss", f"{result.best_val_loss:.4f} nats per token at step {result.best_step:,}"),
         ("trained", f"{result.tokens_seen:,} tokens, {result.steps:,} steps, {result.seconds:.1f} s in updates"),
         ("ended by", result.stopped_by),
+        *list_memorized(scores),
     ]
+
+
+def list_memorized(scores: Scores) -> list[tuple[str, str]]:
+    """List how much of its training text the model completes word for word; empty if that was not measured."""
+    if (found := scores.memorization) is None:
+        return []
+    kinds = (("memorized, in train once", found.once), ("memorized, in train repeatedly", found.repeated))
+    return [(name, _format_completions(completions, found.prefix_tokens)) for name, completions in kinds]
+
+
+def _format_completions(found: Completions, prefix_tokens: int) -> str:
+    """Format a share, for example "0.5% of 200 passages of 100 tokens (0.1% to 2.8%)"."""
+    if found.share is None or found.low is None or found.high is None:
+        return f"no passage of {2 * prefix_tokens} tokens found"
+    passages = f"{found.sampled} passage{'s' * (found.sampled > 1)} of {2 * prefix_tokens} tokens"
+    return f"{found.share:.1%} of {passages} ({found.low:.1%} to {found.high:.1%})"
+
+
+def pick_sources(scores: Sequence[S], text: str) -> tuple[list[S], str]:
+    """Return the sources with the most held-out text, at most 20, and a sentence about the others, perhaps empty.
+
+    `text` describes the text that was scored, for example "held-out text".
+    """
+    scored = sorted((score for score in scores if score.blocks), key=lambda score: score.bytes, reverse=True)
+    notes = []
+    if (more := len(scored) - _MOST_SOURCES) > 0:
+        notes.append(f"Not shown: {more:,} sources with less {text}. The evaluation's sources.csv lists all sources.")
+    if empty := len(scores) - len(scored):
+        notes.append(f"Sources without {text}: {empty:,}.")
+    return scored[:_MOST_SOURCES], " ".join(notes)
 
 
 def explain_verdict(verdict: Verdict, version: str) -> str:
@@ -132,6 +168,7 @@ def render_card(card: Card, address: Callable[[Path], str]) -> str:
         _render_comparison(card),
         _render_pairs("what the verdict rests on", _list_evidence(card)),
         *_render_changes(card),
+        *_render_sources(card),
         *(f"## {heading}\n\n![{heading}]({address(path)})" for heading, path in card.pictures),
         "## Samples",
         _render_samples(card),
@@ -174,6 +211,34 @@ def _render_changes(card: Card) -> list[str]:
     if card.changes is None:
         return [] if card.champion else [heading, "This is the first training, so there is nothing to compare with."]
     return [heading, _render_pairs("since the previous training", card.changes) or "Nothing."]
+
+
+def _render_sources(card: Card) -> list[str]:
+    """Render the scores on the text of each source; no section if the corpus has a single source."""
+    if len(card.verdict.sources or card.scores.sources) < 2:
+        return []
+    head = ["source", "blocks", "bytes", "bits per byte"]
+    rows: list[tuple[str, ...]]
+    if card.verdict.sources:
+        compared, note = pick_sources(card.verdict.sources, "text that the gate compared on")
+        head[3:] = "challenger", "champion", "improvement"
+        rows = [
+            (
+                *_format_source(one),
+                f"{one.challenger:.4f}",
+                f"{one.champion:.4f}",
+                f"{one.champion - one.challenger:.4f}",
+            )
+            for one in compared
+        ]
+    else:
+        scored, note = pick_sources(card.scores.sources, "held-out text")
+        rows = [(*_format_source(one), f"{one.bits_per_byte:.4f}") for one in scored]
+    return ["## Source by source", render_table(head, rows), note]
+
+
+def _format_source(score: SourceScore | SourceComparison) -> tuple[str, str, str]:
+    return escape(score.source, _FACT_WIDTH), f"{score.blocks:,}", f"{score.bytes:,}"
 
 
 def _decision(verdict: Verdict) -> str:

@@ -13,8 +13,9 @@ from typing import Any
 
 import yaml
 
-from flows.cards.decision import escape, list_scores, render_table
+from flows.cards.decision import escape, list_scores, pick_sources, render_table
 from gptcore.credentials import strip_secrets
+from gptcore.evaluation.memorization import Memorization
 from gptcore.evaluation.run_report import Scores
 from gptcore.evaluation.samples import Sample
 from gptcore.training.run_directory import Result
@@ -208,15 +209,25 @@ def _render_evaluation(
         rows.append((name, champion.bits_per_byte or "unknown"))
     rows += [(f"{name}, on the same text as this model", value) for name, value in simple]
     reported = scores.reported
-    return (
+    by_source, note = pick_sources(scores.sources, "held-out text")
+    sources = [
+        (escape(one.source), f"{one.blocks:,}", f"{one.bytes:,}", f"{one.bits_per_byte:.4f}") for one in by_source
+    ]
+    parts = [
         f"Bits per byte, lower is better, on {reported.bytes:,} bytes in {reported.blocks:,} blocks of "
-        f"{reported.side}. Scores compare between models with different vocabularies.\n\n"
-        f"{render_table(('', 'bits per byte'), [(escape(name), escape(value)) for name, value in rows])}\n\n"
+        f"{reported.side}. Scores compare between models with different vocabularies.",
+        render_table(("", "bits per byte"), [(escape(name), escape(value)) for name, value in rows]),
+        *(
+            [render_table(("source", "blocks", "bytes", "bits per byte"), sources), note]
+            if len(scores.sources) > 1
+            else []
+        ),
         f"In other units: {reported.loss:.4f} nats per token, perplexity {reported.perplexity:,.1f}. The next token is "
         f"the model's first guess in {reported.top1:.1%} of all cases, and among its first five in "
         f"{reported.top5:.1%}. The gate compares version and champion on the same text, block by block: see "
-        f"`gptflow show models:/{model_name}/VERSION`."
-    )
+        f"`gptflow show models:/{model_name}/VERSION`.",
+    ]
+    return "\n\n".join(filter(None, parts))
 
 
 def _render_samples(samples: Sequence[Sample]) -> str:
@@ -254,6 +265,7 @@ def _render_limits(cfg: Mapping[str, Any], evidence: Evidence | None) -> str:
     if evidence is not None:
         longest = max((sample.longest_copied for sample in evidence.samples), default=0)
         reported, simple = evidence.scores.reported, evidence.scores.baselines
+        limits[2] += _describe_memorization(evidence.scores.memorization)
         if longest:
             limits[2] += f" The longest copied run in its samples has {longest:,} characters."
         if not reported.bits_per_byte < simple.xz_primed_bits_per_byte:
@@ -264,6 +276,26 @@ def _render_limits(cfg: Mapping[str, Any], evidence: Evidence | None) -> str:
         if reported.also_used_for_selection:
             limits.append("Its score is a little too good: the same text chose the best state of the training.")
     return "\n".join(f"- {limit}" for limit in limits)
+
+
+def _describe_memorization(found: Memorization | None) -> str:
+    """Say in a few sentences how much of its training text the model completes; empty if that was not measured."""
+    if found is None:
+        return ""
+    kinds = (("once", found.once), ("more than once", found.repeated))
+    measured = [
+        f"in {completions.share:.1%} of {completions.sampled:,} passages that are there {often} (95% interval: "
+        f"{completions.low:.1%} to {completions.high:.1%})"
+        for often, completions in kinds
+        if completions.sampled
+    ]
+    if not measured:
+        return f" This was not measured: that text has no passage of {2 * found.prefix_tokens} tokens."
+    tokens = found.prefix_tokens
+    return (
+        f" Given {tokens} tokens of its training text, it continues with exactly the next {tokens} tokens of that text "
+        f"{', and '.join(measured)}."
+    )
 
 
 def _render_code(value: object) -> str:

@@ -6,6 +6,7 @@ flows/registry/gate.py decides the verdict, and decision.py explains it to peopl
 from dataclasses import dataclass, field
 
 from gptcore.evaluation.compare import Comparison
+from gptcore.evaluation.sources import SourceComparison
 
 SOURCES_OVERRIDDEN = "sources overridden"
 """Kind of an experiment's verdict: the version learned from other sources than its pipeline's."""
@@ -47,3 +48,5 @@ class Verdict:
     """The comparison, if this process has scored champion and challenger."""
     gains: tuple[float, ...] = field(default=(), repr=False, compare=False)
     """Bits per byte that the challenger saves on each block. The version's tags do not keep them."""
+    sources: tuple[SourceComparison, ...] = field(default=(), repr=False, compare=False)
+    """The comparison on the text of each source. The version's tags do not keep it either."""

@@ -29,11 +29,12 @@ from gptcore.bundle import LoadedModel
 from gptcore.config import GateConfig
 from gptcore.corpus.clean_blocks import CleanBlocks, find_clean_blocks
 from gptcore.corpus.diff import find_old_blocks
-from gptcore.corpus.snapshot import Block, Snapshot, read_blocks
+from gptcore.corpus.snapshot import Block, Snapshot, read_blocks, read_document_list
 from gptcore.errors import CheckpointError
 from gptcore.evaluation.bits_per_byte import evaluate_blocks
 from gptcore.evaluation.compare import MIN_BLOCKS, Comparison, Finding, compare, compare_by_age, compute_gains
 from gptcore.evaluation.run_report import Scores, reported_side
+from gptcore.evaluation.sources import compare_sources
 
 
 def judge(
@@ -220,7 +221,12 @@ def _compare_with_champion(
         comparison = compare_by_age(challenger_scores, champion_scores, cfg.confidence, evidence.is_old)
     excluded_bytes = evidence.clean.excluded_bytes
     verdict = decide(comparison, cfg, challenger, str(champion.version), excluded_bytes, evidence.unknown)
-    return replace(verdict, comparison=comparison, gains=compute_gains(challenger_scores, champion_scores))
+    return replace(
+        verdict,
+        comparison=comparison,
+        gains=compute_gains(challenger_scores, champion_scores),
+        sources=compare_sources(challenger_scores, champion_scores, read_document_list(snapshot.path)),
+    )
 
 
 def _reject_without_comparison(champion: ModelVersion | None, scores: Scores, withdrawal: str | None) -> Verdict:

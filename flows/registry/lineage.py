@@ -111,6 +111,7 @@ def lineage(
         "stopped_by": result.stopped_by,
         "holdout_bits_per_byte": scores.reported.bits_per_byte,
         "also_used_for_selection": scores.reported.also_used_for_selection,
+        **scores.memorized_shares,
         **software(),
         "hardware": hardware(pipeline.train.device, int(pipeline.train.threads), int(pipeline.train.processes)),
     }

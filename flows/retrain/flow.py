@@ -439,11 +439,11 @@ def _champion_uri(pipeline: Pipeline) -> str:
 
 
 def _final_metrics(scores: Scores) -> dict[str, float]:
-    """Return the metrics of the reported side and of the baselines, such as holdout_bits_per_byte."""
+    """Return the metrics of the reported side, of the baselines and of memorization, as in holdout_bits_per_byte."""
     reported = scores.reported
     own = {key: getattr(reported, key) for key in ("loss", "perplexity", "bits_per_byte", "top1", "top5")}
     simple = {f"baseline_{key}": value for key, value in asdict(scores.baselines).items() if key.endswith("per_byte")}
-    return {**{f"{reported.side}_{key}": value for key, value in own.items()}, **simple}
+    return {**{f"{reported.side}_{key}": value for key, value in own.items()}, **simple, **scores.memorized_shares}
 
 
 def _mlflow_status(error: BaseException) -> str:

@@ -135,7 +135,7 @@ def _score_tokens(
             ids[row, : end - begin] = inputs[block][begin:end]
             targets[row, first - begin : end - begin] = blocks[block][first:end]
         # (predicted tokens,) of the whole batch, row by row
-        nats, ranks = _predict(model, torch.from_numpy(ids).to(device), torch.from_numpy(targets).to(device))
+        nats, ranks = predict_targets(model, torch.from_numpy(ids).to(device), torch.from_numpy(targets).to(device))
         cuts = np.cumsum([window.end - window.first_predicted for window in batch])[:-1]
         for (block, begin, first, end), row_nats, row_ranks in zip(batch, np.split(nats, cuts), np.split(ranks, cuts)):
             results[block].nats[first:end] = row_nats
@@ -152,8 +152,11 @@ def _batch_windows(windows: list[_Window]) -> Iterator[list[_Window]]:
         yield [first, *islice(remaining, rows - 1)]
 
 
-def _predict(model: GPTModel, ids: Tensor, targets: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Return nats and ranks, each (predicted tokens,), of the targets (batch, tokens) that are not -1, row by row."""
+def predict_targets(model: GPTModel, ids: Tensor, targets: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Return nats and ranks, each (predicted tokens,), of the targets (batch, tokens) that are not -1, row by row.
+
+    `ids` is (batch, tokens). Rank 0 means that the target is the model's first guess. See `BlockScore`.
+    """
     is_target = targets >= 0  # (batch, tokens)
     hidden, chosen = model.compute_hidden(ids)[is_target], targets[is_target]  # (predicted, emb_dim), (predicted,)
     if isinstance(model.out_head, nn.Linear):

@@ -1,11 +1,13 @@
 """The report on a finished training: its evaluation, samples and plots, and its comparison with the champion.
 
 Each is a committed directory inside the run directory, named by the hash of its inputs. So making it again costs
-nothing, and a changed sample section makes new samples of the same weights. bits_per_byte.py, baselines.py, samples.py
-and plots.py do the work; this module reads the run directory and publishes the results there.
+nothing, and a changed sample section makes new samples of the same weights. bits_per_byte.py, baselines.py,
+memorization.py, sources.py, samples.py and plots.py do the work; this module reads the run directory and publishes the
+results there.
 """
 
 import codecs
+import csv
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -18,14 +20,16 @@ import torch
 from gptcore import manifest
 from gptcore.bundle import LoadedModel
 from gptcore.config import SampleConfig
-from gptcore.corpus.snapshot import Block, Snapshot, read_blocks
+from gptcore.corpus.snapshot import Block, Snapshot, read_blocks, read_document_list
 from gptcore.errors import CheckpointError
 from gptcore.evaluation import plots
 from gptcore.evaluation.baselines import Baselines, score_baselines
 from gptcore.evaluation.bits_per_byte import BlockScore, Evaluation, evaluate_blocks, score_blocks
 from gptcore.evaluation.compare import Comparison
+from gptcore.evaluation.memorization import Memorization, measure_memorization
 from gptcore.evaluation.parallel import score_in_processes
 from gptcore.evaluation.samples import Sample, write_samples
+from gptcore.evaluation.sources import SourceScore, parse_source_scores, score_sources, write_source_scores
 from gptcore.evaluation.surprisal import plot_surprise
 from gptcore.evaluation.weights import load_model
 from gptcore.model.gpt import GPTModel
@@ -51,11 +55,26 @@ class Scores:
     """None if the split has no holdout."""
     baselines: Baselines
     """Scores of simple models on the reported side."""
+    memorization: Memorization | None = None
+    """None if an earlier release made the evaluation."""
+    sources: tuple[SourceScore, ...] = ()
+    """Scores on the reported side by source. Empty if an earlier release made the evaluation."""
 
     @property
     def reported(self) -> Evaluation:
         """Return the score that is shown and compared: the holdout's, else val's, marked as also used for selection."""
         return self.holdout or self.val
+
+    @property
+    def memorized_shares(self) -> dict[str, float]:
+        """Return memorized_once and memorized_repeated, shares of passages, without those that were not measured."""
+        if self.memorization is None:
+            return {}
+        shares = {
+            "memorized_once": self.memorization.once.share,
+            "memorized_repeated": self.memorization.repeated.share,
+        }
+        return {name: share for name, share in shares.items() if share is not None}
 
 
 def reported_side(snapshot: Snapshot) -> str:
@@ -66,23 +85,31 @@ def reported_side(snapshot: Snapshot) -> str:
 def evaluate_run(run: RunDirectory, snapshot: Snapshot, tokens: Tokens) -> Path:
     """Score the run's best weights on val and holdout, and the simple models on the reported side.
 
-    Returns the directory with val.json, holdout.json, baselines.json and surprise.json. Raises CheckpointError if the
-    weights were altered, CorpusError if there is no text to score.
+    Also measures what the weights have memorized of train. Returns the directory with val.json, holdout.json,
+    baselines.json, memorization.json, sources.csv and surprise.json. Raises CheckpointError if the weights were
+    altered, CorpusError if there is no text to score.
     """
     inputs = {"weights": _weights_sha256(run), "corpus": snapshot.sha256, "version": EVALUATION_VERSION}
 
     def fill(directory: Path) -> None:
         model, tokenizer = load_model(run, tokens)
         device = torch.device(run.read_config().train.device)
+        per_block: dict[str, Sequence[dict[str, Any]]] = {}
         for side in ("val", "holdout"):
             if snapshot.blocks[side]:
                 scores = _score_if_shared(run, snapshot, tokens, side)
                 side_blocks = read_blocks(snapshot.path, side)
                 evaluation = evaluate_blocks(model, tokenizer, side_blocks, device, side, scores)
                 _write_json(directory / f"{side}.json", evaluation.to_json())
+                per_block[side] = evaluation.per_block
+        by_source = score_sources(per_block[reported_side(snapshot)], read_document_list(snapshot.path))
+        write_source_scores(directory / "sources.csv", by_source)
         reported = list(read_blocks(snapshot.path, reported_side(snapshot)))
         train_text = snapshot.path / "train.txt"
-        baselines = score_baselines(tokens.side("train"), tokenizer, tokens.n_vocab, reported, train_text)
+        train_tokens = tokens.side("train")
+        memorization = measure_memorization(model, train_tokens, tokens.eot, device)
+        _write_json(directory / "memorization.json", asdict(memorization))
+        baselines = score_baselines(train_tokens, tokenizer, tokens.n_vocab, reported, train_text)
         _write_json(directory / "baselines.json", asdict(baselines))
         _write_json(directory / "surprise.json", _measure_surprise(model, tokenizer, reported, device))
 
@@ -169,7 +196,16 @@ def read_scores(evaluation: Path) -> Scores:
         if (evaluation / f"{side}.json").exists()
     }
     baselines = _read(evaluation / "baselines.json", lambda text: Baselines(**json.loads(text)))
-    return Scores(val=sides["val"], holdout=sides.get("holdout"), baselines=baselines)
+    memorized, by_source = evaluation / "memorization.json", evaluation / "sources.csv"
+    return Scores(
+        val=sides["val"],
+        holdout=sides.get("holdout"),
+        baselines=baselines,
+        memorization=(
+            _read(memorized, lambda text: Memorization.from_json(json.loads(text))) if memorized.exists() else None
+        ),
+        sources=(_read(by_source, lambda text: parse_source_scores(text.decode())) if by_source.exists() else ()),
+    )
 
 
 def read_samples(directory: Path) -> list[Sample]:
@@ -180,7 +216,7 @@ def read_samples(directory: Path) -> list[Sample]:
 def _read(path: Path, parse: Callable[[bytes], T]) -> T:
     try:
         return parse(read_bytes(path))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, NotAFile) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, csv.Error, NotAFile) as error:
         raise CheckpointError(
             f"{path} is damaged: {str(error) or type(error).__name__}. Run the same command again: it replaces "
             f"{path.parent.name}."

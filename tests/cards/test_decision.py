@@ -15,8 +15,10 @@ from gptcore.config import GateConfig
 from gptcore.evaluation.baselines import Baselines
 from gptcore.evaluation.bits_per_byte import Evaluation
 from gptcore.evaluation.compare import Comparison
+from gptcore.evaluation.memorization import Completions, Memorization
 from gptcore.evaluation.run_report import Scores
 from gptcore.evaluation.samples import Sample
+from gptcore.evaluation.sources import SourceComparison, SourceScore
 from gptcore.training.run_directory import Result
 
 KINDS = (
@@ -33,6 +35,8 @@ KINDS = (
 )
 
 
+MEMORIZED = Memorization(50, Completions.count(200, 1), Completions.count(63, 40))
+SOURCES = (SourceScore("a|b/", 30, 9_345, 1.5), SourceScore("c/", 10, 3_000, 2.7), SourceScore("d/", 0, 0, math.nan))
 CHALLENGER = ModelVersion("gpt-tiny", "3", creation_timestamp=0)
 
 
@@ -157,6 +161,37 @@ def test_the_page_of_a_version_that_did_not_compete_says_so_instead_of_a_number(
     written = rendered(card("sources overridden", verdict=alone))
     assert "| bits per byte, lower is better | 1.8000 | not compared |" in written
     assert "improvement" not in written and "left out" not in written
+
+
+def test_the_page_says_how_much_of_the_training_text_the_model_completes() -> None:
+    assert "memorized" not in rendered(card()), "an earlier release did not measure it"
+    scores = replace(card().scores, memorization=MEMORIZED)
+    written = rendered(card(scores=scores))
+    assert "| memorized, in train once | 0.5% of 200 passages of 100 tokens (0.1% to 2.8%) |" in written
+    assert "| memorized, in train repeatedly | 63.5% of 63 passages of 100 tokens (51.1% to 74.3%) |" in written
+    none = replace(scores, memorization=replace(MEMORIZED, repeated=Completions.count(0, 0)))
+    assert "| memorized, in train repeatedly | no passage of 100 tokens found |" in rendered(card(scores=none))
+
+
+def test_the_page_compares_both_models_source_by_source_if_there_are_several() -> None:
+    both = (SourceComparison("a|b/", 30, 9_345, 1.5, 2.0), SourceComparison("c/", 0, 0, math.nan, math.nan))
+    written = rendered(card(verdict=replace(verdict(), sources=both)))
+    assert "| source | blocks | bytes | challenger | champion | improvement |" in written
+    assert r"| a\|b/ | 30 | 9,345 | 1.5000 | 2.0000 | 0.5000 |" in written and "| c/ |" not in written
+    assert "Sources without text that the gate compared on: 1." in written
+    assert "Source by source" not in rendered(card(verdict=replace(verdict(), sources=both[:1])))
+
+
+def test_the_page_of_a_version_without_a_comparison_has_its_own_scores_source_by_source() -> None:
+    scores = replace(card().scores, sources=SOURCES)
+    written = rendered(card("beats unigram", scores=scores))
+    assert "| source | blocks | bytes | bits per byte |" in written and "| c/ | 10 | 3,000 | 2.7000 |" in written
+    assert "Sources without held-out text: 1." in written
+    many = [SourceScore(f"{number}/", 1, 1000 + number, 2.0) for number in range(1100)]
+    written = rendered(card("beats unigram", scores=replace(scores, sources=tuple(many))))
+    assert written.count("| 2.0000 |") == 20 and "| 1099/ |" in written and "| 1079/ |" not in written
+    assert "Not shown: 1,080 sources with less held-out text." in written
+    assert "Source by source" not in rendered(card(scores=replace(scores, sources=SOURCES[:1])))
 
 
 def test_if_the_champions_files_are_damaged_the_page_omits_its_samples_and_gives_the_reason() -> None:

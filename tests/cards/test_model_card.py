@@ -9,7 +9,8 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 from flows.cards.model_card import Champion, Evidence, adapt_for_transformers, render_card
-from tests.cards.test_decision import card, sample
+from gptcore.evaluation.memorization import Completions, Memorization
+from tests.cards.test_decision import MEMORIZED, SOURCES, card, sample
 from tests.registry.judging import CFG
 
 SECTIONS = [
@@ -72,6 +73,22 @@ def test_the_card_of_a_model_that_a_compressor_beats_says_so(xz: float, is_said:
     beaten = replace(scores, baselines=replace(scores.baselines, xz_primed_bits_per_byte=xz))
     made = render_card("gpt-tiny", CFG, LINEAGE, Evidence(card().result, beaten, []))
     assert ("remembering strings" in made) == is_said
+
+
+def test_the_card_has_the_scores_of_each_source_and_says_what_the_model_has_memorized() -> None:
+    scores = replace(card().scores, memorization=MEMORIZED, sources=SOURCES)
+    made = render_card("gpt-tiny", CFG, LINEAGE, Evidence(card().result, scores, []))
+    assert "\n| source | blocks | bytes | bits per byte |\n" in made and r"| a\|b/ | 30 | 9,345 | 1.5000 |" in made
+    assert "\n\nSources without held-out text: 1.\n\n" in made
+    assert (
+        "Given 50 tokens of its training text, it continues with exactly the next 50 tokens of that text in 0.5% of "
+        "200 passages that are there once (95% interval: 0.1% to 2.8%), and in 63.5% of 63 passages that are there "
+        "more than once (95% interval: 51.1% to 74.3%)."
+    ) in made
+    none = Completions.count(0, 0)
+    short = replace(scores, memorization=Memorization(16, none, none), sources=SOURCES[:1])
+    made = render_card("gpt-tiny", CFG, LINEAGE, Evidence(card().result, short, []))
+    assert "no passage of 32 tokens" in made and "| source |" not in made
 
 
 def test_a_version_older_than_model_cards_gets_a_card_from_its_lineage() -> None:

@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ import torch
 from gptcore import manifest
 from gptcore.config import SampleConfig
 from gptcore.corpus.snapshot import read_blocks
+from gptcore.errors import CheckpointError
 from gptcore.evaluation.bits_per_byte import evaluate_blocks, score_blocks
 from gptcore.evaluation.parallel import score_in_processes
 from gptcore.evaluation.run_report import evaluate_run, plot_run, read_samples, read_scores, reported_side, sample_run
@@ -76,6 +79,26 @@ def test_scores_are_read_as_they_were_written(evaluation):
     for side, read in (("val", scores.val), ("holdout", scores.holdout)):
         assert read.to_json() == json.loads((evaluation / f"{side}.json").read_text())
         assert read.side == side
+
+
+def test_memorization_and_scores_by_source_are_part_of_the_evaluation(made, evaluation, tmp_path):
+    scores = read_scores(evaluation)
+    found = json.loads((evaluation / "memorization.json").read_text())
+    assert found == json.loads(json.dumps(asdict(scores.memorization)))
+    assert found["prefix_tokens"] == 16 and found["once"]["sampled"] == 200, "half of the context of 32"
+    assert scores.memorized_shares["memorized_once"] == found["once"]["completed"] / 200
+    (source,) = scores.sources
+    assert (source.source, source.bytes) == ("text.txt", scores.reported.bytes)
+    assert source.bits_per_byte == pytest.approx(scores.reported.bits_per_byte)
+    earlier = shutil.copytree(evaluation, tmp_path / "earlier")
+    for name in ("memorization.json", "sources.csv"):
+        (earlier / name).unlink()
+    read = read_scores(earlier)
+    assert (read.memorization, read.memorized_shares, read.sources) == (None, {}, ()), "an earlier release made it"
+    assert read.reported == scores.reported
+    (earlier / "sources.csv").write_text("source,blocks\na,1\n")
+    with pytest.raises(CheckpointError, match=r"sources.csv is damaged"):
+        read_scores(earlier)
 
 
 def test_the_reported_score_is_the_holdouts_and_was_not_used_for_selection(made, evaluation):

@@ -20,7 +20,8 @@ from flows.registry.lineage import run_key
 from flows.registry.tags import VersionTags
 from flows.state.root import StateRoot
 from gptcore.bundle import WEIGHTS
-from gptcore.config import GateConfig
+from gptcore.config import CorpusConfig, GateConfig
+from gptcore.corpus.ingest import ingest
 from gptcore.corpus.snapshot import Snapshot, read_blocks
 from gptcore.evaluation.run_report import Scores
 from gptcore.model.gpt import GPTModel
@@ -217,6 +218,23 @@ def test_a_challenger_that_is_better_on_new_text_and_worse_on_old_text_is_promot
         verdict, **{key: pytest.approx(getattr(verdict, key), abs=1e-6) for key in ROUNDED}
     )
     assert next(verdicts).promoted and champion_version(root) == "3"
+
+
+def test_a_comparison_is_also_made_source_by_source(root: StateRoot, register: Callable[..., str]) -> None:
+    directory = root.path / "text" / "sources"
+    directory.mkdir(parents=True)
+    (directory / "a.txt").write_text(prose(1, 5000))
+    (directory / "b.txt").write_text(prose(2, 3000))
+    sources = (str(directory / "a.txt"), str(directory / "b.txt"))
+    cfg = CorpusConfig(sources=sources, val_fraction=0.1, holdout_fraction=0.2, block_bytes=256)
+    both = ingest(cfg, root.corpora, root.path)
+    judge(root, NAME, register("poor", both), both, scores_of(both), GateConfig(), False)
+    verdict = judge(root, NAME, register("good", both), both, scores_of(both), GateConfig(), False)
+    assert tuple(one.source for one in verdict.sources) == sources
+    assert all(one.challenger < one.champion for one in verdict.sources)
+    assert sum(one.blocks for one in verdict.sources) == verdict.blocks
+    weighted = sum(one.challenger * one.bytes for one in verdict.sources) / verdict.bytes
+    assert weighted == pytest.approx(verdict.bits_per_byte)
 
 
 def test_with_fewer_than_20_old_blocks_all_blocks_decide_together(

@@ -92,6 +92,9 @@ def test_the_mlflow_run_holds_params_metrics_dataset_and_files(tiny: Pipeline, r
     assert [metric.step for metric in history] == list(range(1, 61))
     assert [metric.step for metric in client.get_metric_history(only.info.run_id, "val_loss")] == [1, 21, 41, 60]
     assert "holdout_bits_per_byte" in only.data.metrics
+    assert 0 <= only.data.metrics["memorized_once"] <= 1
+    described = versions.describe(root, versions.resolve(root, "models:/gpt-tiny/1"))
+    assert described["memorized_once"] == only.data.metrics["memorized_once"]
     assert only.inputs.dataset_inputs[0].dataset.digest == only.data.tags["corpus_sha256"][:36]
     names = {item.path for item in client.list_artifacts(only.info.run_id)}
     assert names == {"evaluation", "samples", "plots", "card.md", "lineage.json"}

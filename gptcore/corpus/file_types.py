@@ -57,14 +57,17 @@ _REFUSED = {
     ".pdf": ("PDF", "pdftotext -layout FILE FILE.txt"),
     ".ps .eps": ("PostScript", "ps2ascii FILE FILE.txt"),
     ".djvu": ("DjVu", "djvutxt FILE FILE.txt"),
-    ".docx .odt .epub .rtf .fb2": ("a document", "pandoc FILE -t plain -o FILE.txt"),
-    ".doc .dot .wps .wpd": ("a document", "libreoffice --headless --convert-to txt:Text FILE"),
+    ".docx .odt .epub .rtf .fb2": ("an office file or electronic book", "pandoc FILE -t plain -o FILE.txt"),
+    ".doc .dot .wps .wpd": ("an office file", "libreoffice --headless --convert-to txt:Text FILE"),
     ".xlsx .xls .ods": ("a spreadsheet", "libreoffice --headless --convert-to csv FILE"),
-    ".pptx .ppt .odp": ("slides", "libreoffice --headless --convert-to pdf FILE, and pdftotext on what this writes"),
+    ".pptx .ppt .odp": (
+        "a presentation",
+        "libreoffice --headless --convert-to pdf FILE, and then as PDF: pdftotext -layout FILE.pdf",
+    ),
     ".tar .tgz .tar.bz2 .tbz2 .tar.xz .txz": ("an archive", "tar xf FILE"),
     ".zip .7z .rar .cbz .cbr": ("an archive", "bsdtar xf FILE"),
-    ".bz2": ("compressed with bzip2", "bunzip2 FILE"),
-    ".xz .lzma": ("compressed with xz", "unxz FILE"),
+    ".bz2": ("bzip2", "bunzip2 FILE"),
+    ".xz .lzma": ("xz", "unxz FILE"),
     ".db .sqlite .sqlite3": ("a database", "sqlite3 -csv -header FILE 'select * from TABLE' > TABLE.csv"),
     ".feather .arrow": (
         "a table",
@@ -88,7 +91,7 @@ _SKIPPED = {
 }
 _REFUSED_TYPES = {suffix: kind for suffixes, kind in _REFUSED.items() for suffix in suffixes.split()}
 _SKIPPED_KINDS = {suffix: kind for kind, suffixes in _SKIPPED.items() for suffix in suffixes.split()}
-_SUFFIX = re.compile(r"\.[a-z][a-z0-9_+\-]{0,15}")
+_SUFFIX = re.compile(r"\.[a-z][a-z0-9_\-]{0,15}")
 """An unknown suffix. Names such as notes.2024 and `St. Mary` have none."""
 
 

@@ -10,12 +10,14 @@ from gptcore.corpus.encoding import Errors, decode, find_mark
 from gptcore.errors import CorpusError
 
 MAX_PAGE_BYTES = 16 * 1024 * 1024
-"""Limit for one page. A page needs up to 80 times its size in memory while it is read."""
+"""Limit for one page. A page needs up to 100 times its size in memory while it is read."""
 _MAX_LISTS = 32
 """Limit for lists in lists: each one indents all lines in it."""
 _MAX_ATTRIBUTES = 10_000
 """Limit for one tag. The time that a tag takes grows with the square of its attributes."""
 _SKIPPED = ["nav", "[role=navigation]", "[hidden]"]
+_ENCODINGS = ("utf-8", "cp", "iso8859", "iso2022", "koi8", "gb", "big5", "shift_jis", "euc", "mac-", "tis-620", "johab")
+"""Beginnings of the names of the encodings that a page may choose. Some of Python's others decode very slowly."""
 _CHARSET_BYTES = 4096
 _CHARSET = re.compile(rb"""(?:charset|encoding)\s*=\s*["']?\s*([A-Za-z0-9_.:\-]+)""")
 _LONG_TAG = re.compile(f"<[A-Za-z][^<>]{{{2 * _MAX_ATTRIBUTES},}}")
@@ -53,8 +55,8 @@ def _find_encoding(data: bytes) -> str:
     match = _CHARSET.search(data[:_CHARSET_BYTES])
     try:
         codec = codecs.lookup(match[1].decode()).name if match else ""
-        "".encode(codec or "utf-8")
     except LookupError:
         return ""
     # Browsers read these as cp1252, and so pages use its characters.
-    return "cp1252" if codec in ("iso8859-1", "ascii") else codec
+    codec = "cp1252" if codec in ("iso8859-1", "ascii") else codec
+    return codec if codec.startswith(_ENCODINGS) else ""

@@ -109,3 +109,16 @@ def test_an_address_without_a_suffix_is_text_and_one_of_a_pdf_is_refused_before_
     sources.check([f"https://example.org/{path}"], Path())
     with pytest.raises(CorpusError, match=r"^https://example\.org/paper\.pdf: PDF is not read\. Convert it"):
         sources.check(["https://example.org/paper.pdf?key=value"], Path())
+
+
+def test_a_corpus_in_several_formats_and_an_encoding_is_the_same_snapshot_as_its_plain_text(tmp_path: Path) -> None:
+    texts = [f"Café number {number}.\n" + "Many words follow here. " * number + "\n" for number in range(1, 60)]
+    for directory in ("plain", "mixed"):
+        (tmp_path / directory).mkdir()
+    for number, text in enumerate(texts):
+        (tmp_path / "plain" / f"{number}.txt").write_text(text)
+        (tmp_path / "mixed" / f"{number}.old").write_bytes(text.encode("cp1252" if number % 2 else "utf-16"))
+    settings = {"val_fraction": 0.2, "holdout_fraction": 0.2, "block_bytes": 256}
+    plain = ingest(CorpusConfig(sources=("plain",), **settings), tmp_path / "corpora", tmp_path)
+    mixed = CorpusConfig(sources=("mixed",), formats={".old": "text"}, encoding="cp1252", **settings)
+    assert ingest(mixed, tmp_path / "corpora", tmp_path).sha256 == plain.sha256

@@ -16,7 +16,7 @@ from flows.cards.verdict import SOURCES_OVERRIDDEN, WITHDRAWN, Verdict
 from flows.config.pipelines import Pipeline, overrides_sources
 from flows.registry import champion, gate, versions
 from flows.registry.gate import judge, judge_without_champion
-from flows.registry.lineage import run_key
+from flows.registry.lineage import run_key, settings_key
 from flows.registry.tags import VersionTags
 from flows.state.root import StateRoot
 from gptcore.bundle import WEIGHTS
@@ -299,3 +299,13 @@ def test_gate_settings_do_not_change_the_run_key(tiny: Pipeline) -> None:
     tokens = cast(Tokens, SimpleNamespace(sha256="0", n_vocab=257))
     strict = tiny.model_copy(update={"gate": GateConfig(margin=1.0)})
     assert run_key(tiny, tokens, 1) == run_key(strict, tokens, 1)
+
+
+def test_keys_that_say_how_text_is_read_do_not_change_the_keys_of_a_training_because_the_text_counts(
+    tiny: Pipeline,
+) -> None:
+    tokens = cast(Tokens, SimpleNamespace(sha256="0", n_vocab=257))
+    update = {"exclude": ("drafts/",), "formats": {".log": "text"}, "encoding": "cp1252", "text": "body"}
+    other = tiny.model_copy(update={"corpus": tiny.corpus.model_copy(update=update)})
+    assert run_key(tiny, tokens, 1) == run_key(other, tokens, 1)
+    assert settings_key(tiny) == settings_key(other)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from gptcore.errors import GPTCoreError
+
 if TYPE_CHECKING:
     from flows.config.pipelines import PipelinesFile
     from flows.state.root import StateRoot
@@ -125,5 +127,10 @@ class _LibraryLog(logging.FileHandler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             super().emit(record)
-        except OSError:  # such as a full table of file descriptors
+        except (OSError, GPTCoreError):  # such as a full table of file descriptors
             self.handleError(record)
+
+    def _open(self) -> Any:
+        from gptcore.records import open_regular
+
+        return open(self.baseFilename, self.mode, opener=open_regular)

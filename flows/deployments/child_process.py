@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 
 from gptcore.errors import GPTCoreError
+from gptcore.records import open_regular
 
 WINDOW_SECONDS = 60.0
 MAX_FAILURES = 5
@@ -41,7 +42,7 @@ class Child:
     def start(self) -> None:
         """Start the process. Signals from the terminal do not reach it."""
         self.log_offset = self.log.stat().st_size if self.log.exists() else 0
-        with self.log.open("ab") as log:
+        with open(self.log, "ab", opener=open_regular) as log:
             self.process = subprocess.Popen(
                 self.command,
                 stdin=subprocess.DEVNULL,
@@ -53,7 +54,7 @@ class Child:
 
     def read_log(self) -> str:
         """Read the log of the current process."""
-        with self.log.open("rb") as log:
+        with open(self.log, "rb", opener=open_regular) as log:
             log.seek(self.log_offset)
             return log.read().decode(errors="replace")
 

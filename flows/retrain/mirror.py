@@ -32,7 +32,7 @@ from gptcore import manifest
 from gptcore.config import RunConfig
 from gptcore.errors import GPTCoreError, SourceUnavailable
 from gptcore.manifest import MANIFEST
-from gptcore.records import parse_record
+from gptcore.records import parse_record, read_bytes
 from gptcore.sections import parse_recorded
 from gptcore.training.run_directory import RunDirectory
 
@@ -187,7 +187,7 @@ class BackgroundUpload:
             store.push(directory, _store_key(self.root, directory), self.check_lock)
         if self.run.start.exists():
             store.upload(self.run.start, f"{self.key}/{self.run.start.name}")
-        store.put(f"{self.key}/config.json", (self.run.path / "config.json").read_bytes())
+        store.put(f"{self.key}/config.json", read_bytes(self.run.path / "config.json"))
         key = f"{_store_key(self.root, self.run.path.parent)}/{CURRENT}"
         before = store.read(key)
         body = {**_parse(before.body if before else b"{}"), self.kind: self.run.path.name}

@@ -27,6 +27,7 @@ from flows.state.root import StateRoot
 from flows.tracking import errors, runs
 from flows.tracking.metrics import MetricsFollower, MetricsLog
 from gptcore.errors import GPTCoreError
+from gptcore.records import open_regular, read_bytes
 from gptcore.training import checkpoint
 from gptcore.training.rendezvous import make_local_environments, new_store
 from gptcore.training.run_directory import STOPPED, MetricsLine, MetricsReader, Paused, Result, RunDirectory
@@ -87,7 +88,7 @@ class _Trainers:
         # torch.distributed logs little. The trainer sets its threads itself.
         settings = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"} if processes > 1 else {}
         command = [sys.executable, "-m", "gptcore.train", str(run.path), "--stop-at-end-of-input"]
-        with (run.path / "trainer.log").open("ab") as log:
+        with open(run.path / "trainer.log", "ab", opener=open_regular) as log:
             # A session of its own: Ctrl-C in the terminal reaches only this process, which then stops the children
             # properly. psutil's Popen sleeps until the child ends; subprocess's would check twenty times a second.
             self._processes = [
@@ -148,7 +149,7 @@ def _read_outcome(run: RunDirectory, code: int) -> Result | Paused:
     if (failure := run.read_failure()) is not None:
         raise failure
     log = run.path / "trainer.log"
-    lines = log.read_text(errors="replace").strip().splitlines()
+    lines = read_bytes(log).decode(errors="replace").strip().splitlines()
     last = next((line for line in reversed(lines) if not _RANK_LOST.match(line)), "")  # another rank says why
     if code >= 0 and last.startswith(_ERROR):  # the disk had no room for failure.json
         raise GPTCoreError(last.removeprefix(_ERROR))

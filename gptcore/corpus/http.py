@@ -33,7 +33,7 @@ from urllib.parse import urljoin, urlsplit
 from gptcore.credentials import conceal, resolve, silence_request_log
 from gptcore.errors import CorpusError, SourceUnavailable
 from gptcore.manifest import flush, sha256_of_file
-from gptcore.records import read_record
+from gptcore.records import open_lock, read_record
 
 if TYPE_CHECKING:
     import requests
@@ -56,7 +56,7 @@ def download(url: str, sha256: str | None, downloads: Path) -> Path:
     directory = downloads / hashlib.sha256(url.encode()).hexdigest()[:16]
     directory.mkdir(parents=True, exist_ok=True)
     body = directory / "body"
-    with (directory / "lock").open("w") as lock:
+    with open_lock(directory / "lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two pipelines may name one address
         if sha256 and body.is_file() and sha256_of_file(body) == sha256:
             return body

@@ -32,6 +32,7 @@ from gptcore.corpus.formats import ReadOptions
 from gptcore.corpus.reading import Reading
 from gptcore.corpus.sources import Document, File
 from gptcore.errors import CheckpointError, CorpusError
+from gptcore.records import open_lock
 
 SHARD_BYTES = 16 * 1024 * 1024
 """About how much text a shard holds."""
@@ -105,7 +106,7 @@ def lock_work_directory(parent: Path, key: str) -> Iterator[Path]:
 def _lock_directory(directory: Path) -> Iterator[None]:
     while True:
         directory.mkdir(parents=True, exist_ok=True)
-        with suppress(FileNotFoundError), (directory / "lock").open("w") as lock:
+        with suppress(FileNotFoundError), open_lock(directory / "lock") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if os.fstat(lock.fileno()).st_nlink:  # 0 if the former lock holder has removed the directory
                 yield

@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from gptcore import manifest
 from gptcore.config import EXECUTION_KEYS, RunConfig, explain_uneven
 from gptcore.errors import CheckpointError, ConfigError, GPTCoreError, RankLost, TrainingDiverged
+from gptcore.records import open_regular
 from gptcore.sections import hashed_keys
 from gptcore.tokens.directory import Tokens
 from gptcore.tokens.files import load_tokens
@@ -171,7 +172,9 @@ class _Training:
 
     def open_log(self) -> AbstractContextManager[IO[str] | None]:
         """Open metrics.jsonl on rank 0. Other ranks write nothing and get None."""
-        return self.directory.metrics.open("a", buffering=1) if self.ranks.is_rank_0 else nullcontext()
+        if not self.ranks.is_rank_0:
+            return nullcontext()
+        return open(self.directory.metrics, "a", buffering=1, opener=open_regular)
 
     def updates(self) -> Iterator[Update]:
         """Update the weights until the budget or the patience is used up. Yield after each update."""

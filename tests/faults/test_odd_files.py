@@ -1,28 +1,37 @@
 """Odd bytes in the files that gptflow keeps: named or replaced, work goes on where it can, and nothing hangs."""
 
 import json
+import logging
 import os
 import shutil
 import stat
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from flows.cli import doctor_checks
+from flows.cli import doctor_checks, options
 from flows.cli.doctor_checks import CheckTarget
 from flows.config.pipelines import Pipeline
-from flows.retrain import attempts, last_success, watch
+from flows.deployments.child_process import Child
+from flows.retrain import attempts, last_success, trainer_process, watch
 from flows.state import backends, locks, relocate
 from flows.state.backends import Backends
 from flows.state.root import StateRoot
 from flows.state.servers import find_running_servers, read_servers, up_lock
 from gptcore import manifest
+from gptcore.corpus import http
 from gptcore.errors import CheckpointError, ConfigError, GPTCoreError
 from gptcore.evaluation import run_report
 from gptcore.records import NotAFile
+from gptcore.tokens.directory import Tokens
 from gptcore.training.run_directory import MetricsReader, RunDirectory
+from gptcore.training.signals import Stop
+from gptcore.training.trainer import train_directory
+from tests.servers import Receiver
+from tests.trainings import prepare
 
 DEEP = b"[" * 100_000
 ODD = [b"", b"\0" * 4096, b"\xff\xfe{}", DEEP, b'{"a": ' * 100_000, b"null", b"[1, 2]", b'"text"', b"7", b'{"half": ']
@@ -219,6 +228,38 @@ def test_a_pipe_or_a_directory_in_place_of_the_metrics_is_named(tmp_path: Path, 
     for read in (run.read_metrics, lambda: run.truncate_metrics(3)):
         with pytest.raises(NotAFile, match=r"metrics\.jsonl"):
             read()
+
+
+@IN_PLACE
+def test_a_pipe_or_a_directory_in_place_of_a_log_is_named_or_loses_its_lines(
+    tmp_path: Path, tokens: Tokens, put: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = prepare(tmp_path / "run", tokens, max_steps=1)
+    put(run.metrics)
+    with pytest.raises(NotAFile, match=r"metrics\.jsonl"):
+        train_directory(run.path, Stop())
+    put(run.path / "trainer.log")
+    with pytest.raises(NotAFile, match=r"trainer\.log"):
+        trainer_process.train(run, print)
+    child = Child("prefect", (sys.executable, "-c", ""), tmp_path / "prefect.log", {}, Child.is_alive)
+    put(child.log)
+    for open_log in (child.start, child.read_log):
+        with pytest.raises(NotAFile, match=r"prefect\.log"):
+            open_log()
+    put(tmp_path / "libraries.log")
+    monkeypatch.setattr("logging.raiseExceptions", False)
+    options._LibraryLog(tmp_path / "libraries.log", delay=True).emit(logging.makeLogRecord({}))
+
+
+@IN_PLACE
+def test_a_pipe_or_a_directory_in_place_of_the_lock_of_a_download_is_named(
+    tmp_path: Path, receiver: Receiver, put: Callable[[Path], None]
+) -> None:
+    http.download(receiver.url, None, tmp_path)
+    (lock,) = tmp_path.glob("*/lock")
+    put(lock)
+    with pytest.raises(NotAFile, match="lock"):
+        http.download(receiver.url, None, tmp_path)
 
 
 def test_a_damaged_evaluation_is_made_again(tmp_path: Path) -> None:

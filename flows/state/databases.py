@@ -13,7 +13,9 @@ The check of a complete database takes milliseconds and imports neither MLflow n
 their schema in the table alembic_version, and keep one file per revision in their packages. As a program,
 `python -m flows.state.databases prefect DIRECTORY` prepares one database.
 
-On PostgreSQL a migration is a transaction, so only the lock is needed (PostgresTables).
+On PostgreSQL all of MLflow's migrations are one transaction, which a kill undoes. Each of Prefect's is a transaction of
+its own, but about ten of them commit half-way, such as those that create an index concurrently. A kill there leaves
+tables that Prefect can migrate no further. They are created again if they have no rows of a user (PostgresTables).
 """
 
 import fcntl
@@ -55,7 +57,7 @@ _VARIABLES_OF_PREFECT = tuple(
 
 
 class DatabaseBroken(GPTCoreError):
-    """A SQLite database of the state root cannot be used: damaged, read-only, of a newer schema, or not a database."""
+    """A database of the state cannot be used: damaged, read-only, half migrated, of a newer schema, or another file."""
 
 
 class Condition(Enum):
@@ -342,7 +344,8 @@ class PostgresTables:
     def prepare(self) -> None:
         """Create or migrate the tables, unless they are complete. Only one process on any machine does so at a time.
 
-        A kill in between does no harm: PostgreSQL undoes the migration that was killed.
+        Creates half-made tables again if they have no rows. Raises DatabaseBroken if the tables cannot be created or
+        migrated.
         """
         with self.database.open_cursor() as cursor:
             while not self.is_whole(cursor):
@@ -350,9 +353,38 @@ class PostgresTables:
                 cursor.execute(f"select pg_try_advisory_lock(hashtextextended('gptflow {self.schema.package}', 0))")
                 if cursor.fetchone()[0]:
                     if not self.is_whole(cursor):
-                        self.schema.upgrade(self.url)
+                        self._upgrade(cursor)
                     return
                 time.sleep(_POLL_SECONDS)
+
+    def _upgrade(self, cursor: Any) -> None:
+        package = self.schema.package
+        try:
+            try:
+                self.schema.upgrade(self.url)
+            except Exception:
+                if self._has_rows(cursor):
+                    raise
+                # One statement, so one transaction: without the privilege to create a schema, it stays.
+                cursor.execute(f"drop schema {package} cascade; create schema {package}")
+                self.schema.upgrade(self.url)
+        except Exception as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise DatabaseBroken(
+                f"the tables of {package} in the database {self.database.url} could not be created or migrated to "
+                f"{package} {_version(package)}: {reason}. Run the same command again. If it fails again, restore a "
+                f"backup of the schema {package}, or install the earlier release of {package}."
+            ) from error
+
+    def _has_rows(self, cursor: Any) -> bool:
+        for table, rows in self.schema.rows.items():
+            name = f"{self.schema.package}.{table}"
+            cursor.execute("select to_regclass(%s) is not null", (name,))
+            if cursor.fetchone()[0]:
+                cursor.execute(f"select count(*) from (select 1 from {name} limit 2) as found")
+                if cursor.fetchone()[0] > rows:
+                    return True
+        return False
 
 
 def mlflow_tables(database: PostgresDatabase) -> PostgresTables:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from flows.state import lock_holder, locks, postgres_lock
 from flows.state import postgres as database
 from flows.state.backends import export_passwords, read_backends, save_backends
+from flows.state.databases import DatabaseBroken, prefect_tables
 from flows.state.postgres import DatabaseRefused, DatabaseUnreachable, PostgresDatabase, parse
 from flows.state.root import StateRoot
 from gptcore.errors import ConfigError
@@ -135,6 +137,27 @@ def test_a_refusal_of_postgresql_is_reported_in_one_line_with_the_fix(
     refused(both, 2, "GPTFLOW_DATABASE has another password than PGPASSWORD")
     refused(gptflow(project, "models", GPTFLOW_ARTIFACTS="file:///x"), 2, "Write s3://BUCKET/PREFIX")
     assert "secret" not in both.stderr
+
+
+def test_tables_that_a_kill_left_half_made_are_created_anew_unless_they_have_rows(
+    postgres: Postgres, shared: PostgresDatabase
+) -> None:
+    name = shared.url.rpartition("/")[2]
+
+    def create_table(_url: str) -> None:
+        postgres.ask(name, "create table prefect.flow_run (id integer)")  # fails if it exists
+
+    tables = prefect_tables(shared)
+    tables = replace(tables, schema=replace(tables.schema, upgrade=create_table))
+    shared.prepare()
+    revision = "'cdcb4018dd0e'::text as version_num"  # the migration after this one commits half-way
+    postgres.ask(name, f"create table prefect.alembic_version as select {revision}", "create table prefect.flow_run ()")
+    tables.prepare()
+    assert postgres.ask(name, "select tablename from pg_tables where schemaname = 'prefect'") == ["flow_run"]
+    postgres.ask(name, "insert into prefect.flow_run values (7)")
+    with pytest.raises(DatabaseBroken, match=r"tables of prefect .* could not be .* restore a backup of the schema"):
+        tables.prepare()
+    assert postgres.ask(name, "select id from prefect.flow_run") == ["7"]
 
 
 def test_passwords_of_web_servers_are_moved_to_the_variables_that_their_clients_read(

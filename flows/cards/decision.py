@@ -104,15 +104,19 @@ def list_memorized(scores: Scores) -> list[tuple[str, str]]:
     """List how much of its training text the model completes word for word; empty if that was not measured."""
     if (found := scores.memorization) is None:
         return []
-    kinds = (("memorized, in train once", found.once), ("memorized, in train repeatedly", found.repeated))
-    return [(name, _format_completions(completions, found.prefix_tokens)) for name, completions in kinds]
+    tokens = found.prefix_tokens
+    return [
+        ("memorized, in train once", _format_completions(found.once)),
+        ("memorized, in train repeatedly", _format_completions(found.repeated)),
+        ("to memorize a passage", f"after {tokens} tokens of it, to add the next {tokens} without a difference"),
+    ]
 
 
-def _format_completions(found: Completions, prefix_tokens: int) -> str:
-    """Format a share, for example "0.5% of 200 passages of 100 tokens (0.1% to 2.8%)"."""
-    if found.share is None or found.low is None or found.high is None:
-        return f"no passage of {2 * prefix_tokens} tokens found"
-    passages = f"{found.sampled} passage{'s' * (found.sampled > 1)} of {2 * prefix_tokens} tokens"
+def _format_completions(found: Completions) -> str:
+    """Format a share, for example "0.5% of 200 passages are completed word for word (0.1% to 2.8%)"."""
+    if found.share is None:
+        return "not measured: train has no such passage"
+    passages = f"{found.sampled} passage{'s are' if found.sampled > 1 else ' is'} completed word for word"
     return f"{found.share:.1%} of {passages} ({found.low:.1%} to {found.high:.1%})"
 
 
@@ -219,8 +223,9 @@ def _render_sources(card: Card) -> list[str]:
         return []
     head = ["source", "blocks", "bytes", "bits per byte"]
     rows: list[tuple[str, ...]]
-    if card.verdict.sources:
-        compared, note = pick_sources(card.verdict.sources, "text that the gate compared on")
+    if any(one.blocks for one in card.verdict.sources):
+        text = "text that the gate compared on"
+        compared, note = pick_sources(card.verdict.sources, text)
         head[3:] = "challenger", "champion", "improvement"
         rows = [
             (
@@ -232,9 +237,10 @@ def _render_sources(card: Card) -> list[str]:
             for one in compared
         ]
     else:
-        scored, note = pick_sources(card.scores.sources, "held-out text")
+        text = "held-out text"
+        scored, note = pick_sources(card.scores.sources, text)
         rows = [(*_format_source(one), f"{one.bits_per_byte:.4f}") for one in scored]
-    return ["## Source by source", render_table(head, rows), note]
+    return ["## Source by source", f"Bits per byte, lower is better, on the {text}.", render_table(head, rows), note]
 
 
 def _format_source(score: SourceScore | SourceComparison) -> tuple[str, str, str]:

@@ -167,19 +167,24 @@ def test_the_page_says_how_much_of_the_training_text_the_model_completes() -> No
     assert "memorized" not in rendered(card()), "an earlier release did not measure it"
     scores = replace(card().scores, memorization=MEMORIZED)
     written = rendered(card(scores=scores))
-    assert "| memorized, in train once | 0.5% of 200 passages of 100 tokens (0.1% to 2.8%) |" in written
-    assert "| memorized, in train repeatedly | 63.5% of 63 passages of 100 tokens (51.1% to 74.3%) |" in written
+    assert "| memorized, in train once | 0.5% of 200 passages are completed word for word (0.1% to 2.8%) |" in written
+    assert "| memorized, in train repeatedly | 63.5% of 63 passages are completed word for word (51.1% to" in written
+    assert "| after 50 tokens of it, to add the next 50 without a difference |" in written
     none = replace(scores, memorization=replace(MEMORIZED, repeated=Completions.count(0, 0)))
-    assert "| memorized, in train repeatedly | no passage of 100 tokens found |" in rendered(card(scores=none))
+    assert "| memorized, in train repeatedly | not measured: train has no such passage |" in rendered(card(scores=none))
 
 
 def test_the_page_compares_both_models_source_by_source_if_there_are_several() -> None:
     both = (SourceComparison("a|b/", 30, 9_345, 1.5, 2.0), SourceComparison("c/", 0, 0, math.nan, math.nan))
     written = rendered(card(verdict=replace(verdict(), sources=both)))
+    assert "Bits per byte, lower is better, on the text that the gate compared on." in written
     assert "| source | blocks | bytes | challenger | champion | improvement |" in written
     assert r"| a\|b/ | 30 | 9,345 | 1.5000 | 2.0000 | 0.5000 |" in written and "| c/ |" not in written
     assert "Sources without text that the gate compared on: 1." in written
     assert "Source by source" not in rendered(card(verdict=replace(verdict(), sources=both[:1])))
+    scores = replace(card().scores, sources=SOURCES)
+    uncompared = rendered(card(verdict=replace(verdict(), sources=(both[1], both[1])), scores=scores))
+    assert "| c/ | 10 | 3,000 | 2.7000 |" in uncompared, "no block was clean for both, so the version's own scores"
 
 
 def test_the_page_of_a_version_without_a_comparison_has_its_own_scores_source_by_source() -> None:

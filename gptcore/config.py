@@ -104,6 +104,12 @@ class CorpusConfig(Section):
             raise ValueError(f"tokenizer {self.tokenizer!r}: N of bpe:N must be between 257 and 200000")
         return self
 
+    @field_validator("sources", "exclude", mode="before")
+    @classmethod
+    def _accept_single_entry(cls, given: Any) -> Any:
+        """Accept `sources: notes/` for a list of one entry."""
+        return (given,) if isinstance(given, str) else tuple(given) if isinstance(given, list) else given
+
     @field_validator("formats")
     @classmethod
     def _check_suffixes(cls, formats: dict[str, Format]) -> dict[str, Format]:

@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from gptcore.corpus.snapshot import Snapshot
 
 _IMPORTS = "imports"
 _SYSTEM_METRICS_SECONDS = 10
+_MAX_SOURCES_CHARS = 60_000
+"""MLflow refuses more than 65,535 characters in all."""
 _CLOSING_PAUSES = (0.0, 0.5, 2.0)
 
 
@@ -90,10 +93,18 @@ def log_dataset(root: StateRoot, run_id: str, pipeline: Pipeline, snapshot: Snap
         name=pipeline.name,
         digest=snapshot.sha256[:36],
         source_type="gptflow-corpus",
-        source=json.dumps({"sources": list(pipeline.corpus.sources), "snapshot": str(snapshot.path)}),
+        source=json.dumps({**_shorten_sources(pipeline.corpus.sources), "snapshot": str(snapshot.path)}),
         profile=json.dumps({"documents": snapshot.documents, "blocks": snapshot.blocks, "bytes": snapshot.bytes}),
     )
     MlflowClient(root.tracking_uri).log_inputs(run_id, [DatasetInput(dataset)])
+
+
+def _shorten_sources(sources: Sequence[str]) -> dict[str, Any]:
+    """Return the first sources, as many as MLflow accepts, and the number of the others. The lineage has them all."""
+    lengths = accumulate(len(json.dumps(source)) + 2 for source in sources)
+    shown = sum(length <= _MAX_SOURCES_CHARS for length in lengths)
+    more = {"more_sources": len(sources) - shown} if shown < len(sources) else {}
+    return {"sources": list(sources[:shown]), **more}
 
 
 @contextmanager

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gptcore.corpus.blocks import cut_blocks
+from gptcore.corpus.encoding import count_replaced, counting
 from gptcore.corpus.formats import ReadOptions
 from gptcore.corpus.normalize import MIN_VIEW_BYTES, normalize
 from gptcore.corpus.reading import Reading
@@ -186,6 +187,8 @@ def read_file(
     `append` did if the result is None. The file is counted in `reading`. A table that does not have the wanted column
     is not meant as text if its directory or a glob led to it. Raises SourceUnavailable if a storage does not answer.
     """
+    options = replace(options, errors=counting(options.errors))
+    replaced = count_replaced()
     done: list[T] = []
     secrets: list[tuple[str, int, str]] = []
     try:
@@ -200,7 +203,7 @@ def read_file(
         is_foreign = isinstance(error, MissingColumn) and not file.is_named and not done
         reading.add_problem(file.suffix, str(error), is_foreign)
         return None
-    reading.count(file.suffix, read=1)
+    reading.count(file.suffix, read=1, replaced=count_replaced() - replaced)
     for name, line, kind in secrets:
         reading.add_secret(kind, f"{name} line {line:,}")
     return done

@@ -7,6 +7,7 @@ file of any size needs little memory.
 
 import codecs
 import re
+import threading
 import unicodedata
 from collections.abc import Iterator
 from typing import BinaryIO, Literal
@@ -15,7 +16,8 @@ from gptcore.corpus.compression import CHUNK_BYTES, open_chunks
 from gptcore.corpus.file_types import classify
 from gptcore.errors import CorpusError
 
-Errors = Literal["strict", "replace"]
+Errors = Literal["strict", "replace", "gptcore.replace"]
+"""A name of Python's registry of error handlers. See `count_replaced` for the last one."""
 
 _MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16"} | {
     codecs.BOM_UTF16_BE: "utf-16",
@@ -98,7 +100,32 @@ def encode_chunks(text: str, name: str, errors: Errors) -> Iterator[bytes]:
             if errors == "strict":
                 problem = f"character {start + error.start} is the lone surrogate {chunk[error.start]!r}"
                 raise CorpusError(f"{name} is not Unicode text: {problem}. {_FIX}") from None
-            yield _LONE_SURROGATE.sub("\ufffd", chunk).encode()
+            replaced, number = _LONE_SURROGATE.subn("\ufffd", chunk)
+            _replaced.number += number
+            yield replaced.encode()
+
+
+class _Replaced(threading.local):
+    number = 0
+
+
+_replaced = _Replaced()
+
+
+def count_replaced() -> int:
+    """Return how many characters this thread has put in the place of invalid bytes, if errors is gptcore.replace."""
+    return _replaced.number
+
+
+def counting(errors: Errors) -> Errors:
+    """Return the handler that does what `errors` says, and counts what it replaces."""
+    codecs.register_error("gptcore.replace", _replace)
+    return "gptcore.replace" if errors == "replace" else errors
+
+
+def _replace(error: UnicodeError) -> tuple[str | bytes, int]:
+    _replaced.number += 1
+    return codecs.replace_errors(error)
 
 
 def decode(data: bytes, name: str, encoding: str, errors: Errors) -> str:

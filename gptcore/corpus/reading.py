@@ -21,6 +21,7 @@ NO_SUFFIX = "no suffix"
 _MAX_PLACES = 10
 _MAX_SUFFIXES = 50
 _MAX_SUFFIX_CHARS = 16
+_REPORTED = ("empty", "duplicate", "skipped", "bad", "foreign", "replaced")
 _OTHER = "other suffixes"
 
 
@@ -32,6 +33,7 @@ class Reading:
     """By suffix, such as `.jsonl.gz`. The keys, of which absent ones are 0:
     read, skipped, bad, foreign     files: read; not text by their suffix; damaged; tables without the wanted column
     documents, empty, duplicate     documents: all that were read, and those of them that were left out
+    replaced                        characters that were put in the place of invalid bytes
     """
     excluded: dict[str, Counter[str]] = field(default_factory=dict)
     """Number of `files` and `directories` that each rule left out. The files in these directories are not counted."""
@@ -39,7 +41,6 @@ class Reading:
     """The problems of the first bad files."""
     foreign: list[str] = field(default_factory=list)
     """The problems of the first tables that are not text."""
-
     secrets: Counter[str] = field(default_factory=Counter)
     """Number of lines that look like a key or a password, by kind."""
     secret_places: list[str] = field(default_factory=list)
@@ -161,11 +162,13 @@ def _describe_counts(suffix: str, counts: Counter[str]) -> str:
     """Return a line about the files of one suffix; empty if all of their text was used."""
     left_out = _enumerate(counts, ("empty", "duplicate"))
     parts = []
-    if counts["read"] and (left_out or counts["skipped"] or counts["bad"] or counts["foreign"]):
+    if counts["read"] and any(counts[key] for key in _REPORTED):
         files, documents = _count(counts["read"], "file"), _count(counts["documents"], "document")
         parts.append(f"{files} read" + ("" if counts["read"] == counts["documents"] else f" with {documents}"))
     if left_out:
         parts.append(f"left out: {left_out}")
+    if counts["replaced"]:
+        parts.append(f"{_count(counts['replaced'], 'character')} replaced, because bytes were not valid")
     if counts["skipped"]:
         reason = "they look like binary files." if suffix == NO_SUFFIX else classify(f"a{suffix}").reason
         parts.append(f"{_count(counts['skipped'], 'file')} not read: {reason}")

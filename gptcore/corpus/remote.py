@@ -87,7 +87,8 @@ def find_objects(
             kept = _select_objects(files, len(prefix), rules, reading)
             objects = {name: info for name, info in kept.items() if classify(name, formats).format}
         else:
-            below = filesystem.find(path, detail=True)
+            entries = filesystem.find(path, detail=True)
+            below = {name: info for name, info in entries.items() if info["type"] == "file"}  # not a FIFO or device
             kept = _select_objects(below, len(path.rstrip("/")) + 1, IgnoreRules(Path(), exclude), reading)
             objects = {name: info for name, info in kept.items() if classify(name, formats).status == "read"}
         if not is_literal:

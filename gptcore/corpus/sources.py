@@ -2,8 +2,9 @@
 
 An entry is `python-docs`, a file, a directory, a glob, an http(s) address or an address that fsspec opens. Every file
 is first copied in one state, so that an edit during the reading cannot give a text that never existed. A named file or
-directory may be anywhere and may be a link. A file that a directory or a glob leads to must be inside it. A link
-planted there must not turn another file of the machine into training text.
+directory may be anywhere and may be a link. A file that a directory or a glob leads to must be inside it, or in the
+store of its repository (git-annex, DVC, Hugging Face's cache). A link planted there must not turn another file of the
+machine into training text.
 
 formats.py turns a file's bytes into documents, http.py downloads from the web, and remote.py uses fsspec.
 """
@@ -12,6 +13,7 @@ import io
 import os
 import re
 import shutil
+import stat
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -314,6 +316,9 @@ def _find_local_paths(
         if problem.endswith("read"):
             hint += ". Hidden files, state roots and what .gitignore or corpus.exclude names are not read"
             hint += "".join(f". {line.rstrip('.')}" for line in own.describe()[:_MAX_REASONS])
+        if "[" in source and not path.is_dir():
+            literal = source.replace("[", "[[]")
+            hint += f". [ ] stand for one of the characters between them; for a [ in a name, write {literal!r:.200}"
         raise CorpusError(f"corpus.sources: {source!r:.200} {problem}{hint}.")
     _check_inside(paths, root)
     reading.merge(own)
@@ -330,13 +335,33 @@ def _glob_root(pattern: Path) -> Path:
 
 
 def _check_inside(paths: list[Path], root: Path) -> None:
-    real_root = os.path.join(os.path.realpath(root), "")  # noqa: PTH118
+    """Raise CorpusError if a path is a link that leads out of `root`, unless it leads into the store of `root`.
+
+    Some tools keep the contents of files in a store, and put links to them into the directory that people use. `root`
+    must be inside the repository that has the store, so what is in `root` cannot choose the store. A link in the store
+    that leads out of the store is refused as well, because only the end of all links counts.
+    """
+    real_root = os.path.realpath(root)
+    inside = (os.path.join(real_root, ""), *_list_stores(Path(real_root)))  # noqa: PTH118
     for path in paths:
-        if not (real := os.path.realpath(path)).startswith(real_root):
+        if not (real := os.path.realpath(path)).startswith(inside):
             raise CorpusError(
                 f"corpus.sources: {path} is a link that leads out of {root}, to {real}. Remove it, or name {real} "
                 "itself in corpus.sources if you want its text."
             )
+
+
+def _list_stores(directory: Path) -> list[str]:
+    """List the directories, each with a / at its end, in which git-annex, DVC and Hugging Face keep what is in one."""
+    stores = []
+    for repository in (directory, *directory.parents):
+        for store in (".git/annex/objects", ".dvc/cache"):
+            stores.append(f"{repository / store}/")
+        if directory.is_relative_to(repository / "snapshots") and (repository / "refs").is_dir():
+            stores.append(
+                f"{repository / 'blobs'}/"
+            )  # models--gpt2/snapshots/REVISION/a.txt -> models--gpt2/blobs/HASH
+    return stores
 
 
 def _find_texts_in(directory: Path, rules: IgnoreRules, reading: Reading, formats: Formats) -> Iterator[Path]:
@@ -399,6 +424,8 @@ def _copy_file(path: Path, scratch: Path) -> BinaryIO:
     try:
         for _ in range(_TRIES):
             before = path.stat()
+            if not stat.S_ISREG(before.st_mode):  # opening a FIFO would wait for a writer
+                raise CorpusError(f"{path} is not a regular file.")
             copy = tempfile.SpooledTemporaryFile(_IN_MEMORY_BYTES, dir=str(scratch))  # noqa: SIM115
             with path.open("rb") as file:
                 shutil.copyfileobj(file, copy, _COPY_BYTES)

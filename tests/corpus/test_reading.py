@@ -162,6 +162,15 @@ def test_a_directory_is_searched_once(tmp_path: Path, monkeypatch: pytest.Monkey
     assert walks == [tmp_path / "texts"]
 
 
+def test_replaced_characters_are_counted_and_those_that_were_in_the_text_are_not(tmp_path: Path) -> None:
+    write(tmp_path, {f"texts/{number}.txt": prose(number, 200) for number in range(9)})
+    write(tmp_path, {"texts/a.txt": b"a\xff\xfe b\xe4\xb8 \xef\xbf\xbd", "texts/b.jsonl": '{"text": "x \\ud800"}'})
+    assert read(tmp_path, errors="replace").reading.describe() == [
+        ".jsonl: 1 file read; 1 character replaced, because bytes were not valid",
+        ".txt: 10 files read; 3 characters replaced, because bytes were not valid",
+    ]
+
+
 def test_readings_are_merged_and_keep_their_size() -> None:
     first, second = Reading(), Reading()
     for number in range(300):

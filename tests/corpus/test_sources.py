@@ -205,6 +205,8 @@ def test_a_glob_gives_its_matches_in_order_with_any_suffix(tmp_path: Path) -> No
         ("*.nothing", "matches no file"),
         ("empty", "has no file of text"),
         ("pipe.txt", "is not a regular file"),
+        ("/dev/zero", "is not a regular file"),
+        ("notes [2024]/a.txt", r"matches no file .*for a \[ in a name, write 'notes \[\[\]2024\]/a.txt'"),
         (" ", "empty"),
         ("https:///path", "no host"),
         ("http://[::1/x", "not an address"),

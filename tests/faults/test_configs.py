@@ -367,3 +367,11 @@ def test_any_string_is_a_source_or_is_refused_as_one(source: str) -> None:
         assert len(str(refused)) < 12_000
     else:
         assert source == sources.PYTHON_DOCS or sources.scheme_of(source) is not None
+
+
+@pytest.mark.parametrize("override", ["corpus.sources=notes/", "corpus.sources=[notes/]", "corpus={sources: notes/}"])
+def test_one_source_may_be_given_without_brackets(tmp_path: Path, override: str) -> None:
+    (tmp_path / "pipelines.yaml").write_text("pipelines: {one: {corpus: {exclude: drafts/}}}")
+    pipeline = PipelinesFile(tmp_path / "pipelines.yaml").pipeline("one", (override,))
+    assert pipeline.corpus.sources == (str(tmp_path / "notes"),)
+    assert pipeline.corpus.exclude == ("drafts/",)

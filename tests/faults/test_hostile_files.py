@@ -319,6 +319,60 @@ def test_a_link_that_leads_out_of_a_text_directory_is_refused(tmp_path: Path, wa
         sources.find_files(["texts/*.txt" if way == "glob" else "texts"], tmp_path, tmp_path / "downloads")
 
 
+STORES = {
+    "Hugging Face": ("hub/models--a--b/snapshots/rev", "hub/models--a--b/blobs/0a1b"),
+    "git-annex": ("annexed/texts", "annexed/.git/annex/objects/Xx/Yy/SHA256E-s4--0a.txt/SHA256E-s4--0a.txt"),
+    "DVC": ("tracked/data/texts", "tracked/.dvc/cache/files/md5/0a/1b"),
+}
+
+
+@pytest.mark.parametrize("store", STORES)
+@pytest.mark.parametrize("way", ["", "/*.txt"])
+def test_links_into_the_store_of_a_named_directory_are_followed_but_not_out_of_it(
+    tmp_path: Path, store: str, way: str
+) -> None:
+    directory, content = (tmp_path / name for name in STORES[store])
+    for parent in (directory, content.parent, tmp_path / "hub/models--a--b/refs"):
+        parent.mkdir(parents=True, exist_ok=True)
+    content.write_text("text")
+    (directory / "a.txt").symlink_to(os.path.relpath(content, directory))
+    assert sources.find_local_paths(f"{directory}{way}", tmp_path) == [directory / "a.txt"]
+    (tmp_path / "passwd").write_text("secret")
+    (content.parent / "planted").symlink_to(tmp_path / "passwd")
+    (directory / "b.txt").symlink_to(content.parent / "planted")
+    with pytest.raises(CorpusError, match=r"b\.txt is a link that leads out of .*, to .*passwd\. Remove it"):
+        sources.find_local_paths(f"{directory}{way}", tmp_path)
+
+
+@pytest.mark.parametrize("target", ["blobs/a", ".git/annex/objects/a", ".dvc/cache/a", "snapshots/../blobs/a"])
+def test_a_planted_link_into_the_store_of_another_repository_is_refused(tmp_path: Path, target: str) -> None:
+    (tmp_path / "texts" / "snapshots").mkdir(parents=True)
+    (tmp_path / "texts" / "refs").mkdir()
+    (tmp_path / "private" / "snapshots").mkdir(parents=True)
+    other = tmp_path / "private" / target
+    other.parent.mkdir(parents=True, exist_ok=True)
+    other.write_text("secret")
+    (tmp_path / "texts" / "b.txt").symlink_to(other)
+    with pytest.raises(CorpusError, match="is a link that leads out of"):
+        sources.find_local_paths("texts", tmp_path)
+
+
+def test_a_file_that_became_a_fifo_is_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    (file,) = sources.find_files(["a.txt"], tmp_path, tmp_path / "downloads").files
+    (tmp_path / "a.txt").unlink()
+    os.mkfifo(tmp_path / "a.txt")
+    with pytest.raises(CorpusError, match=r"a\.txt is not a regular file"):
+        file.open(tmp_path)
+
+
+@pytest.mark.parametrize("way", ["{}/pipe", "file://{}/pipe", "file://{}", "/dev/zero", "file:///dev/zero"])
+def test_a_fifo_or_device_is_refused_as_a_source_and_not_opened(tmp_path: Path, way: str) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(CorpusError, match=r"is not a regular file|holds no text"):
+        sources.find_files([way.format(tmp_path)], tmp_path, tmp_path / "downloads")
+
+
 def test_a_link_named_as_a_source_and_links_within_a_directory_are_followed(tmp_path: Path) -> None:
     (tmp_path / "disk" / "deep").mkdir(parents=True)
     (tmp_path / "disk" / "deep" / "a.txt").write_text("text")

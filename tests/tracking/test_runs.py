@@ -1,5 +1,6 @@
 """System metrics, which a training logs besides its own metrics."""
 
+import json
 import time
 from pathlib import Path
 
@@ -7,8 +8,27 @@ import mlflow
 import pytest
 from mlflow import MlflowClient
 
+from flows.config.pipelines import Pipeline
 from flows.tracking import runs
+from gptcore.config import CorpusConfig
+from gptcore.corpus.reading import Reading
+from gptcore.corpus.snapshot import Snapshot
 from tests.fixtures import TinyRegistry
+
+
+def test_a_run_has_as_many_sources_as_mlflow_accepts_and_the_number_of_the_others(tiny_registry: TinyRegistry) -> None:
+    root = tiny_registry.root
+    client = MlflowClient(root.tracking_uri)
+    run_id = client.create_run("0").info.run_id
+    sources = tuple(f"/texts/{'x' * 60}/{number}.txt" for number in range(1_100))
+    pipeline = Pipeline(name="tiny", model_name="gpt-tiny", corpus=CorpusConfig(sources=sources))
+    reading = Reading()
+    snapshot = Snapshot(root.corpora / "a", "a" * 64, documents=1, blocks={}, bytes={}, dropped={}, reading=reading)
+    runs.log_dataset(root, run_id, pipeline, snapshot)
+    (logged,) = client.get_run(run_id).inputs.dataset_inputs
+    source = json.loads(logged.dataset.source)
+    assert source["sources"] == list(sources[: len(source["sources"])])
+    assert len(source["sources"]) > 700 and len(source["sources"]) + source["more_sources"] == 1_100
 
 
 def test_system_metrics_go_to_the_server_of_the_run_even_if_mlflow_was_set_to_another_one(

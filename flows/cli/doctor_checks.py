@@ -19,7 +19,7 @@ import psutil
 from packaging.requirements import Requirement
 
 from flows.config.pipelines import Pipeline, PipelinesFile
-from flows.retrain import last_success
+from flows.retrain import hold, last_success
 from flows.state import locks, relocate
 from flows.state.databases import Condition, SQLiteDatabase, prefect_database
 from flows.state.root import StateRoot
@@ -285,7 +285,7 @@ def check_champion(root: StateRoot, model: str) -> Check:
 
 
 def check_successes(target: CheckTarget) -> Iterator[Check]:
-    """Check that no scheduled pipeline is overdue. Many pipelines that are on time are summed up in one line."""
+    """Check that no scheduled pipeline is overdue or held. One line sums up many that are on time."""
     checks = list(_check_each_success(target))
     on_time = [check for check in checks if check.ok]
     if len(on_time) <= _MAX_LISTED:
@@ -306,7 +306,12 @@ def _check_each_success(target: CheckTarget) -> Iterator[Check]:
     for pipeline in target.scheduled:
         last = last_success.read_last(target.root, pipeline.name)
         overdue = last_success.describe_overdue(pipeline, target.root, target.now)
-        if overdue is not None:
+        held = hold.read_held(target.root, pipeline.name)
+        if held is not None and (last is None or last.at < held.at):
+            message = f"{pipeline.name}: held at {held.at.isoformat(' ', 'minutes')}: {held.reason}"
+            fix = f"restore the text, or accept it: gptflow run {pipeline.name} --accept-text"
+            yield Check("successes", False, message, fix)
+        elif overdue is not None:
             fix = f"look at its latest run in Prefect's UI, or run it here: gptflow run {pipeline.name}"
             yield Check("successes", False, f"{pipeline.name}: {overdue}", fix)
         elif last is None:

@@ -267,6 +267,7 @@ class _Retraining:
             f"{reason.hold}. Nothing was trained. If the text is right, accept it: `{command}`, or accept_text in the "
             f"form of a run{'; --force does not accept it' if self.force else ''}."
         )
+        hold.record_held(self.root, self.pipeline.name, reason.hold or "")
         raise TextHeld(
             Outcome(
                 pipeline=self.pipeline.name,

@@ -3,14 +3,16 @@
 A directory that is not mounted, a failed export or a log in the wrong place would otherwise become the next night's
 model. A held run trains nothing and ends as Failed with the name Held, until a person accepts the text. The text is
 compared with that of the newest finished training. So a text that was accepted and trained on is not questioned again.
-accepted.json records an accepted text, because its training may be paused or fail.
+An accepted text is recorded, because its training may be paused or fail. `gptflow doctor` reads why a run was held.
 
     runs/<pipeline>/accepted.json   {"corpus_sha256": "...", "since": "4"}
+    runs/<pipeline>/held.json       {"at": "2026-03-01T02:31:07+00:00", "reason": "63.0% of the text ..."}
 """
 
 import json
 import re
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 from flows.config.pipelines import Pipeline
@@ -45,8 +47,7 @@ _KINDS = {
     "characters beyond ASCII": re.compile(r"[^\x00-\x7f]"),
     "control characters": re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f\ufffd]"),
 }
-
-_NOTABLE = 0.1
+_NOTABLE = 0.1  # a smaller change of a share is not worth a word
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,14 @@ class Accepted:
     corpus_sha256: str
     since: str
     """The newest finished version then. The record is void once a newer training has finished."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """The last run that was held."""
+
+    at: datetime
+    reason: str
 
 
 def explain_hold(
@@ -79,7 +88,7 @@ def explain_hold(
 
 def is_accepted(root: StateRoot, pipeline: Pipeline, snapshot: Snapshot, since: str) -> bool:
     """Whether a person accepted this text, or one whose text is mostly still there and most of this one."""
-    accepted = read_record(_path(root, pipeline), Accepted)
+    accepted = read_accepted(root, pipeline.name)
     if accepted is None or accepted.since != since:
         return False
     if accepted.corpus_sha256 == snapshot.sha256:
@@ -94,13 +103,35 @@ def is_accepted(root: StateRoot, pipeline: Pipeline, snapshot: Snapshot, since: 
 
 def accept(root: StateRoot, pipeline: Pipeline, snapshot: Snapshot, since: str) -> None:
     """Record that a person accepted the text."""
-    path = _path(root, pipeline)
+    _write(_accepted_path(root, pipeline.name), asdict(Accepted(snapshot.sha256, since)))
+
+
+def read_accepted(root: StateRoot, pipeline: str) -> Accepted | None:
+    """Return the text that was accepted last. None if there is no record, or if a power cut damaged it."""
+    return read_record(_accepted_path(root, pipeline), Accepted)
+
+
+def record_held(root: StateRoot, pipeline: str, reason: str) -> None:
+    """Record that a run of the pipeline has just been held."""
+    _write(_held_path(root, pipeline), {"at": datetime.now(UTC).isoformat(timespec="seconds"), "reason": reason})
+
+
+def read_held(root: StateRoot, pipeline: str) -> Held | None:
+    """Return the last run that was held. None if there is no record, or if a power cut damaged it."""
+    return read_record(_held_path(root, pipeline), Held)
+
+
+def _write(path: Path, body: dict[str, str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(asdict(Accepted(snapshot.sha256, since))) + "\n")
+    write_atomically(path, json.dumps(body) + "\n")
 
 
-def _path(root: StateRoot, pipeline: Pipeline) -> Path:
-    return root.path / "runs" / pipeline.name / "accepted.json"
+def _accepted_path(root: StateRoot, pipeline: str) -> Path:
+    return root.path / "runs" / pipeline / "accepted.json"
+
+
+def _held_path(root: StateRoot, pipeline: str) -> Path:
+    return root.path / "runs" / pipeline / "held.json"
 
 
 def _describe_loss(before: Path, after: Path, delta: Delta) -> str:

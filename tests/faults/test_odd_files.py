@@ -16,7 +16,7 @@ from flows.cli import doctor_checks, options
 from flows.cli.doctor_checks import CheckTarget
 from flows.config.pipelines import Pipeline
 from flows.deployments.child_process import Child
-from flows.retrain import attempts, last_success, trainer_process, watch
+from flows.retrain import attempts, hold, last_success, trainer_process, watch
 from flows.state import backends, locks, relocate
 from flows.state.backends import Backends
 from flows.state.root import StateRoot
@@ -86,6 +86,14 @@ def read_pause(root: StateRoot) -> Any:
     return RunDirectory(root.path / "runs" / "tiny" / "x-1").read_pause()
 
 
+def read_accepted(root: StateRoot) -> Any:
+    return hold.read_accepted(root, "tiny")
+
+
+def read_held(root: StateRoot) -> Any:
+    return hold.read_held(root, "tiny")
+
+
 def read_state(root: StateRoot) -> Any:
     return relocate.read_state(root.path)
 
@@ -108,6 +116,8 @@ REPLACEABLE: dict[Callable[[StateRoot], Any], str] = {
     read_success: "successes/tiny.json",
     read_memory: "watch/tiny.json",
     read_current: "runs/tiny/current.json",
+    read_accepted: "runs/tiny/accepted.json",
+    read_held: "runs/tiny/held.json",
     read_failure: "runs/tiny/x-1/failure.json",
     read_pause: "runs/tiny/x-1/paused.json",
 }

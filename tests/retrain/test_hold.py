@@ -11,13 +11,15 @@ import pytest
 
 from flows.cli import exit as cli_exit
 from flows.cli import run as cli_run
+from flows.cli.doctor_checks import CheckTarget, check_successes
 from flows.config.pipelines import Pipeline, PipelinesFile
+from flows.config.schedule import ScheduleConfig
 from flows.registry import versions
 from flows.retrain import hold, last_success
-from flows.retrain.flow import TextHeld
 from flows.retrain.policy import Reason, weigh
 from flows.state.root import StateRoot
 from gptcore.corpus.ingest import ingest
+from gptcore.errors import CorpusError
 from tests.retrain.test_flow import mlflow_runs
 from tests.retrain.test_policy import TRAINED, asking, run
 from tests.servers import Receiver
@@ -119,16 +121,28 @@ def test_a_run_is_held_and_reported_if_half_of_the_text_is_gone_until_a_person_a
     assert told == [("failure", "tiny: held")] * 2 and receiver.got[-1]["text"] == said
     assert len(mlflow_runs(root)) == 1
     assert last_success.read_last(root, "tiny") == trained, "a held run is not a success"
-    with pytest.raises(TextHeld):
-        run(tiny)
+    (project / "text").rename(project / "moved")
+    with pytest.raises(CorpusError, match="does not exist"):
+        run(tiny, notify=tiny.notify)
+    assert (receiver.got[-1]["title"], len(receiver.got)) == ("tiny: failed", 3)
+    (project / "moved").rename(project / "text")
 
-    # A run that was killed between its acceptance and its training is resumed without a question.
+    scheduled = tiny.model_copy(update={"schedule": ScheduleConfig(interval=3600)})
+    (check,) = check_successes(CheckTarget(project / "pipelines.yaml", root, (scheduled,)))
+    assert not check.ok and "% of the text of version 1 is gone" in check.message and "--accept-text" in str(check)
+
+    # A run that was killed after its acceptance, before or in its training, is resumed without a question.
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr("flows.retrain.attempts.check_fits", killed)
         run(tiny, accept_text=True)
     (project / "text" / "more.txt").write_text(prose(30, 500))
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("flows.retrain.tasks.train", killed)
+        run(tiny)
     name, outcome = run(tiny)
     assert name in TRAINED and outcome.uri == "models:/gpt-tiny/2"
+    (check,) = check_successes(CheckTarget(project / "pipelines.yaml", root, (scheduled,)))
+    assert check.ok
     (project / "text" / "more.txt").unlink()
     snapshot = ingest(tiny.corpus, root.corpora, Path.cwd())
     reason = weigh(root, tiny, "", snapshot)
@@ -136,5 +150,5 @@ def test_a_run_is_held_and_reported_if_half_of_the_text_is_gone_until_a_person_a
     assert not hold.is_accepted(root, tiny, snapshot, since="2"), "an acceptance ends with the next training"
 
 
-def killed(*_: object) -> None:
+def killed(*_: object, **__: object) -> None:
     raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""Events: invalid `triggers`, the event of each promotion and rollback, and the deployments that it starts."""
+"""Events: the event of each promotion and rollback, and the deployments that it starts."""
 
 import socket
 import subprocess
@@ -19,27 +19,6 @@ from tests.tiny import write_pipelines
 
 MODEL = "gpt-tiny"
 FILE = "pipelines:\n  base: {model_name: gpt-base}\n  night:\n    triggers:\n      - "
-
-
-@pytest.mark.parametrize(
-    ("text", "parts"),
-    [
-        ("{on: changed}", [":5: pipelines.night.triggers.0.on", "'corpus_changed' or 'promoted'", "changed"]),
-        ("corpus_changed", [":5: pipelines.night.triggers.0", "corpus_changed"]),
-        ("{on: promoted}", ["promoted needs a model", "{on: promoted, model: gpt-base}"]),
-        ("{on: corpus_changed, model: gpt-base}", ["it has no model", "gpt-base"]),
-        ("{on: promoted, model: gpt-bass}", ["triggers.0.model", "makes the model gpt-bass; did you mean gpt-base?"]),
-        ("{on: promoted, model: gpt-night}", ["triggers.0.model", "own model: each run would start the next"]),
-        ("{on: corpus_changed, modle: x}", ["triggers.0.modle", "did you mean model?"]),
-        ("{}", ["pipelines.night.triggers.0.on", "required"]),
-    ],
-)
-def test_a_wrong_trigger_is_refused_with_its_line_and_the_fix(tmp_path: Path, text: str, parts: list[str]) -> None:
-    (tmp_path / "pipelines.yaml").write_text(FILE + text + "\n")
-    with pytest.raises(ConfigError) as refused:
-        PipelinesFile(tmp_path / "pipelines.yaml").pipeline("night")
-    for part in (*parts, f"{tmp_path}/pipelines.yaml:5: "):
-        assert part in str(refused.value)
 
 
 def test_triggers_name_an_event_and_its_resource(tmp_path: Path) -> None:

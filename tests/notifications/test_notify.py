@@ -1,4 +1,4 @@
-"""Notifications: invalid targets in `notify`, the messages, and real failures, kills and promotions that send them."""
+"""Notifications: the messages, and real failures, kills and promotions that send them."""
 
 import logging
 from datetime import timedelta
@@ -21,27 +21,6 @@ LOG = logging.getLogger("test")
 MESSAGE = Message(
     "night", "failure", "night: failed", "No space left on device", "a-b-c", "http://127.0.0.1/runs/a-b-c"
 )
-
-
-@pytest.mark.parametrize(
-    ("text", "parts"),
-    [
-        ("{webhook: 'ftp://example.org/hook'}", ["notify.0.webhook", "http(s) address"]),
-        ("{webhook: 'https:///hook'}", ["notify.0.webhook", "http(s) address"]),
-        ("{block: team}", ["notify.0.block", "team"]),
-        ("{on: [failure]}", ["one of webhook and block (given: neither)"]),
-        ("{webhook: 'https://example.org/hook', block: slack-webhook/team}", ["(given: both)"]),
-        ("{block: slack-webhook/team, on: [fire]}", ["notify.0.on.0", "'failure', 'promotion' or 'stale'", "fire"]),
-        ("{block: slack-webhook/team, on: []}", ["notify.0.on", "at least 1"]),
-        ("{blok: slack-webhook/team}", ["notify.0.blok", "did you mean block?"]),
-    ],
-)
-def test_a_wrong_target_is_refused_with_its_line_and_the_fix(tmp_path: Path, text: str, parts: list[str]) -> None:
-    (tmp_path / "pipelines.yaml").write_text(FILE + text + "\n")
-    with pytest.raises(ConfigError) as refused:
-        PipelinesFile(tmp_path / "pipelines.yaml").pipeline("night")
-    for part in (*parts, f"{tmp_path}/pipelines.yaml:4: pipelines.night.notify.0"):
-        assert part in str(refused.value)
 
 
 def test_a_refused_address_is_not_repeated_in_the_error(tmp_path: Path) -> None:

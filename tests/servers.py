@@ -134,7 +134,7 @@ class Prefect:
     def state(self, run: str) -> dict[str, Any]:
         return dict(self.ask(f"flow_runs/{run}")["state"])
 
-    def ended(self, run: str, seconds: float = 100) -> dict[str, Any]:
+    def ended(self, run: str, seconds: float = 240) -> dict[str, Any]:
         """Wait for the end of the run and return its final state."""
         wait_for(lambda: self.state(run)["type"] in _ENDS, seconds)
         return self.state(run)
@@ -153,7 +153,7 @@ def prefect_server(directory: Path, databases: Path, **environment: str) -> Iter
     process = _start(command, directory / "server.log", clean(**own), directory)
     server = Prefect(f"http://127.0.0.1:{port}/api")
     try:
-        wait_for(lambda: process.poll() is not None or answers(f"{server.url}/health"), 120)
+        wait_for(lambda: process.poll() is not None or answers(f"{server.url}/health"), 240)
         assert process.poll() is None, (directory / "server.log").read_text()
         yield server
     finally:
@@ -169,7 +169,7 @@ class Serving:
         self.process = begin(project, self.log, "serve", PREFECT_API_URL=server.url)
 
     def __enter__(self) -> list[str]:
-        wait_for(lambda: self.process.poll() is not None or "\nserving " in self.log.read_text(), 90)
+        wait_for(lambda: self.process.poll() is not None or "\nserving " in self.log.read_text(), 240)
         assert self.process.poll() is None, self.log.read_text()
         return [line for line in self.log.read_text().splitlines() if not line.startswith("serving")]
 
@@ -228,7 +228,7 @@ class Up:
     def start(self, **environment: str) -> "Up":
         """Start `gptflow up` and return when everything is healthy."""
         self.process = begin(self.project, self.log, *self.arguments(), cold=self.cold, **environment)
-        wait_for(lambda: self.process.poll() is not None or "is healthy" in self.log.read_text(), 120)
+        wait_for(lambda: self.process.poll() is not None or "is healthy" in self.log.read_text(), 240)
         assert self.process.poll() is None, self.log.read_text()
         return self
 
@@ -251,7 +251,7 @@ class Up:
     def train_for_long(self) -> str:
         """Start a run of `tiny` and return when its trainer has made updates."""
         run = self.prefect.start("tiny", train={"max_steps": 1_000_000, "eval_every": 1_000_000})
-        wait_for(lambda: list(self.root.path.glob("runs/tiny/*/metrics.jsonl")), 60)
+        wait_for(lambda: list(self.root.path.glob("runs/tiny/*/metrics.jsonl")), 240)
         wait_for(lambda: next(self.root.path.glob("runs/tiny/*/metrics.jsonl")).stat().st_size > 0, 30)
         return run
 

@@ -30,7 +30,7 @@ def test_flops_by_formula_equal_pytorchs_count_without_the_masked_half_of_attent
     assert counter.get_total_flops() == TINY.step_flops + masked
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_every_contender_has_the_same_losses_and_the_figures_are_complete(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -40,7 +40,7 @@ def server(command: str, directory: Path, environment: dict[str, str]) -> Iterat
             command.split(), cwd=directory, env=environment, stdout=file, stderr=file, start_new_session=True
         )
     try:
-        wait_for(lambda: process.poll() is not None or answers(f"http://127.0.0.1:{port}/health"), 120)
+        wait_for(lambda: process.poll() is not None or answers(f"http://127.0.0.1:{port}/health"), 240)
         assert process.poll() is None, log.read_text()
         yield
     finally:

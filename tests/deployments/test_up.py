@@ -64,10 +64,10 @@ def test_dead_servers_are_restarted_the_next_start_ends_what_a_kill_left_and_doc
     before = up.servers().processes
     os.kill(before["mlflow"][0], signal.SIGKILL)
     os.kill(before["prefect"][0], signal.SIGKILL)
-    wait_for(lambda: not set(before.values()) & set(up.servers().processes.values()), 90)
-    wait_for(lambda: answers(f"{up.servers().prefect_api}/health") and answers(f"{up.servers().mlflow}/health"), 60)
+    wait_for(lambda: not set(before.values()) & set(up.servers().processes.values()), 240)
+    wait_for(lambda: answers(f"{up.servers().prefect_api}/health") and answers(f"{up.servers().mlflow}/health"), 240)
     # The restarts are recorded a moment after the new servers answer.
-    wait_for(lambda: run_doctor()[0] == 0, 60)
+    wait_for(lambda: run_doctor()[0] == 0, 240)
     _, found = run_doctor()
     servers = [check["message"].split(" at ")[0] for check in found if check["check"] == "servers"]
     assert sorted(servers) == [

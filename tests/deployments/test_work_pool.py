@@ -138,6 +138,7 @@ def test_deploy_refuses_settings_that_its_runs_could_not_work_with(
     receiver.shutdown()
 
 
+@pytest.mark.deep
 def test_a_process_worker_in_another_directory_retrains_and_then_skips_an_unchanged_pipeline(
     project: Path, server: Prefect, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -164,7 +165,7 @@ def test_a_process_worker_in_another_directory_retrains_and_then_skips_an_unchan
     (elsewhere / "flows.py").write_text("raise RuntimeError('the wrong flows')")
     with worker(elsewhere, server) as killed:
         lost = server.start("night")
-        wait_for(lambda: server.state(lost)["name"] == "Running", 60)
+        wait_for(lambda: server.state(lost)["name"] == "Running", 240)
         killed.kill()  # only the worker: the run's process lives until nothing reads its output
         assert server.ended(lost)["name"] == "Crashed"
     with worker(elsewhere, server):
@@ -233,7 +234,7 @@ def test_two_hosts_take_turns_and_one_resumes_the_training_of_a_lost_one(
         worker(second, server, *another_host("second")) as two,
     ):
         lost = server.start("turns", train=LONG)
-        wait_for(lambda: saved(project, "turns"), 90)
+        wait_for(lambda: saved(project, "turns"), 240)
         (at_work,) = (directory for directory in (first, second) if took(directory, lost))
         machine = tree(one.pid if at_work == first else two.pid)
         for process in machine:
@@ -279,7 +280,7 @@ def test_an_evicted_run_saves_waits_for_a_retry_and_can_be_cancelled(project: Pa
 
     pod = execute()
     metrics = project / "mlruns" / "runs" / "evicted"
-    wait_for(lambda: any(path.stat().st_size for path in metrics.glob("*/metrics.jsonl")), 60)
+    wait_for(lambda: any(path.stat().st_size for path in metrics.glob("*/metrics.jsonl")), 240)
     everything = tree(pod.pid)
     everything[1].terminate()
     pod.wait(45)
@@ -288,7 +289,7 @@ def test_an_evicted_run_saves_waits_for_a_retry_and_can_be_cancelled(project: Pa
     assert server.state(run)["name"] == "AwaitingRetry"
     before = saved(project, "evicted")
     pod = execute()
-    wait_for(lambda: server.state(run)["type"] == "RUNNING", 60)
+    wait_for(lambda: server.state(run)["type"] == "RUNNING", 240)
     server.ask(f"flow_runs/{run}/set_state", {"state": {"type": "CANCELLING"}})
     pod.wait(90)
     assert server.state(run)["type"] == "CANCELLED", (project / "pod.log").read_text()

@@ -48,7 +48,7 @@ class Served:
 def serving(project: Path, *arguments: str) -> Iterator[Served]:
     served = Served(project, *arguments)
     try:
-        wait_for(lambda: served.process.poll() is not None or "is served at" in served.said(), 60)
+        wait_for(lambda: served.process.poll() is not None or "is served at" in served.said(), 240)
         assert served.process.poll() is None, served.said()
         yield served
     finally:

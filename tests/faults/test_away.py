@@ -24,7 +24,7 @@ from tests.servers import Prefect, begin, clean, free_ports, gptflow, wait_for
 from tests.tiny import write_pipelines
 from tests.trainings import updates_of
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 STEPS = 2500
 HALF_A_MINUTE, PATIENCE = 30.0, 150.0
 
@@ -123,7 +123,7 @@ class Mlflow:
                 stderr=log,
                 start_new_session=True,
             )
-        wait_for(lambda: answers(f"{self.uri}/health"), 120)
+        wait_for(lambda: answers(f"{self.uri}/health"), 240)
 
     def kill(self) -> None:
         os.killpg(self.process.pid, signal.SIGKILL)
@@ -157,6 +157,7 @@ def test_a_tracking_server_that_dies_during_training_gets_all_metrics_after_its_
     assert_one_whole_run(root, STEPS)
 
 
+@pytest.mark.deep
 @pytest.mark.usefixtures("prefect_server")
 def test_a_run_that_cannot_reach_mlflow_to_register_fails_and_the_next_run_registers_without_training(
     tiny: Pipeline, root: StateRoot, mlflow_server: Mlflow, monkeypatch: pytest.MonkeyPatch
@@ -184,7 +185,7 @@ def test_a_training_that_loses_its_prefect_server_finishes_and_its_version_gets_
         [sys.executable, "-m", "flows.deployments.ephemeral_server", str(port), str(root.prefect / "ephemeral")],
         env=clean(PREFECT_HOME=str(root.prefect / "ephemeral")),
     )
-    wait_for(lambda: answers(f"{url}/api/health"), 120)
+    wait_for(lambda: answers(f"{url}/api/health"), 240)
     write_pipelines(project, tiny={"train": {"max_steps": STEPS}})
     log = project / "run.log"
     environment = {"PREFECT_API_URL": f"{url}/api", "PREFECT_CLIENT_MAX_RETRIES": "1"}

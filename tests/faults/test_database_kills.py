@@ -27,7 +27,7 @@ def test_runs_killed_while_they_create_the_databases_leave_a_state_root_in_which
     write_pipelines(write_project(project), **{name: {} for name in names})
 
     def wait_for_bytes(size: int) -> None:
-        wait_for(lambda: sum(path.stat().st_size for path in home.rglob("*prefect.db*")) >= size, 120)
+        wait_for(lambda: sum(path.stat().st_size for path in home.rglob("*prefect.db*")) >= size, 240)
 
     for number, (sent, size) in enumerate(KILLS):
         log = project / f"killed-{number}.log"

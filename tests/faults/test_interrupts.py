@@ -24,7 +24,7 @@ def training(project: Path, server: Prefect) -> Iterator[Process]:
     """A `gptflow run tiny` that has logged some updates of a long training."""
     write_pipelines(project, tiny={"train": {"max_steps": 1000, "checkpoint_steps": 100}})
     process = begin(project, project / "run.log", "run", "tiny", PREFECT_API_URL=server.url)
-    wait_for(lambda: process.poll() is not None or steps(project) > 150, 120)
+    wait_for(lambda: process.poll() is not None or steps(project) > 150, 240)
     yield process
     if process.poll() is None:
         process.kill()

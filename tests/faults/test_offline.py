@@ -38,7 +38,7 @@ def gptflow_without_network(project: Path, *arguments: str) -> "subprocess.Compl
     return subprocess.run(command, cwd=project, env=clean(), capture_output=True, text=True, timeout=240)
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_run_generate_models_show_and_prepare_need_no_network(project: Path) -> None:
     """In its own network namespace, if the kernel grants one, the command cannot even resolve a name."""
     done = gptflow_without_network(project, "run", "tiny")

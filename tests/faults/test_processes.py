@@ -195,7 +195,7 @@ def test_a_training_by_two_processes_that_is_interrupted_and_killed_ends_like_it
     assert "has lost another rank, which died" in (run.path / "trainer.log").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_a_signal_to_one_slurm_process_stops_all_after_the_same_update(tokens: Tokens, tmp_path: Path) -> None:
     run = prepare(tmp_path / "run", tokens, max_steps=5000, batch_size=8, checkpoint_steps=None)
     slurm = {"SLURM_NTASKS": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}

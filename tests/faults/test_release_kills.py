@@ -13,7 +13,7 @@ import pytest
 
 from tests.faults.release_points import Forker
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 EVERY = 3
 """The slow tests kill a registration before every third point: kills before all of them take three minutes."""
 

@@ -62,7 +62,7 @@ def run(pipeline: Pipeline) -> str:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("prefect_server")
-@pytest.mark.parametrize("lost", [("corpora", "tokens"), ("runs", "artifacts")])
+@pytest.mark.parametrize("lost", [("corpora", "tokens"), pytest.param(("runs", "artifacts"), marks=pytest.mark.deep)])
 def test_a_run_whose_directories_are_deleted_during_training_names_the_path_and_the_next_run_creates_them(
     tiny: Pipeline, root: StateRoot, monkeypatch: pytest.MonkeyPatch, lost: tuple[str, str]
 ) -> None:

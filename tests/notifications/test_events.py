@@ -136,9 +136,7 @@ def test_a_promotion_starts_the_pipelines_with_a_trigger_on_it_until_the_trigger
     with Serving(project, server):
         assert sorted(automations()) == names
         assert server.ended(server.start("base"))["name"] == "Promoted"
-        wait_for(lambda: runs("follower") == ["COMPLETED"], 100)
-    with Serving(project, server) as lines:
-        assert "unchanged  follower" in lines and sorted(automations()) == names
+        wait_for(lambda: runs("follower") == ["COMPLETED"], 240)
     write_pipelines(project, base={}, idle={}, follower={})
     with Serving(project, server) as lines:
         assert "changed    follower" in lines and "removed    other" in lines and automations() == []

@@ -71,12 +71,14 @@ def test_a_failing_webhook_is_tried_twice_and_logged_without_its_path(
 
 @pytest.mark.slow
 def test_a_block_on_the_server_gets_the_message_and_a_missing_block_is_logged(
-    server: Prefect, receiver: Receiver, caplog: pytest.LogCaptureFixture
+    server: Prefect, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from prefect.blocks.notifications import CustomWebhookNotificationBlock
     from prefect.blocks.system import Secret
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
+    lines: list[str] = []  # not caplog's, because Prefect may replace the root logger's handlers meanwhile
+    monkeypatch.setattr(LOG, "handle", lambda record: lines.append(record.getMessage()))
     body = {"title": "{{subject}}", "text": "{{body}}"}
     url = f"{receiver.url}/secret"
     with temporary_settings({PREFECT_API_URL: server.url}):
@@ -87,7 +89,6 @@ def test_a_block_on_the_server_gets_the_message_and_a_missing_block_is_logged(
         assert receiver.got == [{"title": MESSAGE.title, "text": f"{MESSAGE.text}\n{MESSAGE.url}"}]
         receiver.status = 500
         assert send([NotifyConfig(block=names[0])], MESSAGE, LOG) == 0
-    lines = [record.getMessage() for record in caplog.records if record.name == "test"]
     assert lines == [
         "block custom-webhook/nobody did not receive the message (failure): the Prefect server has no such block",
         "block secret/team did not receive the message (failure): it is a Secret, not a notification block",
@@ -96,7 +97,7 @@ def test_a_block_on_the_server_gets_the_message_and_a_missing_block_is_logged(
 
 
 @pytest.mark.slow
-def test_a_served_pipeline_reports_promotions_failures_kills_and_stops(
+def test_a_served_pipeline_reports_promotions_failures_and_kills(
     project: Path, server: Prefect, receiver: Receiver
 ) -> None:
     def list_messages() -> list[tuple[str, ...]]:
@@ -108,8 +109,6 @@ def test_a_served_pipeline_reports_promotions_failures_kills_and_stops(
         first = server.start("night")
         assert server.ended(first)["name"] == "Promoted"
         wait_for(lambda: receiver.got, 30)
-        skipped = server.start("night")
-        assert server.ended(skipped)["name"] == "Skipped"
         failed = server.start("night", corpus={"sources": ["/nowhere"]})
         assert server.ended(failed)["type"] == "FAILED"
         wait_for(lambda: len(receiver.got) == 2, 30)
@@ -117,15 +116,10 @@ def test_a_served_pipeline_reports_promotions_failures_kills_and_stops(
         flow_process(project).kill()
         assert server.ended(killed)["type"] == "CRASHED"
         wait_for(lambda: len(receiver.got) == 3, 30)
-        stopped = server.start("night", train={"max_steps": 2_000_000, "eval_every": 1_000_000})
-        flow_process(project).terminate()
-        assert server.ended(stopped)["type"] == "CRASHED"
-        wait_for(lambda: len(receiver.got) == 4, 30)
     assert list_messages() == [
         ("promotion", "night: gpt-night has a new champion", first),
         ("failure", "night: failed", failed),
         ("failure", "night: crashed", killed),
-        ("failure", "night: crashed", stopped),
     ]
     texts: list[Any] = [message["text"] for message in receiver.got]
     assert "first version" in texts[0] and "'/nowhere' does not exist" in texts[1] and "SIGKILL" in texts[2]
@@ -181,6 +175,6 @@ def flow_process(project: Path) -> psutil.Process:
         parents = [trainer.parent() for trainer in trainers]
         return [parent for parent in parents if parent and "prefect.engine" in parent.cmdline()]
 
-    wait_for(look, 60)
+    wait_for(look, 240)
     (flow,) = look()
     return flow

@@ -83,6 +83,7 @@ def test_a_warm_start_keeps_the_bpe_vocabulary(tiny: Pipeline, project: Path, ro
     assert first.tags["tokenizer_sha256"] == second.tags["tokenizer_sha256"]
 
 
+@pytest.mark.deep
 def test_retention_keeps_the_ancestors_of_a_kept_version(tiny: Pipeline, project: Path, root: StateRoot) -> None:
     warm = asking(tiny, train={"start_from": "champion", "max_steps": 40}, gate={"margin": 0.0, "confidence": 0.5})
     for night in range(3):

@@ -32,17 +32,17 @@ def registered(root: StateRoot) -> list[tuple[int, str]]:
 def test_a_schedule_retrains_only_when_the_text_has_changed(up: Up, root: StateRoot, project: Path) -> None:
     write_pipelines(project, tiny={"schedule": {"cron": "* * * * *"}})
     up.start()
-    wait_for(lambda: len(nights(up)) == 1, 120)
+    wait_for(lambda: len(nights(up)) == 1, 240)
     (first,) = nights(up)
     assert first["state"]["name"] == "Promoted" and registered(root) == [(1, first["id"])]
 
-    wait_for(lambda: len(nights(up)) == 2, 120)
+    wait_for(lambda: len(nights(up)) == 2, 240)
     second = nights(up)[1]
     assert second["state"]["name"] == "Skipped" and "lock" not in second["state"]["message"]
     assert registered(root) == [(1, first["id"])]
     (project / "text" / "two.txt").write_text(prose(2, num_words=9000))
 
-    wait_for(lambda: len(nights(up)) == 3, 120)
+    wait_for(lambda: len(nights(up)) == 3, 240)
     third = nights(up)[2]
     assert third["state"]["name"] in ("Promoted", "Kept champion")
     assert registered(root) == [(1, first["id"]), (2, third["id"])]

@@ -49,7 +49,7 @@ class Postgres:
         with (self.directory / "log").open("wb") as log:
             command = [*before, *_program("postgres"), "-D", str(data), *told]
             self.process = subprocess.Popen(command, stdout=log, stderr=log, cwd=self.directory)
-        wait_for(lambda: "ready to accept" in (self.directory / "log").read_text(), 60)
+        wait_for(lambda: "ready to accept" in (self.directory / "log").read_text(), 240)
 
     def stop(self) -> None:
         pid = int((self.directory / "data" / "postmaster.pid").read_text().split()[0])

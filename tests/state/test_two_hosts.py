@@ -40,9 +40,9 @@ def test_a_host_that_is_cut_off_stops_and_publishes_nothing_while_the_other_resu
             return [int(key.partition("/")[0]) for key in found if key.endswith("manifest.json")]
 
         training = one.begin(projects[0], first, "run", "tiny", **environment)
-        wait_for(lambda: training.poll() is not None or is_at_its_lock(projects[0]), 90)
+        wait_for(lambda: training.poll() is not None or is_at_its_lock(projects[0]), 240)
         waiting = two.begin(projects[1], second, "run", "tiny", **environment)
-        wait_for(lambda: training.poll() is not None or (pushed() and is_at_its_lock(projects[1])), 90)
+        wait_for(lambda: training.poll() is not None or (pushed() and is_at_its_lock(projects[1])), 240)
         assert training.poll() is None, first.read_text()
         one.cut()
         cut_at, saved = time.monotonic(), max(pushed())

@@ -111,14 +111,14 @@ def earlier(
 
     log = project / "serve.log"
     serving = begin(project, log, "serve", PREFECT_API_URL=server.url, **old)
-    wait_for(lambda: serving.poll() is not None or "\nserving " in log.read_text(), 90)
+    wait_for(lambda: serving.poll() is not None or "\nserving " in log.read_text(), 240)
     serving.terminate()
     serving.wait(90)
 
     log = project / "run.log"
     process = begin(project, log, "run", "long", PREFECT_API_URL=server.url, **old)
     made = Earlier(project, server, tags, 0)
-    wait_for(lambda: process.poll() is not None or saved_step(made) >= 140, 120)
+    wait_for(lambda: process.poll() is not None or saved_step(made) >= 140, 240)
     for one in (psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)):
         one.send_signal(signal.SIGKILL)
     process.wait(20)

@@ -197,6 +197,9 @@ class _Supervisor:
             for maker in makers:
                 if maker.process is not None and maker.process.poll():
                     raise GPTCoreError(f"{maker.name} failed. {maker.last_lines()}")
+                for line in maker.read_log().splitlines():
+                    if line.startswith(databases.MIGRATED):
+                        click.echo(line)
         finally:
             for maker in makers:
                 maker.wait(0)

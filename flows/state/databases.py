@@ -40,6 +40,8 @@ from gptcore.errors import GPTCoreError
 from gptcore.manifest import TEMPORARY, flush
 from gptcore.records import open_lock
 
+MIGRATED = "migrated"
+"""The line on stderr that names a migrated database and its copy begins with this word."""
 _PATIENCE_SECONDS = 20.0
 _POLL_SECONDS = 0.5
 _COPIES = 2
@@ -111,9 +113,11 @@ def _upgrade_prefect(url: str) -> None:
     import asyncio
 
     from prefect.server.database import provide_database_interface
+    from prefect.server.database.dependencies import temporary_database_config
     from prefect.settings import PREFECT_API_DATABASE_CONNECTION_URL, temporary_settings
 
-    with temporary_settings({PREFECT_API_DATABASE_CONNECTION_URL: url}):
+    # Prefect remembers the first URL that it meets, and a server in this process would keep to the temporary file.
+    with temporary_settings({PREFECT_API_DATABASE_CONNECTION_URL: url}), temporary_database_config(None):
         asyncio.run(provide_database_interface().create_db())
 
 
@@ -264,11 +268,12 @@ class SQLiteDatabase:
                 database.execute("commit")
                 _copy(database, staged)
                 _finish(staged)
-                self._keep_copy(staged, revision)
+                kept = self._keep_copy(staged, revision)
                 self.schema.upgrade(sqlite_url(staged, self.schema.driver))
                 _finish(staged)
                 with closing(_connect(staged, 0.0)) as migrated:
                     migrated.backup(database)
+            print(f"{MIGRATED} {self.path}; the database as it was is {kept}", file=sys.stderr)
         except Exception as error:
             reason, package = str(error).strip().partition("\n")[0], self.schema.package
             if isinstance(error, sqlite3.Error) and error.sqlite_errorcode & 0xFF in _BUSY:
@@ -292,7 +297,7 @@ class SQLiteDatabase:
         for suffix in _COMPANIONS:
             path.with_name(path.name + suffix).unlink(missing_ok=True)
 
-    def _keep_copy(self, staged: Path, revision: str) -> None:
+    def _keep_copy(self, staged: Path, revision: str) -> Path:
         kept = self.path.with_name(f"{self.path.stem}-schema-{revision}{self.path.suffix}")
         temporary = staged.with_name(f"{staged.name}-copy")
         shutil.copyfile(staged, temporary)
@@ -301,6 +306,7 @@ class SQLiteDatabase:
         flush(kept.parent)
         for old in self._list_copies()[:-_COPIES]:
             old.unlink(missing_ok=True)
+        return kept
 
     def _list_copies(self) -> list[Path]:
         """List the kept copies, oldest first."""

@@ -1,5 +1,6 @@
 """The SQLite databases of MLflow and Prefect: created whole, migrated with a copy, and named if they are broken."""
 
+import asyncio
 import os
 import shutil
 import sqlite3
@@ -15,6 +16,9 @@ from alembic import command
 from click.testing import CliRunner
 from mlflow import MlflowClient
 from mlflow.store.db import utils
+from prefect.server.database import provide_database_interface
+from prefect.server.database.dependencies import temporary_database_config
+from prefect.settings import PREFECT_API_DATABASE_CONNECTION_URL, temporary_settings
 from sqlalchemy import create_engine, text
 
 from flows.cli import cli, doctor_checks
@@ -223,6 +227,30 @@ def test_a_database_of_an_older_schema_is_migrated_and_a_copy_is_kept(made: SQLi
     assert names == ["mlflow-schema-2.db", f"mlflow-schema-{older}.db", "mlflow.db", "mlflow.lock"]
     assert revision_of(made.path.with_name(f"mlflow-schema-{older}.db")) == older
     assert MlflowClient(made.url).get_experiment("7").name == "mine"
+
+
+def test_a_prefect_server_of_an_older_release_leaves_its_database_to_the_installed_one(
+    tmp_path: Path, migrated: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(migrated / "prefect.db", tmp_path)
+    database = prefect_database(tmp_path)
+    newest = revision_of(database.path)
+    own = {PREFECT_API_DATABASE_CONNECTION_URL: database.url}
+    with temporary_settings(own), temporary_database_config(None):
+        asyncio.run(provide_database_interface().run_migrations_downgrade("-3"))
+    execute(database.path, "insert into variable (name, value) values ('mine', '7')")
+    older = revision_of(database.path)
+    assert older != newest and database.check() is Condition.OLD
+    with temporary_settings(own), temporary_database_config(None):
+        databases.main("prefect", str(tmp_path))
+        served = provide_database_interface().database_config.connection_url
+    assert served == database.url, "a server in this process uses the migrated database, not the temporary file"
+    assert database.check() is Condition.WHOLE and revision_of(database.path) == newest
+    kept = tmp_path / f"prefect-schema-{older}.db"
+    assert revision_of(kept) == older and f"as it was is {kept}" in capfd.readouterr().err
+    for path in (database.path, kept):
+        with closing(sqlite3.connect(path)) as connection:
+            assert connection.execute("select value from variable where name = 'mine'").fetchone() == (7,)
 
 
 @pytest.mark.parametrize("journal", ["delete", "wal"])

@@ -69,14 +69,17 @@ class CorpusConfig(Section):
     """hash: the content of each block of text decides whether it belongs to train, val or holdout. So the corpus may
     grow, and text held out in an earlier run stays unseen. contiguous: the beginning of the text is train, then comes
     val, then holdout."""
-    block_bytes: Annotated[int, Field(ge=256, le=1_048_576)] = 2048
+    block_bytes: Annotated[int, Field(ge=64, le=1_048_576)] | None = None
     """Average size, in bytes, of the blocks into which a long document is cut. Every block is in train, val or
-    holdout as a whole."""
-    val_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
-    """Share of the text, between 0 and 1, on which the best checkpoint is chosen."""
-    holdout_fraction: Fraction = 0.05
+    holdout as a whole. Empty: chosen from the size of the pipeline's first snapshot (2048 for much text, less for less
+    text), recorded there, and kept."""
+    val_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """Share of the text, between 0 and 1, on which the best checkpoint is chosen. Empty: chosen and kept as block_bytes
+    is, 0.05 for much text, more for less text."""
+    holdout_fraction: Fraction | None = None
     """Share of the text that neither training nor the choice of the checkpoint sees, and that the reported scores are
-    measured on. With 0, the scores are measured on val and marked as such."""
+    measured on. With 0, the scores are measured on val and marked as such. Empty: chosen and kept as block_bytes is,
+    0.05 for much text, more for less text."""
     duplicates: Annotated[Literal["drop", "keep"], Added(before="drop")] = "drop"
     """What to do with copies of a text, also if line ends, indents, case or quoting marks differ. drop: train on each
     text once. keep: copies stay in train, so that the model learns a repeated text more often. Copies never stay in val
@@ -95,7 +98,11 @@ class CorpusConfig(Section):
 
     @model_validator(mode="after")
     def _check_fractions_and_tokenizer(self) -> Self:
-        if self.val_fraction + self.holdout_fraction >= 1:
+        if (
+            self.val_fraction is not None
+            and self.holdout_fraction is not None
+            and self.val_fraction + self.holdout_fraction >= 1
+        ):
             raise ValueError(
                 f"val_fraction {self.val_fraction} and holdout_fraction {self.holdout_fraction} add up to 1 or more: "
                 "nothing is left to train on; lower one of them"

@@ -147,18 +147,22 @@ def prepare(pipeline: "Pipeline", root: "StateRoot", directory: Path) -> "Tokens
     from flows.registry import ancestry
     from flows.retrain import attempts
     from gptcore.corpus.ingest import ingest
+    from gptcore.corpus.split import has_empty_settings
     from gptcore.tokens.files import tokenize
     from gptcore.training.resolve import resolve
     from gptcore.training.run_directory import RunDirectory
 
     pipeline = pipeline.model_copy(update={"train": resolve(pipeline.train)})
-    if pipeline.train.start_from != ancestry.SCRATCH:
+    has_registry = root.mlflow_database is None or root.mlflow_database.path.exists()
+    if pipeline.train.start_from != ancestry.SCRATCH or (has_registry and has_empty_settings(pipeline.corpus)):
         root.prepare_registry()
+        pipeline = attempts.keep_recorded_split(root, pipeline)
     start = ancestry.resolve_start(root, pipeline)
     # Shards are processed by local processes, because there is no flow run here that could have tasks.
     snapshot = ingest(pipeline.corpus, root.corpora, root.project)
     for line in filter(None, (*snapshot.reading.describe(), snapshot.reading.describe_secrets())):
         click.echo(line)
+    pipeline = attempts.keep_split(pipeline, snapshot.split)
     vocabulary = start.load_tokenizer() if start else None
     tokens = tokenize(snapshot.path, pipeline.corpus.tokenizer, root.tokens, vocabulary=vocabulary)
     attempts.check_fits(pipeline, tokens)

@@ -33,6 +33,7 @@ from gptcore.corpus.snapshot import Block, Snapshot, read_blocks, read_document_
 from gptcore.errors import CheckpointError
 from gptcore.evaluation.bits_per_byte import evaluate_blocks
 from gptcore.evaluation.compare import MIN_BLOCKS, Comparison, Finding, compare, compare_by_age, compute_gains
+from gptcore.evaluation.evidence import explain_shortage
 from gptcore.evaluation.run_report import Scores, reported_side
 from gptcore.evaluation.sources import compare_sources
 
@@ -98,20 +99,22 @@ def decide(
     champion_version: str,
     excluded_bytes: int = 0,
     unknown: str = "",
+    shortage: str = "",
 ) -> Verdict:
-    """Return the verdict on a comparison.
+    """Return the verdict on a comparison. `shortage` says what evidence is missing, if any.
 
     A challenger wins only if it is better by more than the margin, and not worse on old text by more than
     `gate.forget`.
     """
     kind = comparison.classify(cfg.margin, cfg.forget_margin)
     scored = _describe_scores(comparison, cfg, kind, champion_version, excluded_bytes)
+    missing = f". {shortage[0].upper()}{shortage[1:]}" if kind == "insufficient evidence" and shortage else ""
     old = _describe_old(comparison, cfg, challenger, kind)
     note = f"; some training text is unknown: {unknown}" if unknown else ""
     return Verdict(
         promoted=kind == "better",
         kind=kind,
-        reason=f"{kind}: {scored}{old}{note}",
+        reason=f"{kind}: {scored}{missing}{old}{note}",
         bits_per_byte=comparison.challenger,
         champion_bits_per_byte=comparison.champion,
         champion_version=champion_version,
@@ -220,7 +223,8 @@ def _compare_with_champion(
     else:
         comparison = compare_by_age(challenger_scores, champion_scores, cfg.confidence, evidence.is_old)
     excluded_bytes = evidence.clean.excluded_bytes
-    verdict = decide(comparison, cfg, challenger, str(champion.version), excluded_bytes, evidence.unknown)
+    shortage = explain_shortage(snapshot, len(evidence.clean.blocks))
+    verdict = decide(comparison, cfg, challenger, str(champion.version), excluded_bytes, evidence.unknown, shortage)
     return replace(
         verdict,
         comparison=comparison,

@@ -49,8 +49,8 @@ _TRAIN_KEYS_OUTSIDE = {*EXECUTION_KEYS, "start_from"}
 def run_key(pipeline: Pipeline, tokens: Tokens, training_version: int, start_sha256: str | None = None) -> str:
     """Return the hash that names a training: equal keys train equal weights.
 
-    `pipeline.train` must be resolved (no auto). `start_sha256` is the hash of the weights that the training starts
-    from, or None if it starts from scratch.
+    `pipeline.train` must be resolved (no auto), and no key of the split may be empty. `start_sha256` is the hash of the
+    weights that the training starts from, or None if it starts from scratch.
     """
     return manifest.sha256_of(
         {
@@ -69,7 +69,7 @@ def run_key(pipeline: Pipeline, tokens: Tokens, training_version: int, start_sha
 def settings_key(pipeline: Pipeline) -> str:
     """Return the hash of the settings without the text. If it changes, there is a reason to train again.
 
-    An `auto` is hashed as `auto`, because another machine is not a reason to train.
+    An `auto` is hashed as `auto`, because another machine is not a reason to train. No key of the split may be empty.
     """
     return manifest.sha256_of(
         {

@@ -141,6 +141,21 @@ def find_newest_finished(root: StateRoot, pipeline: Pipeline) -> ModelVersion | 
     return None
 
 
+def find_split(root: StateRoot, pipeline: Pipeline) -> dict[str, Any]:
+    """Return the settings of the split that the pipeline keeps, as its snapshot recorded them. Empty at first.
+
+    They are those of the champion, so that the gate finds as much text as possible that neither version has learned. If
+    the pipeline has no champion of its own, they are those of its newest finished training.
+    """
+    champion = find_champion(root, pipeline.model_name)
+    is_own = champion is not None and VersionTags.from_tags(champion.tags).pipeline == pipeline.name
+    kept = champion if is_own else find_newest_finished(root, pipeline)
+    if kept is None:
+        return {}
+    recorded: dict[str, Any] = VersionTags.from_tags(kept.tags).split or read_lineage(root, kept)["split"]
+    return recorded
+
+
 def describe(root: StateRoot, version: ModelVersion) -> dict[str, Any]:
     """Return a version's tags and whole lineage as one JSON object."""
     return {

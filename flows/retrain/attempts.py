@@ -7,6 +7,7 @@ starts, current.json records its run directory. So the next run finds it, even i
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from flows.tracking import runs
 from gptcore import manifest
 from gptcore.config import RunConfig, Start
 from gptcore.corpus.snapshot import Snapshot, load_snapshot
+from gptcore.corpus.split import fill_settings, has_empty_settings
 from gptcore.errors import CheckpointError, ConfigError, NewerFormat, TrainingDiverged
 from gptcore.manifest import write_atomically
 from gptcore.records import read_record
@@ -49,6 +51,21 @@ class Attempt:
     tokens: Tokens
     ancestors: tuple[Ancestor, ...]
     """The version that the training starts from, and that version's own ancestors. Empty from scratch."""
+
+
+def keep_split(pipeline: Pipeline, record: Mapping[str, Any]) -> Pipeline:
+    """Return the pipeline with the empty keys of its split filled from what a snapshot recorded.
+
+    Text must not move between train, val and holdout while the corpus grows.
+    """
+    where = f"the split that the pipeline {pipeline.name} keeps"
+    return pipeline.model_copy(update={"corpus": fill_settings(pipeline.corpus, record, where)})
+
+
+def keep_recorded_split(root: StateRoot, pipeline: Pipeline) -> Pipeline:
+    """Return the pipeline with the empty keys of its split filled from its earlier trainings, if there are any."""
+    is_complete = not has_empty_settings(pipeline.corpus)
+    return pipeline if is_complete else keep_split(pipeline, versions.find_split(root, pipeline))
 
 
 def next_number(
@@ -116,6 +133,7 @@ def find_unfinished(root: StateRoot, pipeline: Pipeline, sources_overridden: boo
     except (ConfigError, CheckpointError, versions.UnknownVersion, versions.RegistryError):
         return None
     number = int(path.name.rpartition("-")[2])
+    pipeline = keep_split(pipeline, snapshot.split)
     same = _run_key(pipeline, tokens, config.start) == config.run_key
     found = versions.find_by_run_key(root, pipeline.model_name, config.run_key, number)
     is_done = found is not None and _is_done(root, found, sources_overridden)

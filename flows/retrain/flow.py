@@ -38,6 +38,7 @@ from gptcore import manifest
 from gptcore.config import CorpusConfig, GateConfig, ModelConfig, RetrainConfig, SampleConfig, TrainConfig
 from gptcore.corpus.snapshot import Snapshot
 from gptcore.errors import CorpusError, TrainingDiverged
+from gptcore.evaluation.evidence import explain_shortage
 from gptcore.evaluation.run_report import Scores, read_samples, read_scores
 from gptcore.processes import MapShards
 from gptcore.tokens.directory import Tokens
@@ -163,7 +164,7 @@ class _Retraining:
         self, requested: Pipeline, root: StateRoot, force: bool, accept_text: bool, sources_overridden: bool
     ) -> None:
         self.pipeline = requested.model_copy(update={"train": resolve(requested.train)})
-        self.settings = settings_key(requested)  # with `auto` as it is, not with what it means on this machine
+        self.requested_train = requested.train
         self.root, self.force, self.accept_text = root, force, accept_text
         self.sources_overridden = sources_overridden
         self.changes: tuple[tuple[str, str], ...] = ()
@@ -175,8 +176,14 @@ class _Retraining:
         runs.close_leftovers(self.root, self.pipeline.name)
         for parent in (self.root.corpora, self.root.tokens, self.root.mirror):
             manifest.sweep(parent)
+        self.pipeline = attempts.keep_recorded_split(self.root, self.pipeline)
         attempt = self.resume_unfinished() or self.start_new()
         return self.skip(attempt) if isinstance(attempt, str) else self.work_on(attempt)
+
+    @property
+    def settings(self) -> str:
+        """The settings_key, with `auto` as it is, not with what it means on this machine."""
+        return settings_key(self.pipeline.model_copy(update={"train": self.requested_train}))
 
     @contextmanager
     def step(self, name: str) -> Iterator[_Step]:
@@ -199,6 +206,7 @@ class _Retraining:
             attempt = attempts.find_unfinished(self.root, self.pipeline, self.sources_overridden)
         if attempt is not None:
             get_run_logger().info("unfinished training %s", attempt.run.path.name, extra={"step": "resume"})
+            self.pipeline = attempts.keep_split(self.pipeline, attempt.snapshot.split)
             reason = self.compare(attempt.snapshot)
             self.collect_changes(reason, attempt.tokens, attempt.snapshot)
         return attempt
@@ -213,13 +221,15 @@ class _Retraining:
 
         Return a sentence instead if there is no reason to train. Raises TextHeld.
         """
-        pipeline, root = self.pipeline, self.root
+        root = self.root
         with self.step("ingest") as step:
-            snapshot = tasks.ingest(cfg=pipeline.corpus, corpora=root.corpora, base=root.project, map_shards=map_shards)
+            corpus = self.pipeline.corpus
+            snapshot = tasks.ingest(cfg=corpus, corpora=root.corpora, base=root.project, map_shards=map_shards)
             step.describe(tasks.describe_snapshot(snapshot))
+        self.pipeline = pipeline = attempts.keep_split(self.pipeline, snapshot.split)
         for line in snapshot.reading.describe():
             get_run_logger().info("ingest: %s", line, extra={"step": "ingest"})
-        if warning := snapshot.reading.describe_secrets():
+        for warning in filter(None, (snapshot.reading.describe_secrets(), explain_shortage(snapshot))):
             get_run_logger().warning("ingest: %s", warning, extra={"step": "ingest"})
         reason = self.compare(snapshot)
         if reason.hold is not None and not self.sources_overridden:

@@ -21,6 +21,7 @@ from gptcore import manifest
 from gptcore.config import EXECUTION_KEYS
 from gptcore.corpus.diff import Delta, compare_snapshots, pick_new_blocks
 from gptcore.corpus.snapshot import Snapshot
+from gptcore.corpus.split import SPLIT_KEYS
 from gptcore.errors import CheckpointError
 from gptcore.evaluation.bits_per_byte import evaluate_blocks
 from gptcore.tokens.directory import Tokens
@@ -181,4 +182,6 @@ def _describe_settings(root: StateRoot, pipeline: Pipeline, newest: ModelVersion
     named = ", ".join(differing[:_MOST_NAMED]) + (
         f" and {len(differing) - _MOST_NAMED} more" if len(differing) > _MOST_NAMED else ""
     )
-    return f"{sentence}: {named}" if named else sentence
+    moves = "; this moves text between train, val and holdout, so the gate scores less text that neither has learned"
+    has_moved = any(f"corpus.{key}" in now and then.get(f"corpus.{key}") != now[f"corpus.{key}"] for key in SPLIT_KEYS)
+    return (f"{sentence}: {named}" if named else sentence) + (moves if has_moved else "")

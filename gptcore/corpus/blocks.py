@@ -10,7 +10,9 @@ import re
 from collections.abc import Iterable, Iterator
 
 WHOLE_DOCUMENT_BYTES = 4096
-"""A document of at most this size is one block."""
+"""A document of at most this size is one block, unless blocks are smaller than `SMALL_BLOCK_BYTES`."""
+SMALL_BLOCK_BYTES = 256
+"""Smaller blocks are for corpora so small that even short documents must be cut: see `whole_document_bytes`."""
 
 _SLICE_BYTES = 1024
 _LONGEST_SEGMENT = 4
@@ -26,6 +28,11 @@ _WORD = _SENTENCE + rb"|(?P<l1>[ \t\r\f\v]+)"
 _BORDERS = {level: re.compile(p) for level, p in {4: _PARAGRAPH, 3: _LINE, 2: _SENTENCE, 1: _WORD}.items()}
 
 
+def whole_document_bytes(block_bytes: int) -> int:
+    """Return the largest size, in bytes, of a document that is one block: 4096, or less if blocks are small."""
+    return _LONGEST_SEGMENT * block_bytes if block_bytes < SMALL_BLOCK_BYTES else WHOLE_DOCUMENT_BYTES
+
+
 def cut_blocks(chunks: Iterable[bytes], block_bytes: int) -> Iterator[bytes]:
     """Cut one document into blocks of about `block_bytes`, at most eight times that. Joined, they are the document.
 
@@ -36,9 +43,10 @@ def cut_blocks(chunks: Iterable[bytes], block_bytes: int) -> Iterator[bytes]:
     """
     rest = iter(chunks)
     head = b""
-    while len(head) <= WHOLE_DOCUMENT_BYTES and (chunk := next(rest, b"")):
+    longest_whole = whole_document_bytes(block_bytes)
+    while len(head) <= longest_whole and (chunk := next(rest, b"")):
         head += chunk
-    if len(head) > WHOLE_DOCUMENT_BYTES:
+    if len(head) > longest_whole:
         segments = _cut_segments(itertools.chain([head], rest), _LONGEST_SEGMENT * block_bytes)
         yield from _group_segments(segments, block_bytes)
     elif head:
@@ -94,7 +102,7 @@ def _find_segment_end(buffer: bytes, start: int, limit: int, level: int) -> tupl
             return border.end(), _level_of(border)
         if is_last:
             return len(buffer), lower
-    limit = start + _SLICE_BYTES
+    limit = min(start + _SLICE_BYTES, limit)
     border = _BORDERS[1].search(buffer, start, limit)
     if border and border.end() < limit:
         return border.end(), _level_of(border)

@@ -11,6 +11,7 @@ snapshot.py reads snapshots.
 import contextlib
 import functools
 import hashlib
+import math
 import tempfile
 from array import array
 from collections import Counter
@@ -39,7 +40,7 @@ from gptcore.corpus.snapshot import (
     passage_bounds,
     write_document_list,
 )
-from gptcore.corpus.split import SIDES
+from gptcore.corpus.split import SIDES, SplitSettings
 from gptcore.errors import CorpusError
 from gptcore.processes import MapShards, map_in_processes
 from gptcore.progress import Progress
@@ -57,6 +58,7 @@ _DROPPED = (
     "val_guard_runs",
     "val_guard_bytes",
 )
+_EMPTY_CHANCE = 1e-4  # of an empty side, at the size of text that an error asks for
 _RAW = {"train": ("train.raw", "train-blocks.raw"), "val": ("val.raw", "val-blocks.raw")}
 """The text and the list of blocks of a side before contamination is removed."""
 
@@ -75,15 +77,17 @@ def ingest(cfg: CorpusConfig, corpora: Path, base: Path, map_shards: MapShards =
     manifest.sweep(corpora)
     downloads = corpora.parent / "downloads"
     files, found = sources.find_files(cfg.sources, base, downloads, cfg.exclude, cfg.formats)
-    key = manifest.sha256_of([*cfg.sources, str(base), cfg.errors, cfg.text, cfg.block_bytes])
     options = ReadOptions("replace" if cfg.errors == "replace" else "strict", cfg.text, cfg.formats, cfg.encoding)
     keeps_copies = cfg.duplicates == "keep"
     if sum(file.num_bytes for file in files) <= WHOLE_BYTES or len(files) == 1:
         with tempfile.TemporaryFile(dir=corpora) as text:
             documents = Spool(text, files, options, downloads, keeps_copies)
             return _make_snapshot(cfg, documents, found, corpora, map_shards)
+    settings = split.settings_of_large_text(cfg)  # the blocks are cut while the text is read
+    cfg = cfg.model_copy(update=settings.to_record())
+    key = manifest.sha256_of([*cfg.sources, str(base), cfg.errors, cfg.text, settings.block_bytes])
     with shards.lock_work_directory(corpora.absolute(), key) as directory:
-        planned = shards.plan_shards(files, options, cfg.block_bytes, directory)
+        planned = shards.plan_shards(files, options, settings.block_bytes, directory)
         shard_directories = map_shards("ingest", "read", shards.read_shard, planned)
         with contextlib.closing(ShardDocuments(shard_directories, keeps_copies)) as shard_documents:
             return _make_snapshot(cfg, shard_documents, found, corpora, map_shards)
@@ -103,22 +107,17 @@ def _make_snapshot(
             "were read, all of them empty or whitespace. Name a source with text."
         )
         raise CorpusError("\n".join([problem, *reading.describe()]))
-    if cfg.split == "hash":
+    settings = split.choose_settings(cfg, documents)
+    if settings.split == "hash":
         documents.entries.sort(key=lambda document: document.sha256)
-    settings = _split_settings(cfg)
+    record = settings.to_record()
     hashes = [document.sha256 for document in documents.entries]
-    sha256 = manifest.sha256_of({"version": CORPUS_VERSION, "split": settings, "documents": hashes})
-    about = {"kind": "corpus", "sha256": sha256, "split": settings, "sources": documents.per_source}
+    sha256 = manifest.sha256_of({"version": CORPUS_VERSION, "split": record, "documents": hashes})
+    about = {"kind": "corpus", "sha256": sha256, "split": record, "sources": documents.per_source}
     about["reading"] = reading.to_json()
-    fill = functools.partial(_write_snapshot, cfg, documents, about, map_shards)
+    fill = functools.partial(_write_snapshot, settings, documents, about, map_shards)
     snapshot = load_snapshot(manifest.make_once(corpora / sha256[:16], fill))
     return replace(snapshot, reading=reading)  # an existing snapshot may have been made from other files
-
-
-def _split_settings(cfg: CorpusConfig) -> dict[str, Any]:
-    keys = ("split", "block_bytes", "val_fraction", "holdout_fraction")
-    kept = {"duplicates": cfg.duplicates} if cfg.duplicates == "keep" else {}
-    return {key: getattr(cfg, key) for key in keys} | kept
 
 
 @dataclass
@@ -157,12 +156,12 @@ class _SideWriter:
 
 
 def _write_snapshot(
-    cfg: CorpusConfig, documents: DocumentStore, about: dict[str, Any], map_shards: MapShards, staged: Path
+    settings: SplitSettings, documents: DocumentStore, about: dict[str, Any], map_shards: MapShards, staged: Path
 ) -> dict[str, Any]:
     """Write the files of a snapshot. Return `about` with the totals."""
     dropped = Counter(dict.fromkeys(_DROPPED, 0))
     dropped.update(documents.dropped)
-    sides = _write_sides(cfg, documents, staged, dropped)
+    sides = _write_sides(settings, documents, staged, dropped)
     runs = _find_contamination(staged, sides, map_shards)
     _cut_train(staged, sides["train"], runs["train"])
     counts = {name: len(sides[name].block_bytes) for name in SIDES} | {"val": _cut_val(staged, runs["val"])}
@@ -171,7 +170,7 @@ def _write_snapshot(
     sizes = {name: (staged / f"{name}.txt").stat().st_size for name in SIDES}
     dropped.update(guard_runs=len(runs["train"]), guard_bytes=int(np.diff(runs["train"]).sum()))
     dropped.update(val_guard_runs=len(runs["val"]), val_guard_bytes=sum(sides["val"].block_bytes) - sizes["val"])
-    _check_sides(cfg, counts, sizes, dropped)
+    _check_sides(settings, counts, sizes, dropped)
     listed = (ListedDocument(entry.name, entry.source, entry.sha256, entry.bytes) for entry in documents.entries)
     write_document_list(staged, listed)
     totals = {"documents": len(documents.entries), "blocks": counts, "bytes": sizes, "dropped": dict(dropped)}
@@ -179,7 +178,7 @@ def _write_snapshot(
 
 
 def _write_sides(
-    cfg: CorpusConfig, documents: DocumentStore, staged: Path, dropped: Counter[str]
+    settings: SplitSettings, documents: DocumentStore, staged: Path, dropped: Counter[str]
 ) -> dict[str, _SideWriter]:
     """Write all sides with the lists of their blocks, train and val as they are before contamination is removed.
 
@@ -192,7 +191,7 @@ def _write_sides(
     }
     last: tuple[int, str] | None = None
     progress = Progress("ingest", "split", sum(document.bytes for document in documents.entries))
-    for block in split.assign_blocks(cfg, documents):
+    for block in split.assign_blocks(settings, documents):
         progress.add(len(block.data))
         place = (block.document, block.side)
         if block.side in sides:
@@ -314,21 +313,32 @@ def _list_clean_passages(documents: Sequence[int], bounds: Positions, removed: P
     return list(map(_Passage, chosen.tolist(), starts[is_left].tolist(), ends[is_left].tolist()))
 
 
-def _check_sides(cfg: CorpusConfig, counts: dict[str, int], sizes: dict[str, int], dropped: Counter[str]) -> None:
+def _check_sides(settings: SplitSettings, counts: dict[str, int], sizes: dict[str, int], dropped: Counter[str]) -> None:
     """Raise CorpusError if a side that is needed has no text. With holdout_fraction 0, holdout is not needed."""
-    needed = [name for name in SIDES if name != "holdout" or cfg.holdout_fraction > 0]
+    needed = [name for name in SIDES if name != "holdout" or settings.holdout_fraction > 0]
     empty = [name for name in needed if not sizes[name]]
     if not empty:
         return
     listed = ", ".join(f"{name} {sizes[name]} bytes in {counts[name]} blocks" for name in SIDES)
-    by_chance = (
-        "Blocks are assigned to a side by the hash of their content, so with few blocks a side can stay empty by "
-        "chance. Lower corpus.block_bytes, give more text, raise the side's fraction, or set corpus.split: contiguous."
-    )
-    fix = by_chance if cfg.split == "hash" else "Give more text or raise the side's fraction."
     raise CorpusError(
         f"corpus: nothing is left for {' and '.join(empty)} (each side needs at least 1 block): {listed}. "
-        f"Contamination removed from train: {dropped['guard_bytes']} bytes. Settings: split {cfg.split}, "
-        f"val_fraction {cfg.val_fraction}, holdout_fraction {cfg.holdout_fraction}, block_bytes {cfg.block_bytes}. "
-        f"{fix}"
+        f"Contamination removed from train: {dropped['guard_bytes']} bytes. Settings: split {settings.split}, "
+        f"val_fraction {settings.val_fraction}, holdout_fraction {settings.holdout_fraction}, "
+        f"block_bytes {settings.block_bytes}. {_explain_empty_side(settings, counts, sizes)}"
+    )
+
+
+def _explain_empty_side(settings: SplitSettings, counts: dict[str, int], sizes: dict[str, int]) -> str:
+    """Return why a side is empty, how much text would fill it, and which keys to set."""
+    if settings.split == "contiguous":
+        return "Give more text or raise the side's fraction."
+    fractions = [share for share in (settings.val_fraction, settings.holdout_fraction) if share > 0]
+    # (1 - share) ** blocks is the chance that no block is on a side.
+    blocks = math.log(_EMPTY_CHANCE / len(fractions)) / math.log1p(-min(fractions))
+    num_bytes = math.ceil(blocks * sum(sizes.values()) / max(1, sum(counts.values())) / 1000) * 1000
+    return (
+        "Blocks are assigned to a side by the hash of their content, so with few blocks a side can stay empty by "
+        f"chance. That is unlikely from about {num_bytes / 1000:,.0f} kB of such text on, or from 10 kB on if "
+        "corpus.block_bytes, val_fraction and holdout_fraction are empty when the pipeline first runs. Give more text, "
+        "lower corpus.block_bytes, raise the side's fraction, or set corpus.split: contiguous."
     )

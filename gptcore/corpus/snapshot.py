@@ -42,6 +42,8 @@ class Snapshot:
     """empty_documents, duplicate_documents, duplicate_blocks, duplicate_bytes, guard_runs, guard_bytes, val_guard_runs,
     val_guard_bytes. The guard_ counts are the runs and bytes of contamination that were removed from train, and the
     val_guard_ counts those that were removed from val."""
+    split: dict[str, Any]
+    """Settings of the split: split, block_bytes, val_fraction, holdout_fraction, and duplicates if they are kept."""
     reading: Reading = field(compare=False)
     """What became of the files and documents of the sources: in this ingest, else in the one that made the snapshot.
     Empty for a snapshot of an earlier release. Equal snapshots may come from other files."""
@@ -92,7 +94,7 @@ def load_snapshot(path: Path) -> Snapshot:
     """Load the snapshot in a committed directory. Raises CheckpointError if the directory holds none."""
     about = manifest.read_about(path)
     reading = Reading.from_json(about["reading"]) if "reading" in about else Reading()
-    keys = ("sha256", "documents", "blocks", "bytes", "dropped")
+    keys = ("sha256", "documents", "blocks", "bytes", "dropped", "split")
     return Snapshot(path, **{key: about[key] for key in keys}, reading=reading)
 
 

@@ -37,7 +37,7 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("block_bytes", [256, 2048])
+@pytest.mark.parametrize("block_bytes", [64, 256, 2048])
 def test_blocks_add_up_to_the_document_in_whole_characters_for_chunks_of_any_size(shape: str, block_bytes: int) -> None:
     document = SHAPES[shape]
     blocks = list(cut_blocks([document], block_bytes))

@@ -99,7 +99,7 @@ def test_an_integer_is_accepted_as_a_float_and_a_list_as_a_tuple():
         (CorpusConfig, "tokenizer", "bpe:100", "between 257 and 200000"),
         (CorpusConfig, "tokenizer", "../x", "pattern"),
         (CorpusConfig, "sources", [], "at least 1 item"),
-        (CorpusConfig, "block_bytes", 10, "greater than or equal to 256"),
+        (CorpusConfig, "block_bytes", 10, "greater than or equal to 64"),
         (SampleConfig, "top_p", 0, "greater than 0"),
         (SampleConfig, "top_k", 0, "greater than or equal to 1"),
         (SampleConfig, "temperatures", [-1], "greater than or equal to 0"),

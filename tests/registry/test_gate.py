@@ -164,6 +164,7 @@ def test_with_too_few_clean_blocks_the_champion_stays(
     judged(register("poor", older))
     verdict = judged(register("good"))
     assert verdict.kind == "insufficient evidence" and verdict.blocks < 20
+    assert f"Holdout has {verdict.blocks} blocks that are clean for both models; the gate needs 20" in verdict.reason
     assert (verdict.low, champion_version(root)) == (None, "1")
     assert summary(root, "2")["verdict"] == "rejected"
 

@@ -197,7 +197,8 @@ def read_file(
             content.seek(0)
             for document in file.read_documents(content, options):
                 finder = SecretFinder()
-                done.append(append(replace(document, chunks=finder.search(document.chunks))))
+                searched = Document(document.name, document.source, finder.search(document.chunks), document.suffix)
+                done.append(append(searched))
                 secrets += [(document.name, line, kind) for line, kind in finder.found.items()]
     except CorpusError as error:
         is_foreign = isinstance(error, MissingColumn) and not file.is_named and not done

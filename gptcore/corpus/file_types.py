@@ -7,7 +7,6 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import Literal
 
 from gptcore.config import Format
@@ -146,7 +145,7 @@ def _list_suffixes(filename: str) -> list[str]:
 
     Compression and numbers after the suffix do not count: those of `a.log.1.gz` are `.log` alone.
     """
-    name = PurePosixPath(filename.lower()).name.lstrip(".")
+    name = filename.lower().rpartition("/")[2].lstrip(".")
     suffixes = [f".{part}" for part in name.split(".")[1:]]
     if suffixes and suffixes[-1] in COMPRESSED:
         suffixes.pop()

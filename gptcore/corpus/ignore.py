@@ -31,7 +31,7 @@ class IgnoreRules:
     def __init__(self, root: Path, exclude: Sequence[str] = (), includes_hidden: bool = False) -> None:
         self._root, self._includes_hidden = root, includes_hidden
         self._exclude = _parse(exclude, "corpus.exclude")
-        self._gitignores: dict[Path, GitIgnoreSpec | None] = {}
+        self._gitignores: dict[Path, list[tuple[Path, GitIgnoreSpec]]] = {}
 
     def find_rule(self, path: Path, is_directory: bool = False) -> str:
         """Return the rule because of which a file or directory is not read; empty if it may be read.
@@ -44,13 +44,10 @@ class IgnoreRules:
             return TOOLS
         if self._exclude.patterns and _ignores(self._exclude, path.relative_to(self._root), is_directory):
             return EXCLUDE
-        for directory in path.parents:
-            if (spec := self._read_gitignore(directory)) is not None:
-                ignores = _ignores(spec, path.relative_to(directory), is_directory)
-                if ignores is not None:  # the file nearest to the path decides
-                    return GITIGNORE if ignores else ""
-            if directory == self._root:
-                break
+        for directory, spec in self._list_gitignores(path.parent):
+            ignores = _ignores(spec, path.relative_to(directory), is_directory)
+            if ignores is not None:  # the file nearest to the path decides
+                return GITIGNORE if ignores else ""
         return ""
 
     def find_rule_with_parents(self, path: Path) -> str:
@@ -74,12 +71,17 @@ class IgnoreRules:
             return TOOLS
         return HIDDEN if name.startswith(".") and not self._includes_hidden else ""
 
-    def _read_gitignore(self, directory: Path) -> GitIgnoreSpec | None:
+    def _list_gitignores(self, directory: Path) -> list[tuple[Path, GitIgnoreSpec]]:
+        """List the .gitignore files that apply in a directory, with the directories that hold them, nearest first."""
         if directory not in self._gitignores:
+            is_outermost = directory in (self._root, directory.parent)
+            outer = [] if is_outermost else self._list_gitignores(directory.parent)
             file = directory / GITIGNORE
-            is_there = file.is_file()
-            lines = file.read_text(encoding="utf-8-sig", errors="replace").splitlines() if is_there else []
-            self._gitignores[directory] = _parse(lines, str(file)) if is_there else None
+            own = []
+            if file.is_file():
+                lines = file.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+                own.append((directory, _parse(lines, str(file))))
+            self._gitignores[directory] = [*own, *outer]
         return self._gitignores[directory]
 
 

@@ -8,7 +8,6 @@ parts are merged, stored with the snapshot, and shown by every run.
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
 from typing import Any
 
 from gptcore.corpus.compression import COMPRESSED
@@ -59,7 +58,9 @@ class Reading:
         """Add to the counts of a suffix. Of very many suffixes, the last ones are counted together."""
         if suffix not in self.counts and (len(self.counts) >= _MAX_SUFFIXES or len(suffix) > _MAX_SUFFIX_CHARS):
             suffix = _OTHER
-        self.counts.setdefault(suffix, Counter()).update(numbers)
+        counts = self.counts.setdefault(suffix, Counter())
+        for key, number in numbers.items():
+            counts[key] += number
 
     def exclude(self, rule: str, is_directory: bool = False) -> None:
         """Count a file or a directory that a rule has left out."""
@@ -153,9 +154,8 @@ class Reading:
 
 def suffix_of(filename: str) -> str:
     """Return the suffix of a file's name, in lower case and with that of its compression, such as `.txt.gz`."""
-    compression = PurePosixPath(filename.lower()).suffix
-    suffix = classify(filename).suffix + (compression if compression in COMPRESSED else "")
-    return suffix or NO_SUFFIX
+    compression = next((suffix for suffix in COMPRESSED if filename.lower().endswith(suffix)), "")
+    return classify(filename).suffix + compression or NO_SUFFIX
 
 
 def _describe_counts(suffix: str, counts: Counter[str]) -> str:

@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import islice, takewhile
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, Literal, NamedTuple, cast
@@ -105,8 +106,9 @@ class File:
         if self.kind == "docs":
             yield from _read_python_docs(options)
         else:
+            suffix = self.suffix
             for name, chunks in read_texts(content, self.name, self.filename, options):
-                yield Document(name, self.source, chunks, self.suffix)
+                yield Document(name, self.source, chunks, suffix)
 
 
 class FoundFiles(NamedTuple):
@@ -220,8 +222,9 @@ def _describe_local_files(source: str, paths: Sequence[Path], base: Path) -> Ite
     is_named = len(paths) == 1 and paths[0] == entry
     root = _glob_root(entry) if not entry.exists() else entry
     for path in paths:
-        name = _display_name(path, base, root)
-        yield File(source, name, path.name, "local", str(path.absolute()), _size_of(path), is_named=is_named)
+        location = str(path.absolute())
+        name = _display_name(location, str(base), str(root))
+        yield File(source, name, path.name, "local", location, _size_of(path), is_named=is_named)
 
 
 def _find_remote_files(
@@ -258,14 +261,16 @@ def _size_of(path: Path) -> int:
         return 0
 
 
-def _display_name(path: Path, base: Path, root: Path) -> str:
+def _display_name(path: str, base: str, root: str) -> str:
     """Return the name of a file relative to `base`; outside of it, relative to the directory that contains `root`.
 
     So a document has the same name on every machine and from every working directory. `root` is the file or directory
     that the source names, or the directory in which a glob searches.
     """
-    path, base, root = (Path(os.path.normpath(given)) for given in (path, base, root))
-    return str(path.relative_to(base if path.is_relative_to(base) else root.parent))
+    path, base = os.path.normpath(path), os.path.join(os.path.abspath(base), "")  # noqa: PTH100, PTH118
+    if path.startswith(base):
+        return path.removeprefix(base)
+    return path.removeprefix(os.path.join(os.path.dirname(os.path.abspath(root)), ""))  # noqa: PTH100, PTH118, PTH120
 
 
 def find_local_paths(
@@ -343,8 +348,11 @@ def _check_inside(paths: list[Path], root: Path) -> None:
     """
     real_root = os.path.realpath(root)
     inside = (os.path.join(real_root, ""), *_list_stores(Path(real_root)))  # noqa: PTH118
+    real_parent = cache(os.path.realpath)
     for path in paths:
-        if not (real := os.path.realpath(path)).startswith(inside):
+        is_link = os.path.islink(path)  # noqa: PTH114
+        real = os.path.realpath(path) if is_link else os.path.join(real_parent(path.parent), path.name)  # noqa: PTH118
+        if not real.startswith(inside):
             raise CorpusError(
                 f"corpus.sources: {path} is a link that leads out of {root}, to {real}. Remove it, or name {real} "
                 "itself in corpus.sources if you want its text."

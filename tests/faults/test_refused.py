@@ -1,6 +1,7 @@
 """Input that a trainer refuses: the checkpoint of another training, other tokens, code in place of weights."""
 
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,20 @@ def run(tmp_path: Path, tokens: Tokens) -> RunDirectory:
     return prepare(tmp_path / "run", tokens)
 
 
+@pytest.fixture(scope="module")
+def killed_once(tmp_path_factory: pytest.TempPathFactory, tokens: Tokens) -> Path:
+    """The run directory of a training that was killed after a save. Tests copy it."""
+    run = prepare(tmp_path_factory.mktemp("killed") / "run", tokens)
+    assert killed_at(run, "after update 5 begins")
+    return run.path
+
+
+@pytest.fixture
+def killed(tmp_path: Path, killed_once: Path) -> RunDirectory:
+    """A training that was killed after its first save."""
+    return RunDirectory(shutil.copytree(killed_once, tmp_path / "run"))
+
+
 # Checkpoints of another training.
 
 
@@ -38,26 +53,24 @@ def run(tmp_path: Path, tokens: Tokens) -> RunDirectory:
     ],
 )
 def test_a_checkpoint_of_another_configuration_or_tokenizer_is_refused_with_key_and_both_values(
-    run: RunDirectory, section: str | None, key: str, value: Any, said: str
+    killed: RunDirectory, section: str | None, key: str, value: Any, said: str
 ) -> None:
-    assert killed_at(run, "after update 5 begins")
-    edit_config(run, section, key, value)
-    life = live(run)
+    edit_config(killed, section, key, value)
+    life = live(killed)
     assert life.code == 1 and said in life.said and "Traceback" not in life.said
-    assert isinstance(run.read_failure(), CheckpointError)
-    assert (run.checkpoints / "step-00000004").exists()
+    assert isinstance(killed.read_failure(), CheckpointError)
+    assert (killed.checkpoints / "step-00000004").exists()
 
 
 def test_a_checkpoint_of_another_corpus_is_refused_with_both_identities(
-    run: RunDirectory, tokens: Tokens, tmp_path: Path
+    killed: RunDirectory, tokens: Tokens, tmp_path: Path
 ) -> None:
-    assert killed_at(run, "after update 5 begins")
     other = make_tokens(tmp_path / "other", num_words=1100)
-    edit_config(run, None, "tokens", str(other.path))
-    life = live(run)
+    edit_config(killed, None, "tokens", str(other.path))
+    life = live(killed)
     assert life.code == 1 and f"has identity {other.sha256}, config.json expects {tokens.sha256}" in life.said
-    edit_config(run, None, "tokens_sha256", other.sha256)
-    life = live(run)
+    edit_config(killed, None, "tokens_sha256", other.sha256)
+    life = live(killed)
     assert life.code == 1 and f"tokens is '{tokens.sha256}', this training has '{other.sha256}'" in life.said
 
 

@@ -38,6 +38,15 @@ def make(tmp_path, tokens, ancestor):
     return prepared
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(tokens, ancestor, tmp_path_factory):
+    """The outcome of a warm start that was never interrupted."""
+    train = {**TRAIN, "start_from": "champion"}
+    run = prepare(tmp_path_factory.mktemp("twin") / "run", tokens, ancestor, MODEL, **train)
+    finish(run)
+    return outcome(run)
+
+
 class Killed(BaseException):
     """A stand-in for SIGKILL: nothing is saved."""
 
@@ -78,12 +87,11 @@ def test_a_training_that_learns_nothing_ends_with_the_ancestors_weights(make, an
 
 @pytest.mark.parametrize("kill", [False, True])
 @pytest.mark.parametrize("step", [1, 6, 15, 20])
-def test_an_interrupted_warm_start_ends_like_its_uninterrupted_twin(make, kill, step):
-    twin, run = make("twin"), make()
-    finish(twin)
+def test_an_interrupted_warm_start_ends_like_its_uninterrupted_twin(make, uninterrupted, kill, step):
+    run = make()
     end_after(run, step, kill)
     finish(run)
-    assert outcome(run) == outcome(twin)
+    assert outcome(run) == uninterrupted
 
 
 def test_the_random_numbers_are_those_of_a_training_from_scratch(make, tokens, tmp_path):

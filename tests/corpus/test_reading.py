@@ -192,7 +192,7 @@ def test_the_suffix_of_a_name(name: str, suffix: str) -> None:
 
 def test_workers_report_the_same_as_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, MIXED | BAD)
-    cfg = CorpusConfig(sources=("texts",), val_fraction=0.3, holdout_fraction=0.3, errors="skip")
+    cfg = CorpusConfig(sources=("texts",), block_bytes=256, val_fraction=0.3, holdout_fraction=0.3, errors="skip")
     alone = ingest(cfg, tmp_path / "alone" / "corpora", tmp_path)
     monkeypatch.setattr(shards, "SHARD_BYTES", 4_000)
     monkeypatch.setattr(ingest_module, "WHOLE_BYTES", 4_000)

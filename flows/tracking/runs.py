@@ -172,7 +172,7 @@ def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     result: dict[str, str] = {}
     for key, inner in value.items():
         name = f"{prefix}{key}"
-        if isinstance(inner, Mapping):
+        if isinstance(inner, Mapping) and inner:
             result |= flatten(inner, f"{name}.")
         else:
             result[name] = inner if isinstance(inner, str) else json.dumps(inner)

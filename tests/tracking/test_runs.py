@@ -45,3 +45,7 @@ def test_system_metrics_go_to_the_server_of_the_run_even_if_mlflow_was_set_to_an
     logged = client.get_run(run_id).data.metrics
     assert all(name.startswith("system/") for name in logged) and "system/cpu_utilization_percentage" in logged
     assert not (tmp_path / "other.db").exists()
+
+
+def test_every_key_is_a_parameter_even_if_its_value_is_an_empty_mapping() -> None:
+    assert runs.flatten({"corpus": {"formats": {}, "text": "text"}}) == {"corpus.formats": "{}", "corpus.text": "text"}

@@ -137,6 +137,9 @@ def trained_as_asked(up: Up) -> None:
     for section in ("corpus", "sample", "gate"):
         for key, value in getattr(own, section).model_dump(mode="json").items():
             logged = run.data.params[f"{section}.{key}"]
+            if key in ("block_bytes", "val_fraction", "holdout_fraction"):  # empty until the run chooses
+                assert value is None and float(logged) > 0
+                continue
             assert logged == (value if isinstance(value, str) else json.dumps(value)), (section, key)
 
 

@@ -62,7 +62,7 @@ def test_versions_promotions_and_rollbacks_are_ordered_by_their_numbers(tiny_reg
     assert newest is not None and str(newest.version) == "3"
     for _ in range(2):  # two versions of one run key
         client.create_model_version(MODEL, versions[0].source, tags={"run_key": "again", "attempt": "1"})
-    again = registry.find(root, MODEL, "again")
+    again = registry.find_by_run_key(root, MODEL, "again")
     assert again is not None and str(again.version) == "6"
     assert [rollback(root, MODEL, "x", "ann").target for _ in range(2)] == ["3", "2"]
 

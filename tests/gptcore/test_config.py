@@ -59,7 +59,7 @@ def test_an_unknown_key_inside_a_section_is_named_with_its_path():
         (TrainConfig, {"threads": "4"}),
         (ModelConfig, {"qkv_bias": 1}),
         (ModelConfig, {"qkv_bias": "yes"}),
-        (CorpusConfig, {"sources": "one.txt"}),
+        (CorpusConfig, {"sources": 1}),
         (CorpusConfig, {"sources": [1]}),
         (SampleConfig, {"temperatures": ["0.8"]}),
         (SampleConfig, {"prompts": "The"}),

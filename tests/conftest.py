@@ -4,6 +4,10 @@ With several workers the longest files start first, so that all workers finish a
 """
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("untimed", deadline=None)  # a slow machine is not a failure
+settings.load_profile("untimed")
 
 pytest_plugins = ["tests.fixtures"]
 

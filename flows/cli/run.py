@@ -309,8 +309,15 @@ def _print_outcome(console: "Console", outcome: "Outcome") -> None:
         table.add_row("run directory", os.path.relpath(outcome.run_directory))
     table.add_row("seconds", ", ".join(f"{name} {took:.1f}" for name, took in outcome.seconds.items()))
     print_(table)
-    champion = f"models:/{outcome.uri.removeprefix('models:/').partition('@')[0].partition('/')[0]}@champion"
-    prompt = "The assert statement" if outcome.pipeline == "quickstart" else "Once upon a time"
     print_("Next:")
-    for command in (f'gptflow generate {champion} --prompt "{prompt}"', f"gptflow show {champion}", "gptflow models"):
+    for command in _list_next_commands(outcome):
         print_(f"  [green]{command}[/green]")
+
+
+def _list_next_commands(outcome: "Outcome") -> tuple[str, ...]:
+    """Return commands that work after this outcome. A rejected version may have no champion beside it."""
+    if outcome.verdict == "paused":
+        return (f"gptflow run {outcome.pipeline}",)
+    uri = f"{outcome.uri.rpartition('/')[0]}@champion" if outcome.verdict == "promoted" else outcome.uri
+    prompt = "The assert statement" if outcome.pipeline == "quickstart" else "Once upon a time"
+    return (f'gptflow generate {uri} --prompt "{prompt}"', f"gptflow show {uri}", "gptflow models")

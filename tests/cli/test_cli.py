@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from flows.cli import run
+from flows.retrain.flow import Outcome
 from tests.servers import gptflow, refused
 
 
@@ -77,3 +79,16 @@ def test_every_shipped_pipeline_is_valid(project: Path) -> None:
     assert {"quickstart", "verdict", "shakespeare", "shakespeare-bytes"} <= set(file.names())
     for name in file.names():
         file.pipeline(name)
+
+
+@pytest.mark.parametrize(
+    ("verdict", "uri", "next_"),
+    [
+        ("promoted", "models:/gpt-notes/2", "models:/gpt-notes@champion"),
+        ("rejected", "models:/gpt-notes/1", "models:/gpt-notes/1"),  # there may be no champion
+        ("paused", "models:/gpt-notes@champion", "gptflow run notes"),
+    ],
+)
+def test_the_commands_after_a_run_name_a_version_that_exists(verdict: str, uri: str, next_: str) -> None:
+    commands = run._list_next_commands(Outcome("notes", verdict, "a reason", uri))
+    assert next_ in commands[0]

@@ -57,7 +57,7 @@ def test_other_words_have_another_view_and_punctuation_has_none() -> None:
 
 
 @given(st.text(alphabet=st.characters(exclude_categories=["Cs"])))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_the_view_is_that_of_each_character_and_never_longer(text: str) -> None:
     views = [normalize(character.encode()) for character in text]
     assert normalize(text.encode()) == b"".join(views)

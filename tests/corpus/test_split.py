@@ -51,7 +51,7 @@ def test_blocks_add_up_to_the_document_in_whole_characters_for_chunks_of_any_siz
 
 
 @given(st.text(alphabet="ab .!\n\r\t日🎈", max_size=3000), st.integers(1, 400))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_any_text_is_cut_without_loss(text: str, size: int) -> None:
     document = (text * 5).encode()
     blocks = list(cut_blocks(sliced(document, size), 256))
@@ -72,7 +72,7 @@ def test_blocks_have_about_the_requested_length(shape: str) -> None:
 
 
 @given(st.integers(0, 10**6), st.integers(0, 10**6), st.sampled_from([" word", "\n\nA paragraph.\n\n", "é" * 40]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_an_insertion_changes_only_the_blocks_near_it(seed: int, place: int, inserted: str) -> None:
     text = odd_prose(seed, 50_000)
     at = place % len(text)
@@ -142,7 +142,7 @@ def random_text(drawn: random.Random, chars: int, alphabet: str) -> str:
 
 
 @given(st.integers(0, 10**9), st.sampled_from(["ab", "abcdefgh \n", "日本語é🎈a", "aB. e\u0301ﬁ한ᄒ\n> "]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_search_finds_the_same_runs_as_brute_force(
     tmp_path_factory: pytest.TempPathFactory, seed: int, alphabet: str
 ) -> None:

@@ -35,7 +35,7 @@ def brute_force(text, corpus):
     return next((n for n in lengths if any(text[i : i + n] in corpus for i in range(len(text) - n + 1))), 0)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.text("abé世", max_size=40), max_size=3), st.text("abé世\r\n", max_size=400), st.integers(1, 50))
 def test_the_longest_copy_is_as_long_as_brute_force_finds_and_is_in_both_texts(tmp_path_factory, texts, corpus, size):
     path = tmp_path_factory.mktemp("corpus") / "train.txt"

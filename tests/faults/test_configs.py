@@ -24,7 +24,6 @@ from tests.servers import gptflow, refused
 PER_TEST = settings(
     max_examples=1000,
     derandomize=True,
-    deadline=None,
     database=None,
     phases=[Phase.generate],
     suppress_health_check=list(HealthCheck),

@@ -216,7 +216,7 @@ def test_between_two_ids_the_model_is_in_its_own_mode():
     assert model.training
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.text(max_size=30))
 def test_streamed_text_never_ends_inside_a_character(text):
     tokenizer = get_tokenizer("bytes")
@@ -224,7 +224,7 @@ def test_streamed_text_never_ends_inside_a_character(text):
     assert pieces == list(text)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.integers(0, 255), max_size=20))
 def test_streamed_text_equals_the_text_decoded_at_once(ids):
     tokenizer = get_tokenizer("bytes")
@@ -236,7 +236,7 @@ def test_text_is_streamed_from_a_raw_encoding_character_by_character(tokenizer):
     assert [next(stream), next(stream), next(stream)] == ["h", "é", "\ufffd"]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.text("abc€", max_size=20), st.lists(st.text("abc€", min_size=1, max_size=4), max_size=3))
 def test_text_ends_before_the_first_complete_stop_string_and_shows_no_part_of_it(text, stop):
     tokenizer = get_tokenizer("bytes")

@@ -56,7 +56,7 @@ def test_a_filter_keeps_the_same_tokens_as_hugging_faces_filter(sampling, vocab_
         assert torch.allclose(own[~differ], expected[~differ], atol=1e-6)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.floats(-30, 30, width=32), min_size=1, max_size=40),
     st.builds(

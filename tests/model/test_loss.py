@@ -40,7 +40,7 @@ def assert_same(hidden, weight, targets, atol, scale: float = 1.0):
         assert torch.allclose(mine, theirs, atol=atol, rtol=atol), (mine - theirs).abs().max()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     rows=st.integers(1, 40),
     width=st.integers(1, 9),

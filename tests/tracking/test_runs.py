@@ -23,7 +23,8 @@ def test_a_run_has_as_many_sources_as_mlflow_accepts_and_the_number_of_the_other
     sources = tuple(f"/texts/{'x' * 60}/{number}.txt" for number in range(1_100))
     pipeline = Pipeline(name="tiny", model_name="gpt-tiny", corpus=CorpusConfig(sources=sources))
     reading = Reading()
-    snapshot = Snapshot(root.corpora / "a", "a" * 64, documents=1, blocks={}, bytes={}, dropped={}, reading=reading)
+    counts = {"documents": 1, "blocks": {}, "bytes": {}, "dropped": {}}
+    snapshot = Snapshot(root.corpora / "a", "a" * 64, split={}, reading=reading, **counts)
     runs.log_dataset(root, run_id, pipeline, snapshot)
     (logged,) = client.get_run(run_id).inputs.dataset_inputs
     source = json.loads(logged.dataset.source)

@@ -90,6 +90,9 @@ def test_added_text_has_its_size_and_verdicts_that_break_a_promise_are_listed() 
     assert forgetting.list_failures(nights) == []
     assert forgetting.list_failures(nights[1:]) == ["growth, seed 1: 7 nights promoted"]
     assert forgetting.list_failures([replace(good, scenario="garbage")]) == ["garbage, seed 1: because"]
+    (fooled,) = forgetting.list_failures([replace(good, scenario="copies", outside=-0.1)])
+    assert fooled == "copies 1, seed 1: promoted, but by -0.100 on text that no model saw"
+    assert forgetting.list_failures([replace(good, scenario="copies", outside=0.1)]) == []
     row = "| growth 1 | 1 | +0.100 (+0.050 to +0.150) | 2.100, 2.000, +0.100 (+0.050 to +0.150) |"
     assert row in forgetting.table(nights)
 

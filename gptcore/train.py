@@ -49,9 +49,7 @@ def train_model_simple(
             optimizer.zero_grad()
             loss = calc_loss_batch(input_batch, target_batch, model, device)
             if not math.isfinite(loss.item()):
-                raise TrainingDiverged(
-                    f"the loss of update {step + 1} is {loss.item()}. Lower the learning rate.", step
-                )
+                raise TrainingDiverged(f"the loss of step {step + 1} is {loss.item()}. Lower the learning rate.", step)
             loss.backward()
             optimizer.step()
             tokens_seen += input_batch.numel()

@@ -26,9 +26,9 @@ S = TypeVar("S", SourceScore, SourceComparison)
 
 FACTS = ("tokenizer", "parameters", "training", "corpus")
 """Facts about each model in the comparison, besides its score."""
-_MOST_CHARS = 600
+_MAX_CHARS = 600
 """Most characters of a sample on the card; samples.json has the whole text."""
-_MOST_SOURCES = 20
+_MAX_SOURCES = 20
 _SAMPLE_WIDTH, _VALUE_WIDTH, _FACT_WIDTH = 36, 72, 30
 """Characters per line. Prefect's UI breaks no line inside a table, and cuts off what is too wide."""
 
@@ -127,11 +127,11 @@ def pick_sources(scores: Sequence[S], text: str) -> tuple[list[S], str]:
     """
     scored = sorted((score for score in scores if score.blocks), key=lambda score: score.bytes, reverse=True)
     notes = []
-    if (more := len(scored) - _MOST_SOURCES) > 0:
+    if (more := len(scored) - _MAX_SOURCES) > 0:
         notes.append(f"Not shown: {more:,} sources with less {text}. The evaluation's sources.csv lists all sources.")
     if empty := len(scores) - len(scored):
         notes.append(f"Sources without {text}: {empty:,}.")
-    return scored[:_MOST_SOURCES], " ".join(notes)
+    return scored[:_MAX_SOURCES], " ".join(notes)
 
 
 def explain_verdict(verdict: Verdict, version: str) -> str:
@@ -347,5 +347,5 @@ def _render_samples(card: Card) -> str:
 def _render_sample(sample: Sample) -> str:
     if not sample.text.strip():
         return "*only white space*" if sample.text else "*ended at once*"
-    more = " …" if len(sample.text) > _MOST_CHARS else ""
-    return escape(sample.text[:_MOST_CHARS], _SAMPLE_WIDTH) + more
+    more = " …" if len(sample.text) > _MAX_CHARS else ""
+    return escape(sample.text[:_MAX_CHARS], _SAMPLE_WIDTH) + more

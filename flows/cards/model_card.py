@@ -21,15 +21,15 @@ from gptcore.evaluation.samples import Sample
 from gptcore.training.run_directory import Result
 
 _LOADING = "## How to load it"
-_MOST_SAMPLES = 3
-_MOST_CHARS = 600
+_MAX_SAMPLES = 3
+_MAX_CHARS = 600
 """Most characters of a sample on the card; the training's MLflow run has all samples in full."""
-_MOST_SOURCES = 20
+_MAX_SOURCES = 20
 _SIDES = ("train", "val", "holdout")
 
 
 @dataclass(frozen=True)
-class Evidence:
+class TrainedModelFacts:
     """What is known about a model that was trained here, besides its lineage."""
 
     result: Result
@@ -50,12 +50,12 @@ def render_card(
     model_name: str,
     cfg: Mapping[str, Any],
     lineage: Mapping[str, Any],
-    evidence: Evidence | None = None,
+    facts: TrainedModelFacts | None = None,
     champion: Champion | None = None,
 ) -> str:
     """Render the card as Markdown. `cfg` is the configuration of the model's architecture.
 
-    `evidence` is None if the model was made elsewhere, or was registered before there were model cards.
+    `facts` is None if the model was made elsewhere, or was registered before there were model cards.
     """
     parts = [
         _render_front_matter("gptflow", lineage),
@@ -65,12 +65,12 @@ def render_card(
         "## What it learned from",
         _render_training_data(lineage),
         "## How it was trained",
-        _render_training(cfg, lineage, evidence),
+        _render_training(cfg, lineage, facts),
         "## How good it is",
-        _render_evaluation(model_name, lineage, evidence, champion),
-        *(["## What it writes", _render_samples(evidence.samples)] if evidence and evidence.samples else []),
+        _render_evaluation(model_name, lineage, facts, champion),
+        *(["## What it writes", _render_samples(facts.samples)] if facts and facts.samples else []),
         "## Limits",
-        _render_limits(cfg, evidence),
+        _render_limits(cfg, facts),
         "## Licence",
         "The licence of the text that it learned from: the owners of that text decide what may be done with the model. "
         "gptflow, the software that made the model, is under the MIT licence and claims nothing.",
@@ -140,8 +140,8 @@ def _render_training_data(lineage: Mapping[str, Any]) -> str:
         files = render_table(("read from", "sha256"), rows)
         return "Nothing is known about the text that it learned from." + (f"\n\n{files}" if files else "")
     sources = [strip_secrets(source) for source in _look_up(lineage, "config", "corpus", "sources") or ()]
-    named = [f"- {escape(source)}" for source in sources[:_MOST_SOURCES]]
-    more = [f"- and {len(sources) - _MOST_SOURCES:,} more"] if len(sources) > _MOST_SOURCES else []
+    named = [f"- {escape(source)}" for source in sources[:_MAX_SOURCES]]
+    more = [f"- and {len(sources) - _MAX_SOURCES:,} more"] if len(sources) > _MAX_SOURCES else []
     sides = [(side, f"{corpus['blocks'][side]:,}", f"{corpus['bytes'][side]:,}") for side in _SIDES]
     split = ", ".join(f"{key} {value}" for key, value in lineage.get("split", {}).items())
     return "\n\n".join(
@@ -162,19 +162,19 @@ def _render_training_data(lineage: Mapping[str, Any]) -> str:
 _DIGESTS = {"text": "corpus_sha256", "tokens": "tokens_sha256", "tokenizer": "tokenizer_sha256"}
 
 
-def _render_training(cfg: Mapping[str, Any], lineage: Mapping[str, Any], evidence: Evidence | None) -> str:
+def _render_training(cfg: Mapping[str, Any], lineage: Mapping[str, Any], facts: TrainedModelFacts | None) -> str:
     shape = ", ".join(f"{key} {value}" for key, value in cfg.items())
     rows = [("architecture", shape), ("started from", lineage.get("started_from") or "random weights")]
-    if evidence is None:
+    if facts is None:
         is_ours = "pipeline" in lineage  # registered before there were model cards
         rows[1:] = [("training", "see its lineage, lineage.json" if is_ours else "unknown: it was made elsewhere")]
     else:
-        result, train = evidence.result, _look_up(lineage, "run_config", "train") or {}
+        result, train = facts.result, _look_up(lineage, "run_config", "train") or {}
         keys = ("optimizer", "learning_rate", "schedule", "weight_decay", "batch_size", "accumulation", "precision")
         rows += [
             ("optimisation", ", ".join(f"{key} {train[key]}" for key in keys if key in train)),
-            ("updates", f"{result.steps:,} with {result.tokens_seen:,} tokens in all, ended by {result.stopped_by}"),
-            ("weights", f"those after update {result.best_step:,}, val loss {result.best_val_loss:.4f} nats per token"),
+            ("steps", f"{result.steps:,} with {result.tokens_seen:,} tokens in all, ended by {result.stopped_by}"),
+            ("weights", f"those after step {result.best_step:,}, val loss {result.best_val_loss:.4f} nats per token"),
             ("seed", str(lineage.get("seed"))),
             ("time", f"{result.seconds:,.1f} s in updates"),
             (
@@ -193,13 +193,13 @@ def _render_training(cfg: Mapping[str, Any], lineage: Mapping[str, Any], evidenc
 
 
 def _render_evaluation(
-    model_name: str, lineage: Mapping[str, Any], evidence: Evidence | None, champion: Champion | None
+    model_name: str, lineage: Mapping[str, Any], facts: TrainedModelFacts | None, champion: Champion | None
 ) -> str:
-    if evidence is None and (score := lineage.get("holdout_bits_per_byte")) is not None:
+    if facts is None and (score := lineage.get("holdout_bits_per_byte")) is not None:
         return f"{score:.4f} bits per byte, lower is better, on text that was held out from it."
-    if evidence is None:
+    if facts is None:
         return "It was not scored when it was registered. The next retraining is compared with it on held-out text."
-    scores = evidence.scores
+    scores = facts.scores
     (side, score), *simple = list_scores(scores)
     rows = [(f"this model, {side}", score)]
     if scores.holdout is not None:
@@ -233,13 +233,13 @@ def _render_evaluation(
 def _render_samples(samples: Sequence[Sample]) -> str:
     """Render one sample per prompt, that of the highest temperature: random samples show more than likely ones."""
     by_prompt = {sample.prompt: sample for sample in sorted(samples, key=lambda sample: sample.temperature)}
-    shown = list(dict.fromkeys(sample.prompt for sample in samples))[:_MOST_SAMPLES]
+    shown = list(dict.fromkeys(sample.prompt for sample in samples))[:_MAX_SAMPLES]
     return "\n\n".join(_render_sample(by_prompt[prompt]) for prompt in shown)
 
 
 def _render_sample(sample: Sample) -> str:
     whole = sample.prompt + sample.text
-    clipped = whole[:_MOST_CHARS] + (" …" if len(whole) > _MOST_CHARS else "")
+    clipped = whole[:_MAX_CHARS] + (" …" if len(whole) > _MAX_CHARS else "")
     begins = f"After {escape(repr(sample.prompt[:80]))}" if sample.prompt else "A new document"
     return (
         f"{begins}, temperature {sample.temperature:g}, seed {sample.seed}. At most {sample.longest_copied:,} "
@@ -254,7 +254,7 @@ def _render_fence(plain: str) -> str:
     return f"{fence}text\n{shown}\n{fence}"
 
 
-def _render_limits(cfg: Mapping[str, Any], evidence: Evidence | None) -> str:
+def _render_limits(cfg: Mapping[str, Any], facts: TrainedModelFacts | None) -> str:
     limits = [
         "It knows only the text that it learned from, with the language, errors and prejudices of that text. It states "
         "falsehoods as fluently as facts.",
@@ -262,10 +262,10 @@ def _render_limits(cfg: Mapping[str, Any], evidence: Evidence | None) -> str:
         "It may repeat its training text letter by letter, private details included.",
         "It was not taught to follow instructions or to refuse them. Nobody has examined what it writes.",
     ]
-    if evidence is not None:
-        longest = max((sample.longest_copied for sample in evidence.samples), default=0)
-        reported, simple = evidence.scores.reported, evidence.scores.baselines
-        limits[2] += _describe_memorization(evidence.scores.memorization)
+    if facts is not None:
+        longest = max((sample.longest_copied for sample in facts.samples), default=0)
+        reported, simple = facts.scores.reported, facts.scores.baselines
+        limits[2] += _describe_memorization(facts.scores.memorization)
         if longest:
             limits[2] += f" The longest copied run in its samples has {longest:,} characters."
         if not reported.bits_per_byte < simple.xz_primed_bits_per_byte:

@@ -144,22 +144,23 @@ def prepare(pipeline: "Pipeline", root: "StateRoot", directory: Path) -> "Tokens
         raise ConfigError(
             f"{directory.resolve()} is a file, or holds files but is not a run directory. Name a new one."
         )
-    from flows.registry import ancestry
+    from flows.registry import ancestry, versions
     from flows.retrain import attempts
     from gptcore.corpus.ingest import ingest
-    from gptcore.corpus.split import has_empty_settings
     from gptcore.tokens.files import tokenize
     from gptcore.training.resolve import resolve
     from gptcore.training.run_directory import RunDirectory
 
     pipeline = pipeline.model_copy(update={"train": resolve(pipeline.train)})
     has_registry = root.mlflow_database is None or root.mlflow_database.path.exists()
-    if pipeline.train.start_from != ancestry.SCRATCH or (has_registry and has_empty_settings(pipeline.corpus)):
+    previous = None
+    if has_registry or pipeline.train.start_from != ancestry.SCRATCH:
         root.prepare_registry()
         pipeline = attempts.keep_recorded_split(root, pipeline)
+        previous = versions.find_split_snapshot(root, pipeline)
     start = ancestry.resolve_start(root, pipeline)
     # Shards are processed by local processes, because there is no flow run here that could have tasks.
-    snapshot = ingest(pipeline.corpus, root.corpora, root.project)
+    snapshot = ingest(pipeline.corpus, root.corpora, root.project, previous=previous)
     for line in filter(None, (*snapshot.reading.describe(), snapshot.reading.describe_secrets())):
         click.echo(line)
     pipeline = attempts.keep_split(pipeline, snapshot.split)

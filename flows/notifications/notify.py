@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from prefect import Flow, State
     from prefect.client.schemas.objects import FlowRun
 
-Occasion = Literal["failure", "promotion", "stale"]
+NotifyEvent = Literal["failure", "promotion", "stale"]
 Log = logging.Logger | logging.LoggerAdapter[Any]
 _CONNECT_SECONDS = 3.05
 _READ_SECONDS = 5.0
@@ -47,7 +47,7 @@ class NotifyConfig(Section):
     ${NAME} stands for an environment variable that holds the address or a part of it."""
     block: Annotated[str, Field(pattern=r"^[a-z0-9-]+/[a-z0-9-]+$")] | None = None
     """Type and name of a notification block on the Prefect server, as in slack-webhook/team."""
-    on: Annotated[tuple[Occasion, ...], Field(min_length=1)] = ("failure", "promotion", "stale")
+    on: Annotated[tuple[NotifyEvent, ...], Field(min_length=1)] = ("failure", "promotion", "stale")
     """failure: a run failed or was killed. promotion: there is a new champion. stale: no success for longer than the
     schedule allows, sent once until the next success."""
 
@@ -76,7 +76,7 @@ class Message:
     """A message for people."""
 
     pipeline: str
-    event: Occasion
+    event: NotifyEvent
     title: str
     text: str
     flow_run_id: str | None = None
@@ -119,7 +119,7 @@ def send_failure(flow_run: "FlowRun", state: "State[Any]") -> None:
     _notify(flow_run, state, "failure", how)
 
 
-def _notify(flow_run: "FlowRun", state: "State[Any]", event: Occasion, summary: str) -> None:
+def _notify(flow_run: "FlowRun", state: "State[Any]", event: NotifyEvent, summary: str) -> None:
     # A hook gets the pipeline only through the run's parameters, which contain everything that its deployment set.
     targets = [NotifyConfig.model_validate(target) for target in flow_run.parameters.get("notify") or ()]
     if not targets:

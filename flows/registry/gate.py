@@ -92,7 +92,7 @@ def judge_without_champion(bits_per_byte: float, scores: Scores) -> Verdict:
     return Verdict(is_better, kind, reason, bits_per_byte, blocks=reported.blocks, bytes=reported.bytes)
 
 
-def decide(
+def judge_comparison(
     comparison: Comparison,
     cfg: GateConfig,
     challenger: ModelVersion,
@@ -168,7 +168,7 @@ def _describe_old(comparison: Comparison, cfg: GateConfig, challenger: ModelVers
 
 
 @dataclass(frozen=True)
-class _Evidence:
+class _ComparableBlocks:
     """The blocks that count in a comparison."""
 
     clean: CleanBlocks
@@ -215,16 +215,22 @@ def _compare_with_champion(
         total = sum(block["nats"] for block in scored) / math.log(2) / sum(block["bytes"] for block in scored)
         return judge_without_champion(total, scores)
     champion_model = load(root, champion)
-    evidence = _find_evidence(root, snapshot, side, challenger, champion)
-    champion_scores = _score_blocks(champion_model, evidence.clean.blocks, side)
-    challenger_scores = _score_blocks(load(root, challenger), evidence.clean.blocks, side)
-    if evidence.is_old is None:
+    comparable = _find_comparable_blocks(root, snapshot, side, challenger, champion)
+    champion_scores = _score_blocks(champion_model, comparable.clean.blocks, side)
+    challenger_scores = _score_blocks(load(root, challenger), comparable.clean.blocks, side)
+    if comparable.is_old is None:
         comparison = compare(challenger_scores, champion_scores, cfg.confidence)
     else:
-        comparison = compare_by_age(challenger_scores, champion_scores, cfg.confidence, evidence.is_old)
-    excluded_bytes = evidence.clean.excluded_bytes
-    shortage = explain_shortage(snapshot, len(evidence.clean.blocks))
-    verdict = decide(comparison, cfg, challenger, str(champion.version), excluded_bytes, evidence.unknown, shortage)
+        comparison = compare_by_age(challenger_scores, champion_scores, cfg.confidence, comparable.is_old)
+    verdict = judge_comparison(
+        comparison,
+        cfg,
+        challenger,
+        champion_version=str(champion.version),
+        excluded_bytes=comparable.clean.excluded_bytes,
+        unknown=comparable.unknown,
+        shortage=explain_shortage(snapshot, len(comparable.clean.blocks)),
+    )
     return replace(
         verdict,
         comparison=comparison,
@@ -263,9 +269,9 @@ def _verify_snapshot(snapshot: Snapshot) -> None:
         ) from None
 
 
-def _find_evidence(
+def _find_comparable_blocks(
     root: StateRoot, snapshot: Snapshot, side: str, challenger: ModelVersion, champion: ModelVersion
-) -> _Evidence:
+) -> _ComparableBlocks:
     """Return the blocks that are clean for both versions and their ancestors, and which of them are old.
 
     If a training text was deleted, altered, or never on this machine, the comparison ignores it and says so.
@@ -278,7 +284,7 @@ def _find_evidence(
     clean = find_clean_blocks(snapshot.path, side, known)
     champion_snapshot, problem = champion_texts[0]  # the next ones are those of its ancestors
     is_old = None if problem else find_old_blocks(champion_snapshot, snapshot.path, clean.blocks)
-    return _Evidence(clean, "; ".join(filter(None, learned.values())), is_old)
+    return _ComparableBlocks(clean, "; ".join(filter(None, learned.values())), is_old)
 
 
 def _score_blocks(loaded: LoadedModel, chosen: Sequence[Block], side: str) -> Sequence[dict[str, Any]]:

@@ -14,8 +14,8 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
-MOST_PROMPTS = 1000
-MOST_NEW_TOKENS = 4096
+MAX_PROMPTS = 1000
+MAX_NEW_TOKENS = 4096
 DEFAULTS = {
     "max_new_tokens": 50,
     "temperature": 0.8,
@@ -62,8 +62,8 @@ class GPTTextModel(PythonModel):
         from gptcore.generation.generate import generate_batch, stream_text
         from gptcore.generation.sampling import Sampling
 
-        if not 1 <= max_new_tokens <= MOST_NEW_TOKENS:
-            raise ConfigError(f"max_new_tokens is {max_new_tokens}; it must be from 1 to {MOST_NEW_TOKENS}.")
+        if not 1 <= max_new_tokens <= MAX_NEW_TOKENS:
+            raise ConfigError(f"max_new_tokens is {max_new_tokens}; it must be from 1 to {MAX_NEW_TOKENS}.")
         if top_k < 0:
             raise ConfigError(f"top_k is {top_k}; it must be at least 1, or 0 for the whole vocabulary.")
         tokenizer = self.bundle.tokenizer
@@ -79,9 +79,9 @@ class GPTTextModel(PythonModel):
 
 
 def _check_prompts(prompts: list[Any]) -> None:
-    if not prompts or len(prompts) > MOST_PROMPTS:
+    if not prompts or len(prompts) > MAX_PROMPTS:
         raise MlflowException.invalid_parameter_value(
-            f"there are {len(prompts)} prompts; a request must have from 1 to {MOST_PROMPTS}."
+            f"there are {len(prompts)} prompts; a request must have from 1 to {MAX_PROMPTS}."
         )
     wrong = next((number for number, prompt in enumerate(prompts) if not isinstance(prompt, str)), None)
     if wrong is not None:

@@ -19,7 +19,7 @@ from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
 import gptcore
 from flows.cards import model_card
-from flows.cards.model_card import Champion, Evidence
+from flows.cards.model_card import Champion, TrainedModelFacts
 from flows.registry import artifacts
 from flows.registry.tags import VersionTags
 from flows.registry.versions import BUNDLE, BUNDLE_SHA256, find_by_run_key, find_champion
@@ -58,7 +58,7 @@ class Candidate:
     attempt: int
     mlflow_run_id: str
     lineage: dict[str, Any]
-    evidence: Evidence | None = None
+    facts: TrainedModelFacts | None = None
     """Scores and samples for the model card."""
 
 
@@ -81,7 +81,7 @@ def register(root: StateRoot, run: RunDirectory, tokens: Tokens, candidate: Cand
         manifest.verify(run.final)  # the registered weights are the ones that were scored
         origin = {**lineage, "mlflow_run_id": candidate.mlflow_run_id}
         cfg = run.read_config().cfg()
-        card = model_card.render_card(candidate.model_name, cfg, origin, candidate.evidence, champion_facts)
+        card = model_card.render_card(candidate.model_name, cfg, origin, candidate.facts, champion_facts)
         return write_bundle(bundle, cfg, run.weights, tokens.load_tokenizer(), origin, card)
 
     return add_version(root, candidate.model_name, candidate.mlflow_run_id, tags, run.path, fill)
@@ -104,7 +104,7 @@ def add_version(
     mlflow.set_tracking_uri(root.tracking_uri)
     client = MlflowClient(root.tracking_uri)
     uri = _reuse_logged_model(client, root, mlflow_run_id) or _log_model(mlflow_run_id, workplace, fill)
-    client.update_run(mlflow_run_id, status="RUNNING")  # logging ended the run, but its evidence is not logged yet
+    client.update_run(mlflow_run_id, status="RUNNING")  # logging ended the run, but its results are not logged yet
     model_id = uri.removeprefix("models:/")
     sha256 = client.get_logged_model(model_id).tags.get(BUNDLE_SHA256)  # missing if an earlier release logged it
     postgres_lock.ensure_held()

@@ -20,6 +20,7 @@ from flows.config.pipelines import Pipeline
 from flows.registry.tags import GATE_TAGS, VersionTags
 from flows.state.root import StateRoot
 from gptcore import manifest
+from gptcore.corpus.snapshot import DOCUMENTS
 from gptcore.errors import CheckpointError, GPTCoreError
 from gptcore.records import parse_record, read_bytes
 
@@ -147,13 +148,24 @@ def find_split(root: StateRoot, pipeline: Pipeline) -> dict[str, Any]:
     They are those of the champion, so that the gate finds as much text as possible that neither version has learned. If
     the pipeline has no champion of its own, they are those of its newest finished training.
     """
-    champion = find_champion(root, pipeline.model_name)
-    is_own = champion is not None and VersionTags.from_tags(champion.tags).pipeline == pipeline.name
-    kept = champion if is_own else find_newest_finished(root, pipeline)
-    if kept is None:
+    if (kept := _find_split_version(root, pipeline)) is None:
         return {}
     recorded: dict[str, Any] = VersionTags.from_tags(kept.tags).split or read_lineage(root, kept)["split"]
     return recorded
+
+
+def find_split_snapshot(root: StateRoot, pipeline: Pipeline) -> Path | None:
+    """Return the snapshot whose split the pipeline keeps. None at first, or if the snapshot was deleted."""
+    kept = _find_split_version(root, pipeline)
+    sha256 = None if kept is None else VersionTags.from_tags(kept.tags).corpus_sha256
+    path = root.fetch_corpus(sha256) if sha256 else None
+    return path if path is not None and (path / DOCUMENTS).is_file() else None
+
+
+def _find_split_version(root: StateRoot, pipeline: Pipeline) -> ModelVersion | None:
+    champion = find_champion(root, pipeline.model_name)
+    is_own = champion is not None and VersionTags.from_tags(champion.tags).pipeline == pipeline.name
+    return champion if is_own else find_newest_finished(root, pipeline)
 
 
 def describe(root: StateRoot, version: ModelVersion) -> dict[str, Any]:

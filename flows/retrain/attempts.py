@@ -198,7 +198,7 @@ def _run_key(pipeline: Pipeline, tokens: Tokens, start: WarmStart | Start | None
 
 
 def _is_done(root: StateRoot, version: ModelVersion, sources_overridden: bool) -> bool:
-    """Whether the version has its verdict, and its MLflow run has all the evidence."""
+    """Whether the version has its verdict, and its MLflow run has all its results."""
     # If the text of an experiment becomes the text of the pipeline, its version has yet to compete.
     tags = VersionTags.from_tags(version.tags)
     has_yet_to_compete = tags.gate_kind == verdict.SOURCES_OVERRIDDEN and not sources_overridden
@@ -220,7 +220,7 @@ def _ancestors(root: StateRoot, began_with: Start | None) -> tuple[Ancestor, ...
 
 
 def is_judged(root: StateRoot, pipeline: Pipeline, key: str, run: str, sources_overridden: bool) -> bool:
-    """Whether the run directory named `run`, of this key, became a version with a verdict and all its evidence."""
+    """Whether the run directory named `run`, of this key, became a version with a verdict and all its results."""
     found = versions.find_by_run_key(root, pipeline.model_name, key, int(run.rpartition("-")[2]))
     return found is not None and _is_done(root, found, sources_overridden)
 

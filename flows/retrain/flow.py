@@ -19,7 +19,7 @@ from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 
 from flows.cards.decision import list_details, list_scores
-from flows.cards.model_card import Evidence
+from flows.cards.model_card import TrainedModelFacts
 from flows.cards.verdict import Verdict
 from flows.config.pipelines import Pipeline, TaskRunnerName
 from flows.notifications.notify import NotifyConfig, notify_failure, notify_promotion
@@ -224,7 +224,10 @@ class _Retraining:
         root = self.root
         with self.step("ingest") as step:
             corpus = self.pipeline.corpus
-            snapshot = tasks.ingest(cfg=corpus, corpora=root.corpora, base=root.project, map_shards=map_shards)
+            previous = versions.find_split_snapshot(root, self.pipeline)
+            snapshot = tasks.ingest(
+                cfg=corpus, corpora=root.corpora, base=root.project, map_shards=map_shards, previous=previous
+            )
             step.describe(tasks.describe_snapshot(snapshot))
         self.pipeline = pipeline = attempts.keep_split(self.pipeline, snapshot.split)
         for line in snapshot.reading.describe():
@@ -320,7 +323,7 @@ class _Retraining:
         return self.release(attempt, result, mlflow_run_id)
 
     def release(self, attempt: Attempt, result: Result, mlflow_run_id: str) -> Outcome:
-        """Evaluate, register and judge a trained model, and publish all evidence."""
+        """Evaluate, register and judge a trained model, and publish all results."""
         run = attempt.run
         with self.step("evaluate") as step:
             evaluation = tasks.evaluate(run=run, snapshot=attempt.snapshot, tokens=attempt.tokens)
@@ -332,8 +335,8 @@ class _Retraining:
             plots = tasks.plot(run=run, evaluation=evaluation)
             step.describe(tasks.describe_plots(plots))
         scores = read_scores(evaluation)
-        evidence = Evidence(result, scores, read_samples(samples))
-        candidate = self.build_candidate(attempt, evidence, mlflow_run_id)
+        facts = TrainedModelFacts(result, scores, read_samples(samples))
+        candidate = self.build_candidate(attempt, facts, mlflow_run_id)
         with self.step("register") as step:
             version = tasks.register(root=self.root, run=run, tokens=attempt.tokens, candidate=candidate)
             step.describe(self.version_uri(version))
@@ -369,7 +372,7 @@ class _Retraining:
             step.describe(tasks.describe_verdict(verdict))
         return verdict
 
-    def build_candidate(self, attempt: Attempt, evidence: Evidence, mlflow_run_id: str) -> register.Candidate:
+    def build_candidate(self, attempt: Attempt, facts: TrainedModelFacts, mlflow_run_id: str) -> register.Candidate:
         """Collect what the registration needs, with the version's lineage."""
         origin = {
             **lineage(
@@ -377,8 +380,8 @@ class _Retraining:
                 snapshot=attempt.snapshot,
                 tokens=attempt.tokens,
                 run=attempt.run,
-                result=evidence.result,
-                scores=evidence.scores,
+                result=facts.result,
+                scores=facts.scores,
                 ancestors=attempt.ancestors,
             ),
             "settings_key": self.settings,
@@ -390,7 +393,7 @@ class _Retraining:
             attempt=attempt.number,
             mlflow_run_id=mlflow_run_id,
             lineage=origin,
-            evidence=evidence,
+            facts=facts,
         )
 
     def version_uri(self, version: str) -> str:
@@ -418,7 +421,7 @@ class _Retraining:
         )
 
     def report(self, done: JudgedRetraining, evaluation: Path) -> Outcome:
-        """Log the evidence to the MLflow run, publish the decision card, and close the MLflow run."""
+        """Log the results to the MLflow run, publish the decision card, and close the MLflow run."""
         began = time.perf_counter()
         outcome = self.build_outcome(done)
         card_directories = decision_card.publish_card(self.root, done, self.changes or None)

@@ -40,7 +40,7 @@ Measured with champions of four texts, in bits per byte:
 A champion that has hardly learned anything notices only what hardly uses the letters of its text.
 """
 _SAMPLE_BYTES = 32_768
-_MOST_NAMED = 3  # sources that a sentence names
+_MAX_NAMED = 3  # sources that a sentence names
 _KINDS = {
     "letters": re.compile(r"[^\W\d_]"),
     "digits": re.compile(r"\d"),
@@ -140,7 +140,7 @@ def _describe_loss(before: Path, after: Path, delta: Delta) -> str:
     counts = (
         f"of {then.total():,} documents, {delta.documents_removed:,} are missing, {delta.documents_changed:,} changed"
     )
-    lost = (then - now).most_common(_MOST_NAMED)
+    lost = (then - now).most_common(_MAX_NAMED)
     return "; ".join([counts, *(f"{source} had {then[source]:,} and has {now[source]:,}" for source, _ in lost)])
 
 

@@ -30,7 +30,7 @@ from gptcore.tokens.files import load_tokens
 
 DRIFT_BYTES = 32_768
 """Maximum of new text that the champion is scored on, in bytes."""
-_MOST_NAMED = 3  # changed settings that a sentence names
+_MAX_NAMED = 3  # changed settings that a sentence names
 
 Row = tuple[str, str]
 
@@ -50,7 +50,7 @@ class Reason:
     """Why the text looks like an accident, so that a person has to accept it. None if it does not."""
 
 
-def weigh(root: StateRoot, pipeline: Pipeline, settings: str, snapshot: Snapshot) -> Reason:
+def find_reason(root: StateRoot, pipeline: Pipeline, settings: str, snapshot: Snapshot) -> Reason:
     """Compare text and settings with those of the newest finished training. `settings` is a settings_key."""
     newest = versions.find_newest_finished(root, pipeline)
     if newest is None:
@@ -179,8 +179,8 @@ def _describe_settings(root: StateRoot, pipeline: Pipeline, newest: ModelVersion
         for key in now
         if key in then and then[key] != now[key] and not key.startswith(outside)
     ]
-    named = ", ".join(differing[:_MOST_NAMED]) + (
-        f" and {len(differing) - _MOST_NAMED} more" if len(differing) > _MOST_NAMED else ""
+    named = ", ".join(differing[:_MAX_NAMED]) + (
+        f" and {len(differing) - _MAX_NAMED} more" if len(differing) > _MAX_NAMED else ""
     )
     moves = "; this moves text between train, val and holdout, so the gate scores less text that neither has learned"
     has_moved = any(f"corpus.{key}" in now and then.get(f"corpus.{key}") != now[f"corpus.{key}"] for key in SPLIT_KEYS)

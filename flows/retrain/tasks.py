@@ -17,7 +17,7 @@ from flows.cards.verdict import Verdict
 from flows.registry.gate import judge
 from flows.registry.register import register as register_version
 from flows.retrain import trainer_process
-from flows.retrain.policy import Reason, weigh
+from flows.retrain.policy import Reason, find_reason
 from flows.tracking.errors import is_transient
 from gptcore.corpus.ingest import ingest as ingest_corpus
 from gptcore.corpus.snapshot import Snapshot
@@ -51,7 +51,7 @@ def _make_task(function: Callable[P, R], name: str) -> Task[P, R]:
 
 
 ingest = _make_task(ingest_corpus, "ingest")
-compare = _make_task(weigh, "compare")
+compare = _make_task(find_reason, "compare")
 tokenize = _make_task(files.tokenize, "tokenize")
 train = _make_task(trainer_process.train_and_report, "train")
 evaluate = _make_task(run_report.evaluate_run, "evaluate")

@@ -38,7 +38,7 @@ _POLL_SECONDS = 1.0
 """Time between two looks at the metrics. The flow's own work while the model trains slows the training down."""
 _ERROR = "error: "
 """Prefix of the line with which the trainer reports a known error."""
-_MOST_DEATHS = 3
+_MAX_DEATHS = 3
 _PEERS_SECONDS = 15.0
 """How long the other ranks may take to end after one of them has failed."""
 _RANK_LOST = re.compile(r"error: rank \d+ of \d+ has lost another rank")
@@ -172,7 +172,7 @@ def train_with_restarts(
         except TrainerDied as death:
             saved = run.saved_step()
             deaths[saved] += 1
-            if deaths[saved] == _MOST_DEATHS:
+            if deaths[saved] == _MAX_DEATHS:
                 raise TrainerKeepsDying(_diagnose(run, saved, death)) from None
             warn(f"{death}. It starts again from step {saved}.")
         time.sleep(_RESTART_SECONDS)
@@ -184,7 +184,7 @@ def _diagnose(run: RunDirectory, saved: int, death: TrainerDied) -> str:
     last = f"after step {lines[-1]['step']}, holding {lines[-1]['memory_mb']:,.0f} MB" if lines else "before any step"
     machine = psutil.virtual_memory()
     return (
-        f"the trainer died {_MOST_DEATHS} times between its checkpoint at step {saved} and the next one, this time "
+        f"the trainer died {_MAX_DEATHS} times between its checkpoint at step {saved} and the next one, this time "
         f"{last}: {death}. This machine has {machine.total / 1e6:,.0f} MB, of which {machine.available / 1e6:,.0f} are "
         "available now. If nobody kills the trainer, it runs out of memory: lower train.batch_size and raise "
         "train.accumulation as much, or make the model smaller. If it is killed now and then, save more often: "

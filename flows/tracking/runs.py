@@ -78,7 +78,7 @@ def close_leftovers(root: StateRoot, pipeline_name: str) -> None:
 
 
 def is_finished(root: StateRoot, run_id: str) -> bool:
-    """Whether the run has all its evidence. True also if somebody has deleted the run."""
+    """Whether the run has all its results. True also if somebody has deleted the run."""
     try:
         return bool(MlflowClient(root.tracking_uri).get_run(run_id).info.status == "FINISHED")
     except MlflowException as error:

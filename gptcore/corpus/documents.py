@@ -6,7 +6,7 @@ processes have read are in shards.py.
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
@@ -80,17 +80,22 @@ class DocumentStore:
         self.dropped.update(duplicate_documents=1, duplicate_bytes=document.bytes)
         self.reading.count(document.suffix, duplicate=1)
 
-    def drop_or_mark_copies(self) -> None:
+    def drop_or_mark_copies(self, known: Collection[str] = ()) -> None:
         """Drop the documents that are copies of another one in another form, or mark them if copies are kept.
 
-        Call this once, after all calls of `add`. Documents with the same view are copies of one text. The shortest of
-        them is the original, because added indents and quoting marks make a copy longer. Of several shortest ones, the
-        original is the one with the smallest hash. So the order of the documents does not matter.
+        Call this once, after all calls of `add`. Documents with the same view are copies of one text. A document whose
+        hash is `known` is the original, so that its blocks keep their sides when a copy is added. Else it is the
+        shortest one, because added indents and quoting marks make a copy longer. Of several shortest ones, the original
+        is the one with the smallest hash. So the order of the documents does not matter.
         """
+
+        def rank(document: DocumentEntry) -> tuple[bool, int, str]:
+            return document.sha256 not in known, document.bytes, document.sha256
+
         originals: dict[str, DocumentEntry] = {}
         for document in self.entries:
             original = originals.setdefault(document.view_sha256 or document.sha256, document)
-            if (document.bytes, document.sha256) < (original.bytes, original.sha256):
+            if rank(document) < rank(original):
                 originals[document.view_sha256 or document.sha256] = document
         kept = []
         for document in self.entries:
@@ -166,7 +171,6 @@ class Spool(DocumentStore):
                 text.truncate()
             for entry, is_blank in read or ():
                 self.add(entry, is_blank)
-        self.drop_or_mark_copies()
 
     def read_chunks(self, start: int, end: int) -> Iterator[bytes]:
         """See `DocumentStore`."""

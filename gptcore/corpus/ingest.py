@@ -38,6 +38,7 @@ from gptcore.corpus.snapshot import (
     Snapshot,
     load_snapshot,
     passage_bounds,
+    read_document_list,
     write_document_list,
 )
 from gptcore.corpus.split import SIDES, SplitSettings
@@ -63,11 +64,18 @@ _RAW = {"train": ("train.raw", "train-blocks.raw"), "val": ("val.raw", "val-bloc
 """The text and the list of blocks of a side before contamination is removed."""
 
 
-def ingest(cfg: CorpusConfig, corpora: Path, base: Path, map_shards: MapShards = map_in_processes) -> Snapshot:
+def ingest(
+    cfg: CorpusConfig,
+    corpora: Path,
+    base: Path,
+    map_shards: MapShards = map_in_processes,
+    previous: Path | None = None,
+) -> Snapshot:
     """Read all sources and publish `corpora`/<sha256[:16]>, unless this snapshot exists already.
 
     Relative sources start at `base`; downloads are kept in `downloads` beside `corpora`. A large corpus is read, cut
     and searched for contamination in shards, which `map_shards` distributes; the snapshot does not depend on how.
+    `previous` is an earlier snapshot: of several copies of a text, the one that is in it stays.
     The snapshot's `reading` says what became of every file, also if this snapshot exists already. Raises CorpusError
     if text cannot be used or a side stays empty, SourceUnavailable if a remote source does not answer.
 
@@ -82,7 +90,7 @@ def ingest(cfg: CorpusConfig, corpora: Path, base: Path, map_shards: MapShards =
     if sum(file.num_bytes for file in files) <= WHOLE_BYTES or len(files) == 1:
         with tempfile.TemporaryFile(dir=corpora) as text:
             documents = Spool(text, files, options, downloads, keeps_copies)
-            return _make_snapshot(cfg, documents, found, corpora, map_shards)
+            return _make_snapshot(cfg, documents, found, corpora, map_shards, previous)
     settings = split.settings_of_large_text(cfg)  # the blocks are cut while the text is read
     cfg = cfg.model_copy(update=settings.to_record())
     key = manifest.sha256_of([*cfg.sources, str(base), cfg.errors, cfg.text, settings.block_bytes])
@@ -90,13 +98,19 @@ def ingest(cfg: CorpusConfig, corpora: Path, base: Path, map_shards: MapShards =
         planned = shards.plan_shards(files, options, settings.block_bytes, directory)
         shard_directories = map_shards("ingest", "read", shards.read_shard, planned)
         with contextlib.closing(ShardDocuments(shard_directories, keeps_copies)) as shard_documents:
-            return _make_snapshot(cfg, shard_documents, found, corpora, map_shards)
+            return _make_snapshot(cfg, shard_documents, found, corpora, map_shards, previous)
 
 
 def _make_snapshot(
-    cfg: CorpusConfig, documents: DocumentStore, found: Reading, corpora: Path, map_shards: MapShards
+    cfg: CorpusConfig,
+    documents: DocumentStore,
+    found: Reading,
+    corpora: Path,
+    map_shards: MapShards,
+    previous: Path | None,
 ) -> Snapshot:
     """Make a snapshot of the documents. `found` says what was left out before they were read."""
+    documents.drop_or_mark_copies({document.sha256 for document in read_document_list(previous)} if previous else ())
     reading = found
     reading.merge(documents.reading)
     if cfg.errors != "skip":

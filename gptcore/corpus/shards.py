@@ -216,7 +216,6 @@ class ShardDocuments(DocumentStore):
                     document = DocumentEntry(*values)
                     self.add(document._replace(offset=offset + document.offset), is_blank)
             offset += (directory / _TEXT).stat().st_size
-        self.drop_or_mark_copies()
 
     def read_chunks(self, start: int, end: int) -> Iterator[bytes]:
         """See `DocumentStore`."""

@@ -149,7 +149,7 @@ def _check_finite(step: int, loss: float, norm: float, rate: float) -> None:
     for name, value in (("loss", loss), ("gradient norm", norm)):
         if not math.isfinite(value):
             raise TrainingDiverged(
-                f"the {name} of update {step + 1} is {value}, at learning rate {rate:.3g}; the weights before it "
+                f"the {name} of step {step + 1} is {value}, at learning rate {rate:.3g}; the weights before it "
                 "are finite. Lower train.learning_rate, raise train.warmup_steps, or set train.grad_clip to 1.",
                 step,
             )

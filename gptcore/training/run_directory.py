@@ -48,7 +48,7 @@ class Update:
     step: int
     """Updates completed, this one included."""
     epoch: float
-    """Passes over the train split so far."""
+    """Passes over the train side so far."""
     tokens_seen: int
     loss: float
     """Mean nats per token of the update's own batch, dropout included."""
@@ -67,7 +67,7 @@ class Update:
     train_loss: float | None = None
     """Mean nats per token on the train batches of an evaluation. None if there was no evaluation after the update."""
     val_loss: float | None = None
-    """The same on the val split."""
+    """The same on the val side."""
 
     def to_line(self) -> MetricsLine:
         """Return the line of metrics.jsonl, without the fields that are None."""
@@ -85,7 +85,7 @@ class Result:
     """The budget that ran out (max_steps, max_epochs, max_tokens, max_seconds), or patience."""
     best_step: int
     best_val_loss: float
-    """Nats per token on the val split, at best_step."""
+    """Nats per token on the val side, at best_step."""
     weights_sha256: str
     """Of final/model.safetensors: the weights of best_step."""
 
@@ -243,7 +243,7 @@ class RunDirectory:
         kept = [line for line in reader.read_new_lines() if line["step"] <= step]
         if reader.damage and (not kept or kept[-1]["step"] < step) and step > 0:
             raise CheckpointError(
-                f"{reader.damage}, before the line of update {step}, at which the training resumes. Restore the file "
+                f"{reader.damage}, before the line of step {step}, at which the training resumes. Restore the file "
                 "from a backup, or remove the damaged lines."
             )
         manifest.write_atomically(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))

@@ -203,7 +203,7 @@ class _Training:
         val_loss = evaluate_loss(self.state, self.val_eval_batches, precision)
         if not (math.isfinite(train_loss) and math.isfinite(val_loss)):
             raise TrainingDiverged(
-                f"the train and val loss after update {self.state.step} are {train_loss} and {val_loss}. "
+                f"the train and val loss after step {self.state.step} are {train_loss} and {val_loss}. "
                 "Lower train.learning_rate or raise train.warmup_steps.",
                 self.state.step,
             )
@@ -333,7 +333,7 @@ def _load_checked_tokens(directory: RunDirectory, config: RunConfig, must_verify
 
 def _progress_line(update: Update) -> str:
     return (
-        f"update {update.step}: train loss {update.train_loss:.4f}, val loss {update.val_loss:.4f}, "
+        f"step {update.step}: train loss {update.train_loss:.4f}, val loss {update.val_loss:.4f}, "
         f"{update.tokens_seen:,} tokens at {update.tokens_per_second:,.0f}/s"
     )
 
@@ -357,7 +357,7 @@ def _memory_mb(device: torch.device) -> float:
 def _describe_stop(stop: Stop, run_dir: Path) -> str:
     if (paused := RunDirectory(run_dir).read_pause()) is None:
         return f"stopped ({stop.reason or 'another rank was asked to stop'})"
-    return f"paused after update {paused.step} (train.{paused.reason}: {paused.seconds:.1f} s)"
+    return f"paused after step {paused.step} (train.{paused.reason}: {paused.seconds:.1f} s)"
 
 
 def main() -> int:
@@ -394,6 +394,6 @@ def _describe_ending(result: Result | None, stop: Stop, run_dir: Path) -> str:
     if result is None:
         return f"{_describe_stop(stop, run_dir)} and saved. Run the same command again to resume."
     return (
-        f"finished by {result.stopped_by} after {result.steps} updates; best val loss {result.best_val_loss:.4f} nats "
-        f"per token at update {result.best_step}; weights in {run_dir / 'final'}"
+        f"finished by {result.stopped_by} after {result.steps} steps; best val loss {result.best_val_loss:.4f} nats "
+        f"per token at step {result.best_step}; weights in {run_dir / 'final'}"
     )

@@ -10,7 +10,7 @@ from mlflow.entities.model_registry import ModelVersion
 
 from flows.cards.decision import Card, Side, escape, explain_verdict, render_card, render_table
 from flows.cards.verdict import Verdict
-from flows.registry.gate import decide
+from flows.registry.gate import judge_comparison
 from gptcore.config import GateConfig
 from gptcore.evaluation.baselines import Baselines
 from gptcore.evaluation.bits_per_byte import Evaluation
@@ -114,9 +114,8 @@ def test_the_page_shows_both_models_side_by_side_with_the_numbers_of_the_verdict
 
 def test_the_page_shows_the_gates_own_description_of_a_comparison() -> None:
     compared = Comparison(1.8, 1.9, 40, 12_345, "block", 0.95, 0.05, 0.15)
-    written = rendered(
-        card(verdict=decide(compared, GateConfig(), CHALLENGER, "2", unknown="version 2 learned from is gone"))
-    )
+    verdict = judge_comparison(compared, GateConfig(), CHALLENGER, "2", unknown="version 2 learned from is gone")
+    written = rendered(card(verdict=verdict))
     assert "Better: 1.8000 bits per byte against 1.9000 of version 2" in written
     assert "| unknown | what version 2 learned from is gone |" in written
 
@@ -128,7 +127,7 @@ def by_age(old: Comparison, new: Comparison) -> Comparison:
 def test_the_page_scores_old_and_new_text_apart_and_names_the_rule() -> None:
     old = Comparison(2.3701, 2.04, 50, 12_345, "block", 0.95, -0.4, -0.28)
     new = Comparison(6.0, 8.1, 40, 10_000, "block", 0.95, 2.0, 2.2)
-    written = rendered(card(verdict=decide(by_age(old, new), GateConfig(), CHALLENGER, "2")))
+    written = rendered(card(verdict=judge_comparison(by_age(old, new), GateConfig(), CHALLENGER, "2")))
     plain = written.split("\n\n")[1]
     assert "predicts older text worse (16.2% more bits to encode it)" in plain
     unwrapped = written.replace(" <br>", " ")
@@ -142,7 +141,7 @@ def test_the_page_scores_old_and_new_text_apart_and_names_the_rule() -> None:
 def test_the_page_says_why_all_blocks_decide_together() -> None:
     few = Comparison(2.3701, 2.04, 19, 12_345, "block", 0.95, None, None)
     none = Comparison(math.nan, math.nan, 0, 0, "block", 0.95, None, None)
-    decided = decide(by_age(few, none), GateConfig(), CHALLENGER, "2")
+    decided = judge_comparison(by_age(few, none), GateConfig(), CHALLENGER, "2")
     written = rendered(card(verdict=decided)).replace(" <br>", " ")
     assert decided.promoted and "all blocks decide together: fewer than 20 blocks were in the champion" in written
     assert "improvement -0.3301 |" in written and "| new text | 0 blocks |" in written

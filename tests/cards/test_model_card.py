@@ -8,7 +8,7 @@ import yaml
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
-from flows.cards.model_card import Champion, Evidence, adapt_for_transformers, render_card
+from flows.cards.model_card import Champion, TrainedModelFacts, adapt_for_transformers, render_card
 from gptcore.evaluation.memorization import Completions, Memorization
 from tests.cards.test_decision import MEMORIZED, SOURCES, card, sample
 from tests.registry.judging import CFG
@@ -46,7 +46,7 @@ def headings(tokens: list[Token]) -> list[str]:
 
 
 def test_text_from_models_and_sources_does_not_break_the_page_and_no_secret_is_on_it() -> None:
-    written = Evidence(card().result, card().scores, [sample(WRITTEN, "` | \n# A <i>prompt</i>")])
+    written = TrainedModelFacts(card().result, card().scores, [sample(WRITTEN, "` | \n# A <i>prompt</i>")])
     made = render_card("gpt-tiny", CFG, LINEAGE, written, Champion("2", "1.9000"))
     front, tokens = parsed(made)
     assert front["library_name"] == "gptflow" and front["pipeline_tag"] == "text-generation"
@@ -71,13 +71,13 @@ def test_text_from_models_and_sources_does_not_break_the_page_and_no_secret_is_o
 def test_the_card_of_a_model_that_a_compressor_beats_says_so(xz: float, is_said: bool) -> None:
     scores = card().scores
     beaten = replace(scores, baselines=replace(scores.baselines, xz_primed_bits_per_byte=xz))
-    made = render_card("gpt-tiny", CFG, LINEAGE, Evidence(card().result, beaten, []))
+    made = render_card("gpt-tiny", CFG, LINEAGE, TrainedModelFacts(card().result, beaten, []))
     assert ("remembering strings" in made) == is_said
 
 
 def test_the_card_has_the_scores_of_each_source_and_says_what_the_model_has_memorized() -> None:
     scores = replace(card().scores, memorization=MEMORIZED, sources=SOURCES)
-    made = render_card("gpt-tiny", CFG, LINEAGE, Evidence(card().result, scores, []))
+    made = render_card("gpt-tiny", CFG, LINEAGE, TrainedModelFacts(card().result, scores, []))
     assert "\n| source | blocks | bytes | bits per byte |\n" in made and r"| a\|b/ | 30 | 9,345 | 1.5000 |" in made
     assert "\n\nSources without held-out text: 1.\n\n" in made
     assert (
@@ -87,7 +87,7 @@ def test_the_card_has_the_scores_of_each_source_and_says_what_the_model_has_memo
     ) in made
     none = Completions.count(0, 0)
     short = replace(scores, memorization=Memorization(16, none, none), sources=SOURCES[:1])
-    made = render_card("gpt-tiny", CFG, LINEAGE, Evidence(card().result, short, []))
+    made = render_card("gpt-tiny", CFG, LINEAGE, TrainedModelFacts(card().result, short, []))
     assert "no passage of 32 tokens" in made and "| source |" not in made
 
 

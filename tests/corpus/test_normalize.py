@@ -91,13 +91,15 @@ def words(seed: int, count: int) -> str:
     return "\n\n".join(textwrap.fill(" ".join(sentences[n : n + 6]), 72) for n in range(0, len(sentences), 6)) + "\n"
 
 
-def snapshot(tmp_path: Path, name: str, texts: dict[str, str], **given: object) -> Snapshot:
+def snapshot(
+    tmp_path: Path, name: str, texts: dict[str, str], previous: Path | None = None, **given: object
+) -> Snapshot:
     base = tmp_path / name
     base.mkdir()
     for file, text in texts.items():
         (base / file).write_text(text, newline="")
     cfg = CorpusConfig(sources=(".",), block_bytes=512, val_fraction=0.15, holdout_fraction=0.15, **given)  # type: ignore[arg-type]
-    return ingest(cfg, tmp_path / "corpora", base)
+    return ingest(cfg, tmp_path / "corpora", base, previous=previous)
 
 
 def share_of_leaked_runs(held_out: Path, side: str, learned: Path, learned_side: str = "train") -> float:
@@ -122,6 +124,8 @@ def test_the_copies_of_another_night_give_the_gate_no_evidence(tmp_path: Path, f
         assert second.sha256 == first.sha256, "the copies change nothing"
     else:
         assert second.dropped["duplicate_documents"] == 30
+    same = snapshot(tmp_path, "same", {**ORIGINALS, **copies}, previous=first.path)
+    assert same.sha256 == first.sha256, "text that an earlier night learned stays in its form, so no block moves"
     for held_out, learned in ((second, second), (first, first)):
         for side in ("val", "holdout"):
             assert share_of_leaked_runs(held_out.path, side, learned.path) == 0

@@ -61,7 +61,7 @@ def test_a_loss_or_gradient_that_is_not_finite_ends_the_training_before_the_upda
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(trainer._Training, "resumed", watched)
         patched.setattr(parallel, "calc_loss_batch", Spoiled(step, what, by))
-        with pytest.raises(TrainingDiverged, match=rf"the {what}[a-z ]* of update {step} is (nan|inf)"):
+        with pytest.raises(TrainingDiverged, match=rf"the {what}[a-z ]* of step {step} is (nan|inf)"):
             train_directory(run.path, Stop())
     weights = trainings[0].state.model.state_dict()
     assert {name: value.tolist() for name, value in weights.items()} == {
@@ -91,7 +91,7 @@ def test_an_evaluation_that_is_not_finite_ends_the_training_with_nothing_to_regi
 ) -> None:
     run = prepare(tmp_path / "run", tokens)
     monkeypatch.setattr(trainer, "evaluate_loss", lambda *_: math.nan)
-    with pytest.raises(TrainingDiverged, match="after update 1 are nan and nan"):
+    with pytest.raises(TrainingDiverged, match="after step 1 are nan and nan"):
         train_directory(run.path, Stop())
     failure = run.read_failure()
     assert isinstance(failure, TrainingDiverged) and failure.step == 1 and run.read_result() is None

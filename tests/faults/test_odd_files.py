@@ -222,7 +222,7 @@ def test_a_resumed_training_replaces_a_damaged_end_of_its_metrics(tmp_path: Path
     if tail.endswith(b"\n"):
         with pytest.raises(CheckpointError, match=r"metrics\.jsonl is damaged at byte 100\. Restore"):
             run.read_metrics()
-        with pytest.raises(CheckpointError, match="before the line of update 5"):
+        with pytest.raises(CheckpointError, match="before the line of step 5"):
             run.truncate_metrics(5)
     run.truncate_metrics(4)
     with run.metrics.open("a") as file:

@@ -50,7 +50,7 @@ def test_a_program_whose_session_is_over_says_so_and_how_to_resume(tmp_path: Pat
     with started(run) as process:
         output, _ = process.communicate()
     assert process.returncode == STOPPED, output
-    assert "paused after update 1 (train.session_seconds: " in output
+    assert "paused after step 1 (train.session_seconds: " in output
     assert output.endswith("and saved. Run the same command again to resume.\n")
     paused = run.read_pause()
     assert paused and paused.step == 1 and (run.checkpoints / "step-00000001").exists()

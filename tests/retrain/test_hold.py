@@ -16,7 +16,7 @@ from flows.config.pipelines import Pipeline, PipelinesFile
 from flows.config.schedule import ScheduleConfig
 from flows.registry import versions
 from flows.retrain import hold, last_success
-from flows.retrain.policy import Reason, weigh
+from flows.retrain.policy import Reason, find_reason
 from flows.state.root import StateRoot
 from gptcore.corpus.ingest import ingest
 from gptcore.errors import CorpusError
@@ -57,7 +57,7 @@ def compare(root: StateRoot, pipeline: Pipeline, texts: dict[str, str]) -> Reaso
     directory.mkdir()
     for name, text in texts.items():
         (directory / f"{name}.txt").write_text(text)
-    return weigh(root, pipeline, "", ingest(pipeline.corpus, root.corpora, Path.cwd()))
+    return find_reason(root, pipeline, "", ingest(pipeline.corpus, root.corpora, Path.cwd()))
 
 
 def test_a_run_is_held_if_most_of_the_text_is_new_and_strange_to_the_champion(tiny: Pipeline, root: StateRoot) -> None:
@@ -145,7 +145,7 @@ def test_a_run_is_held_and_reported_if_half_of_the_text_is_gone_until_a_person_a
     assert check.ok
     (project / "text" / "more.txt").unlink()
     snapshot = ingest(tiny.corpus, root.corpora, Path.cwd())
-    reason = weigh(root, tiny, "", snapshot)
+    reason = find_reason(root, tiny, "", snapshot)
     assert reason.must_train and reason.hold is None and reason.since == "2"
     assert not hold.is_accepted(root, tiny, snapshot, since="2"), "an acceptance ends with the next training"
 

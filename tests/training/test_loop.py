@@ -188,10 +188,10 @@ def nan_gradient(state):
 @pytest.mark.parametrize(
     ("inject", "said"),
     [
-        (poisoned_weight, "the loss of update 4 is nan"),
-        (infinite_loss, "the loss of update 4 is (inf|nan)"),
-        (infinite_gradient, "the gradient norm of update 4 is (inf|nan)"),
-        (nan_gradient, "the gradient norm of update 4 is nan"),
+        (poisoned_weight, "the loss of step 4 is nan"),
+        (infinite_loss, "the loss of step 4 is (inf|nan)"),
+        (infinite_gradient, "the gradient norm of step 4 is (inf|nan)"),
+        (nan_gradient, "the gradient norm of step 4 is nan"),
     ],
 )
 def test_divergence_is_raised_before_the_update(inject, said, grad_clip):
@@ -319,6 +319,6 @@ def test_train_model_simple_stops_before_an_update_whose_loss_is_not_finite():
     with torch.no_grad():
         model.out_head.weight.fill_(math.nan)
     weights = weights_of(model)
-    with pytest.raises(TrainingDiverged, match="the loss of update 1 is nan"):
+    with pytest.raises(TrainingDiverged, match="the loss of step 1 is nan"):
         train_model_simple(model, train_loader, val_loader, optimizer, "cpu", 1, 1, 1, "x", get_tokenizer("bytes"))
     assert weights_of(model) == weights

@@ -6,6 +6,7 @@ not import torch, so a wrong value is reported within a moment. Sections that on
 and flows/notifications.
 """
 
+import codecs
 import re
 from collections.abc import Mapping
 from string import Formatter
@@ -132,10 +133,12 @@ class CorpusConfig(Section):
     def _check_encoding(cls, encoding: str) -> str:
         """Refuse an encoding that Python does not know."""
         try:
+            if codecs.lookup(encoding or "utf-8").name in ("idna", "punycode"):
+                raise LookupError
             "".encode(encoding or "utf-8")
         except (LookupError, ValueError):
             raise ValueError(
-                f"{encoding!r} is not an encoding. Name one as Python does, such as cp1252, shift_jis or utf-16"
+                f"{encoding!r} is not an encoding. Name one as Python does, such as cp1252, shift_jis or utf-16-le"
             ) from None
         return encoding
 

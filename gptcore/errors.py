@@ -9,12 +9,20 @@ another. Only the flows raise the errors in flows/tracking/errors.py.
 from typing import Any
 
 
+def make_printable(text: str) -> str:
+    """Return text that can be sent as UTF-8: the name of a file may hold bytes that are not."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 class GPTCoreError(Exception):
     """The root of all errors here. `exit_code` is 2 if the user's input is wrong and 1 otherwise."""
 
     exit_code = 1
     exits_at_once = False
     """Whether a command exits without waiting for work that libraries do at exit."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(make_printable(arg) if isinstance(arg, str) else arg for arg in args))
 
 
 class ConfigError(GPTCoreError):

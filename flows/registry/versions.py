@@ -155,11 +155,17 @@ def find_split(root: StateRoot, pipeline: Pipeline) -> dict[str, Any]:
 
 
 def find_split_snapshot(root: StateRoot, pipeline: Pipeline) -> Path | None:
-    """Return the snapshot whose split the pipeline keeps. None at first, or if the snapshot was deleted."""
+    """Return the snapshot whose split the pipeline keeps. None at first, or if its list of documents is lost."""
     kept = _find_split_version(root, pipeline)
     sha256 = None if kept is None else VersionTags.from_tags(kept.tags).corpus_sha256
-    path = root.fetch_corpus(sha256) if sha256 else None
-    return path if path is not None and (path / DOCUMENTS).is_file() else None
+    if sha256 is None:
+        return None
+    path = root.fetch_corpus(sha256)
+    try:
+        manifest.verify_file(path, DOCUMENTS, path / DOCUMENTS)
+    except CheckpointError:
+        return None
+    return path
 
 
 def _find_split_version(root: StateRoot, pipeline: Pipeline) -> ModelVersion | None:

@@ -137,8 +137,11 @@ def _measure_drift(
     if champion is None:
         return None, (label, "there is no champion")
     tags = VersionTags.from_tags(champion.tags)
-    seen = root.fetch_corpus(tags.corpus_sha256 or "")
+    if tags.corpus_sha256 is None:
+        return None, (label, "unknown: the champion's text is not known")
+    seen = root.fetch_corpus(tags.corpus_sha256)
     try:
+        manifest.read_about(seen)
         chosen = pick_new_blocks(seen, snapshot.path, DRIFT_BYTES)
         loaded = load(root, champion)
     except (CheckpointError, versions.RegistryError) as error:

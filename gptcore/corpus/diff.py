@@ -143,6 +143,8 @@ class _Contents:
     path: Path
     documents: dict[str, str]
     """Names by sha256, in the order of documents.jsonl."""
+    hashes: list[str]
+    """sha256 of each line of documents.jsonl. Exact copies that are kept have lines of their own."""
     sides: npt.NDArray[np.int64]
     """Indices into SIDES."""
     numbers: npt.NDArray[np.int64]
@@ -155,14 +157,16 @@ class _Contents:
 
     @classmethod
     def of(cls, path: Path) -> "_Contents":
-        documents = {document.sha256: document.name for document in read_document_list(path)}
+        listed = list(read_document_list(path))
+        documents = {document.sha256: document.name for document in listed}
         rows, digests = array("q"), bytearray()
         for number, side in enumerate(SIDES):
             for entry in read_block_entries(path, side):
                 rows.extend((number, entry.document, -1 if entry.offset is None else entry.offset, entry.bytes))
                 digests += bytes.fromhex(entry.sha256)
         sides, numbers, offsets, sizes = np.frombuffer(rows, np.int64).reshape(-1, 4).T  # (blocks,) each
-        return cls(path, documents, sides, numbers, offsets, sizes, np.frombuffer(digests, "S32"))
+        hashes = [document.sha256 for document in listed]
+        return cls(path, documents, hashes, sides, numbers, offsets, sizes, np.frombuffer(digests, "S32"))
 
     def names_missing_from(self, other: "_Contents") -> Counter[str]:
         """Count the names of the documents whose content the other does not hold, under any name."""
@@ -173,7 +177,7 @@ class _Contents:
 
         The other holds every block of a document that it holds, even if its own split cuts that document differently.
         """
-        is_known = np.fromiter((sha256 in other.documents for sha256 in self.documents), np.bool_, len(self.documents))
+        is_known = np.fromiter((sha256 in other.documents for sha256 in self.hashes), np.bool_, len(self.hashes))
         return ~is_known[self.numbers] & ~np.isin(self.digests, other.digests)
 
     def read_blocks(self, rows: npt.NDArray[np.int64]) -> Iterator[Block]:

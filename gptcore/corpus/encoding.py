@@ -137,6 +137,8 @@ def decode(data: bytes, name: str, encoding: str, errors: Errors) -> str:
         if codec == "utf-8-sig":
             raise utf8_error(name, len(data) - len(error.object), error) from None
         raise _encoding_error(name, 0, error) from None
+    except UnicodeError as error:
+        raise _unreadable_error(name, codec, error) from None
 
 
 def utf8_error(name: str, offset: int, error: UnicodeDecodeError, sample: bytes | None = None) -> CorpusError:
@@ -150,7 +152,14 @@ def utf8_error(name: str, offset: int, error: UnicodeDecodeError, sample: bytes 
 def _encoding_error(name: str, offset: int, error: UnicodeDecodeError) -> CorpusError:
     place = _describe_place(offset, error)
     return CorpusError(
-        f"{name} is not {error.encoding}: {place}. Set corpus.encoding to its encoding, or corpus.errors: replace."
+        f"{name} is not {error.encoding}: {place}. Save it in that encoding, or set corpus.errors: replace."
+    )
+
+
+def _unreadable_error(name: str, encoding: str, error: UnicodeError) -> CorpusError:
+    return CorpusError(
+        f"{name} cannot be read as {encoding}: {error}. If it has no byte order mark, set corpus.encoding: "
+        f"{'utf-16-le' if '16' in encoding else 'utf-32-le' if '32' in encoding else 'utf-8'}, or save it as UTF-8."
     )
 
 
@@ -179,7 +188,7 @@ def _check_signature(head: bytes, name: str) -> None:
 
 def _check_nuls(head: bytes, name: str) -> None:
     if encoding := _guess_wide_encoding(head) or (is_binary(head) and _looks_wide(head)):
-        raise CorpusError(f"{name} looks like {encoding} without a byte order mark. Set corpus.encoding: {encoding}.")
+        raise CorpusError(f"{name} has no byte order mark. {_advise_encoding(str(encoding))}")
     if is_binary(head):
         raise CorpusError(f"{name} looks like a binary file: it has {head.count(0):,} NULs. {_EXCLUDE}")
 
@@ -210,6 +219,8 @@ def _transcode(file: BinaryIO, name: str, encoding: str, errors: Errors) -> Iter
             text = decoder.decode(chunk, final=not chunk)
         except UnicodeDecodeError as error:
             raise _encoding_error(name, offset + len(chunk) - len(error.object), error) from None
+        except UnicodeError as error:  # UTF-16 without a byte order mark, for example
+            raise _unreadable_error(name, encoding, error) from None
         yield text.encode("utf-8", "replace")
         offset += len(chunk)
 
@@ -230,16 +241,22 @@ def _advise(data: bytes) -> str:
     num_bad = replaced.count("\ufffd")
     num_valid = sum(map(len, re.findall("[^\x00-\x7f\ufffd]+", replaced)))
     if data.count(0) and (codec := _looks_wide(data)):
-        return f"It looks like {codec}: set corpus.encoding: {codec}."
+        return _advise_encoding(codec)
     if len(_CONTROLS.findall(data)) > max(1, 0.01 * len(data)):
         return f"It looks like a binary file. {_EXCLUDE}"
     if num_valid >= num_bad or _ENCODED_SURROGATE.search(data):
         return _FIX
     if _looks_western(data):
-        return "It looks like cp1252: set corpus.encoding: cp1252, or save it as UTF-8."
+        return _advise_encoding("cp1252")
     if num_bad <= max(3, 0.01 * len(data)):
         return _FIX
-    return "Set corpus.encoding to its encoding, or save it as UTF-8."
+    return "Save it as UTF-8. If all text has its encoding, set corpus.encoding instead."
+
+
+def _advise_encoding(codec: str) -> str:
+    """Return what to do with a file in this encoding. corpus.encoding would be wrong for the UTF-8 files beside it."""
+    convert = f"iconv -f {codec} -t utf-8 FILE > FILE.txt"
+    return f"It looks like {codec}. Convert it: {convert}. If all text is {codec}, set corpus.encoding: {codec}."
 
 
 def _looks_western(data: bytes) -> bool:

@@ -19,7 +19,9 @@ _SKIPPED = ["nav", "[role=navigation]", "[hidden]"]
 _ENCODINGS = ("utf-8", "cp", "iso8859", "iso2022", "koi8", "gb", "big5", "shift_jis", "euc", "mac-", "tis-620", "johab")
 """Beginnings of the names of the encodings that a page may choose. Some of Python's others decode very slowly."""
 _CHARSET_BYTES = 4096
-_CHARSET = re.compile(rb"""(?:charset|encoding)\s*=\s*["']?\s*([A-Za-z0-9_.:\-]+)""")
+_CHARSET = re.compile(
+    rb"""<(?:meta\s|\?xml\s)[^>]*?(?:charset|encoding)\s*=\s*["']?\s*([A-Za-z0-9_.:\-]+)""", re.IGNORECASE
+)
 # As browsers do: a value ends at its quotation mark, or without one at a space. No part of a match is tried twice.
 _ATTRIBUTE = r"""[\s/]*+[^\s/>][^\s/>=]*+(?:\s*+=\s*+(?:"[^"]*+"|'[^']*+'|[^\s>]++)?+)?+"""
 _TAG = re.compile(rf"<([A-Za-z][^\s/>]*+)(?:{_ATTRIBUTE}){{0,{_MAX_ATTRIBUTES}}}+(?P<more>{_ATTRIBUTE})?")

@@ -80,9 +80,18 @@ class IgnoreRules:
             own = []
             if file.is_file():
                 lines = file.read_text(encoding="utf-8-sig", errors="replace").splitlines()
-                own.append((directory, _parse(lines, str(file))))
+                own.append((directory, GitIgnoreSpec.from_lines(filter(_is_valid, lines))))
             self._gitignores[directory] = [*own, *outer]
         return self._gitignores[directory]
+
+
+def _is_valid(line: str) -> bool:
+    """Whether a line of .gitignore is a pattern. Git passes over other lines, whose file may be somebody else's."""
+    try:
+        GitIgnoreSpec.from_lines([line])
+    except (ValueError, re.error):
+        return False
+    return True
 
 
 def _is_private(directory: Path) -> bool:

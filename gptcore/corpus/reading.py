@@ -12,7 +12,7 @@ from typing import Any
 
 from gptcore.corpus.compression import COMPRESSED
 from gptcore.corpus.file_types import classify
-from gptcore.errors import CorpusError
+from gptcore.errors import CorpusError, make_printable
 
 MAX_NAMED = 20
 """Number of files that a report names. More files are counted."""
@@ -71,13 +71,13 @@ class Reading:
         named = self.foreign if is_foreign else self.problems
         self.count(suffix, **{"foreign" if is_foreign else "bad": 1})
         if len(named) < MAX_NAMED:
-            named.append(problem)
+            named.append(make_printable(problem))
 
     def add_secret(self, kind: str, place: str) -> None:
         """Count a line that looks like a key or a password."""
         self.secrets[kind] += 1
         if len(self.secret_places) < _MAX_PLACES:
-            self.secret_places.append(place)
+            self.secret_places.append(make_printable(place))
 
     def merge(self, other: "Reading") -> None:
         """Add the counts of another part of the corpus, which comes after this one."""

@@ -248,3 +248,13 @@ def test_a_side_encoded_again_has_the_ids_of_its_token_file(tmp_path: Path) -> N
     made = tokenize(snapshot(tmp_path, TEXTS), "bpe:300", tmp_path / "tokens")
     path = next((tmp_path / "corpora").iterdir())
     assert np.concatenate(list(encode_side(path, "val", made.path / "tokenizer"))).tolist() == made.side("val").tolist()
+
+
+def test_snapshots_with_kept_copies_are_compared(tmp_path: Path) -> None:
+    first = snapshot(tmp_path, TEXTS, duplicates="keep")
+    more = {"copy.txt": TEXTS["05.txt"], "odd.txt": odd_prose(77, 900)}
+    second = snapshot(tmp_path, {**TEXTS, **more}, duplicates="keep")
+    delta = compare_snapshots(first, second)
+    assert (delta.documents_added, delta.documents_removed) == (1, 0) and delta.removed_bytes == 0
+    assert 0 < delta.new_bytes < 10_000
+    assert pick_new_blocks(first, second, 1_000)

@@ -45,7 +45,7 @@ def test_corpus_encoding_is_used_for_text_and_tables_and_stored_as_utf8(text: st
 def test_bytes_that_are_not_valid_in_corpus_encoding_are_refused_with_their_offset_or_replaced() -> None:
     data = b"a" * 300_000 + b"\x82\xff"
     with pytest.raises(
-        CorpusError, match=r"a\.txt is not shift_jis: byte 0x82 at offset 300000\. Set corpus\.encoding"
+        CorpusError, match=r"a\.txt is not shift_jis: byte 0x82 at offset 300000\. Save it in that encoding"
     ):
         read(data, options=ReadOptions(encoding="shift_jis"))
     assert read(data, options=ReadOptions("replace", encoding="shift_jis"))[0].startswith("a" * 300_000 + "\ufffd")
@@ -66,10 +66,13 @@ def test_wide_text_without_a_mark_is_refused_with_the_key_to_set(text: str, enco
             r"byte 0xff at offset 1188\. Save it as UTF-8, or set corpus\.errors: replace",
         ),
         (("é" * 200).encode()[:-1], r"corpus\.errors: replace"),
-        (FRENCH.encode("cp1252"), r"It looks like cp1252: set corpus\.encoding: cp1252"),
+        (
+            FRENCH.encode("cp1252"),
+            r"cp1252\. Convert it: iconv -f cp1252 .* If all text is cp1252, set corpus\.encoding: cp1252",
+        ),
         (b"a caf\xe9", r"It looks like cp1252"),
-        (RUSSIAN.encode("cp1251"), r"Set corpus\.encoding to its encoding"),
-        (JAPANESE.encode("shift_jis"), r"Set corpus\.encoding to its encoding"),
+        (RUSSIAN.encode("cp1251"), r"Save it as UTF-8\. If all text has its encoding, set corpus\.encoding"),
+        (JAPANESE.encode("shift_jis"), r"Save it as UTF-8\. If all text has its encoding, set corpus\.encoding"),
         (random.Random(1).randbytes(5000), r"It looks like a binary file\. Remove it"),
         (bytes(range(64)) * 2 + b"\0" * 90, r"looks like a binary file: it has 92 NULs\. Remove it"),
         (b"%PDF-1.7 \xb5", r"begins like \.pdf: PDF is not read\. Convert it: pdftotext"),
@@ -86,7 +89,7 @@ def test_single_nuls_are_text() -> None:
     assert read(b"a\0b, and many more words") == ["a\0b, and many more words"]
 
 
-@pytest.mark.parametrize("encoding", ["rot13", "hex", "utf-9", "a\0b", "undefined"])
+@pytest.mark.parametrize("encoding", ["rot13", "hex", "utf-9", "a\0b", "undefined", "punycode", "idna"])
 def test_an_encoding_that_python_does_not_have_is_refused_with_the_config(encoding: str) -> None:
     with pytest.raises(ConfigError, match=r"corpus: encoding: .* is not an encoding\. Name one as Python does"):
         parse(CorpusConfig, {"encoding": encoding}, "corpus")
@@ -99,3 +102,9 @@ def test_a_zstandard_window_above_128_mib_is_named_for_what_it_is() -> None:
     data = compressor.compress(b"text") + compressor.flush()
     with pytest.raises(CorpusError, match=r"needs more than 128 MiB of memory .*--long.*zstd -d --memory=2048MB FILE"):
         read(data, "a.txt.zst")
+
+
+@pytest.mark.parametrize("errors", ["strict", "replace"])
+def test_utf16_without_its_mark_is_a_problem_of_the_file_even_if_the_pipeline_names_utf16(errors: str) -> None:
+    with pytest.raises(CorpusError, match=r"^text cannot be read as utf-16: .*set corpus\.encoding: utf-16-le"):
+        read(b"hello there", "text", ReadOptions(errors, encoding="utf-16"))  # type: ignore[arg-type]

@@ -90,12 +90,15 @@ def test_a_gitignore_written_by_a_windows_editor_is_honoured(tmp_path: Path) -> 
     assert found(tmp_path, ".") == ["a.txt"]
 
 
-def test_a_pattern_that_cannot_be_understood_is_named_with_its_file(tmp_path: Path) -> None:
-    write(tmp_path, "a.txt")
-    for pattern in ("!", "x[z-a]"):
-        (tmp_path / ".gitignore").write_text(f"{pattern}\n")
-        with pytest.raises(CorpusError, match=r"\.gitignore: .* Write patterns as in"):
-            sources.check(["."], tmp_path)
+def test_a_pattern_that_cannot_be_understood_is_passed_over_in_a_gitignore_and_refused_in_exclude(
+    tmp_path: Path,
+) -> None:
+    write(tmp_path, "a.txt", "b.txt")
+    for pattern in ("!", "x[z-a]", "\\"):
+        (tmp_path / ".gitignore").write_text(f"{pattern}\nb.txt\n")
+        assert found(tmp_path, ".") == ["a.txt"]
+    with pytest.raises(CorpusError, match=r"corpus\.exclude: .* Write patterns as in"):
+        found(tmp_path, ".", "x[z-a]")
 
 
 def test_the_directory_of_the_pipelines_file_may_have_the_marks_of_a_glob_in_its_name(tmp_path: Path) -> None:

@@ -98,3 +98,16 @@ def test_a_broken_notebook_is_an_error_that_names_it(notebook: Any) -> None:
         read(json.dumps(notebook).encode(), "a.ipynb")
     with pytest.raises(CorpusError, match=r"^a\.ipynb is not JSON"):
         read(b'{"cells": [', "a.ipynb")
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        '<script charset="ISO-8859-1" src="x.js"></script><meta charset="utf-8">',
+        '<form accept-charset="ISO-8859-1">',
+        '<title>Python encoding = latin1 tips</title><META http-equiv=x CONTENT="text/html; charset=utf-8">',
+    ],
+)
+def test_only_a_meta_tag_names_the_encoding_of_a_page(head: str) -> None:
+    ((_, text),) = read(f"{head}<body><p>café Zoë</p>".encode(), "a.html")
+    assert "café Zoë" in text

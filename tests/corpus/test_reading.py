@@ -203,3 +203,15 @@ def test_workers_report_the_same_as_one_process(tmp_path: Path, monkeypatch: pyt
     shared = ingest(cfg, tmp_path / "shared" / "corpora", tmp_path, in_two)
     assert shared.reading == alone.reading
     assert (shared.path / "manifest.json").read_bytes() == (alone.path / "manifest.json").read_bytes()
+
+
+def test_a_file_name_that_is_not_utf8_can_be_reported(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9.txt")
+    (tmp_path / name).write_bytes(b"a caf\xe9")
+    (tmp_path / "good.txt").write_text(prose(1, 20_000))
+    with pytest.raises(CorpusError, match="not UTF-8") as raised:
+        ingest(CorpusConfig(sources=(".",)), tmp_path / "corpora", tmp_path)
+    str(raised.value).encode()
+    made = ingest(CorpusConfig(sources=(".",), errors="skip"), tmp_path / "corpora", tmp_path)
+    "\n".join(made.reading.describe()).encode()
+    assert made.reading.num_bad == 1

@@ -42,6 +42,13 @@ def test_the_split_is_chosen_on_the_first_night_and_kept_while_the_text_grows(
     assert name in TRAINED and outcome.uri == "models:/gpt-tiny/2" and split_of(root, 2) == first
     assert "the settings are not those" not in caplog.text
 
+    kept = versions.find_split_snapshot(root, short)
+    assert kept is not None
+    listed = (kept / "documents.jsonl").read_bytes()
+    (kept / "documents.jsonl").write_bytes(b"\0" + listed[1:])
+    assert versions.find_split_snapshot(root, short) is None, "a damaged list does not stop the next night"
+    (kept / "documents.jsonl").write_bytes(listed)
+
     run(asking(short, corpus={"block_bytes": 512}))
     assert split_of(root, 3) == (512, *first[1:])
     assert f"corpus.block_bytes {first[0]} -> 512" in caplog.text and "moves text between train, val" in caplog.text

@@ -4,9 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow.entities.model_registry import ModelVersion, ModelVersionTag
 
 from flows.config.pipelines import SECTIONS, Pipeline
 from flows.registry import versions
+from flows.retrain import policy
 from flows.retrain.flow import Outcome, retrain
 from flows.state.root import StateRoot
 from gptcore.corpus import ingest
@@ -78,3 +80,14 @@ def test_another_number_of_cores_is_not_a_reason_to_train(tiny: Pipeline, monkey
     run(auto)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
     assert run(auto)[0] == "Skipped"
+
+
+@pytest.mark.parametrize("tags", [{}, {"corpus_sha256": "f" * 64}], ids=["imported", "snapshot deleted"])
+def test_the_drift_is_unknown_if_the_text_of_the_champion_is(
+    tiny: Pipeline, root: StateRoot, tags: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    champion = ModelVersion("gpt-tiny", "1", 0, tags=[ModelVersionTag(*tag) for tag in tags.items()])
+    monkeypatch.setattr(versions, "find_champion", lambda *_: champion)
+    snapshot = ingest.ingest(tiny.corpus, root.corpora, root.project)
+    drift, (_, why) = policy._measure_drift(root, tiny, snapshot, champion)
+    assert drift is None and why.startswith("unknown")

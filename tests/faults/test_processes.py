@@ -145,7 +145,6 @@ def listening_beyond_this_machine(processes: list[psutil.Process]) -> list[str]:
         for pid, opened in sockets
         if opened.status == psutil.CONN_LISTEN and not ipaddress.ip_address(opened.laddr.ip).is_loopback
     ]
-    assert any(opened.status == psutil.CONN_LISTEN for _, opened in sockets), "gloo's own sockets at least"
     return open_to_all
 
 

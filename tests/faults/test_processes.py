@@ -140,12 +140,11 @@ def listening_beyond_this_machine(processes: list[psutil.Process]) -> list[str]:
     """Return the addresses, other than loopback ones, at which the processes and their children listen."""
     tree = [each for process in processes for each in (process, *process.children(recursive=True))]
     sockets = [(each.pid, opened) for each in tree for opened in each.net_connections(kind="all")]
-    open_to_all = [
+    return [
         f"{pid}: {opened.laddr}"
         for pid, opened in sockets
         if opened.status == psutil.CONN_LISTEN and not ipaddress.ip_address(opened.laddr.ip).is_loopback
     ]
-    return open_to_all
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import ipaddress
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -140,6 +141,7 @@ def listening_beyond_this_machine(processes: list[psutil.Process]) -> list[str]:
     """Return the addresses, other than loopback ones, at which the processes and their children listen."""
     tree = [each for process in processes for each in (process, *process.children(recursive=True))]
     sockets = [(each.pid, opened) for each in tree for opened in each.net_connections(kind="all")]
+    assert any(opened.family != socket.AF_UNIX for _, opened in sockets), "the connections of the ranks at least"
     return [
         f"{pid}: {opened.laddr}"
         for pid, opened in sockets

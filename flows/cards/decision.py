@@ -108,7 +108,7 @@ def list_memorized(scores: Scores) -> list[tuple[str, str]]:
     return [
         ("memorized, in train once", _format_completions(found.once)),
         ("memorized, in train repeatedly", _format_completions(found.repeated)),
-        ("to memorize a passage", f"after {tokens} tokens of it, to add the next {tokens} without a difference"),
+        ("memorized means", f"the model reads {tokens} tokens of a passage and writes the next {tokens} exactly"),
     ]
 
 

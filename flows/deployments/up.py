@@ -140,16 +140,19 @@ class _Supervisor:
 
     @property
     def mlflow_url(self) -> str:
+        """The URL of the user's tracking server, or of the MLflow server that is started here."""
         return self.tracking_server or f"http://{HOST}:{self.options.mlflow_port}"
 
     @property
     def mlflow_command(self) -> list[str]:
+        """The command that starts MLflow's server on the state's database and artifacts."""
         files = self.root.backends.artifacts
         destination = f"{files}/artifacts" if files else str(self.root.artifacts)
         hosts = self.options.allowed_hosts
         return mlflow_command(self.options.mlflow_port, hosts, self.root.tracking_uri, destination)
 
     def servers(self) -> list[Child]:
+        """Return Prefect and, if it is started here, MLflow."""
         return [child for child in (self.prefect, self.mlflow) if child is not None]
 
     def start(self) -> None:

@@ -168,7 +168,7 @@ def test_the_page_says_how_much_of_the_training_text_the_model_completes() -> No
     written = rendered(card(scores=scores))
     assert "| memorized, in train once | 0.5% of 200 passages are completed word for word (0.1% to 2.8%) |" in written
     assert "| memorized, in train repeatedly | 63.5% of 63 passages are completed word for word (51.1% to" in written
-    assert "| after 50 tokens of it, to add the next 50 without a difference |" in written
+    assert "| the model reads 50 tokens of a passage and writes the next 50 exactly |" in written
     none = replace(scores, memorization=replace(MEMORIZED, repeated=Completions.count(0, 0)))
     assert "| memorized, in train repeatedly | not measured: train has no such passage |" in rendered(card(scores=none))
 

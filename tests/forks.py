@@ -57,7 +57,7 @@ class Forked:
     def __init__(self, connection: socket.socket, stdin: IO[bytes] | None) -> None:
         self._answers, self.stdin = connection.makefile("rb", buffering=0), stdin
         self._connection = connection
-        self.pid = int(self._answers.readline())
+        self.pid = self._read_number()
         self.returncode: int | None = None
 
     def poll(self) -> int | None:
@@ -71,9 +71,21 @@ class Forked:
         if self.returncode is None:
             if not select.select([self._connection], [], [], timeout)[0]:
                 raise _TimeoutExpired(self.pid, timeout)
-            self.returncode = int(self._answers.readline())
+            self.returncode = self._read_number()
             self._connection.close()
         return self.returncode
+
+    def _read_number(self) -> int:
+        """Return the next number from the fork server. Raise RuntimeError with the cause if there is none."""
+        line = b""
+        with suppress(ConnectionError):
+            line = self._answers.readline()
+        if not line:
+            raise RuntimeError(SERVER.explain_end())
+        try:
+            return int(line)
+        except ValueError:
+            raise RuntimeError(f"the fork server did not fork: {line.decode()}") from None
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
@@ -102,6 +114,17 @@ class ForkServer:
     def __init__(self) -> None:
         self.address = ""
         self.process: subprocess.Popen[bytes] | None = None
+
+    def explain_end(self) -> str:
+        """Return how the fork server ended. The next request starts another one."""
+        if self.process is None:
+            return f"the fork server at {self.address}, from which this process was forked, has ended"
+        try:
+            code = self.process.wait(60)
+        except subprocess.TimeoutExpired:
+            return f"the fork server {self.process.pid} closed its connection, but it still runs"
+        self.address, self.process = "", None
+        return f"the fork server ended with exit code {code}; a traceback is in this process's standard error"
 
     def command(
         self, *arguments: str, directory: Path, environment: Mapping[str, str], stdout: IO[Any], stderr: IO[Any]
@@ -139,10 +162,13 @@ class ForkServer:
             "is_leader": is_leader,
         }
         connection = socket.socket(socket.AF_UNIX)
-        connection.connect(self.address)
         body = json.dumps(asked).encode() + b"\n"
-        sent = socket.send_fds(connection, [body], list(files))
-        connection.sendall(body[sent:])
+        try:
+            connection.connect(self.address)
+            sent = socket.send_fds(connection, [body], list(files))
+            connection.sendall(body[sent:])
+        except (ConnectionError, FileNotFoundError) as error:
+            raise RuntimeError(self.explain_end()) from error
         return connection
 
     def _be_there(self) -> None:
@@ -204,9 +230,7 @@ def main(address: str) -> None:
             _report(asking)
         if listener in ready:
             connection, _ = listener.accept()
-            child = _fork(connection, [listener, *asking.values()], (wakes, waking))
-            asking[child] = connection
-            connection.sendall(b"%d\n" % child)
+            _answer(connection, asking, listener, (wakes, waking))
         if 0 in ready:
             Path(address).unlink()
             Path(address).parent.rmdir()
@@ -222,22 +246,54 @@ def _report(asking: dict[int, socket.socket]) -> None:
                 connection.sendall(b"%d\n" % os.waitstatus_to_exitcode(status))
 
 
+def _answer(
+    connection: socket.socket, asking: dict[int, socket.socket], listener: socket.socket, pipe: tuple[int, int]
+) -> None:
+    """Fork the requested program and send its pid, or the reason why it cannot be forked.
+
+    Tests kill processes at any moment, also while these request a child. That must not end the fork server.
+    """
+    try:
+        child = _fork(connection, [listener, *asking.values()], pipe)
+    except OSError as error:  # the request was cut off, or there are too many processes
+        with suppress(OSError), connection:
+            connection.sendall(f"{error}\n".encode())
+        return
+    asking[child] = connection
+    with suppress(OSError):
+        connection.sendall(b"%d\n" % child)
+
+
 def _fork(connection: socket.socket, sockets: list[socket.socket], pipe: tuple[int, int]) -> int:
     body, files, _, _ = socket.recv_fds(connection, 1 << 16, _NUM_FILES)
-    while not body.endswith(b"\n"):
-        body += connection.recv(1 << 16)
-    child = os.fork()
-    if child == 0:
+    try:
+        while not body.endswith(b"\n"):
+            if not (more := connection.recv(1 << 16)):
+                raise ConnectionResetError("the request was cut off")
+            body += more
+        child = os.fork()
+        if child == 0:
+            _serve(body, files, [connection, *sockets], pipe)
+        return child
+    finally:
+        for file in files:
+            os.close(file)
+
+
+def _serve(body: bytes, files: list[int], sockets: list[socket.socket], pipe: tuple[int, int]) -> NoReturn:
+    """Run the request in this process, the child. Nothing may lead it back into the server's loop."""
+    try:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        for each in (connection, *sockets):
+        for each in sockets:
             each.close()
         for number in pipe:
             os.close(number)
         _become(**json.loads(body), files=files)
-    for file in files:
-        os.close(file)
-    return child
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(1)
 
 
 def _become(

@@ -8,12 +8,13 @@ arguments. The decision card (decision.py) is about the choice between two versi
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
 
 from flows.cards.decision import escape, list_scores, pick_sources, render_table
+from gptcore.corpus.reading import Reading
 from gptcore.credentials import strip_secrets
 from gptcore.evaluation.memorization import Memorization
 from gptcore.evaluation.run_report import Scores
@@ -25,6 +26,18 @@ _MAX_SAMPLES = 3
 _MAX_CHARS = 600
 """Most characters of a sample on the card; the training's MLflow run has all samples in full."""
 _MAX_SOURCES = 20
+_MAX_SUFFIXES = 20
+_COLUMNS = {
+    "read": "files read",
+    "documents": "documents",
+    "empty": "empty",
+    "duplicate": "copies",
+    "skipped": "files not read",
+    "bad": "damaged files",
+    "foreign": "other tables",
+    "replaced": "replaced characters",
+}
+"""The counts of a reading, and their headings."""
 _SIDES = ("train", "val", "holdout")
 
 
@@ -35,6 +48,8 @@ class TrainedModelFacts:
     result: Result
     scores: Scores
     samples: Sequence[Sample]
+    reading: Reading = field(default_factory=Reading)
+    """What became of the files of its sources; empty if an earlier release read them."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +78,7 @@ def render_card(
         _render_summary(model_name, cfg, lineage),
         _render_loading(model_name),
         "## What it learned from",
-        _render_training_data(lineage),
+        _render_training_data(lineage, facts.reading if facts else Reading()),
         "## How it was trained",
         _render_training(cfg, lineage, facts),
         "## How good it is",
@@ -134,7 +149,7 @@ def _render_loading(model_name: str) -> str:
     )
 
 
-def _render_training_data(lineage: Mapping[str, Any]) -> str:
+def _render_training_data(lineage: Mapping[str, Any], reading: Reading) -> str:
     if (corpus := lineage.get("corpus")) is None:
         rows = [(_render_code(name), _render_code(digest)) for name, digest in lineage.get("files", {}).items()]
         files = render_table(("read from", "sha256"), rows)
@@ -143,20 +158,42 @@ def _render_training_data(lineage: Mapping[str, Any]) -> str:
     named = [f"- {escape(source)}" for source in sources[:_MAX_SOURCES]]
     more = [f"- and {len(sources) - _MAX_SOURCES:,} more"] if len(sources) > _MAX_SOURCES else []
     sides = [(side, f"{corpus['blocks'][side]:,}", f"{corpus['bytes'][side]:,}") for side in _SIDES]
-    split = ", ".join(f"{key} {value}" for key, value in lineage.get("split", {}).items())
+    split = lineage.get("split", {})
+    duplicates = "kept" if split.get("duplicates") == "keep" else "dropped"
+    settings = ", ".join(f"{key} {value}" for key, value in split.items() if key != "duplicates")
     return "\n\n".join(
         [
             f"{corpus['documents']:,} documents from:",
             "\n".join([*named, *more]),
+            *_render_reading(reading),
             render_table(("side", "blocks", "bytes"), sides),
             "The model learned from `train`. `val` chose the best state of the training. `holdout` did neither. "
-            f"Duplicates were dropped ({escape(split)}).",
+            f"Duplicates were {duplicates} ({escape(settings)}).",
             render_table(
                 ("sha256 of", ""),
                 [(name, _render_code(lineage.get(key, "unknown"))) for name, key in _DIGESTS.items()],
             ),
         ]
     )
+
+
+def _render_reading(reading: Reading) -> list[str]:
+    """Render what became of the files of the sources, in numbers. The names of files stay in the run's log."""
+    if not reading.counts:
+        return []
+    names = [name for name in _COLUMNS if reading.total(name)]
+    suffixes = sorted(reading.counts, key=lambda suffix: reading.counts[suffix]["documents"], reverse=True)
+    rows = [
+        (_render_code(suffix), *(f"{reading.counts[suffix][name]:,}" for name in names))
+        for suffix in suffixes[:_MAX_SUFFIXES]
+    ]
+    notes = [f"Not shown: {more:,} other suffixes."] if (more := len(suffixes) - _MAX_SUFFIXES) > 0 else []
+    if reading.excluded:
+        notes.append(f"Left out by rules: {escape(reading.describe_excluded())}.")
+    if reading.secrets:
+        notes.append(f"Lines that look like keys or passwords, and are in the text: {reading.describe_kinds()}.")
+    table = render_table(("suffix", *(_COLUMNS[name] for name in names)), rows)
+    return [table, " ".join(notes)] if notes else [table]
 
 
 _DIGESTS = {"text": "corpus_sha256", "tokens": "tokens_sha256", "tokenizer": "tokenizer_sha256"}

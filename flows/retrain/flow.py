@@ -335,7 +335,7 @@ class _Retraining:
             plots = tasks.plot(run=run, evaluation=evaluation)
             step.describe(tasks.describe_plots(plots))
         scores = read_scores(evaluation)
-        facts = TrainedModelFacts(result, scores, read_samples(samples))
+        facts = TrainedModelFacts(result, scores, read_samples(samples), attempt.snapshot.reading)
         candidate = self.build_candidate(attempt, facts, mlflow_run_id)
         with self.step("register") as step:
             version = tasks.register(root=self.root, run=run, tokens=attempt.tokens, candidate=candidate)

@@ -107,25 +107,34 @@ class Reading:
         """Return lines about what was left out; none if every file was read and every document was used."""
         lines = [line for suffix in sorted(self.counts) if (line := _describe_counts(suffix, self.counts[suffix]))]
         if self.excluded:
-            rules = ", ".join(f"{rule} {counts.total():,}" for rule, counts in sorted(self.excluded.items()))
-            total = sum(self.excluded.values(), Counter())
-            lines.append(f"excluded: {_enumerate(total, ('files', 'directories'))} ({rules})")
+            lines.append(f"excluded: {self.describe_excluded()}")
         if self.foreign:
             lines += ["left out, because their columns are others:", *_list_named(self.foreign, self.total("foreign"))]
         if self.problems:
             lines += ["left out by corpus.errors: skip:", *self.list_problems()]
         return lines
 
+    def describe_excluded(self) -> str:
+        """Return what rules left out, as in "3 files, 1 directory (.gitignore 1, hidden 3)"."""
+        total = sum(self.excluded.values(), Counter[str]())
+        nouns = {"files": ("file", "files"), "directories": ("directory", "directories")}
+        parts = [_count(total[key], *noun) for key, noun in nouns.items() if total[key]]
+        rules = ", ".join(f"{rule} {counts.total():,}" for rule, counts in sorted(self.excluded.items()))
+        return f"{', '.join(parts)} ({rules})"
+
+    def describe_kinds(self) -> str:
+        """Return how many lines look like a secret of each kind, as in "GitHub token 1, password 2"."""
+        return ", ".join(f"{kind} {number:,}" for kind, number in sorted(self.secrets.items()))
+
     def describe_secrets(self) -> str:
         """Return a line that warns of keys and passwords in the text; empty if there are none."""
         if not self.secrets:
             return ""
-        kinds = ", ".join(f"{kind} {number:,}" for kind, number in sorted(self.secrets.items()))
         rest = self.secrets.total() - len(self.secret_places)
         places = ", ".join(self.secret_places) + (f" and {rest:,} more" if rest else "")
         return (
-            f"{_count(self.secrets.total(), 'line')} of text look like keys or passwords ({kinds}): {places}. A model "
-            "may learn and repeat them. Remove them, or name the files in corpus.exclude"
+            f"{_count(self.secrets.total(), 'line')} of text may hold keys or passwords ({self.describe_kinds()}): "
+            f"{places}. A model may learn and repeat them. Remove them, or name the files in corpus.exclude"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -186,8 +195,8 @@ def _enumerate(counts: Counter[str], keys: tuple[str, ...]) -> str:
     return ", ".join(f"{counts[key]:,} {key}" for key in keys if counts[key])
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+def _count(number: int, noun: str, plural: str = "") -> str:
+    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
 
 
 def _sort(counts: Counter[str]) -> dict[str, int]:

@@ -9,6 +9,7 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 from flows.cards.model_card import Champion, TrainedModelFacts, adapt_for_transformers, render_card
+from gptcore.corpus.reading import Reading
 from gptcore.evaluation.memorization import Completions, Memorization
 from tests.cards.test_decision import MEMORIZED, SOURCES, card, sample
 from tests.registry.judging import CFG
@@ -89,6 +90,32 @@ def test_the_card_has_the_scores_of_each_source_and_says_what_the_model_has_memo
     short = replace(scores, memorization=Memorization(16, none, none), sources=SOURCES[:1])
     made = render_card("gpt-tiny", CFG, LINEAGE, TrainedModelFacts(card().result, short, []))
     assert "no passage of 32 tokens" in made and "| source |" not in made
+
+
+def test_the_card_says_what_became_of_the_files_of_the_text_in_numbers() -> None:
+    reading = Reading()
+    reading.count(".txt", read=1200, documents=1200, empty=1, duplicate=3)
+    reading.count(".a|b`", read=1, documents=9, replaced=4)
+    reading.count(".pdf", skipped=2)
+    reading.exclude(".gitignore", is_directory=True)
+    reading.add_problem(".csv", "board/minutes.csv is damaged")
+    reading.add_secret("password", "board/minutes.txt line 3")
+    facts = TrainedModelFacts(card().result, card().scores, [], reading)
+    made = render_card("gpt-tiny", CFG, {**LINEAGE, "split": {"split": "hash", "duplicates": "keep"}}, facts)
+    table = (
+        "| suffix | files read | documents | empty | copies | files not read | damaged files | replaced characters |\n"
+        "| --- | --- | --- | --- | --- | --- | --- | --- |\n"
+        "| `.txt` | 1,200 | 1,200 | 1 | 3 | 0 | 0 | 0 |\n"
+        "| `.a b ` | 1 | 9 | 0 | 0 | 0 | 0 | 4 |\n"
+        "| `.pdf` | 0 | 0 | 0 | 0 | 2 | 0 | 0 |\n"
+        "| `.csv` | 0 | 0 | 0 | 0 | 0 | 1 | 0 |\n\n"
+    )
+    assert table in made and headings(parsed(made)[1]) == [one for one in SECTIONS if one != "What it writes"]
+    assert "Left out by rules: 1 directory (.gitignore 1)." in made and "are in the text: password 1." in made
+    assert "minutes" not in made, "the card goes wherever the model goes"
+    assert "Duplicates were kept (split hash)" in made
+    made = render_card("gpt-tiny", CFG, LINEAGE, TrainedModelFacts(card().result, card().scores, []))
+    assert "| suffix |" not in made and "Duplicates were dropped (split hash)" in made
 
 
 def test_a_version_older_than_model_cards_gets_a_card_from_its_lineage() -> None:

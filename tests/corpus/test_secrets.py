@@ -82,7 +82,7 @@ def test_a_run_warns_of_secrets_by_document_and_line_and_never_shows_them(tmp_pa
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     made = ingest(CorpusConfig(sources=(".",), val_fraction=0.3, holdout_fraction=0.3), tmp_path / "state", tmp_path)
     warning = made.reading.describe_secrets()
-    assert warning.startswith("13 lines of text look like keys or passwords (AWS key 13): notes.md line 3, ")
+    assert warning.startswith("13 lines of text may hold keys or passwords (AWS key 13): notes.md line 3, ")
     assert "rows.jsonl:9 line 1 and 3 more. A model may learn" in warning
     assert secret not in warning and secret not in (made.path / "manifest.json").read_text()
     assert (made.path / "train.txt").read_bytes().count(secret.encode()) > 0, "a warning only"

@@ -3,8 +3,7 @@
 An entry is `python-docs`, a file, a directory, a glob, an http(s) address or an address that fsspec opens. Every file
 is first copied in one state, so that an edit during the reading cannot give a text that never existed. A named file or
 directory may be anywhere and may be a link. A file that a directory or a glob leads to must be inside it, or in the
-store of its repository (git-annex, DVC, Hugging Face's cache). A link planted there must not turn another file of the
-machine into training text.
+store of its repository (links.py).
 
 formats.py turns a file's bytes into documents, http.py downloads from the web, and remote.py uses fsspec.
 """
@@ -18,7 +17,6 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import islice, takewhile
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, Literal, NamedTuple, cast
@@ -30,6 +28,7 @@ from gptcore.corpus.encoding import encode_chunks, is_binary
 from gptcore.corpus.file_types import Formats, classify, require_format
 from gptcore.corpus.formats import ReadOptions, read_texts
 from gptcore.corpus.ignore import NOT_REGULAR, IgnoreRules
+from gptcore.corpus.links import Borders
 from gptcore.corpus.reading import Reading, raise_problems, suffix_of
 from gptcore.credentials import conceal, resolve, strip_secrets
 from gptcore.errors import ConfigError, CorpusError
@@ -283,7 +282,8 @@ def find_local_paths(
 ) -> list[Path]:
     """Return at least one regular file, or raise CorpusError. A name that exists is literal, even with a `[` in it.
 
-    What is left out is counted in `reading`. With `only_first`, the search ends at the first file that may be read.
+    What is left out is counted in `reading`, and so are links that lead out of the directory, as files that cannot be
+    used. With `only_first`, the search ends at the first file that may be read.
     """
     try:
         return _find_local_paths(source, base, exclude, reading or Reading(), only_first, formats)
@@ -303,13 +303,13 @@ def _find_local_paths(
     root, own = path, Reading()
     found: Iterator[Path] = iter(())
     if path.is_dir():
-        found = _find_texts_in(path, IgnoreRules(path, exclude), own, formats)
+        found = _find_texts_in(path, IgnoreRules(path, exclude), Borders(path, own), own, formats)
         problem = "has no file of text that may be read"
     elif any(mark in source for mark in "*?["):
         root = base / _glob_root(Path(source).expanduser())  # the name of `base` is literal
         names_hidden = any(name.startswith(".") for name in path.relative_to(root).parts)
         rules = IgnoreRules(root, exclude, includes_hidden=names_hidden)
-        found = _match_glob(Path(source).expanduser(), base, rules, own, formats)
+        found = _match_glob(Path(source).expanduser(), base, rules, Borders(root, own), own, formats)
         problem = "matches no file that may be read"
     else:
         problem = "is not a regular file" if path.exists() else "does not exist"
@@ -317,6 +317,7 @@ def _find_local_paths(
         found = islice(found, 1)
     paths = sorted(found, key=str) if path.is_dir() else sorted(found)
     if not paths:
+        raise_problems(iter(own.problems))
         hint = "" if Path(source).is_absolute() else f" (looked for in {base})"
         if problem.endswith("read"):
             hint += ". Hidden files, state roots and what .gitignore or corpus.exclude names are not read"
@@ -325,7 +326,6 @@ def _find_local_paths(
             literal = source.replace("[", "[[]")
             hint += f". [ ] stand for one of the characters between them; for a [ in a name, write {literal!r:.200}"
         raise CorpusError(f"corpus.sources: {source!r:.200} {problem}{hint}.")
-    _check_inside(paths, root)
     reading.merge(own)
     return paths
 
@@ -339,44 +339,14 @@ def _glob_root(pattern: Path) -> Path:
     return Path(*takewhile(lambda name: not any(mark in name for mark in "*?["), pattern.parts))
 
 
-def _check_inside(paths: list[Path], root: Path) -> None:
-    """Raise CorpusError if a path is a link that leads out of `root`, unless it leads into the store of `root`.
-
-    Some tools keep the contents of files in a store, and put links to them into the directory that people use. `root`
-    must be inside the repository that has the store, so what is in `root` cannot choose the store. A link in the store
-    that leads out of the store is refused as well, because only the end of all links counts.
-    """
-    real_root = os.path.realpath(root)
-    inside = (os.path.join(real_root, ""), *_list_stores(Path(real_root)))  # noqa: PTH118
-    real_parent = cache(os.path.realpath)
-    for path in paths:
-        is_link = os.path.islink(path)  # noqa: PTH114
-        real = os.path.realpath(path) if is_link else os.path.join(real_parent(path.parent), path.name)  # noqa: PTH118
-        if not real.startswith(inside):
-            raise CorpusError(
-                f"corpus.sources: {path} is a link that leads out of {root}, to {real}. Remove it, or name {real} "
-                "itself in corpus.sources if you want its text."
-            )
-
-
-def _list_stores(directory: Path) -> list[str]:
-    """List the directories, each with a / at its end, in which git-annex, DVC and Hugging Face keep what is in one."""
-    stores = []
-    for repository in (directory, *directory.parents):
-        for store in (".git/annex/objects", ".dvc/cache"):
-            stores.append(f"{repository / store}/")
-        if directory.is_relative_to(repository / "snapshots") and (repository / "refs").is_dir():
-            stores.append(
-                f"{repository / 'blobs'}/"
-            )  # models--gpt2/snapshots/REVISION/a.txt -> models--gpt2/blobs/HASH
-    return stores
-
-
-def _find_texts_in(directory: Path, rules: IgnoreRules, reading: Reading, formats: Formats) -> Iterator[Path]:
+def _find_texts_in(
+    directory: Path, rules: IgnoreRules, borders: Borders, reading: Reading, formats: Formats
+) -> Iterator[Path]:
     seen = set()
     for parent, directories, names in os.walk(directory, onerror=_raise_unreadable, followlinks=True):
         state = os.stat(parent)  # noqa: PTH116
-        if (state.st_dev, state.st_ino) in seen:  # a symbolic link led back
+        # A symbolic link led back, or out of the directory, which is reported already.
+        if (state.st_dev, state.st_ino) in seen or borders.is_behind_link(Path(parent)):
             directories.clear()
             continue
         seen.add((state.st_dev, state.st_ino))
@@ -397,7 +367,7 @@ def _find_texts_in(directory: Path, rules: IgnoreRules, reading: Reading, format
                 reading.exclude(NOT_REGULAR)
             elif not file_type.suffix and _is_binary_file(path):
                 reading.count(suffix_of(name), skipped=1)
-            else:
+            elif not borders.are_crossed(path):
                 yield path
 
 
@@ -414,7 +384,9 @@ def _raise_unreadable(error: OSError) -> None:
     raise CorpusError(f"{error.filename} cannot be searched for text: {error.strerror}.")
 
 
-def _match_glob(pattern: Path, base: Path, rules: IgnoreRules, reading: Reading, formats: Formats) -> Iterator[Path]:
+def _match_glob(
+    pattern: Path, base: Path, rules: IgnoreRules, borders: Borders, reading: Reading, formats: Formats
+) -> Iterator[Path]:
     root = Path(pattern.anchor) if pattern.is_absolute() else base
     for path in root.glob(str(pattern.relative_to(pattern.anchor))):
         if not path.is_file():
@@ -423,7 +395,7 @@ def _match_glob(pattern: Path, base: Path, rules: IgnoreRules, reading: Reading,
             reading.exclude(rule)
         elif classify(path.name, formats).format is None:
             reading.count(suffix_of(path.name), skipped=1)
-        else:
+        elif not borders.are_crossed(path):
             yield path
 
 

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import pickle
+import re
 import threading
 from collections.abc import Callable, Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -23,6 +24,7 @@ from gptcore import bundle, manifest
 from gptcore.config import CorpusConfig
 from gptcore.corpus import sources
 from gptcore.corpus.ingest import ingest
+from gptcore.corpus.reading import Reading
 from gptcore.corpus.snapshot import load_snapshot
 from gptcore.errors import CheckpointError, CorpusError, TokenizerError
 from gptcore.model.gpt import GPTModel
@@ -304,19 +306,33 @@ def test_current_json_without_a_run_of_its_pipeline_is_ignored(tmp_path: Path, n
     assert attempts._current_run_directory(tmp_path, sources_overridden=False) is None
 
 
-@pytest.mark.parametrize("way", ["directory", "glob", "link to a directory"])
-def test_a_link_that_leads_out_of_a_text_directory_is_refused(tmp_path: Path, way: str) -> None:
-    texts, secret = tmp_path / "texts", tmp_path / "private" / "secret.txt"
-    texts.mkdir()
-    secret.parent.mkdir()
-    secret.write_text("a password")
-    (texts / "a.txt").write_text("text")
-    if way == "link to a directory":
-        (texts / "more").symlink_to(secret.parent)
-    else:
-        (texts / "b.txt").symlink_to(secret)
-    with pytest.raises(CorpusError, match=rf"is a link that leads out of .*texts, to {secret}. Remove it, or name"):
-        sources.find_files(["texts/*.txt" if way == "glob" else "texts"], tmp_path, tmp_path / "downloads")
+@pytest.mark.parametrize("source", ["texts", "texts/*", "texts/**/*"])
+def test_links_that_lead_out_of_a_text_directory_are_refused_at_once_or_left_out(tmp_path: Path, source: str) -> None:
+    texts, private = tmp_path / "texts", tmp_path / "private"
+    for directory in (texts, private / "deep"):
+        directory.mkdir(parents=True)
+    for name in ("secret.txt", "deep/other.txt", "deep/more.txt", "LICENSE"):
+        (private / name).write_text("a password")
+    (private / "program").write_bytes(b"\x7fELF" + b"\0" * 99)
+    (texts / "a.txt").write_text(prose(1, 3000))
+    for name in ("LICENSE", "program"):
+        (texts / name).symlink_to(private / name)
+    (texts / "b.txt").symlink_to(private / "secret.txt")
+    links = ["LICENSE", "b.txt"]
+    if source == "texts":
+        (texts / "deep").symlink_to(private / "deep")
+        links.append("deep")
+    cfg = CorpusConfig(sources=(source,), block_bytes=256, val_fraction=0.2, holdout_fraction=0.2, exclude=("program",))
+    with pytest.raises(CorpusError) as caught:
+        ingest(cfg, tmp_path / "corpora", tmp_path)
+    first, *problems, last = str(caught.value).splitlines()
+    assert first == f"{len(links)} files cannot be used:" and "corpus.errors: skip" in last
+    targets = {"LICENSE": "LICENSE", "b.txt": "secret.txt", "deep": "deep"}
+    for link, problem in zip(links, sorted(problems), strict=True):
+        target = private / targets[link]
+        assert f"{texts / link} is a link that leads out of {texts}, to {target}. Remove it, name it in" in problem
+    made = ingest(cfg.model_copy(update={"errors": "skip"}), tmp_path / "corpora", tmp_path)
+    assert made.documents == 1 and made.reading.num_bad == len(links)
 
 
 STORES = {
@@ -336,12 +352,57 @@ def test_links_into_the_store_of_a_named_directory_are_followed_but_not_out_of_i
         parent.mkdir(parents=True, exist_ok=True)
     content.write_text("text")
     (directory / "a.txt").symlink_to(os.path.relpath(content, directory))
-    assert sources.find_local_paths(f"{directory}{way}", tmp_path) == [directory / "a.txt"]
+    assert find(f"{directory}{way}", tmp_path) == (["a.txt"], [])
     (tmp_path / "passwd").write_text("secret")
     (content.parent / "planted").symlink_to(tmp_path / "passwd")
     (directory / "b.txt").symlink_to(content.parent / "planted")
-    with pytest.raises(CorpusError, match=r"b\.txt is a link that leads out of .*, to .*passwd\. Remove it"):
-        sources.find_local_paths(f"{directory}{way}", tmp_path)
+    names, (problem,) = find(f"{directory}{way}", tmp_path)
+    assert names == ["a.txt"] and re.search(r"b\.txt is a link that leads out of .*, to .*passwd\. Remove it", problem)
+
+
+def find(source: str, base: Path) -> tuple[list[str], list[str]]:
+    """Return the names of a source's files, and the problems of those that cannot be used."""
+    reading = Reading()
+    return [path.name for path in sources.find_local_paths(source, base, reading=reading)], reading.problems
+
+
+CACHES = {
+    "relative": (
+        "config",
+        "[core]\n    remote = r\n['remote \"r\"']\n    url = s3://x\n[cache]\n    dir = ../../disk/cache\n",
+    ),
+    "local": ("config.local", '[cache]\n    dir = "{}/disk/cache"  # shared\n    type = symlink\n'),
+}
+HASH = "ab/" + "0123456789" * 3
+
+
+@pytest.mark.parametrize("form", CACHES)
+@pytest.mark.parametrize("layout", ["", "files/md5/"])
+def test_links_into_a_cache_that_dvc_keeps_elsewhere_are_followed_if_the_repository_above_names_it(
+    tmp_path: Path, form: str, layout: str
+) -> None:
+    data, cache = tmp_path / "repository" / "data", tmp_path / "disk" / "cache"
+    content = cache / layout / HASH
+    for directory in (data, tmp_path / "repository" / ".dvc", content.parent):
+        directory.mkdir(parents=True)
+    content.write_text("text")
+    (data / "a.txt").symlink_to(content)
+    (data / "own.txt").write_text("text")
+    fix = rf"If it is DVC's, run `dvc cache dir --local {cache}`"
+    names, (problem,) = find("repository/data", tmp_path)
+    assert names == ["own.txt"] and re.search(fix, problem)
+
+    name, text = CACHES[form]
+    (tmp_path / "repository" / ".dvc" / name).write_text(text.format(tmp_path) if form == "local" else text)
+    assert find("repository/data", tmp_path) == (["a.txt", "own.txt"], [])
+    (cache / "notes.txt").write_text("not named by its hash")
+    (data / "b.txt").symlink_to(cache / "notes.txt")
+    names, problems = find("repository/data", tmp_path)
+    assert names == ["a.txt", "own.txt"] and len(problems) == 1
+    names, problems = find("repository", tmp_path)
+    assert names == ["own.txt"] and len(problems) == 2, "what is in the directory must not choose the store"
+    (tmp_path / "repository" / ".dvc" / name).write_text("[cache\n")
+    assert find("repository/data", tmp_path)[0] == ["own.txt"]
 
 
 @pytest.mark.parametrize("target", ["blobs/a", ".git/annex/objects/a", ".dvc/cache/a", "snapshots/../blobs/a"])

@@ -4,15 +4,17 @@ encoding.py has the rule for text. Only a row of a table, a page or a JSON file 
 limited. file_types.py says which format a file has, and sources.py finds the files.
 """
 
+import codecs
 import csv
 import io
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 from gptcore.config import Format
 from gptcore.corpus import html
@@ -28,6 +30,9 @@ Texts = Iterator[tuple[str, Iterator[bytes]]]
 MAX_ROW_BYTES = 128 * 1024 * 1024
 """Limit for one line of JSON or one row of CSV, which is read at once."""
 _DELIMITERS = (",", ";", "\t", "|")
+_TSV_COLUMN = rb'(?:"[^"]*+(?:""[^"]*+)*+"|[^"\t\r\n]*+)'
+_QUOTED_ROW = re.compile(_TSV_COLUMN + rb"(?:\t" + _TSV_COLUMN + rb")*+\r?\n?")
+"""A row with tabs in which every quotation mark encloses a column or is doubled inside one."""
 
 
 @dataclass(frozen=True)
@@ -157,14 +162,19 @@ def _text_of(value: Any, row: str, options: ReadOptions) -> str:
     return options.rule.extract(value, row)
 
 
-def _read_csv(file: BinaryIO, name: str, options: ReadOptions, delimiters: Sequence[str] = _DELIMITERS) -> Texts:
+def _read_csv(
+    file: BinaryIO, name: str, options: ReadOptions, delimiters: Sequence[str] = _DELIMITERS, is_quoted: bool = True
+) -> Texts:
     csv.field_size_limit(sys.maxsize)  # the module's default refuses documents of more than 128 KiB
     lines = _RowLimit(_read_lines(file, name, options.errors), name)
     first = next((line for line in lines if line.strip()), None)
     if first is None:
         return
     blank = lines.number - 1  # lines before the header
-    rows = csv.reader(chain([first], lines), strict=True, delimiter=_find_delimiter(first, options.rule, delimiters))
+    delimiter = _find_delimiter(first, options.rule, delimiters)
+    is_quoted = is_quoted or delimiter != "\t"
+    quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if is_quoted else csv.QUOTE_NONE
+    rows = csv.reader(chain([first], lines), strict=True, delimiter=delimiter, quoting=quoting)
     try:
         header = next(rows)
         for column in options.rule.columns:
@@ -175,10 +185,12 @@ def _read_csv(file: BinaryIO, name: str, options: ReadOptions, delimiters: Seque
             lines.row_chars = 0
             row_name = f"{name}:{blank + rows.line_num}"
             if row and (len(row) <= max(places.values()) or any(row[len(header) :])):
-                raise CorpusError(
-                    f"{row_name}: expected {len(header)} columns, found {len(row)}. Put a text that holds the "
-                    "delimiter into quotation marks."
+                fix = (
+                    "Put a text that holds the delimiter into quotation marks"
+                    if is_quoted
+                    else "Quotation marks are text in this file, because some of them do not enclose a whole column"
                 )
+                raise CorpusError(f"{row_name}: expected {len(header)} columns, found {len(row)}. {fix}.")
             if row:
                 text = options.rule.extract({column: row[place] for column, place in places.items()}, row_name)
                 yield row_name, encode_chunks(text, row_name, options.errors)
@@ -197,7 +209,31 @@ def _find_delimiter(header: str, rule: TextRule, delimiters: Sequence[str]) -> s
 
 
 def _read_tsv(file: BinaryIO, name: str, options: ReadOptions) -> Texts:
-    return _read_csv(file, name, options, ("\t", *_DELIMITERS))
+    """Read a table with tabs. Its quotation marks are CSV's only if all of them can be.
+
+    pandas and Excel quote as in CSV. Google Sheets and many data sets do not quote, as text/tab-separated-values says.
+    Read as CSV, `"Yes", she said` would lose its marks there, and a mark that is not closed would join rows.
+    """
+    content = file if file.seekable() else copy_to_disk(file)
+    is_quoted = _is_quoted(content)
+    content.seek(0)
+    return _read_csv(content, name, options, ("\t", *_DELIMITERS), is_quoted)
+
+
+def _is_quoted(file: BinaryIO) -> bool:
+    """Whether every quotation mark of a table with tabs encloses a column or is doubled inside one, as in CSV."""
+    row, marks, size = [], 0, 0
+    while line := file.readline(MAX_ROW_BYTES):
+        row.append(line)
+        marks, size = marks + line.count(b'"'), size + len(line)
+        if marks % 2:  # a column goes on in the next line, or a mark is not closed
+            if size > MAX_ROW_BYTES:
+                return False
+            continue
+        if marks and not _QUOTED_ROW.fullmatch(b"".join(row).removeprefix(codecs.BOM_UTF8)):
+            return False
+        row, marks, size = [], 0, 0
+    return not marks
 
 
 class _RowLimit:

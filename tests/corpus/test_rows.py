@@ -1,5 +1,6 @@
 """Tables: which part of a row is its text, and the formats that hold rows."""
 
+import csv
 import gzip
 import json
 from pathlib import Path
@@ -110,6 +111,39 @@ def test_a_delimiter_is_that_of_the_header_and_blank_lines_count(tmp_path: Path)
     assert read(tmp_path, "d.csv", "text") == [("d.csv:2", "one")], "the first of two columns with one name"
     (tmp_path / "empty.csv").write_text("\n\n")
     assert read(tmp_path, "empty.csv", "text") == []
+
+
+ONLINE = [["He said", '"Yes", and left.', "1"], ["A pipe", '5" wide', "2"], ["", 'so "it"', "3"]]
+"""Rows that a program writes as they are, as text/tab-separated-values says: no cell holds a tab or a line end."""
+EXPORTED = [["a\tb", 'He said "Yes".\nThen he left.', "1"], ["", "plain", "2"]]
+"""Rows that a program writes as CSV with tabs."""
+
+
+def test_quotation_marks_of_a_tsv_are_text_unless_all_of_them_enclose_columns(tmp_path: Path) -> None:
+    def write(rows: list[list[str]], **settings: Any) -> None:
+        with (tmp_path / "a.tsv").open("w", newline="") as file:
+            csv.writer(file, delimiter="\t", **settings).writerows([["subject", "body", "id"], *rows])
+
+    def bodies() -> list[str]:
+        return [text for _, text in read(tmp_path, "a.tsv", "body")]
+
+    plain = {"quoting": csv.QUOTE_NONE, "quotechar": None}
+    for rows in (ONLINE, ONLINE[:1], ONLINE[1:2], [["x", '"never closed', "1"], ["y", 'nor "opened"', "2"]]):
+        write(rows, **plain)
+        assert bodies() == [row[1] for row in rows]
+    for settings in ({}, {"quoting": csv.QUOTE_ALL}, {"lineterminator": "\n"}):
+        write(EXPORTED, **settings)
+        (tmp_path / "a.tsv").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "a.tsv").read_bytes())
+        assert bodies() == [row[1] for row in EXPORTED]
+    (tmp_path / "a.tsv.gz").write_bytes(gzip.compress((tmp_path / "a.tsv").read_bytes()))
+    assert [text for _, text in read(tmp_path, "a.tsv.gz", "body")] == [row[1] for row in EXPORTED]
+    write(ONLINE, **plain)
+    with (tmp_path / "a.tsv").open("a") as file:
+        file.write("x\ta tab\tin a cell\t4\n")
+    with pytest.raises(CorpusError, match=r"a\.tsv:5: expected 3 columns, found 4\. Quotation marks are text"):
+        bodies()
+    (tmp_path / "a.tsv").write_text('subject,body\nx,"one, two"\n')
+    assert bodies() == ["one, two"], "a table with commas, whatever its name says"
 
 
 @pytest.mark.parametrize("text", ["{", "a}", "{}", "{a!r}", "{a:>4}", "{{x}}"])

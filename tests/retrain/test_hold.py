@@ -2,12 +2,14 @@
 
 import base64
 import json
+import os
 import random
 import re
 import shutil
 from pathlib import Path
 
 import pytest
+from prefect.logging import disable_run_logger
 
 from flows.cli import exit as cli_exit
 from flows.cli import run as cli_run
@@ -17,6 +19,7 @@ from flows.config.schedule import ScheduleConfig
 from flows.registry import versions
 from flows.retrain import hold, last_success
 from flows.retrain.policy import Reason, find_reason
+from flows.retrain.watch import look_at_sources
 from flows.state.root import StateRoot
 from gptcore.corpus.ingest import ingest
 from gptcore.errors import CorpusError
@@ -92,12 +95,16 @@ def test_a_run_is_held_and_reported_if_half_of_the_text_is_gone_until_a_person_a
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     notify = [{"webhook": f"{receiver.url}/hook", "on": ["failure"]}]
-    write_pipelines(project, tiny={"notify": notify, "train": {"max_steps": 5}})
+    triggers = [{"on": "corpus_changed"}]
+    write_pipelines(project, tiny={"notify": notify, "triggers": triggers, "train": {"max_steps": 5}})
     tiny = PipelinesFile(project / "pipelines.yaml").pipeline("tiny")
-    texts = [project / "text" / f"{number}.txt" for number in range(8)]
+    texts = [project / "text" / f"{number}.txt" for number in range(7)]
+    texts.append(project / "text" / os.fsdecode(b"caf\xe9.txt"))  # a name that is not UTF-8
     for number, path in enumerate(texts):
         path.write_text(prose(number + 10, 2000))
     assert run(tiny)[0] in TRAINED
+    with disable_run_logger():
+        assert len(look_at_sources(root, tiny)) == 1, "the first look counts as a change"
     trained = last_success.read_last(root, "tiny")
     for path in (project / "text" / "one.txt", *texts[:3]):
         path.unlink()
@@ -105,6 +112,8 @@ def test_a_run_is_held_and_reported_if_half_of_the_text_is_gone_until_a_person_a
     # The flow runs on the server that runs already. The rest of the command is as it is.
     monkeypatch.setattr(cli_run, "_launch", lambda pipeline, root, _, flags: cli_run._run_flow(pipeline, root, flags))
     monkeypatch.chdir(project)
+    with disable_run_logger():
+        assert len(look_at_sources(root, tiny)) == 1
     for flags in ([], ["--force"]):
         given = ["tiny", "--json", *flags]
         assert cli_exit._run(lambda given=given: cli_run.retrain_now.main(given, standalone_mode=False)) == 2
@@ -121,11 +130,17 @@ def test_a_run_is_held_and_reported_if_half_of_the_text_is_gone_until_a_person_a
     assert told == [("failure", "tiny: held")] * 2 and receiver.got[-1]["text"] == said
     assert len(mlflow_runs(root)) == 1
     assert last_success.read_last(root, "tiny") == trained, "a held run is not a success"
-    (project / "text").rename(project / "moved")
-    with pytest.raises(CorpusError, match="does not exist"):
+    with disable_run_logger():
+        assert look_at_sources(root, tiny) == [], "a held text is not tried again until it changes"
+    good = texts[-1].read_bytes()
+    texts[-1].write_bytes(good + b"\xe9")
+    with disable_run_logger():
+        assert len(look_at_sources(root, tiny)) == 1
+    with pytest.raises(CorpusError, match=r"caf\\udce9\.txt is not UTF-8"):
         run(tiny, notify=tiny.notify)
     assert (receiver.got[-1]["title"], len(receiver.got)) == ("tiny: failed", 3)
-    (project / "moved").rename(project / "text")
+    assert r"caf\udce9.txt is not UTF-8" in receiver.got[-1]["text"]
+    texts[-1].write_bytes(good)
 
     scheduled = tiny.model_copy(update={"schedule": ScheduleConfig(interval=3600)})
     (check,) = check_successes(CheckTarget(project / "pipelines.yaml", root, (scheduled,)))

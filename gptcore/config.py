@@ -388,6 +388,16 @@ class SampleConfig(Section):
     """Draws each token from the most likely tokens that together reach this probability. 1: from all tokens."""
 
 
+class EvaluateConfig(Section):
+    """How much held-out text a trained model is scored on."""
+
+    max_bytes: Annotated[Count | None, Added(before=None)] = 1_000_000
+    """Most bytes that are scored of val, of holdout, and by the gate of old and of new holdout blocks each. Of more
+    text, the blocks with the lowest hashes are scored, at least 25. So the time does not grow with the corpus, and the
+    sample stays nearly the same from night to night. Raise it if the decision card says that the interval is wider than
+    gate.margin. Empty: all text is scored."""
+
+
 class GateConfig(Section):
     """When a new version, the challenger, replaces the champion, which is the version in use.
 

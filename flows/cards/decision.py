@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from flows.cards.verdict import SOURCES_OVERRIDDEN, WITHDRAWN, Verdict
+from flows.cards.verdict import SOURCES_OVERRIDDEN, WITHDRAWN, Verdict, describe_share
 from gptcore.config import GateConfig
+from gptcore.evaluation.bits_per_byte import Evaluation
 from gptcore.evaluation.compare import MIN_BLOCKS, Comparison
 from gptcore.evaluation.memorization import Completions
 from gptcore.evaluation.run_report import Scores
@@ -89,15 +90,30 @@ def list_scores(scores: Scores) -> list[tuple[str, str]]:
 def list_details(scores: Scores, result: Result) -> list[tuple[str, str]]:
     """List how the model was trained, its score in other units, and what it has memorized."""
     reported = scores.reported
+    sizes = f"{reported.tokens:,} tokens, {reported.bytes:,} bytes, {reported.blocks:,} blocks"
     return [
         ("loss, perplexity", f"{reported.loss:.4f} nats per token, {reported.perplexity:,.1f}"),
         ("top-1, top-5 accuracy", f"{reported.top1:.1%}, {reported.top5:.1%}"),
-        ("scored", f"{reported.tokens:,} tokens, {reported.bytes:,} bytes, {reported.blocks:,} blocks"),
+        ("scored", _add_share(sizes, reported.bytes, reported.available_bytes)),
+        *([("score, 95% interval", interval)] if (interval := format_interval(reported)) else []),
         ("best val loss", f"{result.best_val_loss:.4f} nats per token at step {result.best_step:,}"),
         ("trained", f"{result.tokens_seen:,} tokens, {result.steps:,} steps, {result.seconds:.1f} s in updates"),
         ("ended by", result.stopped_by),
         *list_memorized(scores),
     ]
+
+
+def format_interval(scored: Evaluation) -> str:
+    """Format the interval of the score, for example "from 1.5871 to 1.6684 bits per byte". Empty if it is unknown."""
+    if scored.low is None or scored.high is None:
+        return ""
+    return f"from {scored.low:.4f} to {scored.high:.4f} bits per byte"
+
+
+def _add_share(sizes: str, scored: int, available: int | None) -> str:
+    """Add which share of the held-out text was scored, unless all of it was."""
+    share = describe_share(scored, available)
+    return f"{sizes}: {share} of that text" if share else sizes
 
 
 def list_memorized(scores: Scores) -> list[tuple[str, str]]:
@@ -282,11 +298,13 @@ def _list_evidence(card: Card) -> list[tuple[str, str]]:
     if verdict.low is not None and verdict.high is not None:
         confidence = f"each bound with {card.gate.confidence:.4g} confidence"
         rows.append(("interval", f"from {verdict.low:.4f} to {verdict.high:.4f}, {confidence}"))
+        rows += _list_width(verdict.high - verdict.low, card)
     elif verdict.champion_bits_per_byte is not None:
         rows.append(("interval", f"none: it needs at least {MIN_BLOCKS} blocks and finite scores"))
     if verdict.blocks:
         which = "that neither model has trained on" if card.champion else "that the model has not trained on"
-        rows.append(("scored on", f"{verdict.blocks:,} blocks, {verdict.bytes:,} bytes of text {which}"))
+        sizes = f"{verdict.blocks:,} blocks, {verdict.bytes:,} bytes of text {which}"
+        rows.append(("scored on", _add_share(sizes, verdict.bytes, verdict.available_bytes)))
     if verdict.champion_bits_per_byte is not None:
         why = "held-out text that one of the models may have trained on, or that shares 128 letters and digits with it"
         rows.append(("left out", f"{verdict.excluded_bytes:,} bytes: {why}"))
@@ -295,6 +313,26 @@ def _list_evidence(card: Card) -> list[tuple[str, str]]:
     if verdict.unknown:
         rows.append(("unknown", f"what {verdict.unknown}"))
     return rows
+
+
+def _list_width(width: float, card: Card) -> list[tuple[str, str]]:
+    """Say that differences of the size of the margin cannot be seen, and what to do, if the interval is so wide."""
+    verdict, margin = card.verdict, card.gate.margin
+    if not width > margin:
+        return []
+    is_sample = verdict.available_bytes is not None and verdict.bytes < verdict.available_bytes
+    what, fix = (
+        ("sample", "Raise evaluate.max_bytes to score more of the held-out text")
+        if is_sample
+        else ("holdout", "Add text, or raise corpus.holdout_fraction")
+    )
+    return [
+        (
+            "too wide",
+            f"the interval is {width:.4f} wide, more than gate.margin {margin:g}: the {what} is too small to see "
+            f"differences of that size. {fix}",
+        )
+    ]
 
 
 def _list_ages(card: Card) -> list[tuple[str, str]]:
@@ -318,9 +356,10 @@ def _format_comparison(part: Comparison) -> str:
     if not part.blocks:
         return "0 blocks"
     interval = "" if part.low is None or part.high is None else f", from {part.low:.4f} to {part.high:.4f}"
+    share = describe_share(part.bytes, part.available_bytes)
     return (
-        f"{part.blocks:,} blocks, {part.bytes:,} bytes: {part.challenger:.4f} bits per byte, champion "
-        f"{part.champion:.4f}; improvement {part.improvement:.4f}{interval}"
+        f"{part.blocks:,} blocks, {part.bytes:,} bytes{f' ({share})' if share else ''}: {part.challenger:.4f} bits per "
+        f"byte, champion {part.champion:.4f}; improvement {part.improvement:.4f}{interval}"
     )
 
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import yaml
 
-from flows.cards.decision import escape, list_scores, pick_sources, render_table
+from flows.cards.decision import escape, format_interval, list_scores, pick_sources, render_table
+from flows.cards.verdict import describe_share
 from gptcore.corpus.reading import Reading
 from gptcore.credentials import strip_secrets
 from gptcore.evaluation.memorization import Memorization
@@ -250,9 +251,12 @@ def _render_evaluation(
     sources = [
         (escape(one.source), f"{one.blocks:,}", f"{one.bytes:,}", f"{one.bits_per_byte:.4f}") for one in by_source
     ]
+    share = describe_share(reported.bytes, reported.available_bytes)
+    interval = format_interval(reported)
     parts = [
         f"Bits per byte, lower is better, on {reported.bytes:,} bytes in {reported.blocks:,} blocks of "
-        f"{reported.side}. Scores compare between models with different vocabularies.",
+        f"{reported.side}{f' ({share})' if share else ''}. Scores compare between models with different vocabularies."
+        + (f" The model's score on such text is {interval}, with a confidence of 95%." if interval else ""),
         render_table(("", "bits per byte"), [(escape(name), escape(value)) for name, value in rows]),
         *(
             [render_table(("source", "blocks", "bytes", "bits per byte"), sources), note]

@@ -14,6 +14,21 @@ WITHDRAWN = "withdrawn"
 """Kind of the verdict on a version whose weights a person has rolled back."""
 
 
+def describe_share(scored: int, available: int | None) -> str:
+    """Describe how much of the text was scored, for example "1.0 MB of 50.3 MB, 2 percent". Empty if all of it was.
+
+    Both are in bytes. `available` is None if an earlier release scored the text, which scored all of it.
+    """
+    if available is None or scored >= available:
+        return ""
+    share = 100 * scored / available
+    return f"{_format_size(scored)} of {_format_size(available)}, {share:.{0 if share >= 1 else 2}f} percent"
+
+
+def _format_size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:,.1f} MB" if num_bytes >= 100_000 else f"{num_bytes / 1e3:,.1f} kB"
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What the gate decided about a challenger, and why."""
@@ -36,6 +51,9 @@ class Verdict:
     blocks: int = 0
     bytes: int = 0
     """Bytes of text that were scored."""
+    available_bytes: int | None = None
+    """Bytes of the held-out text that the scored blocks are a sample of; None if an earlier release judged, which
+    scored everything."""
     excluded_bytes: int = 0
     """Bytes of held-out text that one of the two models may have learned from."""
     unknown: str = ""

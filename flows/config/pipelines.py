@@ -22,6 +22,7 @@ from flows.notifications.notify import NotifyConfig
 from flows.state.lock_holder import Overlap
 from gptcore.config import (
     CorpusConfig,
+    EvaluateConfig,
     GateConfig,
     ModelConfig,
     RetrainConfig,
@@ -32,7 +33,7 @@ from gptcore.credentials import shorten_addresses
 from gptcore.errors import ConfigError
 from gptcore.sections import Section, check
 
-SECTIONS = ("corpus", "model", "train", "sample", "gate", "retrain")
+SECTIONS = ("corpus", "model", "train", "evaluate", "sample", "gate", "retrain")
 """The sections of a pipeline. Their keys are merged one by one. Each section is a parameter of the flow."""
 RUNNING_KEYS = frozenset({"retrain", "schedule", "triggers", "overlap", "task_runner", "notify", "tags"})
 """The keys that say when and how a pipeline runs. They do not change what is trained."""
@@ -105,6 +106,7 @@ class Pipeline(Section):
     corpus: CorpusConfig = CorpusConfig()
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
     sample: SampleConfig = SampleConfig()
     gate: GateConfig = GateConfig()
     retrain: RetrainConfig = RetrainConfig()

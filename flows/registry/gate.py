@@ -2,8 +2,8 @@
 
 The gate scores champion and challenger on the same held-out blocks, each with its own tokenizer. It uses only blocks
 that neither of them can have learned by heart. Blocks that were in the champion's snapshot (old) and the others (new)
-are also compared separately. It stores the verdict and its numbers as tags of the version. See
-gptcore.evaluation.compare for how two models are compared and for the rule about old blocks,
+are also compared separately. Of much text, a sample of each is scored. The gate stores the verdict and its numbers as
+tags of the version. See gptcore.evaluation.compare for how two models are compared and for the rule about old blocks,
 gptcore.corpus.clean_blocks for which blocks are clean, gptcore.corpus.diff for which are old, and register.py for how a
 version is registered.
 """
@@ -16,7 +16,7 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 
-from flows.cards.verdict import SOURCES_OVERRIDDEN, WITHDRAWN, Verdict
+from flows.cards.verdict import SOURCES_OVERRIDDEN, WITHDRAWN, Verdict, describe_share
 from flows.registry.ancestry import check_training_texts, read_ancestry
 from flows.registry.champion import GATE, complete_log, explain_withdrawal, promote
 from flows.registry.loading import load
@@ -29,7 +29,7 @@ from gptcore.bundle import LoadedModel
 from gptcore.config import GateConfig
 from gptcore.corpus.clean_blocks import CleanBlocks, find_clean_blocks
 from gptcore.corpus.diff import find_old_blocks
-from gptcore.corpus.snapshot import Block, Snapshot, read_blocks, read_document_list
+from gptcore.corpus.snapshot import Block, Snapshot, read_block_entries, read_document_list, sample_blocks
 from gptcore.errors import CheckpointError
 from gptcore.evaluation.bits_per_byte import evaluate_blocks
 from gptcore.evaluation.compare import MIN_BLOCKS, Comparison, Finding, compare, compare_by_age, compute_gains
@@ -46,10 +46,12 @@ def judge(
     scores: Scores,
     cfg: GateConfig,
     sources_overridden: bool,
+    max_bytes: int | None = None,
 ) -> Verdict:
     """Decide whether a version becomes champion, and promote it if it does.
 
-    Raises CheckpointError if the snapshot was altered on disk, and RegistryError if the champion cannot be loaded. The
+    Both models are scored on at most `max_bytes` of old and of new text each; None stands for all text. Raises
+    CheckpointError if the snapshot was altered on disk, and RegistryError if the champion cannot be loaded. The
     version's tags then give the reason. The version stays undecided until a run finds that the damage is fixed.
 
     The tag `verdict` is written last. If a run is killed before that, the next one reads the numbers of a promotion
@@ -66,7 +68,7 @@ def judge(
         verdict = own.to_verdict()
     else:
         opponent = None if is_champion else champion
-        verdict = _reach_verdict(root, challenger, opponent, snapshot, scores, cfg, sources_overridden)
+        verdict = _reach_verdict(root, challenger, opponent, snapshot, scores, cfg, sources_overridden, max_bytes)
         _set_tags(root, challenger, VersionTags.from_verdict(verdict))
         if verdict.promoted:
             promote(root, model_name, version, verdict.reason, GATE, over=verdict.champion_version)
@@ -85,11 +87,20 @@ def judge_without_champion(bits_per_byte: float, scores: Scores) -> Verdict:
     is_better = bits_per_byte < simple
     sign = "<" if is_better else ">=" if bits_per_byte >= simple else "is not comparable with"
     kind = "beats unigram" if is_better else "does not beat unigram" if math.isfinite(bits_per_byte) else "not finite"
+    share = describe_share(reported.bytes, reported.available_bytes)
     reason = (
         f"first version: {bits_per_byte:.4f} bits per byte {sign} {simple:.4f} of the unigram model on the same "
-        f"{reported.blocks} blocks ({reported.bytes:,} bytes)"
+        f"{reported.blocks} blocks ({reported.bytes:,} bytes{f', {share}' if share else ''})"
     )
-    return Verdict(is_better, kind, reason, bits_per_byte, blocks=reported.blocks, bytes=reported.bytes)
+    return Verdict(
+        is_better,
+        kind,
+        reason,
+        bits_per_byte,
+        blocks=reported.blocks,
+        bytes=reported.bytes,
+        available_bytes=reported.available_bytes,
+    )
 
 
 def judge_comparison(
@@ -122,6 +133,7 @@ def judge_comparison(
         high=comparison.high,
         blocks=comparison.blocks,
         bytes=comparison.bytes,
+        available_bytes=comparison.available_bytes,
         excluded_bytes=excluded_bytes,
         unknown=unknown,
         old=comparison.old,
@@ -133,9 +145,11 @@ def _describe_scores(
     comparison: Comparison, cfg: GateConfig, kind: Finding, champion_version: str, excluded_bytes: int
 ) -> str:
     """Describe both scores, and why they lead to `kind`."""
+    share = describe_share(comparison.bytes, comparison.available_bytes)
+    size = f"{comparison.bytes:,} bytes scored, {f'{share}, ' if share else ''}{excluded_bytes:,} excluded"
     scored = (
         f"{comparison.challenger:.4f} bits per byte against {comparison.champion:.4f} of version {champion_version} on "
-        f"the same {comparison.blocks} blocks ({comparison.bytes:,} bytes scored, {excluded_bytes:,} excluded)"
+        f"the same {comparison.blocks} blocks ({size})"
     )
     gain = f"improvement {comparison.improvement:.4f}"
     if comparison.low is not None and comparison.high is not None:
@@ -174,8 +188,8 @@ class _ComparableBlocks:
     clean: CleanBlocks
     unknown: str
     """The training text that could not be checked, and why; empty if all of it was checked."""
-    is_old: list[bool] | None
-    """(clean blocks,): whether the champion's snapshot held the block. None if that snapshot is unknown."""
+    knows_old: bool
+    """Whether it is known which blocks the champion's snapshot held."""
 
 
 def _reach_verdict(
@@ -186,13 +200,14 @@ def _reach_verdict(
     scores: Scores,
     cfg: GateConfig,
     sources_overridden: bool,
+    max_bytes: int | None,
 ) -> Verdict:
     """Compare the challenger with the champion, unless it does not compete. If that fails, its tags give the reason."""
     withdrawal = explain_withdrawal(root, challenger.name, str(challenger.version))
     if withdrawal or (champion is not None and sources_overridden):
         return _reject_without_comparison(champion, scores, withdrawal)
     try:
-        return _compare_with_champion(root, challenger, champion, snapshot, scores, cfg)
+        return _compare_with_champion(root, challenger, champion, snapshot, scores, cfg, max_bytes)
     except (CheckpointError, RegistryError) as error:
         kind = "model damaged" if isinstance(error, RegistryError) else "holdout altered"
         _set_tags(root, challenger, VersionTags(reason=str(error)[:4000], gate_kind=kind))
@@ -206,30 +221,32 @@ def _compare_with_champion(
     snapshot: Snapshot,
     scores: Scores,
     cfg: GateConfig,
+    max_bytes: int | None,
 ) -> Verdict:
     """Score champion and challenger on clean blocks and decide. Without a champion, judge the version by itself."""
     _verify_snapshot(snapshot)
     side = reported_side(snapshot)
     if champion is None:
-        scored = _score_blocks(load(root, challenger), list(read_blocks(snapshot.path, side)), side)
+        scored = _score_blocks(load(root, challenger), sample_blocks(snapshot.path, side, max_bytes), side)
         total = sum(block["nats"] for block in scored) / math.log(2) / sum(block["bytes"] for block in scored)
         return judge_without_champion(total, scores)
     champion_model = load(root, champion)
-    comparable = _find_comparable_blocks(root, snapshot, side, challenger, champion)
-    champion_scores = _score_blocks(champion_model, comparable.clean.blocks, side)
-    challenger_scores = _score_blocks(load(root, challenger), comparable.clean.blocks, side)
-    if comparable.is_old is None:
-        comparison = compare(challenger_scores, champion_scores, cfg.confidence)
+    comparable = _find_comparable_blocks(root, snapshot, side, challenger, champion, max_bytes)
+    clean = comparable.clean
+    champion_scores = _score_blocks(champion_model, clean.blocks, side)
+    challenger_scores = _score_blocks(load(root, challenger), clean.blocks, side)
+    if comparable.knows_old:
+        comparison = compare_by_age(challenger_scores, champion_scores, cfg.confidence, clean.is_old, clean.weights)
     else:
-        comparison = compare_by_age(challenger_scores, champion_scores, cfg.confidence, comparable.is_old)
+        comparison = compare(challenger_scores, champion_scores, cfg.confidence, clean.weights)
     verdict = judge_comparison(
         comparison,
         cfg,
         challenger,
         champion_version=str(champion.version),
-        excluded_bytes=comparable.clean.excluded_bytes,
+        excluded_bytes=clean.excluded_bytes,
         unknown=comparable.unknown,
-        shortage=explain_shortage(snapshot, len(comparable.clean.blocks)),
+        shortage=explain_shortage(snapshot, len(clean.blocks)),
     )
     return replace(
         verdict,
@@ -270,21 +287,28 @@ def _verify_snapshot(snapshot: Snapshot) -> None:
 
 
 def _find_comparable_blocks(
-    root: StateRoot, snapshot: Snapshot, side: str, challenger: ModelVersion, champion: ModelVersion
+    root: StateRoot,
+    snapshot: Snapshot,
+    side: str,
+    challenger: ModelVersion,
+    champion: ModelVersion,
+    max_bytes: int | None,
 ) -> _ComparableBlocks:
-    """Return the blocks that are clean for both versions and their ancestors, and which of them are old.
+    """Return blocks that are clean for both versions and their ancestors, and which of them are old.
 
-    If a training text was deleted, altered, or never on this machine, the comparison ignores it and says so.
+    If old or new blocks have more than `max_bytes`, those with the lowest hashes are returned. If a training text was
+    deleted, altered, or never on this machine, the comparison ignores it and says so.
     """
     champion_texts, challenger_texts = (
         list(check_training_texts(root, read_ancestry(root, version))) for version in (champion, challenger)
     )
     learned = dict([(snapshot.path, ""), *champion_texts, *challenger_texts])
     known = [path for path, problem in learned.items() if not problem]
-    clean = find_clean_blocks(snapshot.path, side, known)
     champion_snapshot, problem = champion_texts[0]  # the next ones are those of its ancestors
-    is_old = None if problem else find_old_blocks(champion_snapshot, snapshot.path, clean.blocks)
-    return _ComparableBlocks(clean, "; ".join(filter(None, learned.values())), is_old)
+    entries = list(read_block_entries(snapshot.path, side))
+    is_old = None if problem else find_old_blocks(champion_snapshot, snapshot.path, entries)  # (entries,)
+    clean = find_clean_blocks(snapshot.path, side, known, max_bytes, is_old)
+    return _ComparableBlocks(clean, "; ".join(filter(None, learned.values())), is_old is not None)
 
 
 def _score_blocks(loaded: LoadedModel, chosen: Sequence[Block], side: str) -> Sequence[dict[str, Any]]:

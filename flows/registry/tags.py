@@ -77,6 +77,7 @@ class VersionTags(BaseModel):
     gate_high: float | None = None
     gate_blocks: int | None = None
     gate_bytes: int | None = None
+    gate_available_bytes: int | None = None
     gate_excluded_bytes: int | None = None
     gate_unknown: str | None = None
     gate_old: StoredComparison | None = None

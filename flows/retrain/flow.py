@@ -35,7 +35,15 @@ from flows.state.root import StateRoot, state_root
 from flows.tracking import errors, reconcile, runs
 from flows.tracking.metrics import MetricsLog
 from gptcore import manifest
-from gptcore.config import CorpusConfig, GateConfig, ModelConfig, RetrainConfig, SampleConfig, TrainConfig
+from gptcore.config import (
+    CorpusConfig,
+    EvaluateConfig,
+    GateConfig,
+    ModelConfig,
+    RetrainConfig,
+    SampleConfig,
+    TrainConfig,
+)
 from gptcore.corpus.snapshot import Snapshot
 from gptcore.errors import CorpusError, TrainingDiverged
 from gptcore.evaluation.evidence import explain_shortage
@@ -95,6 +103,7 @@ def retrain(
     sample: SampleConfig,
     gate: GateConfig,
     retrain: RetrainConfig,
+    evaluate: EvaluateConfig = EvaluateConfig(),  # noqa: B008 -- frozen. Older deployments do not give it.
     force: bool = False,
     accept_text: bool = False,
     sources_overridden: bool = False,
@@ -113,6 +122,7 @@ def retrain(
         sample: Which texts the trained model writes for people to read.
         gate: When the new version replaces the champion.
         retrain: What is a reason to train, and what happens to an unfinished training.
+        evaluate: How much held-out text the trained model is scored on.
         force: Train again even if nothing has changed.
         accept_text: The text is right, even if much of it is gone, or something unlike it has taken its place.
         sources_overridden: Other sources than the pipeline's own: register a version, but do not replace a champion.
@@ -120,7 +130,8 @@ def retrain(
         task_runner: Processes the shards of a large corpus: processes, dask, ray, or a cluster's address.
         notify: Receivers of a message if the run fails or there is a new champion. The flow's hooks read it.
     """
-    values: Any = {"corpus": corpus, "model": model, "train": train, "sample": sample, "gate": gate, "retrain": retrain}
+    values: Any = {"corpus": corpus, "model": model, "train": train, "evaluate": evaluate}
+    values |= {"sample": sample, "gate": gate, "retrain": retrain}
     given = Pipeline(name=pipeline, model_name=model_name, overlap=overlap, task_runner=task_runner, **values)
     return _retrain(parameters.read_request() or Request(given), force, accept_text, sources_overridden)
 
@@ -326,7 +337,12 @@ class _Retraining:
         """Evaluate, register and judge a trained model, and publish all results."""
         run = attempt.run
         with self.step("evaluate") as step:
-            evaluation = tasks.evaluate(run=run, snapshot=attempt.snapshot, tokens=attempt.tokens)
+            evaluation = tasks.evaluate(
+                run=run,
+                snapshot=attempt.snapshot,
+                tokens=attempt.tokens,
+                max_bytes=self.pipeline.evaluate.max_bytes,
+            )
             step.describe(tasks.describe_evaluation(evaluation))
         with self.step("sample") as step:
             samples = tasks.sample(run=run, snapshot=attempt.snapshot, tokens=attempt.tokens, cfg=self.pipeline.sample)
@@ -368,6 +384,7 @@ class _Retraining:
                 scores=scores,
                 cfg=self.pipeline.gate,
                 sources_overridden=self.sources_overridden,
+                max_bytes=self.pipeline.evaluate.max_bytes,
             )
             step.describe(tasks.describe_verdict(verdict))
         return verdict

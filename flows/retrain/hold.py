@@ -18,7 +18,7 @@ from pathlib import Path
 from flows.config.pipelines import Pipeline
 from flows.state.root import StateRoot
 from gptcore.corpus.diff import Delta, compare_snapshots, count_documents, measure_lost_share, pick_new_blocks
-from gptcore.corpus.snapshot import Snapshot, read_blocks
+from gptcore.corpus.snapshot import Snapshot, sample_blocks
 from gptcore.errors import CheckpointError
 from gptcore.manifest import write_atomically
 from gptcore.records import read_record
@@ -40,6 +40,7 @@ Measured with champions of four texts, in bits per byte:
 A champion that has hardly learned anything notices only what hardly uses the letters of its text.
 """
 _SAMPLE_BYTES = 32_768
+_OLD_BYTES = 1_000_000
 _MAX_NAMED = 3  # sources that a sentence names
 _KINDS = {
     "letters": re.compile(r"[^\W\d_]"),
@@ -147,7 +148,7 @@ def _describe_loss(before: Path, after: Path, delta: Delta) -> str:
 def _compare_characters(before: Path, after: Path) -> list[str]:
     """Return the kinds of characters whose share of the new text is notably another one than before."""
     new = "".join(block.text for block in pick_new_blocks(before, after, _SAMPLE_BYTES))
-    old = "".join(block.text for block in read_blocks(before, "val"))
+    old = "".join(block.text for block in sample_blocks(before, "val", _OLD_BYTES))
     shares = [(kind, _measure_share(kind, old), _measure_share(kind, new)) for kind in _KINDS]
     return [
         f"{kind} are {now:.0%} of it (before: {then:.0%})" for kind, then, now in shares if abs(now - then) >= _NOTABLE

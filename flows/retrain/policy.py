@@ -176,7 +176,7 @@ def _describe_settings(root: StateRoot, pipeline: Pipeline, newest: ModelVersion
     now = flatten(pipeline.model_dump(mode="json"))
     execution = tuple(f"train.{key}" for key in EXECUTION_KEYS)
     reading = ("corpus.sources", "corpus.exclude", "corpus.text", "corpus.formats", "corpus.encoding")
-    outside = ("retrain.", "gate.", "sample.", *reading, *execution)
+    outside = ("retrain.", "gate.", "evaluate.", "sample.", *reading, *execution)
     differing = [
         f"{key} {then.get(key, 'absent')} -> {now[key]}"
         for key in now

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from gptcore.corpus.contamination import Hashes, contains, sample_short_runs
 from gptcore.corpus.normalize import normalize_file
-from gptcore.corpus.snapshot import Block, read_block_entries, read_document_list, side_text
+from gptcore.corpus.snapshot import Block, BlockEntry, read_block_entries, read_document_list, side_text
 from gptcore.corpus.split import SIDES
 from gptcore.manifest import TEMPORARY
 
@@ -114,7 +114,7 @@ def pick_new_blocks(old: Path, new: Path, max_bytes: int) -> list[Block]:
     return list(after.read_blocks(np.sort(rows[:count])))
 
 
-def find_old_blocks(old: Path, new: Path, blocks: Sequence[Block]) -> list[bool]:
+def find_old_blocks(old: Path, new: Path, blocks: Sequence[Block | BlockEntry]) -> list[bool]:
     """Return (blocks,): whether each of these held-out blocks of `new` was in the snapshot `old` already.
 
     A block was there if `old` holds its document, even if the split of `old` cuts that document differently, or if val

@@ -17,6 +17,8 @@ from gptcore.corpus.normalize import PassageFile
 from gptcore.corpus.reading import Reading
 from gptcore.errors import CheckpointError
 
+MIN_SAMPLED_BLOCKS = 25
+"""Fewest blocks of a sample, whatever their size, because the gate needs 20 (compare.MIN_BLOCKS)."""
 DOCUMENTS = "documents.jsonl"
 """The list of a snapshot's documents: name, source, sha256 and bytes of each."""
 TRAIN_BLOCKS = "train-blocks.jsonl"
@@ -116,6 +118,44 @@ def read_blocks(path: Path, side: str) -> Iterator[Block]:
     assert side != "train", "a block of train may have lost contamination"
     with (path / f"{side}.txt").open("rb") as file:
         for entry in read_block_entries(path, side):
+            yield Block(entry.document, entry.sha256, file.read(entry.bytes).decode())
+
+
+def sample_blocks(path: Path, side: str, max_bytes: int | None) -> list[Block]:
+    """Return the blocks of val or holdout that are scored, in order: all of them, or at most about `max_bytes`.
+
+    A sample holds the blocks with the lowest hashes. The hash of a block depends on its text alone, so the sample of a
+    corpus that grows is nearly the same each time: a few new blocks replace those with the highest hashes.
+    """
+    entries = list(read_block_entries(path, side))
+    chosen = order_by_hash(entries)
+    chosen = chosen[: count_sampled([entries[number].bytes for number in chosen], max_bytes)]
+    return list(read_chosen_blocks(path, side, [entries[number] for number in sorted(chosen)]))
+
+
+def order_by_hash(entries: Sequence[BlockEntry]) -> list[int]:
+    """Return (entries,) the positions of the entries in the order of their hashes."""
+    return sorted(range(len(entries)), key=lambda number: entries[number].sha256)
+
+
+def count_sampled(sizes: Sequence[int], max_bytes: int | None) -> int:
+    """Return how many of the blocks of these `sizes`, the first ones, have at most `max_bytes` together.
+
+    Returns at least `MIN_SAMPLED_BLOCKS`, if there are as many. None stands for any number of bytes.
+    """
+    if max_bytes is None:
+        return len(sizes)
+    fitting = int(np.searchsorted(np.cumsum(np.asarray(sizes, np.int64)), max_bytes, side="right"))
+    return min(len(sizes), max(fitting, MIN_SAMPLED_BLOCKS))
+
+
+def read_chosen_blocks(path: Path, side: str, entries: Iterable[BlockEntry]) -> Iterator[Block]:
+    """Yield the blocks of val or holdout that `entries` list."""
+    assert side != "train", "a block of train may have lost contamination"
+    with (path / f"{side}.txt").open("rb") as file:
+        for entry in entries:
+            assert entry.offset is not None
+            file.seek(entry.offset)
             yield Block(entry.document, entry.sha256, file.read(entry.bytes).decode())
 
 

@@ -203,6 +203,13 @@ class Evaluation:
     blocks. NaN if nothing was predicted from a position."""
     per_block: tuple[dict[str, Any], ...]
     """For each block its sha256, document, bytes, nats and tokens, for the paired comparison of two models."""
+    available_bytes: int | None = None
+    """Bytes of the whole side; more than `bytes` if the blocks are a sample. None if an earlier release made the
+    evaluation, which scored the whole side."""
+    low: float | None = None
+    """Lower bound of bits_per_byte, with `high` an interval of 95 % (compare.measure_interval). None if unknown."""
+    high: float | None = None
+    """Upper bound of bits_per_byte."""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data for json.dumps(..., allow_nan=False)."""

@@ -53,6 +53,9 @@ class Comparison:
     """The comparison on the old blocks alone. None if it is unknown which blocks are old."""
     new: "Comparison | None" = None
     """The comparison on the other blocks alone."""
+    available_bytes: int | None = None
+    """Bytes of the text that the blocks are a sample of; `bytes` if all of it was scored. None if an earlier release
+    made the comparison, which scored everything."""
 
     @property
     def improvement(self) -> float:
@@ -93,18 +96,22 @@ class Comparison:
 
 
 def compare(
-    challenger: Sequence[Mapping[str, Any]], champion: Sequence[Mapping[str, Any]], confidence: float
+    challenger: Sequence[Mapping[str, Any]],
+    champion: Sequence[Mapping[str, Any]],
+    confidence: float,
+    weights: Sequence[float] | None = None,
 ) -> Comparison:
     """Compare two models by their `Evaluation.per_block`, both made of the same blocks in the same order.
 
-    The bounds are percentiles of the bootstrap, each one-sided at `confidence`.
+    The bounds are percentiles of the bootstrap, each one-sided at `confidence`. A block of weight w, of `weights`
+    (blocks,), counts as w blocks with the same scores: it is one of a sample. By default all blocks have weight 1.
     """
     assert [b["sha256"] for b in challenger] == [b["sha256"] for b in champion], "both models score the same blocks"
-    sizes, documents = (np.array([block[key] for block in challenger], np.int64) for key in ("bytes", "document"))
-    challenger_bits, champion_bits = _bits_per_block(challenger), _bits_per_block(champion)  # (blocks,) each
-    total = int(sizes.sum())
-    is_by_document = len(np.unique(documents)) >= MIN_DOCUMENTS
-    clusters = documents if is_by_document else np.arange(len(sizes))  # (blocks,)
+    factors = np.ones(len(challenger)) if weights is None else np.asarray(weights, float)  # (blocks,)
+    sizes = np.array([block["bytes"] for block in challenger], np.int64) * factors  # (blocks,) of the text stood for
+    challenger_bits, champion_bits = (_bits_per_block(scores) * factors for scores in (challenger, champion))
+    total = float(sizes.sum())
+    clusters, is_by_document = _choose_clusters(challenger)  # (blocks,)
     low = high = None
     if len(sizes) >= MIN_BLOCKS and np.isfinite(challenger_bits).all() and np.isfinite(champion_bits).all():
         gains = _sum_by_cluster(champion_bits - challenger_bits, clusters)  # (clusters,)
@@ -114,11 +121,12 @@ def compare(
         challenger=float(challenger_bits.sum() / total) if total else math.nan,
         champion=float(champion_bits.sum() / total) if total else math.nan,
         blocks=len(sizes),
-        bytes=total,
+        bytes=sum(block["bytes"] for block in challenger),
         drawn_by="document" if is_by_document else "block",
         confidence=confidence,
         low=low,
         high=high,
+        available_bytes=round(total),
     )
 
 
@@ -127,16 +135,39 @@ def compare_by_age(
     champion: Sequence[Mapping[str, Any]],
     confidence: float,
     is_old: Sequence[bool],
+    weights: Sequence[float] | None = None,
 ) -> Comparison:
     """Compare two models as `compare` does: on all blocks, on the old ones alone, and on the new ones alone.
 
-    `is_old`, (blocks,), says which blocks are old.
+    `is_old`, (blocks,), says which blocks are old. By `weights`, (blocks,), old and new text count as much as they have
+    text, even if a larger share of the new text is scored.
     """
+    weights = [1.0] * len(is_old) if weights is None else weights
     old, new = (
-        compare(list(compress(challenger, chosen)), list(compress(champion, chosen)), confidence)
+        compare(
+            list(compress(challenger, chosen)),
+            list(compress(champion, chosen)),
+            confidence,
+            list(compress(weights, chosen)),
+        )
         for chosen in (is_old, [not old for old in is_old])
     )
-    return replace(compare(challenger, champion, confidence), old=old, new=new)
+    return replace(compare(challenger, champion, confidence, weights), old=old, new=new)
+
+
+def measure_interval(per_block: Sequence[Mapping[str, Any]]) -> tuple[float, float] | None:
+    """Return the bounds, in bits per byte, between which a score lies with a confidence of 95 percent.
+
+    `per_block` is an `Evaluation.per_block`. The bounds are percentiles of the bootstrap, two-sided. None with fewer
+    than `MIN_BLOCKS` blocks, or if a score is not finite.
+    """
+    bits = _bits_per_block(per_block)  # (blocks,)
+    if len(bits) < MIN_BLOCKS or not np.isfinite(bits).all():
+        return None
+    clusters, _ = _choose_clusters(per_block)
+    sizes = _sum_by_cluster([block["bytes"] for block in per_block], clusters)  # (clusters,)
+    low, high = np.quantile(bootstrap(_sum_by_cluster(bits, clusters), sizes), [0.025, 0.975], method="inverted_cdf")
+    return float(low), float(high)
 
 
 def compute_gains(challenger: Sequence[Mapping[str, Any]], champion: Sequence[Mapping[str, Any]]) -> tuple[float, ...]:
@@ -160,6 +191,13 @@ def bootstrap(gains: Floats, sizes: Floats, draws: int = DRAWS) -> Floats:
         chosen = random.integers(0, len(gains), shape, np.int32)  # (rows, clusters)
         improvements.append(gains[chosen].sum(axis=1) / sizes[chosen].sum(axis=1))  # (rows,)
     return np.concatenate(improvements)
+
+
+def _choose_clusters(per_block: Sequence[Mapping[str, Any]]) -> tuple[npt.NDArray[np.int64], bool]:
+    """Return (blocks,) the cluster that each block is drawn with, and whether the clusters are documents."""
+    documents = np.array([block["document"] for block in per_block], np.int64)  # (blocks,)
+    is_by_document = len(np.unique(documents)) >= MIN_DOCUMENTS
+    return documents if is_by_document else np.arange(len(documents)), is_by_document
 
 
 def _bits_per_block(per_block: Sequence[Mapping[str, Any]]) -> Floats:

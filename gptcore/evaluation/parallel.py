@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from gptcore.corpus.snapshot import read_blocks
+from gptcore.corpus.snapshot import sample_blocks
 from gptcore.evaluation.bits_per_byte import GROUP_BLOCKS, BlockScore, score_blocks
 from gptcore.evaluation.weights import load_model
 from gptcore.processes import start_pool
@@ -28,6 +28,7 @@ class _Share:
     tokens: Path
     snapshot: Path
     side: str
+    max_bytes: int | None
     index: int
     count: int
     group_blocks: int
@@ -35,22 +36,37 @@ class _Share:
 
     def read_texts(self) -> list[str]:
         """Read the texts of its blocks, in order."""
-        numbered = enumerate(read_blocks(self.snapshot, self.side))
+        numbered = enumerate(sample_blocks(self.snapshot, self.side, self.max_bytes))
         return [block.text for number, block in numbered if number // self.group_blocks % self.count == self.index]
 
 
 def score_in_processes(
-    run: RunDirectory, tokens: Tokens, snapshot: Path, side: str, group_blocks: int = GROUP_BLOCKS
+    run: RunDirectory,
+    tokens: Tokens,
+    snapshot: Path,
+    side: str,
+    max_bytes: int | None = None,
+    group_blocks: int = GROUP_BLOCKS,
 ) -> Iterator[BlockScore]:
-    """Score all blocks of a side by the run's best weights, in order, with the run's number of processes.
+    """Score the blocks that `sample_blocks` returns by the run's best weights, with the run's number of processes.
 
     Raises CheckpointError if the weights were altered, and WorkerDied if a child dies three times.
     """
-    groups = -(-sum(1 for _ in read_blocks(snapshot, side)) // group_blocks)
+    groups = -(-len(sample_blocks(snapshot, side, max_bytes)) // group_blocks)
     count = max(1, min(int(run.read_config().train.processes), groups))
     threads = torch.get_num_threads()
     shares = [
-        _Share(run, tokens.path, snapshot, side, index, count, group_blocks, threads=max(1, threads // count))
+        _Share(
+            run,
+            tokens.path,
+            snapshot,
+            side,
+            max_bytes,
+            index=index,
+            count=count,
+            group_blocks=group_blocks,
+            threads=max(1, threads // count),
+        )
         for index in range(count)
     ]
     try:

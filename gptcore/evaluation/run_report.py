@@ -10,7 +10,7 @@ import codecs
 import csv
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,12 +20,12 @@ import torch
 from gptcore import manifest
 from gptcore.bundle import LoadedModel
 from gptcore.config import SampleConfig
-from gptcore.corpus.snapshot import Block, Snapshot, read_blocks, read_document_list
+from gptcore.corpus.snapshot import Block, Snapshot, read_document_list, sample_blocks
 from gptcore.errors import CheckpointError
 from gptcore.evaluation import plots
 from gptcore.evaluation.baselines import Baselines, score_baselines
 from gptcore.evaluation.bits_per_byte import BlockScore, Evaluation, evaluate_blocks, score_blocks
-from gptcore.evaluation.compare import Comparison
+from gptcore.evaluation.compare import Comparison, measure_interval
 from gptcore.evaluation.memorization import Memorization, measure_memorization
 from gptcore.evaluation.parallel import score_in_processes
 from gptcore.evaluation.samples import Sample, write_samples
@@ -82,29 +82,35 @@ def reported_side(snapshot: Snapshot) -> str:
     return "holdout" if snapshot.blocks["holdout"] else "val"
 
 
-def evaluate_run(run: RunDirectory, snapshot: Snapshot, tokens: Tokens) -> Path:
+def evaluate_run(run: RunDirectory, snapshot: Snapshot, tokens: Tokens, max_bytes: int | None = None) -> Path:
     """Score the run's best weights on val and holdout, and the simple models on the reported side.
 
-    Also measures what the weights have memorized of train. Returns the directory with val.json, holdout.json,
-    baselines.json, memorization.json, sources.csv and surprise.json. Raises CheckpointError if the weights were
-    altered, CorpusError if there is no text to score.
+    Of a side with more than `max_bytes`, a sample is scored (see `sample_blocks`). Also measures what the weights have
+    memorized of train. Returns the directory with val.json, holdout.json, baselines.json, memorization.json,
+    sources.csv and surprise.json. Raises CheckpointError if the weights were altered, CorpusError if there is no text
+    to score.
     """
     inputs = {"weights": _weights_sha256(run), "corpus": snapshot.sha256, "version": EVALUATION_VERSION}
+    if max_bytes is not None and any(snapshot.bytes[side] > max_bytes for side in ("val", "holdout")):
+        inputs["max_bytes"] = max_bytes
 
     def fill(directory: Path) -> None:
         model, tokenizer = load_model(run, tokens)
         device = torch.device(run.read_config().train.device)
         per_block: dict[str, Sequence[dict[str, Any]]] = {}
+        blocks: dict[str, list[Block]] = {}
         for side in ("val", "holdout"):
             if snapshot.blocks[side]:
-                scores = _score_if_shared(run, snapshot, tokens, side)
-                side_blocks = read_blocks(snapshot.path, side)
-                evaluation = evaluate_blocks(model, tokenizer, side_blocks, device, side, scores)
+                scores = _score_if_shared(run, snapshot, tokens, side, max_bytes)
+                blocks[side] = sample_blocks(snapshot.path, side, max_bytes)
+                evaluation = evaluate_blocks(model, tokenizer, blocks[side], device, side, scores)
+                low, high = measure_interval(evaluation.per_block) or (None, None)
+                evaluation = replace(evaluation, available_bytes=snapshot.bytes[side], low=low, high=high)
                 _write_json(directory / f"{side}.json", evaluation.to_json())
                 per_block[side] = evaluation.per_block
+        reported = blocks[reported_side(snapshot)]
         by_source = score_sources(per_block[reported_side(snapshot)], read_document_list(snapshot.path))
         write_source_scores(directory / "sources.csv", by_source)
-        reported = list(read_blocks(snapshot.path, reported_side(snapshot)))
         train_text = snapshot.path / "train.txt"
         train_tokens = tokens.side("train")
         memorization = measure_memorization(model, train_tokens, tokens.eot, device)
@@ -223,11 +229,13 @@ def _read(path: Path, parse: Callable[[bytes], T]) -> T:
         ) from None
 
 
-def _score_if_shared(run: RunDirectory, snapshot: Snapshot, tokens: Tokens, side: str) -> Iterator[BlockScore] | None:
+def _score_if_shared(
+    run: RunDirectory, snapshot: Snapshot, tokens: Tokens, side: str, max_bytes: int | None
+) -> Iterator[BlockScore] | None:
     """Score a side with several processes if the run is configured so, else return None."""
     if run.read_config().train.processes == 1:
         return None
-    return score_in_processes(run, tokens, snapshot.path, side)
+    return score_in_processes(run, tokens, snapshot.path, side, max_bytes)
 
 
 def _measure_surprise(

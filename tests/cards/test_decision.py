@@ -138,6 +138,43 @@ def test_the_page_scores_old_and_new_text_apart_and_names_the_rule() -> None:
     assert "`gptflow promote gpt-tiny 3 --reason WHY`".replace("`", "\\`") in written
 
 
+def test_the_page_says_which_share_was_scored_and_with_which_interval() -> None:
+    scored = replace(card().scores.reported, bytes=1_000_000, available_bytes=50_300_000, low=1.7512, high=1.8488)
+    compared = replace(verdict(), bytes=1_999_000, available_bytes=50_300_000)
+    written = rendered(card(verdict=compared, scores=replace(card().scores, holdout=scored))).replace(" <br>", " ")
+    assert "1,999,000 bytes of text that neither model has trained on: 2.0 MB of 50.3 MB, 4 percent" in written
+    assert "| scored | 5,000 tokens, 1,000,000 bytes, 40 blocks: 1.0 MB of 50.3 MB, 2 percent of that text |" in written
+    assert "| score, 95% interval | from 1.7512 to 1.8488 bits per byte |" in written
+    old = Comparison(1.8, 1.9, 500, 1_000_000, "block", 0.95, 0.05, 0.15, available_bytes=48_000_000)
+    written = rendered(card(verdict=replace(compared, old=old, new=replace(old, available_bytes=1_000_000))))
+    assert "| old text | 500 blocks, 1,000,000 bytes (1.0 MB of 48.0 MB, 2 percent): 1.8000" in written.replace(
+        " <br>", " "
+    )
+    assert "| new text | 500 blocks, 1,000,000 bytes: 1.8000 bits per byte" in written.replace(" <br>", " ")
+    assert "percent" not in rendered(card()), "an earlier release scored everything"
+
+
+@pytest.mark.parametrize(
+    ("available", "fix"),
+    [
+        (50_300_000, "the sample is too small to see differences of that size. Raise evaluate.max_bytes"),
+        (
+            12_345,
+            "the holdout is too small to see differences of that size. Add text, or raise corpus.holdout_fraction",
+        ),
+        (None, "the holdout is too small"),
+    ],
+)
+def test_the_page_says_if_the_interval_is_wider_than_the_margin_and_which_key_helps(
+    available: int | None, fix: str
+) -> None:
+    wide = replace(verdict("tie within noise"), available_bytes=available)
+    written = rendered(card(verdict=wide)).replace(" <br>", " ").replace("<br>", "").replace("\\", "")
+    assert f"the interval is 0.1000 wide, more than gate.margin 0.005: {fix}" in written
+    assert "too wide" not in rendered(card(verdict=wide, gate=GateConfig(margin=0.1001)))
+    assert "too wide" not in rendered(card("insufficient evidence")), "there is no interval"
+
+
 def test_the_page_says_why_all_blocks_decide_together() -> None:
     few = Comparison(2.3701, 2.04, 19, 12_345, "block", 0.95, None, None)
     none = Comparison(math.nan, math.nan, 0, 0, "block", 0.95, None, None)

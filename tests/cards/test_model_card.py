@@ -118,6 +118,16 @@ def test_the_card_says_what_became_of_the_files_of_the_text_in_numbers() -> None
     assert "| suffix |" not in made and "Duplicates were dropped (split hash)" in made
 
 
+def test_the_card_says_which_share_was_scored_and_with_which_interval() -> None:
+    scored = replace(card().scores.reported, bytes=1_000_000, available_bytes=50_300_000, low=1.7512, high=1.8488)
+    scores = replace(card().scores, holdout=scored)
+    made = render_card("gpt-tiny", CFG, LINEAGE, TrainedModelFacts(card().result, scores, []))
+    assert "on 1,000,000 bytes in 40 blocks of holdout (1.0 MB of 50.3 MB, 2 percent)." in made
+    assert "The model's score on such text is from 1.7512 to 1.8488 bits per byte, with a confidence of 95%." in made
+    made = render_card("gpt-tiny", CFG, LINEAGE, TrainedModelFacts(card().result, card().scores, []))
+    assert "percent" not in made and "confidence" not in made, "an earlier release scored everything"
+
+
 def test_a_version_older_than_model_cards_gets_a_card_from_its_lineage() -> None:
     made = render_card("gpt-tiny", CFG, {**LINEAGE, "holdout_bits_per_byte": 1.8})
     assert headings(parsed(made)[1]) == [section for section in SECTIONS if section != "What it writes"]

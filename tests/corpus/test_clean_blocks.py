@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from gptcore.config import CorpusConfig
+from gptcore.corpus import clean_blocks
 from gptcore.corpus.clean_blocks import find_clean_blocks
 from gptcore.corpus.contamination import RUN_BYTES, find_contained
 from gptcore.corpus.ingest import ingest
@@ -83,3 +84,51 @@ def test_needles_of_any_length_are_found_at_any_place(tmp_path: Path) -> None:
     (tmp_path / "text").write_bytes(text)
     assert find_contained(there | absent, tmp_path / "text") == {needle for needle in there if needle in text}
     assert find_contained([], tmp_path / "text") == set()
+
+
+NOTES = [odd_prose(seed, 200 + 2 * seed) for seed in range(300)]
+
+
+def test_of_old_and_of_new_blocks_the_clean_ones_with_the_lowest_hashes_are_taken(tmp_path: Path) -> None:
+    own = snapshot(tmp_path, "own", NOTES)
+    every = list(read_blocks(own.path, "holdout"))
+    ages = [number % 3 > 0 for number in range(len(every))]
+    other = snapshot(tmp_path, "other", [block.text + odd_prose(7, 300) for block in every[::4]], holdout_fraction=0.0)
+    learned = set().union(*(windows(text.encode()) for text in read_passages(other.path, "train")))
+    clean = find_clean_blocks(own.path, "holdout", [own.path, other.path], 15_000, ages)
+    excluded = 0
+    for age in (True, False):
+        order = sorted((b for b, old in zip(every, ages) if old == age), key=lambda block: block.sha256)
+        sizes = {block.sha256: len(block.text.encode()) for block in order}
+        taken = [block for block, old in zip(clean.blocks, clean.is_old) if old == age]
+        left = [block for block in order if not windows(block.text.encode()) & learned]
+        count = next((n for n in range(len(left)) if sum(sizes[b.sha256] for b in left[: n + 1]) > 15_000), len(left))
+        assert sorted(taken, key=lambda block: block.sha256) == left[: max(count, 25)]
+        first = order[: order.index(left[max(count, 25)])] if len(left) > max(count, 25) else order
+        excluded += sum(sizes[block.sha256] for block in first if block not in left)
+        weight = sum(sizes.values()) / sum(sizes[block.sha256] for block in first)
+        assert {w for w, old in zip(clean.weights, clean.is_old) if old == age} == {weight}
+        assert (weight > 1) == age, "there is more old text than is scored, and less new text"
+    assert clean.excluded_bytes == excluded > 0
+    assert [block for block in every if block in clean.blocks] == list(clean.blocks)
+
+
+def test_up_to_the_limit_all_clean_blocks_are_taken(tmp_path: Path) -> None:
+    own = snapshot(tmp_path, "own", TEXTS)
+    other = snapshot(tmp_path, "other", TEXTS[::2], val_fraction=0.01, holdout_fraction=0, split="contiguous")
+    every = find_clean_blocks(own.path, "holdout", [own.path, other.path])
+    assert find_clean_blocks(own.path, "holdout", [own.path, other.path], 1_000_000) == every
+    assert every.excluded_bytes > 0 and set(every.weights) == {1.0}
+
+
+def test_the_search_continues_until_enough_blocks_are_clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = snapshot(tmp_path, "own", NOTES)
+    by_hash = sorted(read_blocks(own.path, "holdout"), key=lambda block: block.sha256)
+    known = [block.text for block in by_hash[:20]]
+    other = snapshot(tmp_path, "other", known, val_fraction=0.01, holdout_fraction=0, split="contiguous")
+    searched = []
+    search = clean_blocks._are_clean
+    monkeypatch.setattr(clean_blocks, "_are_clean", lambda *given: searched.append(len(given[0])) or search(*given))
+    clean = find_clean_blocks(own.path, "holdout", [other.path], 1)
+    assert {block.sha256 for block in clean.blocks} == {block.sha256 for block in by_hash[20:45]}
+    assert len(searched) > 1 and sum(searched) < len(by_hash), "no more than needed"

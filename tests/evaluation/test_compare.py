@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gptcore.evaluation.compare import MIN_BLOCKS, bootstrap, compare, compare_by_age
+from gptcore.evaluation.compare import MIN_BLOCKS, bootstrap, compare, compare_by_age, measure_interval
 
 
 def per_block(nats: Sequence[float], documents: Sequence[int] | None = None, size: int = 1000) -> list[dict[str, Any]]:
@@ -129,6 +129,38 @@ def test_a_better_challenger_does_not_win_if_it_is_surely_worse_on_20_old_blocks
     assert found.old and found.new and (found.old.blocks, found.new.blocks) == (len(old), 30)
     assert found.new.improvement == pytest.approx(1.0) and found.improvement == pytest.approx(np.mean(gains))
     assert not old or found.old.improvement == pytest.approx(np.mean(old))
+
+
+def test_old_and_new_text_count_as_much_as_there_is_even_if_all_of_the_new_text_is_scored() -> None:
+    gains = [0.01] * 40 + [0.5] * 40
+    is_old = [number < 40 for number in range(80)]
+    found = compare_by_age(*pair(gains), confidence=0.95, is_old=is_old, weights=[49.0] * 40 + [1.0] * 40)
+    assert found.improvement == pytest.approx(0.98 * 0.01 + 0.02 * 0.5)
+    assert found.low is not None and found.high is not None and found.low < found.improvement < found.high
+    assert found.old and found.new
+    assert (found.old.improvement, found.new.improvement) == (pytest.approx(0.01), pytest.approx(0.5))
+    assert (found.bytes, found.available_bytes) == (80_000, 2_000_000)
+    assert (found.old.bytes, found.old.available_bytes) == (40_000, 1_960_000)
+    assert found.new.available_bytes == found.new.bytes == 40_000
+
+
+def test_without_weights_all_of_the_text_was_scored() -> None:
+    models = pair(np.random.default_rng(8).normal(0.01, 0.1, 60).tolist())
+    found = compare(*models, confidence=0.95)
+    assert found == compare(*models, confidence=0.95, weights=[1.0] * 60)
+    assert found.available_bytes == found.bytes == 60_000
+
+
+def test_the_interval_of_a_score_is_that_of_the_normal_approximation() -> None:
+    nats = np.random.default_rng(9).normal(1000, 200, 2000)
+    found = measure_interval(per_block(nats.tolist()))
+    assert found is not None
+    bits = nats / 1000 / math.log(2)
+    error = bits.std() / math.sqrt(len(bits))
+    assert found[0] == pytest.approx(bits.mean() - 1.96 * error, abs=0.06 * error)
+    assert found[1] == pytest.approx(bits.mean() + 1.96 * error, abs=0.06 * error)
+    assert measure_interval(per_block([1000.0] * (MIN_BLOCKS - 1))) is None
+    assert measure_interval(per_block([math.nan] * 40)) is None
 
 
 def test_a_challenger_does_not_win_because_the_champion_s_score_is_not_finite() -> None:

@@ -12,7 +12,7 @@ import torch
 
 from gptcore import manifest
 from gptcore.config import SampleConfig
-from gptcore.corpus.snapshot import read_blocks
+from gptcore.corpus.snapshot import read_blocks, sample_blocks
 from gptcore.errors import CheckpointError
 from gptcore.evaluation.bits_per_byte import evaluate_blocks, score_blocks
 from gptcore.evaluation.parallel import score_in_processes
@@ -108,6 +108,34 @@ def test_the_reported_score_is_the_holdouts_and_was_not_used_for_selection(made,
     assert not scores.holdout.also_used_for_selection and scores.val.also_used_for_selection
     assert scores.holdout.blocks == made[1].blocks["holdout"]
     assert scores.holdout.bytes == made[1].bytes["holdout"]
+
+
+def test_a_limit_that_the_text_does_not_reach_changes_nothing(made, evaluation):
+    run, snapshot, tokens = made
+    before = stamps(evaluation)
+    assert evaluate_run(run, snapshot, tokens, max_bytes=snapshot.bytes["val"] + 1000) == evaluation
+    assert stamps(evaluation) == before
+    scores = read_scores(evaluation)
+    assert [one.available_bytes for one in (scores.val, scores.holdout)] == [
+        one.bytes for one in (scores.val, scores.holdout)
+    ]
+
+
+def test_of_much_text_a_sample_is_scored_and_the_evaluation_says_of_how_much(tmp_path):
+    run, snapshot, tokens = finished(tmp_path, num_words=16_000)
+    evaluation = evaluate_run(run, snapshot, tokens, max_bytes=14_000)
+    scores = read_scores(evaluation)
+    for side, scored in (("val", scores.val), ("holdout", scores.holdout)):
+        sample = sample_blocks(snapshot.path, side, 14_000)
+        assert [block["sha256"] for block in scored.per_block] == [block.sha256 for block in sample]
+        assert scored.bytes <= 14_000 < scored.available_bytes == snapshot.bytes[side]
+        assert scored.low < scored.bits_per_byte < scored.high
+    assert sum(source.bytes for source in scores.sources) == scores.reported.bytes
+    shared = score_in_processes(run, tokens, snapshot.path, "holdout", 14_000)
+    assert [score.num_bytes for score in shared] == [block["bytes"] for block in scores.holdout.per_block]
+    whole = evaluate_run(run, snapshot, tokens)
+    assert whole != evaluation and read_scores(whole).holdout.bytes == snapshot.bytes["holdout"]
+    assert read_scores(whole).holdout.bits_per_byte == pytest.approx(scores.holdout.bits_per_byte, rel=0.05)
 
 
 def test_a_trained_model_scores_better_than_the_uniform_baseline(evaluation):

@@ -20,7 +20,7 @@ from flows.registry.lineage import run_key, settings_key
 from flows.registry.tags import VersionTags
 from flows.state.root import StateRoot
 from gptcore.bundle import WEIGHTS
-from gptcore.config import CorpusConfig, GateConfig
+from gptcore.config import CorpusConfig, EvaluateConfig, GateConfig
 from gptcore.corpus.ingest import ingest
 from gptcore.corpus.snapshot import Snapshot, read_blocks
 from gptcore.evaluation.run_report import Scores
@@ -97,7 +97,8 @@ def summary(root: StateRoot, version: str) -> dict[str, Any]:
 @pytest.mark.parametrize("bits", [2.5, math.inf, math.nan])
 def test_the_first_version_must_be_better_than_the_unigram_model(bits: float) -> None:
     simple = SimpleNamespace(unigram_bits_per_byte=2.5)
-    scores = cast(Scores, SimpleNamespace(baselines=simple, reported=SimpleNamespace(blocks=40, bytes=1)))
+    reported = SimpleNamespace(blocks=40, bytes=1, available_bytes=None)
+    scores = cast(Scores, SimpleNamespace(baselines=simple, reported=reported))
     assert not judge_without_champion(bits, scores).promoted
     assert judge_without_champion(2.4999, scores).promoted
 
@@ -221,6 +222,29 @@ def test_a_challenger_that_is_better_on_new_text_and_worse_on_old_text_is_promot
     assert next(verdicts).promoted and champion_version(root) == "3"
 
 
+def test_of_much_text_a_sample_of_old_and_of_new_blocks_is_scored_and_the_verdict_says_of_how_much(
+    root: StateRoot, register: Callable[..., str]
+) -> None:
+    before = text_snapshot(root, "grows", prose(1, 30_000))
+    judge(root, NAME, register("poor", before), before, scores_of(before), GateConfig(), False, 12_500)
+    (root.path / "text" / "grows" / "two.txt").write_text(prose(2, 25_000))
+    now = snapshot_of(root, root.path / "text" / "grows")
+    version, scores = register("good", now), scores_of(now)
+    verdict = judge(root, NAME, version, now, scores, GateConfig(), False, 12_500)
+    old, new = verdict.old, verdict.new
+    assert old and new and verdict.kind == "better"
+    for part in (old, new):
+        assert part.blocks >= 25 and part.bytes <= 12_500 < cast(int, part.available_bytes) and part.low is not None
+    assert verdict.bytes == old.bytes + new.bytes
+    assert verdict.available_bytes == now.bytes["holdout"], "no block shares text with a training text"
+    share = f"{verdict.bytes / 1e3:.1f} kB of {now.bytes['holdout'] / 1e3:.1f} kB"
+    assert f"({verdict.bytes:,} bytes scored, {share}, " in verdict.reason and " percent, 0 excluded)" in verdict.reason
+    kept = VersionTags.from_tags(versions.resolve(root, f"models:/{NAME}/{version}").tags).to_verdict()
+    assert (kept.available_bytes, kept.old, kept.new) == (verdict.available_bytes, old, new)
+    whole = judge(root, NAME, register("nearly", now), now, scores, GateConfig(), False)
+    assert whole.bytes == whole.available_bytes == now.bytes["holdout"]
+
+
 def test_a_comparison_is_also_made_source_by_source(root: StateRoot, register: Callable[..., str]) -> None:
     directory = root.path / "text" / "sources"
     directory.mkdir(parents=True)
@@ -296,10 +320,12 @@ def test_weights_that_were_rolled_back_are_not_promoted_again(
     assert "it swears" in verdict.reason
 
 
-def test_gate_settings_do_not_change_the_run_key(tiny: Pipeline) -> None:
+def test_settings_of_gate_and_evaluation_do_not_change_the_keys_of_a_training(tiny: Pipeline) -> None:
     tokens = cast(Tokens, SimpleNamespace(sha256="0", n_vocab=257))
-    strict = tiny.model_copy(update={"gate": GateConfig(margin=1.0)})
+    update = {"gate": GateConfig(margin=1.0), "evaluate": EvaluateConfig(max_bytes=None)}
+    strict = tiny.model_copy(update=update)
     assert run_key(tiny, tokens, 1) == run_key(strict, tokens, 1)
+    assert settings_key(tiny) == settings_key(strict)
 
 
 def test_keys_that_say_how_text_is_read_do_not_change_the_keys_of_a_training_because_the_text_counts(

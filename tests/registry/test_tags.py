@@ -22,6 +22,7 @@ VERDICT = Verdict(
     high=0.25,
     blocks=40,
     bytes=9000,
+    available_bytes=45_000,
     old=OLD,
 )
 STORED = {
@@ -34,12 +35,18 @@ STORED = {
     "gate_high": "0.250000",
     "gate_blocks": "40",
     "gate_bytes": "9000",
+    "gate_available_bytes": "45000",
     "gate_excluded_bytes": "0",
     "gate_unknown": "",
     "gate_old": '{"challenger": NaN, "champion": 1.5, "blocks": 0, "bytes": 0, "drawn_by": "block", '
-    '"confidence": 0.95, "low": null, "high": null}',
+    '"confidence": 0.95, "low": null, "high": null, "available_bytes": null}',
     "gate_new": "",
 }
+EARLIER = {
+    **{name: text for name, text in STORED.items() if name != "gate_available_bytes"},
+    "gate_old": STORED["gate_old"].replace(', "available_bytes": null', ""),
+}
+"""The same verdict, stored by a release that scored all text."""
 
 
 def test_a_verdict_is_stored_as_text_and_read_again() -> None:
@@ -48,7 +55,10 @@ def test_a_verdict_is_stored_as_text_and_read_again() -> None:
     assert read.bits_per_byte == 2.123457 and math.isnan(read.old.challenger if read.old else 0.0)
     for name in ("promoted", "kind", "reason", "champion_version", "low", "high", "blocks", "bytes", "unknown", "new"):
         assert getattr(read, name) == getattr(VERDICT, name), name
+    assert read.available_bytes == 45_000
     assert VersionTags.from_tags(STORED).to_verdict().promoted, "without the tag `verdict` the version was promoted"
+    earlier = VersionTags.from_tags(EARLIER).to_verdict()
+    assert earlier.available_bytes is None and earlier.old is not None and earlier.old.available_bytes is None
 
 
 def test_a_new_verdict_leaves_no_number_of_an_earlier_one() -> None:

@@ -299,9 +299,9 @@ def _find_comparable_blocks(
     If old or new blocks have more than `max_bytes`, those with the lowest hashes are returned. If a training text was
     deleted, altered, or never on this machine, the comparison ignores it and says so.
     """
-    champion_texts, challenger_texts = (
-        list(check_training_texts(root, read_ancestry(root, version))) for version in (champion, challenger)
-    )
+    champion_texts = list(check_training_texts(root, read_ancestry(root, champion), {snapshot.path}))
+    verified = {snapshot.path, *(path for path, problem in champion_texts if not problem)}
+    challenger_texts = list(check_training_texts(root, read_ancestry(root, challenger), verified))
     learned = dict([(snapshot.path, ""), *champion_texts, *challenger_texts])
     known = [path for path, problem in learned.items() if not problem]
     champion_snapshot, problem = champion_texts[0]  # the next ones are those of its ancestors

@@ -9,6 +9,9 @@ of 128 bytes holds one whole 65-byte gram that starts at a multiple of 64 in the
 indexed. The view is then read once in chunks with a rolling hash. Where a gram of the view is in the index, all windows
 of 128 bytes around the gram are compared. Hashes are polynomials modulo 2^64 in an odd base, computed as differences of
 prefix sums, over bytes that are first mapped to random 64-bit numbers.
+
+A short text, such as a sample of held-out text, is indexed itself, at every byte. The other views are then only read,
+without an index in memory.
 """
 
 import functools
@@ -40,6 +43,8 @@ log or a table, which are alike, differ within it."""
 _CHUNK_BYTES = 1 << 19
 _FILTER_BITS = 23
 _NEEDLE_GRAMS = (96, 48, 24, 12)
+_SHORT_TEXT_BYTES = 1 << 24
+_SHORT_TEXT_RATIO = 4
 _SEED = 0x6770_7466_6C6F_77
 
 
@@ -77,7 +82,11 @@ def find_shared_runs(
     distributes. The arrays that the shards need are saved in a temporary directory beside the view.
     """
     views = [other.view for other in others]
-    grams = [_hash_grid_grams(view) for view in views]
+    if _is_short(text.view, views):
+        wanted = np.unique(np.concatenate([_hash_grams(chunk, _GRAM_BYTES) for _, chunk in _read_grams(text.view)]))
+        grams = [_find_grid_grams(view, wanted) for view in views]
+    else:
+        grams = [_hash_grid_grams(view) for view in views]
     index = np.unique(np.concatenate([hashes for _, hashes in grams])) if grams else np.empty(0, np.uint64)  # (grams,)
     if not len(index):
         return np.empty((0, 2), np.int64)
@@ -142,8 +151,7 @@ def _select_likely(needles: dict[bytes, int], chunk: npt.NDArray[np.uint8], gram
     if not needles or not gram:
         return list(needles)
     wanted = np.fromiter(needles.values(), np.uint64, len(needles))  # (needles,)
-    is_likely = np.zeros(1 << _FILTER_BITS, np.bool_)  # (buckets,)
-    is_likely[_bucket_of(wanted)] = True
+    is_likely = _make_filter(wanted)
     hashes = _hash_grams(chunk, gram)  # (bytes - gram + 1,)
     is_present = np.isin(wanted, hashes[is_likely[_bucket_of(hashes)]])  # (needles,)
     return [needle for needle, present in zip(needles, is_present) if present]
@@ -163,6 +171,29 @@ def _hash_grid_grams(text: PassageFile) -> tuple[Positions, Hashes]:
     return positions, hashes
 
 
+def _is_short(text: PassageFile, others: Sequence[PassageFile]) -> bool:
+    """Whether the text is so short, also beside the others, that an index of all its grams costs little."""
+    size, total = text.path.stat().st_size, sum(other.path.stat().st_size for other in others)
+    return _GRAM_BYTES <= size <= min(_SHORT_TEXT_BYTES, total // _SHORT_TEXT_RATIO)
+
+
+def _find_grid_grams(text: PassageFile, wanted: Hashes) -> tuple[Positions, Hashes]:
+    """Return positions and hashes, (grams,) each, of the grams at multiples of `_GRID_BYTES` that are in `wanted`.
+
+    `wanted` is sorted. A run of a passage holds one whole gram of this grid too; a gram that reaches into another
+    passage does no harm, because windows are compared within passages.
+    """
+    is_likely = _make_filter(wanted)
+    positions, found = [np.empty(0, np.int64)], [np.empty(0, np.uint64)]
+    for offset, chunk in _read_grams(text):
+        hashes = _hash_grams(chunk, _GRAM_BYTES, _GRID_BYTES)  # (grams,)
+        likely = np.flatnonzero(is_likely[_bucket_of(hashes)])  # (likely,)
+        hits = likely[contains(wanted, hashes[likely])]  # (hits,)
+        positions.append(offset + hits * _GRID_BYTES)
+        found.append(hashes[hits])
+    return np.concatenate(positions), np.concatenate(found)
+
+
 def _find_indexed_grams(shard: SearchShard) -> tuple[Positions, Hashes]:
     """Find the grams of the shard that are in the index.
 
@@ -170,8 +201,7 @@ def _find_indexed_grams(shard: SearchShard) -> tuple[Positions, Hashes]:
     ranges may begin before the shard.
     """
     index = shard.load_array("index")  # (indexed,)
-    is_likely = np.zeros(1 << _FILTER_BITS, np.bool_)  # (buckets,)
-    is_likely[_bucket_of(index)] = True
+    is_likely = _make_filter(index)
     ranges, hit_hashes = [np.empty((0, 2), np.int64)], [np.empty(0, np.uint64)]
     for offset, chunk in _read_chunks(shard.path, _GRAM_BYTES, np.array([[shard.start, shard.end]])):
         hashes = _hash_grams(chunk, _GRAM_BYTES)  # (bytes - gram + 1,)
@@ -273,14 +303,26 @@ def _compute_powers(factor: int) -> Hashes:
     return np.cumprod(np.full(_CHUNK_BYTES + RUN_BYTES, factor, np.uint64), dtype=np.uint64)
 
 
-def _hash_grams(data: npt.NDArray[np.uint8], gram: int) -> Hashes:
-    """Return (len(data) - gram + 1,): the hashes of all windows of `gram` bytes."""
+def _hash_grams(data: npt.NDArray[np.uint8], gram: int, step: int = 1) -> Hashes:
+    """Return (windows,): the hashes of the windows of `gram` bytes that start at multiples of `step`."""
     letters, powers, inverses = _make_hash_tables()
     sums = np.zeros(len(data) + 1, np.uint64)  # (bytes + 1,) prefix sums
     np.cumsum(letters[data] * powers[: len(data)], out=sums[1:])
-    hashes = sums[gram:] - sums[:-gram]  # (bytes - gram + 1,)
-    hashes *= inverses[: len(hashes)]
+    hashes = sums[gram::step] - sums[:-gram:step]  # (windows,)
+    hashes *= inverses[: max(0, len(data) - gram + 1) : step]
     return hashes
+
+
+def _make_filter(hashes: Hashes) -> npt.NDArray[np.bool_]:
+    """Return (buckets,): whether any of the hashes is in the bucket."""
+    is_likely = np.zeros(1 << _FILTER_BITS, np.bool_)
+    is_likely[_bucket_of(hashes)] = True
+    return is_likely
+
+
+def _read_grams(text: PassageFile) -> Iterator[tuple[int, npt.NDArray[np.uint8]]]:
+    """Yield (offset, bytes) of chunks in one of which every gram is whole, without those too short for a gram."""
+    return ((offset, chunk) for offset, chunk in _read_chunks(text.path, _GRAM_BYTES) if len(chunk) >= _GRAM_BYTES)
 
 
 def _bucket_of(hashes: Hashes) -> Positions:

@@ -101,9 +101,7 @@ def pick_passages(tokens: np.ndarray, eot: int, length: int) -> tuple[Starts, St
     same hash, so the counts are exact, up to collisions of 64-bit hashes. One pass, and at most about 100 MB.
     """
     limit = np.uint64(min(2**64 - 1, _CANDIDATES * 2**64 // max(1, len(tokens))))
-    kept = [
-        (hashes[hashes <= limit], begins[hashes <= limit]) for hashes, begins in _hash_passages(tokens, eot, length)
-    ]
+    kept = list(_hash_passages(tokens, eot, length, limit))
     if not kept:
         return np.empty(0, np.int64), np.empty(0, np.int64)
     hashes, begins = (np.concatenate(arrays) for arrays in zip(*kept))  # (candidates,) each
@@ -111,8 +109,10 @@ def pick_passages(tokens: np.ndarray, eot: int, length: int) -> tuple[Starts, St
     return begins[first[counts == 1][:SAMPLES]], begins[first[counts > 1][:SAMPLES]]
 
 
-def _hash_passages(tokens: np.ndarray, eot: int, length: int) -> Iterator[tuple[npt.NDArray[np.uint64], Starts]]:
-    """Yield the hash of each run of `length` tokens without `eot`, and where it begins, (runs,) each, in chunks.
+def _hash_passages(
+    tokens: np.ndarray, eot: int, length: int, limit: np.uint64
+) -> Iterator[tuple[npt.NDArray[np.uint64], Starts]]:
+    """Yield the hashes up to `limit` of runs of `length` tokens without `eot`, and where they begin, (runs,) each.
 
     The hash is a polynomial modulo 2^64 over random numbers for the ids: a difference of prefix sums.
     """
@@ -124,8 +124,10 @@ def _hash_passages(tokens: np.ndarray, eot: int, length: int) -> Iterator[tuple[
         chunk = np.asarray(tokens[start : start + _CHUNK_TOKENS + length - 1])
         sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(letters[chunk] * powers[: len(chunk)])])
         hashes = (sums[length:] - sums[:-length]) * inverses[: len(sums) - length]  # (all runs,)
-        ends = np.concatenate([[0], np.cumsum(chunk == eot)])  # (tokens + 1,) end-of-text ids so far
-        inside = np.flatnonzero(ends[length:] == ends[:-length])  # (runs,)
+        low = np.flatnonzero(hashes <= limit)  # (low runs,)
+        ends = np.concatenate([[-1], np.flatnonzero(chunk == eot)])  # (end-of-text ids + 1,)
+        last = ends[np.searchsorted(ends, low + length) - 1]  # (low runs,) the last end-of-text id before a run's end
+        inside = low[last < low]  # (runs,)
         yield hashes[inside], start + inside
 
 

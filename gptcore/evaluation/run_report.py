@@ -40,7 +40,7 @@ from gptcore.training.run_directory import RunDirectory
 
 T = TypeVar("T")
 
-EVALUATION_VERSION = 1
+EVALUATION_VERSION = 2
 """Increase this number when scores are computed differently, so that old scores do not pass for new ones."""
 SURPRISE_BYTES = 4000
 """About one page of text for the plot of the surprise."""

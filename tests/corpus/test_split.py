@@ -1,8 +1,10 @@
 """Blocks, sides, and the search for runs that the views of two texts share."""
 
+import math
 import random
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -109,9 +111,15 @@ def text_of(path: Path, passages: Sequence[bytes]) -> NormalizedFile:
 
 
 def find_shared_ranges(directory: Path, passages: Sequence[bytes], *others: Sequence[bytes]) -> list[tuple[int, int]]:
+    """Search by an index of the others and by one of the text itself, which is for short texts."""
     text = text_of(directory / "text", passages)
-    runs = find_shared_runs(text, [text_of(directory / f"other{n}", other) for n, other in enumerate(others)])
-    return [(int(start), int(end)) for start, end in runs]
+    views = [text_of(directory / f"other{n}", other) for n, other in enumerate(others)]
+    found = []
+    for ratio in (math.inf, 1e-9):
+        with mock.patch.object(contamination, "_SHORT_TEXT_RATIO", ratio):
+            found.append([(int(start), int(end)) for start, end in find_shared_runs(text, views)])
+    assert found[0] == found[1]
+    return found[0]
 
 
 def find_by_brute_force(passages: Sequence[bytes], others: Sequence[bytes]) -> list[tuple[int, int]]:

@@ -13,8 +13,11 @@ gc.set_threshold(50_000, 20, 50)
 atexit.register(gc.freeze)
 
 
-def load(uri: str, device: str = "cpu") -> "LoadedModel":
+def load(uri: str, device: str = "auto") -> "LoadedModel":
     """Load the model and the tokenizer of a registered version, for example models:/gpt-quickstart@champion.
+
+    The model is on `device`: cpu, cuda, cuda:N, mps, or auto (cuda if available, else mps, else cpu). The result's
+    `device` says which one that is. Raises DeviceMissing.
 
     The state root is GPTFLOW_HOME, else `mlruns/` in the working directory. Only safetensors and JSON files are read. A
     password in a server's URL in the environment is moved to a variable of its own. Raises UnknownVersion, and

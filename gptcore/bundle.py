@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from gptcore import manifest
+from gptcore.devices import choose_device
 from gptcore.errors import CheckpointError, GPTCoreError
 from gptcore.model.gpt import GPTModel
 from gptcore.records import read_bytes
@@ -42,6 +43,11 @@ class LoadedModel:
     tokenizer: Tokenizer
     cfg: dict[str, Any]
     """The book's dict, from which the model was built (see GPTModel)."""
+
+    @property
+    def device(self) -> torch.device:
+        """The device that the model is on, and that its ids must be on."""
+        return self.model.tok_emb.weight.device
 
 
 def write_bundle(
@@ -68,16 +74,16 @@ def write_bundle(
 
 
 def load(directory: str | Path, device: str = "cpu") -> LoadedModel:
-    """Load a bundle: the model in eval mode on `device`, its tokenizer and its cfg.
+    """Load a bundle: the model in eval mode on `device`, its tokenizer and its cfg. `auto` is the GPU if there is one.
 
-    Raises CheckpointError if a file is missing, damaged, or altered since the bundle was written, and TokenizerError if
-    the vocabulary of a bundle without a manifest is damaged. Example:
+    Raises CheckpointError if a file is missing, damaged, or altered since the bundle was written, TokenizerError if the
+    vocabulary of a bundle without a manifest is damaged, and DeviceMissing. Example:
 
         loaded = load("bundle")
         ids = torch.tensor([loaded.tokenizer.encode("The")])
         logits = loaded.model(ids)  # (1, tokens, vocab_size)
     """
-    directory = Path(directory)
+    directory, chosen = Path(directory), choose_device(device)
     try:
         if manifest.is_committed(directory):
             manifest.verify(directory)
@@ -93,7 +99,7 @@ def load(directory: str | Path, device: str = "cpu") -> LoadedModel:
             f"the bundle {directory} cannot be loaded: its tokenizer has {tokenizer.n_vocab} ids, its model "
             f"has {cfg['vocab_size']}."
         )
-    return LoadedModel(model=model.to(torch.device(device)).eval(), tokenizer=tokenizer, cfg=cfg)
+    return LoadedModel(model=model.to(chosen).eval(), tokenizer=tokenizer, cfg=cfg)
 
 
 def _check_shape(cfg: Any, weights: Path) -> None:

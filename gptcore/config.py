@@ -39,6 +39,8 @@ SIZES: dict[str, dict[str, int]] = {
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=2**48)]
+DEVICE_NAME = r"^(auto|cpu|mps|cuda(:[0-9]+)?)$"
+"""Pattern of a device's name. devices.py says what `auto` means."""
 Source = Annotated[str, Field(min_length=1), AfterValidator(check_address)]
 Format = Literal["text", "json", "jsonl", "csv", "tsv", "parquet", "html", "notebook"]
 """How the text of a file is found in its bytes."""
@@ -299,8 +301,8 @@ class TrainConfig(Section):
     takes only the weights and their tokenizer; the learning rate warms up again."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 123
     """Random seed of the initial weights, the order of the batches and dropout."""
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:[0-9]+)?)$")] = "auto"
-    """Device to train on: cpu, cuda, cuda:N, mps, or auto (cuda if available, else mps, else cpu)."""
+    device: Annotated[str, Field(pattern=DEVICE_NAME)] = "auto"
+    """Device to train, score and sample on: cpu, cuda, cuda:N, mps, or auto (cuda if available, else mps, else cpu)."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Number format of the forward and backward pass. The weights and the optimizer stay in fp32. auto: bf16 on cuda,
     else fp32."""

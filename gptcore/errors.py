@@ -37,6 +37,10 @@ class CorpusError(GPTCoreError):
     exit_code = 2
 
 
+class DeviceMissing(GPTCoreError):
+    """A named GPU is not on this machine."""
+
+
 class SourceUnavailable(GPTCoreError):
     """A remote source did not answer. The input may be right, so a retry can help."""
 

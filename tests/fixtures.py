@@ -22,6 +22,7 @@ from gptcore.tokens.directory import Tokens
 from gptcore.tokens.tokenizer import Tokenizer, get_tokenizer
 from gptcore.training.run_directory import Result, RunDirectory, describe_result
 from tests import databases, forks, pictures
+from tests.fake_gpu import FakeGpu, fake_gpu
 from tests.servers import Prefect, Receiver, Up, clean
 from tests.servers import prefect_server as prefect_server_in
 from tests.state import objects as object_store
@@ -62,6 +63,13 @@ def project(tmp_path: Path) -> Path:
 def tokenizer() -> Tokenizer:
     """The tokenizer of the tiny model: a byte is a token."""
     return get_tokenizer("bytes")
+
+
+@pytest.fixture
+def gpu() -> Iterator[FakeGpu]:
+    """A GPU that computes on the CPU, but refuses tensors in main memory. Only for the thread of the test."""
+    with fake_gpu() as gpu:
+        yield gpu
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,10 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[1]
 GPTCORE = (
-    ("errors", "credentials", "sections", "components", "config", "manifest", "progress", "processes", "records"),
+    (
+        *("errors", "credentials", "sections", "components", "config", "devices"),
+        *("manifest", "progress", "processes", "records"),
+    ),
     *(("model",), ("corpus",), ("tokens",), ("generation",), ("training",), ("bundle",), ("evaluation",)),
     *(("huggingface",), ("train",), ("__init__",)),
 )

@@ -10,7 +10,16 @@ from typing import Any
 import click
 
 from flows.cli import doctor, exchange, exit, generate, registry, run
-from flows.cli.options import ALLOWED_HOSTS, FILE, LIMIT, QUANTIZE, load_pipelines_file, open_state_root
+from flows.cli.options import (
+    ALLOWED_HOSTS,
+    DEVICE,
+    FILE,
+    LIMIT,
+    QUANTIZE,
+    choose_generation_device,
+    load_pipelines_file,
+    open_state_root,
+)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -136,20 +145,22 @@ def up(
 @click.option(
     "--max-tokens", default=4096, show_default=True, type=click.IntRange(1), help="Maximum length of a text in tokens."
 )
+@DEVICE
 @QUANTIZE
 @FILE
-def serve_model(uri: str, file: str | None, **options: Any) -> None:
+def serve_model(uri: str, file: str | None, device: str, quantize: str | None, **options: Any) -> None:
     """Serve a registered version over OpenAI's completions API until Ctrl-C.
 
     An alias is followed: as soon as it names another version, new requests get that version.
 
     Example: gptflow serve-model gpt-quickstart@champion --port 8000
     """
+    device = choose_generation_device(device, quantize)
     root = open_state_root(file)
     from flows.endpoint.server import Options
     from flows.endpoint.server import serve as serve_version
 
-    serve_version(root, uri, Options(**options))
+    serve_version(root, uri, Options(device=device, quantize=quantize, **options))
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from flows.cli.options import FILE, QUANTIZE, open_state_root
+from flows.cli.options import DEVICE, FILE, QUANTIZE, choose_generation_device, open_state_root
 
 if TYPE_CHECKING:
     from flows.state.root import StateRoot
@@ -57,6 +57,7 @@ _MAX_CONCURRENT = 16
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text. May be given several times.")
 @click.option("--seed", type=click.IntRange(0), help="The same seed gives the same texts. Default: a new seed.")
 @click.option("--num-samples", default=1, show_default=True, type=click.IntRange(1), help="Number of texts.")
+@DEVICE
 @QUANTIZE
 @FILE
 def generate_texts(
@@ -66,6 +67,7 @@ def generate_texts(
     seed: int | None,
     max_new_tokens: int,
     stop: Sequence[str],
+    device: str,
     quantize: str | None,
     file: str | None,
     **settings: Any,
@@ -76,6 +78,7 @@ def generate_texts(
 
     Example: gptflow generate models:/gpt-quickstart@champion --prompt "The assert statement"
     """
+    device = choose_generation_device(device, quantize)
     root = open_state_root(file)
     Thread(target=import_module, args=("gptcore.bundle",)).start()  # imports torch beside MLflow
     from gptcore.generation.batch import Batch
@@ -83,7 +86,7 @@ def generate_texts(
     from gptcore.generation.sampling import Sampling
 
     sampling = Sampling(**settings)
-    loaded = _load(root, uri, quantize)
+    loaded = _load(root, uri, device, quantize)
     tokenizer = loaded.tokenizer
     prompt_ids = tokenizer.encode_prompt(prompt)
     batch = Batch(loaded.model, min(num_samples, _MAX_CONCURRENT), len(prompt_ids) + max_new_tokens)
@@ -99,12 +102,12 @@ def generate_texts(
 COMMANDS = (generate_texts,)
 
 
-def _load(root: "StateRoot", uri: str, quantization: str | None) -> "LoadedModel":
+def _load(root: "StateRoot", uri: str, device: str, quantization: str | None) -> "LoadedModel":
     from flows.registry import versions
     from flows.registry.loading import load_verified
     from gptcore.generation.quantize import quantize
 
-    loaded = load_verified(root, versions.resolve(root, uri))
+    loaded = load_verified(root, versions.resolve(root, uri), device)
     if quantization is not None:
         quantize(loaded.model, quantization)
     return loaded

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gptcore.errors import GPTCoreError
+from gptcore.errors import ConfigError, GPTCoreError
 
 if TYPE_CHECKING:
     from flows.config.pipelines import PipelinesFile
@@ -45,6 +45,29 @@ def parse_allowed_hosts(_context: click.Context, _option: click.Parameter, text:
         raise click.BadParameter(str(error)) from None
 
 
+def check_device(_context: click.Context, _option: click.Parameter, name: str) -> str:
+    """Return the name of a device, whether or not this machine has it. Raises BadParameter for anything else."""
+    from gptcore.devices import check_name
+
+    try:
+        check_name(name)
+    except ConfigError as error:
+        raise click.BadParameter(str(error)) from None
+    return name
+
+
+def choose_generation_device(device: str, quantize: str | None) -> str:
+    """Return the device to generate on. Rounded weights need the CPU, so `auto` is cpu for them.
+
+    Raises UsageError if a GPU was chosen for them.
+    """
+    if quantize is None:
+        return device
+    if device not in ("auto", "cpu"):
+        raise click.UsageError(f"--quantize {quantize} is for CPUs, but --device is {device}: leave one of them out")
+    return "cpu"
+
+
 ALLOWED_HOSTS = click.option(
     "--allowed-hosts",
     default="",
@@ -52,6 +75,14 @@ ALLOWED_HOSTS = click.option(
     callback=parse_allowed_hosts,
     help="Names besides localhost by which clients may reach the server, such as that of a reverse proxy: NAME or "
     "NAME:PORT, separated by commas. Other names and the web pages of other sites are refused.",
+)
+DEVICE = click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    metavar="DEVICE",
+    callback=check_device,
+    help="Where the model computes: cpu, cuda, cuda:N, mps, or auto, which is the GPU if there is one, else the CPU.",
 )
 FILE = click.option("--file", metavar="PATH", help="The pipelines.yaml to use. Default: the one in this directory.")
 REASON = click.option(
@@ -68,7 +99,7 @@ JSON = click.option("--json", is_flag=True, help="Print the result as JSON.")
 QUANTIZE = click.option(
     "--quantize",
     type=click.Choice(["int8"]),
-    help="Round the weights to 8 bits. Generation is then at least twice as fast on a CPU.",
+    help="Round the weights to 8 bits, and generate on the CPU, which is then at least twice as fast.",
 )
 
 

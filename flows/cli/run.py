@@ -79,8 +79,11 @@ def retrain_now(
 
     from flows.config.pipelines import overrides_sources
     from flows.state.console import Console
+    from gptcore import devices
 
     loaded, root = load_pipeline(pipeline, overrides, file)
+    if loaded.train.device not in ("auto", "cpu"):
+        devices.choose_device(loaded.train.device)
     console = Console()
     console.terminal.quiet = json
     flags = {"force": force, "accept_text": accept_text, "sources_overridden": overrides_sources(overrides)}

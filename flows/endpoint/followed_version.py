@@ -56,13 +56,15 @@ class _FailedLoad:
 class FollowedVersion:
     """The version that `uri` names, loaded when this object is made.
 
-    Raises UnknownVersion if there is no such version, RegistryError if its files are missing, and CheckpointError or
-    TokenizerError if they are damaged.
+    Raises UnknownVersion if there is no such version, RegistryError if its files are missing, CheckpointError or
+    TokenizerError if they are damaged, and DeviceMissing.
     """
 
     root: StateRoot
     uri: str
     """models:/NAME@ALIAS, which is followed, or models:/NAME/VERSION."""
+    device: str = "auto"
+    """Where the model computes: cpu, cuda, cuda:N, mps or auto."""
     quantization: str | None = None
     """How the weights are rounded: `int8`, or None."""
     current: ServedVersion = field(init=False)
@@ -132,7 +134,7 @@ class FollowedVersion:
 
     def load(self, version: ModelVersion) -> ServedVersion:
         """Load a registered version. Raises GPTCoreError if its files are missing or damaged."""
-        loaded = loading.load_verified(self.root, version)
+        loaded = loading.load_verified(self.root, version, self.device)
         if self.quantization:
             quantize(loaded.model, self.quantization)
         return ServedVersion(

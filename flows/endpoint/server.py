@@ -41,14 +41,16 @@ class Options:
     max_concurrent: int
     max_queue: int
     max_tokens: int
+    device: str
+    """Where the model computes: cpu, cuda, cuda:N, mps or auto."""
     quantize: str | None
 
 
 def serve(root: StateRoot, uri: str, options: Options) -> None:
     """Serve the version that `uri` names until SIGINT or SIGTERM. `models:/` in front of the URI may be left out.
 
-    Raises UnknownVersion if there is no such version, CheckpointError if its files are missing or damaged, and
-    GPTCoreError if the port is taken.
+    Raises UnknownVersion if there is no such version, CheckpointError if its files are missing or damaged,
+    DeviceMissing, and GPTCoreError if the port is taken.
     """
     _configure_logging()
     listener = _bind(options.host, options.port)
@@ -57,11 +59,12 @@ def serve(root: StateRoot, uri: str, options: Options) -> None:
     from flows.endpoint.followed_version import FollowedVersion
     from flows.endpoint.scheduler import Scheduler
 
-    followed = FollowedVersion(root, uri if uri.startswith("models:/") else f"models:/{uri}", options.quantize)
+    full_uri = uri if uri.startswith("models:/") else f"models:/{uri}"
+    followed = FollowedVersion(root, full_uri, options.device, options.quantize)
     scheduler = Scheduler(max_running=options.max_concurrent, max_waiting=options.max_queue)
     app = create_app(followed, scheduler, options.max_tokens, options.host, options.allowed_hosts)
     followed.start()
-    greeting = f"{followed.current.id} is served at {_url_of(listener)}"
+    greeting = f"{followed.current.id} is served at {_url_of(listener)}, on {followed.current.loaded.device}"
     _Server(_uvicorn_config(app), scheduler, greeting).run([listener])
     _log.info("stopped")
 

@@ -13,11 +13,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.table import Table
 
 from flows.registry import versions
-from flows.registry.differences import Difference, Materials, differences, materials, usable_device, usable_processes
+from flows.registry.differences import Difference, Materials, differences, materials, usable_processes
 from flows.retrain.trainer_process import train
 from flows.state.console import Console, print_table
 from flows.state.locks import try_lock
@@ -25,10 +24,11 @@ from flows.state.root import StateRoot
 from gptcore import manifest
 from gptcore.config import RunConfig
 from gptcore.corpus.snapshot import Snapshot, read_blocks
+from gptcore.devices import choose_usable_device
 from gptcore.errors import GPTCoreError
 from gptcore.evaluation.bits_per_byte import evaluate_blocks
 from gptcore.evaluation.run_report import reported_side
-from gptcore.evaluation.weights import load_model
+from gptcore.evaluation.weights import choose_scoring_device, load_model
 from gptcore.sections import parse_recorded
 from gptcore.tokens.directory import Tokens
 from gptcore.training.resolve import TRAINING_VERSION
@@ -187,7 +187,7 @@ def _run_config(named: Reproduction, then: Mapping[str, Any], there: Materials) 
         "vocab_size": there.tokens.n_vocab,
         "train": {
             **recorded["train"],
-            "device": usable_device(recorded["train"]["device"]),
+            "device": str(choose_usable_device(recorded["train"]["device"])),
             "processes": usable_processes(recorded["train"]["device"], recorded["train"].get("processes", 1)),
             "session_seconds": None,
         },
@@ -214,6 +214,6 @@ def _train_with_bar(run: RunDirectory, console: Console) -> Result:
 
 def _score(run: RunDirectory, snapshot: Snapshot, tokens: Tokens) -> float:
     side = reported_side(snapshot)
-    model, tokenizer = load_model(run, tokens)
-    device = torch.device(run.read_config().train.device)
+    device = choose_scoring_device(run)
+    model, tokenizer = load_model(run, tokens, device)
     return evaluate_blocks(model, tokenizer, read_blocks(snapshot.path, side), device, side).bits_per_byte

@@ -11,8 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from flows.registry import lineage, versions
 from flows.registry.ancestry import load_tokenizer
 from flows.state.root import StateRoot
@@ -20,6 +18,7 @@ from gptcore import manifest
 from gptcore.bundle import WEIGHTS
 from gptcore.config import TrainConfig
 from gptcore.corpus.snapshot import DOCUMENTS, Snapshot, load_snapshot
+from gptcore.devices import choose_usable_device, count_devices
 from gptcore.errors import CheckpointError, GPTCoreError
 from gptcore.tokens.directory import Tokens
 from gptcore.tokens.files import load_tokens, tokenize
@@ -66,17 +65,10 @@ def materials(root: StateRoot, then: Lineage, work: Path) -> tuple[Materials, li
     return Materials(snapshot, tokens, start), [*lost_text, *lost_tokens, *lost_start]
 
 
-def usable_device(recorded: str) -> str:
-    """Return the recorded device if this machine has it, else the one that `auto` means here."""
-    kind, _, index = recorded.partition(":")
-    counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-    return recorded if int(index or 0) < counts.get(kind, 0) else resolve(TrainConfig()).device
-
-
 def usable_processes(recorded_device: str, recorded: int) -> int:
     """Return the recorded number of processes if each has a device, else 1."""
-    device = usable_device(recorded_device)
-    has_room = device == "cpu" or (device == "cuda" and recorded <= torch.cuda.device_count())
+    device = str(choose_usable_device(recorded_device))
+    has_room = device == "cpu" or (device == "cuda" and recorded <= count_devices("cuda"))
     return recorded if has_room else 1
 
 
@@ -104,7 +96,7 @@ def _settings(then: Lineage) -> Iterator[Difference]:
 
 def _machine(then: Lineage) -> Iterator[Difference]:
     recorded = then["hardware"]
-    now = lineage.hardware(usable_device(recorded["device"]), recorded["threads"])
+    now = lineage.hardware(str(choose_usable_device(recorded["device"])), recorded["threads"])
     for key in ("machine", "processor", "device", "device_name"):
         yield from _compare(key.replace("_", " "), recorded[key], now[key])
     processes = recorded.get("processes", 1)

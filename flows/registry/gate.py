@@ -30,6 +30,7 @@ from gptcore.config import GateConfig
 from gptcore.corpus.clean_blocks import CleanBlocks, find_clean_blocks
 from gptcore.corpus.diff import find_old_blocks
 from gptcore.corpus.snapshot import Block, Snapshot, read_block_entries, read_document_list, sample_blocks
+from gptcore.devices import choose_usable_device
 from gptcore.errors import CheckpointError
 from gptcore.evaluation.bits_per_byte import evaluate_blocks
 from gptcore.evaluation.compare import MIN_BLOCKS, Comparison, Finding, compare, compare_by_age, compute_gains
@@ -47,12 +48,14 @@ def judge(
     cfg: GateConfig,
     sources_overridden: bool,
     max_bytes: int | None = None,
+    device: str = "cpu",
 ) -> Verdict:
     """Decide whether a version becomes champion, and promote it if it does.
 
-    Both models are scored on at most `max_bytes` of old and of new text each; None stands for all text. Raises
-    CheckpointError if the snapshot was altered on disk, and RegistryError if the champion cannot be loaded. The
-    version's tags then give the reason. The version stays undecided until a run finds that the damage is fixed.
+    Both models are scored on `device` if this machine has it, else on the one that `auto` means here. They are scored
+    on at most `max_bytes` of old and of new text each; None stands for all text. Raises CheckpointError if the snapshot
+    was altered on disk, and RegistryError if the champion cannot be loaded. The version's tags then give the reason.
+    The version stays undecided until a run finds that the damage is fixed.
 
     The tag `verdict` is written last. If a run is killed before that, the next one reads the numbers of a promotion
     that took place from the other tags. If the tag exists, the next run returns the recorded verdict.
@@ -68,7 +71,10 @@ def judge(
         verdict = own.to_verdict()
     else:
         opponent = None if is_champion else champion
-        verdict = _reach_verdict(root, challenger, opponent, snapshot, scores, cfg, sources_overridden, max_bytes)
+        usable = str(choose_usable_device(device))
+        verdict = _reach_verdict(
+            root, challenger, opponent, snapshot, scores, cfg, sources_overridden, max_bytes, device=usable
+        )
         _set_tags(root, challenger, VersionTags.from_verdict(verdict))
         if verdict.promoted:
             promote(root, model_name, version, verdict.reason, GATE, over=verdict.champion_version)
@@ -201,13 +207,14 @@ def _reach_verdict(
     cfg: GateConfig,
     sources_overridden: bool,
     max_bytes: int | None,
+    device: str,
 ) -> Verdict:
     """Compare the challenger with the champion, unless it does not compete. If that fails, its tags give the reason."""
     withdrawal = explain_withdrawal(root, challenger.name, str(challenger.version))
     if withdrawal or (champion is not None and sources_overridden):
         return _reject_without_comparison(champion, scores, withdrawal)
     try:
-        return _compare_with_champion(root, challenger, champion, snapshot, scores, cfg, max_bytes)
+        return _compare_with_champion(root, challenger, champion, snapshot, scores, cfg, max_bytes, device)
     except (CheckpointError, RegistryError) as error:
         kind = "model damaged" if isinstance(error, RegistryError) else "holdout altered"
         _set_tags(root, challenger, VersionTags(reason=str(error)[:4000], gate_kind=kind))
@@ -222,19 +229,20 @@ def _compare_with_champion(
     scores: Scores,
     cfg: GateConfig,
     max_bytes: int | None,
+    device: str,
 ) -> Verdict:
     """Score champion and challenger on clean blocks and decide. Without a champion, judge the version by itself."""
     _verify_snapshot(snapshot)
     side = reported_side(snapshot)
     if champion is None:
-        scored = _score_blocks(load(root, challenger), sample_blocks(snapshot.path, side, max_bytes), side)
+        scored = _score_blocks(load(root, challenger, device), sample_blocks(snapshot.path, side, max_bytes), side)
         total = sum(block["nats"] for block in scored) / math.log(2) / sum(block["bytes"] for block in scored)
         return judge_without_champion(total, scores)
-    champion_model = load(root, champion)
+    champion_model = load(root, champion, device)
     comparable = _find_comparable_blocks(root, snapshot, side, challenger, champion, max_bytes)
     clean = comparable.clean
     champion_scores = _score_blocks(champion_model, clean.blocks, side)
-    challenger_scores = _score_blocks(load(root, challenger), clean.blocks, side)
+    challenger_scores = _score_blocks(load(root, challenger, device), clean.blocks, side)
     if comparable.knows_old:
         comparison = compare_by_age(challenger_scores, champion_scores, cfg.confidence, clean.is_old, clean.weights)
     else:
@@ -313,7 +321,9 @@ def _find_comparable_blocks(
 
 def _score_blocks(loaded: LoadedModel, chosen: Sequence[Block], side: str) -> Sequence[dict[str, Any]]:
     """Return a model's scores of each block, in the order of the blocks."""
-    return evaluate_blocks(loaded.model, loaded.tokenizer, chosen, "cpu", side).per_block if chosen else ()
+    if not chosen:
+        return ()
+    return evaluate_blocks(loaded.model, loaded.tokenizer, chosen, loaded.device, side).per_block
 
 
 def _set_tags(root: StateRoot, version: ModelVersion, tags: VersionTags) -> None:

@@ -33,10 +33,10 @@ class GPTTextModel(PythonModel):
     """A model that continues prompts. Each row is a prompt; its continuation ends before the first string of `stop`."""
 
     def load_context(self, context: PythonModelContext) -> None:
-        """Load the bundle: safetensors and JSON."""
+        """Load the bundle, which is safetensors and JSON, onto the GPU if this machine has one, else into memory."""
         from gptcore.bundle import load
 
-        self.bundle = load(Path(context.artifacts["bundle"]))
+        self.bundle = load(Path(context.artifacts["bundle"]), device="auto")
 
     # With type hints, MLflow would infer a signature without parameters, and ignore the one that it is given.
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]

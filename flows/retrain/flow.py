@@ -45,6 +45,7 @@ from gptcore.config import (
     TrainConfig,
 )
 from gptcore.corpus.snapshot import Snapshot
+from gptcore.devices import choose_device
 from gptcore.errors import CorpusError, TrainingDiverged
 from gptcore.evaluation.evidence import explain_shortage
 from gptcore.evaluation.run_report import Scores, read_samples, read_scores
@@ -183,6 +184,7 @@ class _Retraining:
 
     def run(self) -> State[Outcome]:
         """Resume an unfinished training or prepare a new one, and work on it. Skip if there is no reason to train."""
+        choose_device(self.requested_train.device)  # a GPU that is missing is an error before the text is read
         runs.connect_and_migrate(self.root)
         runs.close_leftovers(self.root, self.pipeline.name)
         for parent in (self.root.corpora, self.root.tokens, self.root.mirror):
@@ -385,6 +387,7 @@ class _Retraining:
                 cfg=self.pipeline.gate,
                 sources_overridden=self.sources_overridden,
                 max_bytes=self.pipeline.evaluate.max_bytes,
+                device=self.pipeline.train.device,
             )
             step.describe(tasks.describe_verdict(verdict))
         return verdict

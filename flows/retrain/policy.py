@@ -22,6 +22,7 @@ from gptcore.config import EXECUTION_KEYS
 from gptcore.corpus.diff import Delta, compare_snapshots, pick_new_blocks
 from gptcore.corpus.snapshot import Snapshot
 from gptcore.corpus.split import SPLIT_KEYS
+from gptcore.devices import choose_usable_device, release_memory
 from gptcore.errors import CheckpointError
 from gptcore.evaluation.bits_per_byte import evaluate_blocks
 from gptcore.tokens.directory import Tokens
@@ -143,13 +144,15 @@ def _measure_drift(
     try:
         manifest.read_about(seen)
         chosen = pick_new_blocks(seen, snapshot.path, DRIFT_BYTES)
-        loaded = load(root, champion)
+        loaded = load(root, champion, str(choose_usable_device(pipeline.train.device)))
     except (CheckpointError, versions.RegistryError) as error:
         return None, (label, f"unknown: {error}")
     own = tags.holdout_bits_per_byte
     if not chosen or own is None:
         return None, (label, "no text is new" if not chosen else "unknown: the champion has no score of its own")
-    scored = evaluate_blocks(loaded.model, loaded.tokenizer, chosen, "cpu", "new")
+    scored = evaluate_blocks(loaded.model, loaded.tokenizer, chosen, loaded.device, "new")
+    del loaded
+    release_memory()  # for the trainer, a process of its own
     worse = scored.bits_per_byte - own
     size = f"{scored.bytes:,} bytes"
     return worse, (label, f"{scored.bits_per_byte:.4f} bits per byte on {size}, {own:.4f} on its own holdout")

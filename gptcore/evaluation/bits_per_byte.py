@@ -167,7 +167,7 @@ def predict_targets(model: GPTModel, ids: Tensor, targets: Tensor) -> tuple[np.n
             for rows, row_targets in zip(hidden.split(512), chosen.split(512))
         ]
         nats, ranks = (torch.cat(values) for values in zip(*pieces))  # (predicted,) each
-    return nats.double().cpu().numpy(), ranks.cpu().numpy()
+    return nats.cpu().double().numpy(), ranks.cpu().numpy()  # in this order: Apple's GPUs have no doubles
 
 
 def _score_logits(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 
 from gptcore.corpus.snapshot import sample_blocks
+from gptcore.devices import count_devices
 from gptcore.evaluation.bits_per_byte import GROUP_BLOCKS, BlockScore, score_blocks
-from gptcore.evaluation.weights import load_model
+from gptcore.evaluation.weights import choose_scoring_device, load_model
 from gptcore.processes import start_pool
 from gptcore.tokens.directory import Tokens, read_manifest
 from gptcore.training.run_directory import RunDirectory
@@ -54,6 +55,8 @@ def score_in_processes(
     """
     groups = -(-len(sample_blocks(snapshot, side, max_bytes)) // group_blocks)
     count = max(1, min(int(run.read_config().train.processes), groups))
+    if choose_scoring_device(run).type == "cuda":
+        count = min(count, count_devices("cuda"))
     threads = torch.get_num_threads()
     shares = [
         _Share(
@@ -82,8 +85,8 @@ def score_in_processes(
 
 def _score_share(share: _Share) -> list[BlockScore]:
     torch.set_num_threads(share.threads)
-    device = torch.device(share.run.read_config().train.device)
+    device = choose_scoring_device(share.run)
     if device.type == "cuda" and share.count > 1:
         device = torch.device("cuda", share.index)
-    model, tokenizer = load_model(share.run, read_manifest(share.tokens))
-    return list(score_blocks(model.to(device), tokenizer, share.read_texts(), device, share.group_blocks))
+    model, tokenizer = load_model(share.run, read_manifest(share.tokens), device)
+    return list(score_blocks(model, tokenizer, share.read_texts(), device, share.group_blocks))

@@ -31,7 +31,7 @@ from gptcore.evaluation.parallel import score_in_processes
 from gptcore.evaluation.samples import Sample, write_samples
 from gptcore.evaluation.sources import SourceScore, parse_source_scores, score_sources, write_source_scores
 from gptcore.evaluation.surprisal import plot_surprise
-from gptcore.evaluation.weights import load_model
+from gptcore.evaluation.weights import choose_scoring_device, load_model
 from gptcore.model.gpt import GPTModel
 from gptcore.records import NotAFile, read_bytes
 from gptcore.tokens.directory import Tokens
@@ -95,8 +95,8 @@ def evaluate_run(run: RunDirectory, snapshot: Snapshot, tokens: Tokens, max_byte
         inputs["max_bytes"] = max_bytes
 
     def fill(directory: Path) -> None:
-        model, tokenizer = load_model(run, tokens)
-        device = torch.device(run.read_config().train.device)
+        device = choose_scoring_device(run)
+        model, tokenizer = load_model(run, tokens, device)
         per_block: dict[str, Sequence[dict[str, Any]]] = {}
         blocks: dict[str, list[Block]] = {}
         for side in ("val", "holdout"):
@@ -127,7 +127,7 @@ def sample_run(run: RunDirectory, snapshot: Snapshot, tokens: Tokens, cfg: Sampl
     inputs = {"weights": _weights_sha256(run), "sample": cfg.model_dump(mode="json")}
 
     def fill(directory: Path) -> None:
-        model, tokenizer = load_model(run, tokens)
+        model, tokenizer = load_model(run, tokens, choose_scoring_device(run))
         seed = run.read_config().train.seed
         write_samples(model, tokenizer, cfg, seed, snapshot.path / "train.txt", directory)
 
@@ -175,9 +175,9 @@ def sample_champion(
     inputs = {"weights": weights_sha256, "sample": cfg.model_dump(mode="json")}
 
     def fill(directory: Path) -> None:
-        train = run.read_config().train
-        loaded = load_champion(train.device)
-        write_samples(loaded.model, loaded.tokenizer, cfg, train.seed, snapshot.path / "train.txt", directory)
+        loaded = load_champion(str(choose_scoring_device(run)))
+        seed = run.read_config().train.seed
+        write_samples(loaded.model, loaded.tokenizer, cfg, seed, snapshot.path / "train.txt", directory)
 
     return _publish(run, "champion-samples", inputs, fill)
 

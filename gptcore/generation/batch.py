@@ -6,6 +6,7 @@ join and leave between two steps: a new request does not wait for the others to 
 kv_cache.py. Queues and clients are in flows/endpoint/scheduler.py.
 """
 
+from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from operator import index
 from typing import Literal
@@ -13,10 +14,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from gptcore.errors import ConfigError
+from gptcore.errors import CheckpointError, ConfigError
 from gptcore.generation.kv_cache import Decoder, UncachedDecoder
 from gptcore.generation.quantize import INT8_KINDS
-from gptcore.generation.sampling import Sampling
+from gptcore.generation.sampling import NOT_NUMBERS, Sampling
 from gptcore.model.gpt import GPTModel, is_untouched_gpt
 
 _PREFILL_TOKENS = 4096
@@ -37,21 +38,39 @@ class Request:
         """The error that ended the request, if `finish_reason` is "error"."""
         self.window = list(prompt)
         """The ids from which the next one is predicted."""
-        self._max_new_tokens, self._sampling, self._eos_ids = max_new_tokens, sampling, eos_ids
+        self.sampling = sampling
+        self._max_new_tokens, self._eos_ids = max_new_tokens, eos_ids
         self._generator = torch.Generator()
         self._generator.seed() if seed is None else self._generator.manual_seed(seed)
         self._seen = set(prompt)
 
-    def draw(self, logits: Tensor) -> int:
-        """Draw the next id from logits (vocabulary,)."""
-        return self._sampling.draw(logits, self._seen, self._generator)
-
     def advance(self, logits: Tensor) -> None:
-        """Draw the next id from logits (vocabulary,) and append it. An error finishes this request alone."""
+        """Draw the next id from logits (vocabulary,) on the CPU and append it. An error finishes this request alone."""
         try:
-            self.append(self.draw(logits))
+            self.append(self.sampling.draw(logits, self._seen, self._generator))
         except Exception as error:  # of any kind: the other requests of the batch continue
             self.fail(error)
+
+    @staticmethod
+    def advance_together(requests: "Sequence[Request]", logits: Tensor) -> None:
+        """Do what `advance` does for all requests, from logits (requests, vocabulary), on the device of the logits.
+
+        Requests with the same settings are drawn at once.
+        """
+        by_sampling: dict[Sampling, list[int]] = defaultdict(list)
+        for row, request in enumerate(requests):
+            by_sampling[request.sampling].append(row)
+        for sampling, rows in by_sampling.items():
+            chosen = [requests[row] for row in rows]
+            seen, generators = [one._seen for one in chosen], [one._generator for one in chosen]
+            try:
+                ids = sampling.draw_rows(logits[rows] if len(by_sampling) > 1 else logits, seen, generators)
+            except Exception as error:  # of any kind: requests with other settings continue
+                for request in chosen:
+                    request.fail(error)
+                continue
+            for request, token in zip(chosen, ids):
+                request.fail(CheckpointError(NOT_NUMBERS)) if token < 0 else request.append(token)
 
     def fail(self, error: Exception) -> None:
         """Finish the request because of an error."""
@@ -84,6 +103,9 @@ class Batch:
         self._decoder: Decoder | UncachedDecoder = (
             Decoder(model, rows, max_tokens) if is_untouched_gpt(model, *INT8_KINDS) else UncachedDecoder(model)
         )
+        # Copying the logits and filtering them row by row would take longer than a GPU's decode step. Apple's GPUs have
+        # no doubles, which a draw needs.
+        self._draws_on_gpu = model.tok_emb.weight.device.type == "cuda"
         self._rows, self._context, self._vocab_size = rows, model.context_length, len(model.tok_emb.weight)
         self._decoding: list[Request] = []
         """Requests in the KV cache, in the order of its rows."""
@@ -127,9 +149,7 @@ class Batch:
         with torch.inference_mode():
             self._requeue_full()
             # _prefill adds the new requests to _decoding, in the order of their logits.
-            rows = [row for logits in (*self._decode(), *self._prefill(failed)) for row in logits.cpu()]
-            for request, logits in zip(self._decoding, rows, strict=True):
-                request.advance(logits)
+            self._advance([*self._decode(), *self._prefill(failed)])
         stepped = [*self._decoding, *failed]
         for request in stepped:
             if request.finish_reason is not None:
@@ -146,6 +166,14 @@ class Batch:
             last = self._decoding.pop()
             if last is not request:
                 self._decoding[row] = last
+
+    def _advance(self, logits: list[Tensor]) -> None:
+        """Add a token to every request in the cache. `logits` are those of its rows in order, in groups of rows."""
+        if self._draws_on_gpu and logits:
+            Request.advance_together(self._decoding, torch.cat(logits))
+            return
+        for request, row in zip(self._decoding, [row for group in logits for row in group.cpu()], strict=True):
+            request.advance(row)
 
     def _requeue_full(self) -> None:
         """Halve the windows that exceed the context, and queue their requests for a new prefill."""

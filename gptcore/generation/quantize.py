@@ -72,7 +72,7 @@ def quantize(model: nn.Module, mode: str = "int8") -> None:
         raise ConfigError(f"quantize is {mode!r}; it must be one of {', '.join(MODES)}.")
     device = next(model.parameters()).device.type
     if device != "cpu":
-        raise ConfigError(f"int8 is for models on the CPU, this one is on {device}. Leave --quantize out.")
+        raise ConfigError(f"int8 is for models on the CPU, this one is on {device}. Leave --quantize or --device out.")
     if _ENGINE not in torch.backends.quantized.supported_engines:
         raise ConfigError("this build of torch has no FBGEMM, which int8 needs (an x86 CPU). Leave --quantize out.")
     engine, torch.backends.quantized.engine = torch.backends.quantized.engine, _ENGINE

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gptcore.devices import choose_device, count_devices
 from gptcore.errors import ConfigError, GPTCoreError, RankLost, error_from_json, error_to_json
 from gptcore.training.rendezvous import Place, open_store, read_place
 
@@ -75,8 +76,8 @@ class Ranks:
         return tensor
 
     def choose_device(self, kind: str) -> torch.device:
-        """Return this rank's device of a kind such as "cpu" or "cuda". Raises ConfigError if it has none."""
-        return torch.device(kind)
+        """Return this rank's device of a kind such as "cpu" or "cuda". Raises DeviceMissing or ConfigError."""
+        return choose_device(kind)
 
     def seed(self, seed: int, step: int) -> None:
         """Seed torch for update `step` by seed, step and rank. A world of one rank does not seed for each update."""
@@ -132,9 +133,10 @@ class Group(Ranks):
         return tensor
 
     def choose_device(self, kind: str) -> torch.device:
+        device = choose_device(kind)
         if kind != "cuda":
-            return torch.device(kind)
-        if self.local_rank >= (num_gpus := torch.cuda.device_count()):
+            return device
+        if self.local_rank >= (num_gpus := count_devices("cuda")):
             raise ConfigError(
                 f"rank {self.rank} is process {self.local_rank + 1} of its machine, which has {num_gpus} GPUs. Start "
                 "one process per GPU (train.processes: auto, or torchrun's --nproc-per-node)."

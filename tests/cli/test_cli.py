@@ -9,7 +9,9 @@ import pytest
 
 from flows.cli import run
 from flows.retrain.flow import Outcome
-from tests.servers import gptflow, refused
+from flows.state.root import StateRoot
+from tests.registry.made_versions import bring_versions
+from tests.servers import free_ports, gptflow, refused
 
 
 def test_a_directory_without_pipelines_is_refused_with_the_fix(tmp_path: Path) -> None:
@@ -29,6 +31,21 @@ def test_an_unknown_uri_or_model_is_refused_with_the_existing_ones(project: Path
     )
     refused(gptflow(project, "generate", "gpt-tiny"), 2, "is not a model URI", "models:/NAME@champion")
     refused(gptflow(project, "models", "nobody"), 2, "no registered model 'nobody'")
+
+
+def test_a_gpu_that_is_not_there_is_refused_with_what_is(root: StateRoot, project: Path) -> None:
+    bring_versions(root, "gpt-tiny", 1)
+    what = "device cuda: this machine has only cpu. Choose one of them, or auto."
+    for command in (
+        ("generate", "models:/gpt-tiny/1", "--device", "cuda"),
+        ("serve-model", "gpt-tiny/1", "--device", "cuda", "--port", str(free_ports(1)[0])),
+        ("run", "tiny", "--set", "train.device=cuda"),
+    ):
+        done = gptflow(project, *command)
+        refused(done, 1, what)
+        assert not done.stdout
+    unknown = gptflow(project, "generate", "models:/gpt-tiny/1", "--device", "gpu")
+    refused(unknown, 2, "'gpu'", "auto, cpu, cuda, cuda:N or mps")
 
 
 def test_an_unreachable_prefect_server_is_named_with_the_fix(project: Path) -> None:

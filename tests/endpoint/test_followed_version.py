@@ -88,5 +88,5 @@ def test_a_version_that_cannot_be_served_at_the_start_is_an_error(champion: Tiny
 
 
 def test_a_version_can_be_served_with_8_bit_weights(champion: TinyRegistry) -> None:
-    served = FollowedVersion(champion.root, "models:/gpt-tiny/2", "int8").current
+    served = FollowedVersion(champion.root, "models:/gpt-tiny/2", "cpu", "int8").current
     assert type(served.loaded.model.out_head).__name__ == "Int8Linear"

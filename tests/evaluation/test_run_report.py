@@ -148,7 +148,7 @@ def test_the_reported_weights_are_those_of_the_best_evaluation_and_not_the_last_
     run, snapshot, tokens = made
     result = run.read_result()
     assert result.best_step < result.steps, "the last evaluation is not the best"
-    model, tokenizer = load_model(run, tokens)
+    model, tokenizer = load_model(run, tokens, torch.device("cpu"))
     train = run.read_config().train
     batches = make_eval_batches(tokens.side("val"), 32, train.batch_size, train.eval_batches)
     assert compute_mean_loss(model, batches, torch.device("cpu")) == pytest.approx(result.best_val_loss, rel=1e-6)
@@ -174,7 +174,7 @@ def test_without_a_holdout_the_reported_score_is_vals_and_marked_as_also_used_fo
 
 def test_load_model_returns_a_model_in_eval_mode_with_its_tokenizer(made):
     run, _, tokens = made
-    model, tokenizer = load_model(run, tokens)
+    model, tokenizer = load_model(run, tokens, torch.device("cpu"))
     assert not model.training and tokenizer.name == "bytes"
     with torch.no_grad():
         assert model(torch.tensor([tokenizer.encode("The sea")])).shape == (1, 7, tokens.n_vocab)
@@ -230,24 +230,44 @@ def test_no_temporary_files_are_left_in_the_run_directory(made, plots):
     assert [path.name for path in made[0].path.iterdir() if path.name.startswith(".tmp-")] == []
 
 
+def trained_on(device, made, path, **train):
+    """Return the finished run directory as a training on another device would have left it."""
+    run, _, tokens = made
+    config = run.read_config()
+    changed = {"train": config.train.model_copy(update={"device": device, **train}), "tokens": str(tokens.path)}
+    path.mkdir()
+    (path / "config.json").write_text(config.model_copy(update=changed).model_dump_json())
+    (path / "final").symlink_to(run.final)
+    return RunDirectory(path)
+
+
+def test_the_gpu_of_the_training_evaluates_and_samples(made, evaluation, tmp_path, gpu):
+    run = trained_on("cuda", made, tmp_path / "run", processes=2)
+    gpu.products.clear()
+    on_gpu, samples = evaluate_run(run, *made[1:]), sample_run(run, *made[1:], SAMPLE)
+    assert gpu.products["cuda"] and not gpu.products["cpu"], "of two processes, one has a GPU: this one"
+    for name in ("val.json", "holdout.json", "memorization.json", "surprise.json", "baselines.json"):
+        assert json.loads((on_gpu / name).read_text()) == json.loads((evaluation / name).read_text())
+    assert read_samples(samples) == read_samples(sample_run(*made, SAMPLE))
+
+
+def test_a_training_of_a_gpu_is_evaluated_without_one(made, evaluation, tmp_path):
+    run = trained_on("cuda:3", made, tmp_path / "run")
+    assert read_scores(evaluate_run(run, *made[1:])) == read_scores(evaluation)
+
+
 def test_scores_of_several_processes_are_bitwise_equal_to_those_of_one(made, tmp_path, monkeypatch):
     run, snapshot, tokens = made
-    asked = run.read_config()
-    (tmp_path / "config.json").write_text(
-        asked.model_copy(
-            update={"train": asked.train.model_copy(update={"processes": 2}), "tokens": str(tokens.path)}
-        ).model_dump_json()
-    )
-    (tmp_path / "final").symlink_to(run.final)
+    with_two = trained_on("cpu", made, tmp_path / "run", processes=2)
     submitted = []
     submit = ProcessPool.submit
     monkeypatch.setattr(ProcessPool, "submit", lambda *call: submitted.append(call[-1].index) or submit(*call))
-    by_two = list(score_in_processes(RunDirectory(tmp_path), tokens, snapshot.path, "holdout", group_blocks=1))
+    by_two = list(score_in_processes(with_two, tokens, snapshot.path, "holdout", group_blocks=1))
     assert submitted == [1], "the second process scored its share"
     texts = [block.text for block in read_blocks(snapshot.path, "holdout")]
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, threads // 2))
-    by_one = list(score_blocks(*load_model(run, tokens), texts, "cpu", group_blocks=1))
+    by_one = list(score_blocks(*load_model(run, tokens, torch.device("cpu")), texts, "cpu", group_blocks=1))
     torch.set_num_threads(threads)
     assert len(texts) == len(by_two) == len(by_one) >= 2
     for two, one in zip(by_two, by_one):

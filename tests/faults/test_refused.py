@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from mlflow import MlflowClient
 
 from flows.registry.register import Candidate, register
@@ -87,7 +88,7 @@ def test_weights_damaged_after_the_training_are_neither_judged_nor_registered(
     run.weights.write_bytes(weights)
     damaged = f"{run.weights} has sha256 .*: it was altered"
     with pytest.raises(CheckpointError, match=damaged):
-        load_model(run, tokens)
+        load_model(run, tokens, torch.device("cpu"))
     root = StateRoot(tmp_path / "mlruns").prepare()
     client = MlflowClient(root.tracking_uri)
     candidate = Candidate("gpt-m", "ab" * 32, 1, client.create_run(client.create_experiment("m")).info.run_id, {})

@@ -17,15 +17,18 @@ from flows.config.pipelines import Pipeline, overrides_sources
 from flows.registry import champion, gate, versions
 from flows.registry.gate import judge, judge_without_champion
 from flows.registry.lineage import run_key, settings_key
+from flows.registry.loading import load
 from flows.registry.tags import VersionTags
 from flows.state.root import StateRoot
 from gptcore.bundle import WEIGHTS
 from gptcore.config import CorpusConfig, EvaluateConfig, GateConfig
 from gptcore.corpus.ingest import ingest
 from gptcore.corpus.snapshot import Snapshot, read_blocks
+from gptcore.evaluation.bits_per_byte import evaluate_blocks
 from gptcore.evaluation.run_report import Scores
 from gptcore.model.gpt import GPTModel
 from gptcore.tokens.directory import Tokens
+from tests.fake_gpu import FakeGpu
 from tests.registry.judging import CFG, NAME, Weights, figures, scores_of, snapshot_of, weights_after
 from tests.registry.judging import register as registered
 from tests.tiny import prose
@@ -110,6 +113,21 @@ def test_the_gate_uses_the_margin_and_confidence_of_the_pipeline(
     verdict = judged(register("good"), GateConfig(margin=5.0, confidence=0.9))
     assert verdict.kind == "tie within noise" and "margin of 5 with 0.9 confidence" in verdict.reason
     assert champion_version(root) == "1"
+
+
+def test_champion_and_challenger_are_scored_on_the_gpu_with_the_scores_of_the_cpu(
+    root: StateRoot, snapshot: Snapshot, scores: Scores, register: Callable[..., str], gpu: FakeGpu
+) -> None:
+    judge(root, NAME, register("poor"), snapshot, scores, GateConfig(), False)
+    challenger = register("good")
+    gpu.products.clear()
+    verdict = judge(root, NAME, challenger, snapshot, scores, GateConfig(), False, device="cuda")
+    assert gpu.products["cuda"] and not gpu.products["cpu"]
+    blocks = list(read_blocks(snapshot.path, "holdout"))
+    loaded = (load(root, versions.resolve(root, f"models:/{NAME}/{number}")) for number in (challenger, "1"))
+    own, champions = (evaluate_blocks(one.model, one.tokenizer, blocks, "cpu").bits_per_byte for one in loaded)
+    assert verdict.promoted and verdict.bytes == snapshot.bytes["holdout"]
+    assert (verdict.bits_per_byte, verdict.champion_bits_per_byte) == pytest.approx((own, champions), abs=1e-9)
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped"])

@@ -22,7 +22,8 @@ from flows.registry.versions import BUNDLE_SHA256, RegistryError
 from flows.state.root import StateRoot
 from gptcore import manifest
 from gptcore.bundle import CARD
-from gptcore.errors import CheckpointError, GPTCoreError
+from gptcore.errors import CheckpointError, DeviceMissing, GPTCoreError
+from tests.fake_gpu import CUDA, FakeGpu
 from tests.fixtures import TinyRegistry, make_old
 from tests.registry.made_versions import bring_versions
 from tests.registry.test_gate import champion_version, judged, register, scores, snapshot, trained
@@ -85,6 +86,35 @@ def test_the_commands_that_use_a_version_refuse_an_altered_one(
     done = CliRunner().invoke(cli, command)
     assert isinstance(done.exception, GPTCoreError) and not done.output
     assert "config.json" in str(done.exception) and "it was altered" in str(done.exception)
+
+
+def test_a_version_is_loaded_on_the_gpu_that_is_there_unless_another_device_is_named(
+    root: StateRoot, gpu: FakeGpu
+) -> None:
+    bring_versions(root, NAME, 1)
+    assert flows.load(URI).device == CUDA and flows.load(URI, "cpu").device.type == "cpu"
+    assert FollowedVersion(root, URI).current.loaded.device == CUDA
+    with pytest.raises(DeviceMissing, match=r"device cuda:1: this machine has only cpu, cuda:0\."):
+        flows.load(URI, "cuda:1")
+
+
+def test_generate_uses_the_gpu_that_is_there_and_the_cpu_for_rounded_weights(
+    root: StateRoot, project: Path, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(project)
+    bring_versions(root, NAME, 1)
+
+    def generate(*options: str) -> tuple[str, bool, bool]:
+        gpu.products.clear()
+        done = CliRunner().invoke(cli, ("generate", URI, "--prompt", "A", "--seed", "1", *options))
+        return done.output, gpu.products["cuda"] > 0, gpu.products["cpu"] > 0
+
+    text, *used = generate()
+    assert used == [True, False] and generate("--device", "cpu") == (text, False, True)
+    assert generate("--quantize", "int8")[1] is False, "auto is the CPU for rounded weights"
+    assert "--quantize int8 is for CPUs, but --device is cuda: leave one of them out" in generate(
+        *("--quantize", "int8", "--device", "cuda")
+    )[0].replace("\n", " ")
 
 
 def test_doctor_names_an_altered_champion_and_one_whose_files_an_earlier_release_did_not_list(

@@ -3,7 +3,8 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import mlflow
 import pytest
@@ -15,22 +16,29 @@ from flows.registry import pyfunc_model, register
 from gptcore.bundle import write_bundle
 from gptcore.generation.generate import generate
 from tests.endpoint.endpoint import tiny_version
+from tests.fake_gpu import FakeGpu
 
 LOADED = tiny_version(1).loaded
 ASKED = {"max_new_tokens": 12, "seed": 5}
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
-    """The application that `mlflow models serve` runs, in this process."""
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("served")
     (directory / "bundle").mkdir()
     save_file(LOADED.model.state_dict(), directory / "weights")
     write_bundle(directory / "bundle", LOADED.cfg, directory / "weights", LOADED.tokenizer, {})
+    return directory / "bundle"
+
+
+@pytest.fixture(scope="module")
+def server(bundle: Path) -> Iterator[TestClient]:
+    """The application that `mlflow models serve` runs, in this process."""
+    directory = bundle.parent
     mlflow.pyfunc.save_model(
         path=str(directory / "model"),
         python_model=str(Path(register.__file__).with_name("pyfunc_model.py")),
-        artifacts={"bundle": str(directory / "bundle")},
+        artifacts={"bundle": str(bundle)},
         signature=register.SIGNATURE,
         pip_requirements=["mlflow"],
     )
@@ -55,6 +63,15 @@ def test_each_prompt_is_continued_with_its_own_seed(server: TestClient) -> None:
         "predictions": [written("A", 6)]
     }
     assert ask(server, {"prompt": "A", **ASKED}).json() == [written("A", 5)]
+
+
+def test_the_gpu_that_is_there_answers(bundle: Path, gpu: FakeGpu) -> None:
+    model = pyfunc_model.GPTTextModel()
+    model.load_context(cast(Any, SimpleNamespace(artifacts={"bundle": str(bundle)})))
+    gpu.products.clear()
+    answer = model.predict(None, ["The model"], ASKED)
+    assert gpu.products["cuda"] and not gpu.products["cpu"]
+    assert answer == [written("The model", 5)]
 
 
 def test_every_parameter_reaches_the_generation(server: TestClient) -> None:

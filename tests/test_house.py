@@ -11,7 +11,7 @@ REPOSITORY = Path(__file__).parents[1]
 GPTCORE = (
     (
         *("errors", "credentials", "sections", "components", "config", "devices"),
-        *("manifest", "progress", "processes", "records"),
+        *("manifest", "progress", "processes", "processor", "records"),
     ),
     *(("model",), ("corpus",), ("tokens",), ("generation",), ("training",), ("bundle",), ("evaluation",)),
     *(("huggingface",), ("train",), ("__init__",)),

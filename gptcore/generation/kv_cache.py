@@ -16,11 +16,7 @@ from torch import Tensor, nn
 from gptcore.generation.quantize import Int8Slice
 from gptcore.model.attention import MultiHeadAttention, norm_heads, rotate
 from gptcore.model.gpt import FeedForward, GPTModel, TransformerBlock, eval_mode
-
-_MIN_ROWS, _MIN_WEIGHTS = 4, 2**20
-"""From so many rows on, and for weights of so many numbers (more than a core's cache holds), oneDNN multiplies faster
-than MKL: 1.3 to 2 times as fast for GPT-2's matrices at 8 rows, and equally fast at 32. Otherwise MKL is faster, up to
-2 times."""
+from gptcore.processor import choose_min_rows
 
 CacheWriter = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 """Takes the number of a layer and its new keys and values, each (rows, heads, tokens, head_dim). Stores them, and
@@ -181,12 +177,14 @@ def _choose_multiply(layer: nn.Module) -> Callable[[Tensor], Tensor]:
         return layer.forward
     weight, bias = layer.weight, layer.bias
     has_onednn = weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
-    if not has_onednn or weight.numel() < _MIN_WEIGHTS:
+    rows = choose_min_rows(weight.numel()) if has_onednn else None
+    if rows is None:
         return lambda x: F.linear(x, weight, bias)
+    least = rows * weight.shape[1]
     onednn: Any = torch.ops.mkldnn._linear_pointwise.default
 
     def multiply(x: Tensor) -> Tensor:
-        if x.numel() < _MIN_ROWS * x.shape[-1]:
+        if x.numel() < least:
             return F.linear(x, weight, bias)
         return onednn(x, weight, bias, "none", [], "")
 

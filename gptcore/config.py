@@ -41,6 +41,10 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=2**48)]
 DEVICE_NAME = r"^(auto|cpu|mps|cuda(:[0-9]+)?)$"
 """Pattern of a device's name. devices.py says what `auto` means."""
+Device = Annotated[str, Field(pattern=DEVICE_NAME)]
+Precision = Literal["auto", "fp32", "bf16"]
+Compile = Literal["auto", True, False]
+Threads = Annotated[int, Field(ge=1, le=4096)] | Literal["auto"]
 Source = Annotated[str, Field(min_length=1), AfterValidator(check_address)]
 Format = Literal["text", "json", "jsonl", "csv", "tsv", "parquet", "html", "notebook"]
 """How the text of a file is found in its bytes."""
@@ -301,17 +305,17 @@ class TrainConfig(Section):
     takes only the weights and their tokenizer; the learning rate warms up again."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 123
     """Random seed of the initial weights, the order of the batches and dropout."""
-    device: Annotated[str, Field(pattern=DEVICE_NAME)] = "auto"
+    device: Device = "auto"
     """Device to train, score and sample on: cpu, cuda, cuda:N, mps, or auto (cuda if available, else mps, else cpu)."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Precision = "auto"
     """Number format of the forward and backward pass. The weights and the optimizer stay in fp32. auto: bf16 on cuda,
     else fp32."""
-    compile: Literal["auto", True, False] = "auto"
+    compile: Compile = "auto"
     """Whether torch.compile compiles the blocks. auto: on cuda only, because on a CPU it takes half a minute and makes
     no update faster."""
-    threads: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"] = "auto"
+    threads: Threads = "auto"
     """CPU threads of the training on one machine, which its processes share. auto: as many as the cores that this
-    process may use."""
+    process may use. The number may change while a training is unfinished."""
     processes: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"] = 1
     """Processes of this machine that train together, each on an equal share of every batch. batch_size must be
     divisible by their number. auto: one per GPU if device is cuda, else one. Any number of processes learns the same
@@ -369,6 +373,36 @@ EXECUTION_KEYS = frozenset(
 
 They may change from one attempt to the next and are not part of the run key. Weights are equal to the last bit only
 for equal numbers of processes, because another number rounds sums differently."""
+
+
+class MachineSettings(Section):
+    """The keys of `train` that depend on the machine and are part of the run key.
+
+    A training that was started on one machine may be resumed on another one, which does not make it another training.
+    """
+
+    device: Device
+    """As `train.device`."""
+    precision: Precision
+    """As `train.precision`."""
+    compile: Compile
+    """As `train.compile`."""
+    threads: Threads
+    """As `train.threads`."""
+
+    @classmethod
+    def of(cls, train: TrainConfig) -> Self:
+        """Take these keys from `train`."""
+        return cls(**{key: getattr(train, key) for key in cls.model_fields})
+
+    def fill_in(self, requested: TrainConfig) -> TrainConfig:
+        """Return `requested` with the threads of these settings, and with their values for each other key at `auto`.
+
+        Example: with device cuda and threads 8 here, a request for device auto and threads 1 gets device cuda and
+        threads 8, while a request for device cpu keeps it.
+        """
+        is_open = {key: key == "threads" or getattr(requested, key) == "auto" for key in type(self).model_fields}
+        return requested.model_copy(update={key: getattr(self, key) for key in is_open if is_open[key]})
 
 
 class SampleConfig(Section):
@@ -475,21 +509,34 @@ class RunConfig(Section):
     vocab_size: Annotated[int, Field(ge=2)]
     """Number of entries in the tokenizer's vocabulary."""
     train: TrainConfig
-    """Settings of the training. device, precision, compile, threads and processes are resolved, so none is auto."""
+    """Settings of the training, with the device, precision, compile, threads and processes of its newest start. Where
+    one of these is `auto`, every start of the trainer chooses it for its machine, and records `chosen`."""
+    in_run_key: MachineSettings | None = None
+    """device, precision, compile and threads as `run_key` and the checkpoints hold them. Empty: as in `train`."""
+    chosen: MachineSettings | None = None
+    """What the newest start of the trainer used, if one of these keys is `auto` in `train`. Later starts keep the
+    precision. Empty: the trainer had nothing to choose, or has not started yet."""
     start: Start | None = None
     """The version that train.start_from names. Empty: training starts from scratch."""
     run_key: str
-    """Identity of the training: trainings with equal keys learn equal weights."""
+    """Identity of the training: trainings with equal keys learn equal weights on equal machines."""
 
-    @model_validator(mode="after")
-    def _check_resolved(self) -> Self:
-        resolved = ("device", "precision", "compile", "threads", "processes")
-        if open_keys := [key for key in resolved if getattr(self.train, key) == "auto"]:
-            raise ValueError(
-                f"train.{open_keys[0]} is auto, but a run directory must hold the resolved value, so that a resumed "
-                "training keeps it"
-            )
-        return self
+    @property
+    def machine_in_run_key(self) -> MachineSettings:
+        """The device, precision, compile and threads that the run key was computed with."""
+        return self.in_run_key or MachineSettings.of(self.train)
+
+    @property
+    def precision_so_far(self) -> Precision:
+        """The precision of the training until now: auto if it has not started."""
+        return (self.chosen or self.machine_in_run_key).precision
+
+    def with_train(self, train: TrainConfig) -> Self:
+        """Return the same training with other settings for its next start."""
+        hashed = self.machine_in_run_key
+        return self.model_copy(
+            update={"train": train, "in_run_key": None if hashed == MachineSettings.of(train) else hashed}
+        )
 
     def cfg(self) -> dict[str, Any]:
         """Return the book's dict, from which GPTModel is built (see ModelConfig.build_cfg)."""

@@ -59,6 +59,15 @@ def count_devices(kind: str) -> int:
     return int(kind == "cpu" or torch.backends.mps.is_available())
 
 
+def can_compute_in_bf16(name: str) -> bool:
+    """Whether this device of this machine can train in bf16. Every CPU can."""
+    import torch
+
+    if name == "mps":
+        return torch.backends.mps.is_macos_or_newer(14, 0)
+    return name == "cpu" or not torch.cuda.is_available() or torch.cuda.is_bf16_supported()
+
+
 def release_memory() -> None:
     """Return the GPU memory that this process no longer uses, so that another process can take it."""
     import torch

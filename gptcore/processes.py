@@ -14,6 +14,7 @@ import contextlib
 import json
 import os
 import pickle
+import platform
 import queue
 import signal
 import subprocess
@@ -22,12 +23,14 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from gptcore.errors import GPTCoreError
 from gptcore.progress import Progress
 
 _TRIES = 3
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # Linux: the same in all containers of a machine
 _CHILD = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from gptcore.processes import run_child; run_child()"
 
 
@@ -61,6 +64,15 @@ class WorkerDied(GPTCoreError):
 def count_cpus() -> int:
     """Return how many CPUs this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def identify_cores() -> str:
+    """Return a text that is equal for processes that may use the same CPUs of the same machine."""
+    try:
+        machine = _BOOT_ID.read_text()
+    except OSError:
+        machine = platform.node()
+    return f"{machine} {sorted(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else ''}"
 
 
 def map_in_processes(

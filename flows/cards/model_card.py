@@ -220,6 +220,10 @@ def _render_training(cfg: Mapping[str, Any], lineage: Mapping[str, Any], facts: 
                 ", ".join(f"{key} {value}" for key, value in (lineage.get("hardware") or {}).items() if value),
             ),
         ]
+        rows += [
+            ("earlier updates with", ", ".join(f"{key} {value}" for key, value in earlier.items()))
+            for earlier in (lineage.get("executions") or [])[:-1]
+        ]
     versions = [
         f"{name} {lineage['packages'][name]}" for name in ("gptflow", "torch") if _look_up(lineage, "packages", name)
     ]

@@ -104,7 +104,8 @@ def retrain_now(
 def prepare_directory(pipeline: str, directory: Path, overrides: tuple[str, ...], file: str | None) -> None:
     """Write the settings and the tokens of PIPELINE into DIRECTORY, for a training by hand.
 
-    The training is then `python -m gptcore.train DIRECTORY`, for example under a job scheduler or in a container.
+    The training is then `python -m gptcore.train DIRECTORY`, for example under a job scheduler or in a container. Where
+    a key of train is auto, each start of the training chooses the value for its machine, prints it and records it.
     """
     loaded, root = load_pipeline(pipeline, overrides, file)
     tokens = prepare(loaded, root, directory)
@@ -140,7 +141,8 @@ def load_pipeline(name: str, overrides: tuple[str, ...], file: str | None) -> "t
 def prepare(pipeline: "Pipeline", root: "StateRoot", directory: Path) -> "Tokens":
     """Ingest and tokenize the text, then make `directory` a run directory. It contains its tokens, so it can be moved.
 
-    Raises CheckpointError if the directory belongs to another training, ConfigError if it holds something else.
+    An `auto` stays `auto`, because the trainer may run on another machine. Raises CheckpointError if the directory
+    belongs to another training, ConfigError if it holds something else.
     """
     is_run_directory = (directory / "config.json").exists()
     if directory.is_file() or (directory.is_dir() and not is_run_directory and any(directory.iterdir())):
@@ -151,10 +153,8 @@ def prepare(pipeline: "Pipeline", root: "StateRoot", directory: Path) -> "Tokens
     from flows.retrain import attempts
     from gptcore.corpus.ingest import ingest
     from gptcore.tokens.files import tokenize
-    from gptcore.training.resolve import resolve
     from gptcore.training.run_directory import RunDirectory
 
-    pipeline = pipeline.model_copy(update={"train": resolve(pipeline.train)})
     has_registry = root.mlflow_database is None or root.mlflow_database.path.exists()
     previous = None
     if has_registry or pipeline.train.start_from != ancestry.SCRATCH:

@@ -180,17 +180,21 @@ def _run_config(named: Reproduction, then: Mapping[str, Any], there: Materials) 
     if there.tokens is None or (then["ancestors"] and there.start is None):
         what = "there is no text" if there.tokens is None else "the weights that it started from are gone"
         raise NotAsThen(f"{named.uri} cannot be trained again: {what}. Different: {', '.join(named.decisive)}.")
+    train = {**recorded["train"], **(then.get("executions") or [{}])[-1]}
+    device = str(choose_usable_device(train["device"]))
     today: dict[str, Any] = {
         "training_version": TRAINING_VERSION,
         "tokens": str(there.tokens.path.resolve()),
         "tokens_sha256": there.tokens.sha256,
         "vocab_size": there.tokens.n_vocab,
         "train": {
-            **recorded["train"],
-            "device": str(choose_usable_device(recorded["train"]["device"])),
-            "processes": usable_processes(recorded["train"]["device"], recorded["train"].get("processes", 1)),
+            **train,
+            "device": device,
+            "compile": train["compile"] and device == train["device"],
+            "processes": usable_processes(train["device"], train.get("processes", 1)),
             "session_seconds": None,
         },
+        "in_run_key": None,
     }
     if there.start is not None:
         today["start"] = {**recorded["start"], "weights_sha256": manifest.sha256_of_file(there.start)}

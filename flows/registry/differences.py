@@ -102,6 +102,10 @@ def _machine(then: Lineage) -> Iterator[Difference]:
     processes = recorded.get("processes", 1)
     if (usable := usable_processes(recorded["device"], processes)) != processes:
         yield Difference("processes", str(processes), f"GPUs for them: {usable}")
+    executions = then.get("executions", [])
+    if len(executions) > 1:
+        started = "; then ".join(", ".join(f"{key} {value}" for key, value in one.items()) for one in executions)
+        yield Difference("execution", started, "all updates as the last ones")
     cores = int(resolve(TrainConfig()).threads)
     if recorded["threads"] > cores:
         yield Difference("threads", str(recorded["threads"]), f"cores to run them on: {cores}")

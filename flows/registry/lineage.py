@@ -47,10 +47,12 @@ _TRAIN_KEYS_OUTSIDE = {*EXECUTION_KEYS, "start_from"}
 
 
 def run_key(pipeline: Pipeline, tokens: Tokens, training_version: int, start_sha256: str | None = None) -> str:
-    """Return the hash that names a training: equal keys train equal weights.
+    """Return the hash that names a training: equal keys train equal weights on equal machines.
 
-    `pipeline.train` must be resolved (no auto), and no key of the split may be empty. `start_sha256` is the hash of the
-    weights that the training starts from, or None if it starts from scratch.
+    `pipeline.train` has the device, precision, compile and threads with which the training began, and keeps them in
+    the key when it is executed otherwise later. They are `auto` only in a directory for a training by hand. No key of
+    the split may be empty. `start_sha256` is the hash of the weights that the training starts from, or None if it
+    starts from scratch.
     """
     return manifest.sha256_of(
         {
@@ -95,6 +97,7 @@ def lineage(
     `ancestors` are the versions that the training was warm-started from, the nearest first. Each has uri,
     weights_sha256 and corpus_sha256.
     """
+    last = {**pipeline.train.model_dump(), **(result.executions[-1] if result.executions else {})}
     return {
         "pipeline": pipeline.name,
         "weights_sha256": result.weights_sha256,
@@ -114,7 +117,8 @@ def lineage(
         "also_used_for_selection": scores.reported.also_used_for_selection,
         **scores.memorized_shares,
         **software(),
-        "hardware": hardware(pipeline.train.device, int(pipeline.train.threads), int(pipeline.train.processes)),
+        "executions": result.executions,
+        "hardware": hardware(last["device"], last["threads"], last["processes"]),
     }
 
 

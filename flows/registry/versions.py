@@ -56,6 +56,14 @@ def find_by_run_key(root: StateRoot, model_name: str, run_key: str, attempt: int
     return max(matches, key=lambda version: int(version.version), default=None)
 
 
+def find_by_settings(root: StateRoot, model_name: str, settings_key: str, tokens_sha256: str) -> Iterator[ModelVersion]:
+    """Yield the versions that were trained with these settings on these tokens, the newest first."""
+    wanted = {"settings_key": settings_key, "tokens_sha256": tokens_sha256}
+    query = " and ".join([f"name = '{model_name}'", *(f"tags.{key} = '{value}'" for key, value in wanted.items())])
+    search = MlflowClient(root.tracking_uri).search_model_versions
+    yield from iterate_results(search, filter_string=query, order_by=["version_number DESC"])
+
+
 def find_champion(root: StateRoot, model_name: str) -> ModelVersion | None:
     """Return the version that the alias `champion` names. None if there is no champion."""
     try:

@@ -7,8 +7,10 @@ starts, current.json records its run directory. So the next run finds it, even i
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +20,23 @@ from flows.cards import verdict
 from flows.config.pipelines import Pipeline
 from flows.registry import ancestry, versions
 from flows.registry.ancestry import Ancestor, WarmStart
-from flows.registry.lineage import run_key
+from flows.registry.lineage import run_key, settings_key
 from flows.registry.tags import VersionTags
 from flows.state.root import StateRoot
 from flows.tracking import runs
 from gptcore import manifest
-from gptcore.config import RunConfig, Start
+from gptcore.config import RunConfig, Start, TrainConfig
 from gptcore.corpus.snapshot import Snapshot, load_snapshot
 from gptcore.corpus.split import fill_settings, has_empty_settings
 from gptcore.errors import CheckpointError, ConfigError, NewerFormat, TrainingDiverged
 from gptcore.manifest import write_atomically
 from gptcore.records import read_record
+from gptcore.sections import parse_recorded
 from gptcore.tokens.directory import Tokens, read_manifest
 from gptcore.tokens.files import load_tokens, tokenize
 from gptcore.training import memory
 from gptcore.training.batches import check_sizes
-from gptcore.training.resolve import TRAINING_VERSION
+from gptcore.training.resolve import TRAINING_VERSION, describe_changes, resolve
 from gptcore.training.run_directory import RunDirectory
 
 CURRENT = "current.json"
@@ -51,6 +54,10 @@ class Attempt:
     tokens: Tokens
     ancestors: tuple[Ancestor, ...]
     """The version that the training starts from, and that version's own ancestors. Empty from scratch."""
+    train: TrainConfig
+    """How it is trained here, without `auto`."""
+    changes: str = ""
+    """What differs from the start before, as in `threads 8 -> 2`. Empty if nothing does."""
 
 
 def keep_split(pipeline: Pipeline, record: Mapping[str, Any]) -> Pipeline:
@@ -68,11 +75,53 @@ def keep_recorded_split(root: StateRoot, pipeline: Pipeline) -> Pipeline:
     return pipeline if is_complete else keep_split(pipeline, versions.find_split(root, pipeline))
 
 
-def next_number(
-    root: StateRoot, pipeline: Pipeline, tokens: Tokens, start: WarmStart | None, force: bool, sources_overridden: bool
-) -> int | None:
+def begin(
+    root: StateRoot,
+    pipeline: Pipeline,
+    requested: TrainConfig,
+    snapshot: Snapshot,
+    tokens: Tokens,
+    start: WarmStart | None,
+    force: bool,
+    sources_overridden: bool = False,
+) -> Attempt | None:
+    """Make the run directory of the attempt to work on, and record it in current.json.
+
+    `requested` is the pipeline's section `train` with `auto` as it is. Return None if an earlier attempt, on this
+    machine or on another one, has its verdict and `force` is not set.
+    """
+    as_requested = pipeline.model_copy(update={"train": requested})
+    key_here = _run_key(pipeline, tokens, start)
+    recorded = None if force else _find_begun(root, as_requested, key_here, tokens, start, sources_overridden)
+    train = pipeline.train if recorded is None else resolve(requested, recorded.precision_so_far)
+    began_with = recorded.machine_in_run_key.fill_in(requested) if recorded else train
+    config = _run_config(
+        pipeline.model_copy(update={"train": began_with}),
+        tokens,
+        tokens_path=f"../../../tokens/{tokens.path.name}",
+        start=_name_start(start),
+    )
+    number = _next_number(root, pipeline.model_name, config.run_key, force, sources_overridden)
+    if number is None:
+        return None
+    run = RunDirectory(root.run_directory(pipeline.name, config.run_key, number))
+    run.prepare(config.with_train(train), start.weights if start else None)
+    write_current(run.path, sources_overridden)
+    return Attempt(
+        run=run,
+        run_key=config.run_key,
+        number=number,
+        snapshot=snapshot,
+        tokens=tokens,
+        ancestors=start.ancestors if start else (),
+        train=train,
+        changes=describe_changes(recorded.train, train) if recorded else "",
+    )
+
+
+def _next_number(root: StateRoot, model_name: str, run_key: str, force: bool, sources_overridden: bool) -> int | None:
     """Return the number of the attempt to work on. None if an earlier one has its verdict and `force` is not set."""
-    newest = versions.find_by_run_key(root, pipeline.model_name, _run_key(pipeline, tokens, start))
+    newest = versions.find_by_run_key(root, model_name, run_key)
     if newest is None:
         return 1
     number = VersionTags.from_tags(newest.tags).attempt or 1
@@ -81,30 +130,58 @@ def next_number(
     return number + 1 if force else None
 
 
-def prepare(
+def _find_begun(
     root: StateRoot,
     pipeline: Pipeline,
-    snapshot: Snapshot,
+    key_here: str,
     tokens: Tokens,
     start: WarmStart | None,
-    number: int,
-    sources_overridden: bool = False,
-) -> Attempt:
-    """Make the run directory of an attempt, and record it in current.json."""
-    key = _run_key(pipeline, tokens, start)
-    run = RunDirectory(root.run_directory(pipeline.name, key, number))
-    configure(run, pipeline, tokens, f"../../../tokens/{tokens.path.name}", start)
-    write_current(run.path, sources_overridden)
-    return Attempt(run, key, number, snapshot, tokens, start.ancestors if start else ())
+    sources_overridden: bool,
+) -> RunConfig | None:
+    """Return the config.json of a training that began as `pipeline` requests where `auto` meant something else.
+
+    Return None without one, and if a training with the key that the request has on this machine began already.
+    """
+    is_here = versions.find_by_run_key(root, pipeline.model_name, key_here) is not None
+    if is_here or root.run_directory(pipeline.name, key_here, 1).exists():
+        return None
+    unfinished = _read_unfinished(root, pipeline, tokens, sources_overridden)
+    begun = chain(_read_lineages(root, pipeline, tokens), unfinished)
+    return next((one for one in begun if one.run_key == _run_key_as_recorded(pipeline, tokens, start, one)), None)
+
+
+def _read_lineages(root: StateRoot, pipeline: Pipeline, tokens: Tokens) -> Iterator[RunConfig]:
+    """Yield the config.json of the versions with these tokens and settings, the newest first."""
+    for version in versions.find_by_settings(root, pipeline.model_name, settings_key(pipeline), tokens.sha256):
+        with suppress(versions.RegistryError, ConfigError, KeyError):
+            run_config = versions.read_lineage(root, version)["run_config"]
+            yield parse_recorded(RunConfig, run_config, versions.uri_of(version))
+
+
+def _read_unfinished(
+    root: StateRoot, pipeline: Pipeline, tokens: Tokens, sources_overridden: bool
+) -> Iterator[RunConfig]:
+    """Yield the config.json of each training on these tokens that neither diverged nor has its verdict."""
+    for path in sorted((root.path / "runs" / pipeline.name).glob("*-[0-9]*")):
+        run = RunDirectory(path)
+        with suppress(ConfigError, ValueError):
+            config = run.read_config()
+            if config.tokens_sha256 != tokens.sha256 or isinstance(run.read_failure(), TrainingDiverged):
+                continue
+            if not is_judged(root, pipeline, config.run_key, path.name, sources_overridden):
+                yield config
 
 
 def configure(run: RunDirectory, pipeline: Pipeline, tokens: Tokens, tokens_path: str, start: WarmStart | None) -> None:
     """Write the training's config.json into the run directory. `tokens_path` is written to it as given.
 
-    Raises CheckpointError if the directory belongs to another training.
+    Where `pipeline.train` is `auto`, the trainer chooses. Raises CheckpointError if the directory belongs to another
+    training.
     """
-    began_with = Start(uri=start.uri, weights_sha256=start.weights_sha256) if start else None
-    run.prepare(_run_config(pipeline, tokens, tokens_path, began_with), start.weights if start else None)
+    config = _run_config(pipeline, tokens, tokens_path, _name_start(start))
+    if (run.path / "config.json").exists():
+        config = config.model_copy(update={"run_key": _run_key_as_recorded(pipeline, tokens, start, run.read_config())})
+    run.prepare(config, start.weights if start else None)
 
 
 def check_fits(pipeline: Pipeline, tokens: Tokens) -> None:
@@ -117,9 +194,10 @@ def check_fits(pipeline: Pipeline, tokens: Tokens) -> None:
 def find_unfinished(root: StateRoot, pipeline: Pipeline, sources_overridden: bool = False) -> Attempt | None:
     """Find the training that an earlier run began with the same settings, on any text, and did not complete.
 
-    Return None if there is no such training, if it diverged (it would diverge again), or if its text or the weights
-    that it started from were deleted. Makes damaged tokens again. Raises CheckpointError if the text was altered, or if
-    the tokens cannot be made again.
+    An `auto` of `pipeline` may mean something else on this machine; the attempt says what is different now. Return None
+    if there is no such training, if it diverged (it would diverge again), or if its text or the weights that it started
+    from were deleted. Makes damaged tokens again. Raises CheckpointError if the text was altered, or if the tokens
+    cannot be made again. Raises ConfigError if the training does not fit into this machine's memory.
     """
     path = _current_run_directory(root.path / "runs" / pipeline.name, sources_overridden)
     if path is None:
@@ -134,7 +212,7 @@ def find_unfinished(root: StateRoot, pipeline: Pipeline, sources_overridden: boo
         return None
     number = int(path.name.rpartition("-")[2])
     pipeline = keep_split(pipeline, snapshot.split)
-    same = _run_key(pipeline, tokens, config.start) == config.run_key
+    same = _run_key_as_recorded(pipeline, tokens, config.start, config) == config.run_key
     found = versions.find_by_run_key(root, pipeline.model_name, config.run_key, number)
     is_done = found is not None and _is_done(root, found, sources_overridden)
     has_diverged = isinstance(run.read_failure(), TrainingDiverged)
@@ -142,8 +220,20 @@ def find_unfinished(root: StateRoot, pipeline: Pipeline, sources_overridden: boo
         return None
     _verify_snapshot(snapshot, path.name)
     tokens = _repair_tokens(root, config, tokens, snapshot)
-    run.prepare(_run_config(pipeline, tokens, config.tokens, config.start))
-    return Attempt(run, config.run_key, number, snapshot, tokens, ancestors)
+    train = resolve(pipeline.train, config.precision_so_far)
+    if run.read_result() is None:
+        memory.check(pipeline.model, train, tokens.n_vocab)
+    run.prepare(config.with_train(train))
+    return Attempt(
+        run=run,
+        run_key=config.run_key,
+        number=number,
+        snapshot=snapshot,
+        tokens=tokens,
+        ancestors=ancestors,
+        train=train,
+        changes=describe_changes(config.train, train),
+    )
 
 
 def _verify_snapshot(snapshot: Snapshot, run: str) -> None:
@@ -193,8 +283,24 @@ def _run_config(pipeline: Pipeline, tokens: Tokens, tokens_path: str, start: Sta
     )
 
 
+def _name_start(start: WarmStart | None) -> Start | None:
+    return Start(uri=start.uri, weights_sha256=start.weights_sha256) if start else None
+
+
 def _run_key(pipeline: Pipeline, tokens: Tokens, start: WarmStart | Start | None) -> str:
     return run_key(pipeline, tokens, TRAINING_VERSION, start.weights_sha256 if start else None)
+
+
+def _run_key_as_recorded(
+    pipeline: Pipeline, tokens: Tokens, start: WarmStart | Start | None, recorded: RunConfig
+) -> str:
+    """Return the run key that a recorded training has if it is what `pipeline` requests.
+
+    How a training is executed is not part of what it is. So `auto`, and any number of threads, stand for the values
+    that the recorded training began with.
+    """
+    train = recorded.machine_in_run_key.fill_in(pipeline.train)
+    return _run_key(pipeline.model_copy(update={"train": train}), tokens, start)
 
 
 def _is_done(root: StateRoot, version: ModelVersion, sources_overridden: bool) -> bool:

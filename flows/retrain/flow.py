@@ -196,7 +196,12 @@ class _Retraining:
     @property
     def settings(self) -> str:
         """The settings_key, with `auto` as it is, not with what it means on this machine."""
-        return settings_key(self.pipeline.model_copy(update={"train": self.requested_train}))
+        return settings_key(self.as_requested)
+
+    @property
+    def as_requested(self) -> Pipeline:
+        """The pipeline with `auto` as it is."""
+        return self.pipeline.model_copy(update={"train": self.requested_train})
 
     @contextmanager
     def step(self, name: str) -> Iterator[_Step]:
@@ -216,7 +221,7 @@ class _Retraining:
         if (name := mirror.download_training(self.root, self.pipeline, self.sources_overridden)) is not None:
             get_run_logger().info("another machine started %s", name, extra={"step": "resume"})
         with tasks.relay_progress(get_run_logger()):
-            attempt = attempts.find_unfinished(self.root, self.pipeline, self.sources_overridden)
+            attempt = attempts.find_unfinished(self.root, self.as_requested, self.sources_overridden)
         if attempt is not None:
             get_run_logger().info("unfinished training %s", attempt.run.path.name, extra={"step": "resume"})
             self.pipeline = attempts.keep_split(self.pipeline, attempt.snapshot.split)
@@ -263,23 +268,31 @@ class _Retraining:
             )
             step.describe(tasks.describe_tokens(tokens))
         attempts.check_fits(pipeline, tokens)
-        number = attempts.next_number(
+        attempt = attempts.begin(
             root,
             pipeline,
+            self.requested_train,
+            snapshot,
             tokens,
             start,
             force=self.force or pipeline.retrain.when == "always",
             sources_overridden=self.sources_overridden,
         )
-        if number is None:
+        if attempt is None:
             return f"{pipeline.model_name} has a version already that learned exactly this; --force trains again"
         self.collect_changes(reason, tokens, snapshot)
-        return attempts.prepare(root, pipeline, snapshot, tokens, start, number, self.sources_overridden)
+        return attempt
 
     def compare(self, snapshot: Snapshot) -> Reason:
         """Compare text and settings with those of the previous training."""
         with self.step("compare") as step:
-            reason = tasks.compare(root=self.root, pipeline=self.pipeline, settings=self.settings, snapshot=snapshot)
+            reason = tasks.compare(
+                root=self.root,
+                pipeline=self.pipeline,
+                settings=self.settings,
+                snapshot=snapshot,
+                left_open=[key for key, value in self.requested_train if value == "auto"],
+            )
             step.describe(tasks.describe_reason(reason))
         return reason
 
@@ -313,6 +326,9 @@ class _Retraining:
 
     def work_on(self, attempt: Attempt) -> State[Outcome]:
         """Train and judge an attempt inside its MLflow run, which gets the error's status if a step fails."""
+        self.pipeline = self.pipeline.model_copy(update={"train": attempt.train})
+        if attempt.changes:
+            get_run_logger().info("changed since its last start: %s", attempt.changes, extra={"step": "resume"})
         tags = {"prefect_flow_run_id": str(flow_run.id), "corpus_sha256": attempt.snapshot.sha256}
         mlflow_run_id = runs.open_run(self.root, self.pipeline, attempt.run_key, attempt.number, tags)
         try:

@@ -5,6 +5,7 @@ Changed settings are always a reason. `retrain.when` says when a changed text is
 how two snapshots are compared.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -51,15 +52,20 @@ class Reason:
     """Why the text looks like an accident, so that a person has to accept it. None if it does not."""
 
 
-def find_reason(root: StateRoot, pipeline: Pipeline, settings: str, snapshot: Snapshot) -> Reason:
-    """Compare text and settings with those of the newest finished training. `settings` is a settings_key."""
+def find_reason(
+    root: StateRoot, pipeline: Pipeline, settings: str, snapshot: Snapshot, left_open: Collection[str] = ()
+) -> Reason:
+    """Compare text and settings with those of the newest finished training. `settings` is a settings_key.
+
+    `left_open` names the keys of `train` that were requested as `auto`: another machine's value is not a change.
+    """
     newest = versions.find_newest_finished(root, pipeline)
     if newest is None:
         return Reason(True, "it is the first training")
     number = str(newest.version)
     reason = replace(_compare_text(root, pipeline, snapshot, newest), since=number)
     if VersionTags.from_tags(newest.tags).settings_key != settings:
-        return replace(reason, must_train=True, text=_describe_settings(root, pipeline, newest))
+        return replace(reason, must_train=True, text=_describe_settings(root, pipeline, newest, left_open))
     if pipeline.retrain.when == "always":
         return replace(reason, must_train=True, text="retrain.when is always")
     return reason
@@ -169,7 +175,7 @@ def _build_rows(delta: Delta) -> tuple[Row, ...]:
     return (("documents", ", ".join(f"{count:,} {change}" for change, count in counts.items())), ("new text", new))
 
 
-def _describe_settings(root: StateRoot, pipeline: Pipeline, newest: ModelVersion) -> str:
+def _describe_settings(root: StateRoot, pipeline: Pipeline, newest: ModelVersion, left_open: Collection[str]) -> str:
     """Return a sentence that names the settings that differ from those of the newest training."""
     sentence = f"the settings are not those of version {newest.version}"
     try:
@@ -177,7 +183,7 @@ def _describe_settings(root: StateRoot, pipeline: Pipeline, newest: ModelVersion
     except (versions.RegistryError, KeyError):
         return sentence
     now = flatten(pipeline.model_dump(mode="json"))
-    execution = tuple(f"train.{key}" for key in EXECUTION_KEYS)
+    execution = tuple(f"train.{key}" for key in (*EXECUTION_KEYS, *left_open))
     reading = ("corpus.sources", "corpus.exclude", "corpus.text", "corpus.formats", "corpus.encoding")
     outside = ("retrain.", "gate.", "evaluate.", "sample.", *reading, *execution)
     differing = [

@@ -81,7 +81,7 @@ def restore(checkpoints: Path, state: TrainState, identity: dict[str, Any]) -> b
     _load_optimizer(state, loaded.optimizer)
     state.set_counters(counters, loaded.best if counters["best"] else None)
     if loaded.random:
-        _set_random_states(loaded.random, state.device)
+        _set_random_states(_keep_usable(loaded.random, counters, state.device), state.device)
     return True
 
 
@@ -182,8 +182,17 @@ def _random_states(device: torch.device) -> Tensors:
     return states
 
 
+def _keep_usable(states: Tensors, counters: dict[str, Any], device: torch.device) -> Tensors:
+    """Return the random states without that of the device, if a device of another kind saved the checkpoint."""
+    executions = counters.get("executions")
+    is_same_kind = not executions or executions[-1]["device"].partition(":")[0] == device.type
+    return states if is_same_kind else {"cpu": states["cpu"]}
+
+
 def _set_random_states(states: Tensors, device: torch.device) -> None:
     torch.set_rng_state(states["cpu"])
+    if "device" not in states:  # a device that takes over from a CPU keeps the state that the seed gave it
+        return
     if device.type == "cuda":
         torch.cuda.set_rng_state(states["device"], device)
     elif device.type == "mps":

@@ -7,6 +7,7 @@ stopped. rendezvous.py says how the ranks find each other, and parallel.py distr
 
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from gptcore.devices import choose_device, count_devices
 from gptcore.errors import ConfigError, GPTCoreError, RankLost, error_from_json, error_to_json
+from gptcore.processes import count_cpus, identify_cores
 from gptcore.training.rendezvous import Place, open_store, read_place
 
 T = TypeVar("T")
@@ -75,6 +77,10 @@ class Ranks:
         """Overwrite `tensor` with the tensor of rank 0, and return it."""
         return tensor
 
+    def count_own_cores(self) -> int:
+        """Return this rank's share of the cores that it may use: ranks with the same cores divide them."""
+        return count_cpus()
+
     def choose_device(self, kind: str) -> torch.device:
         """Return this rank's device of a kind such as "cpu" or "cuda". Raises DeviceMissing or ConfigError."""
         return choose_device(kind)
@@ -131,6 +137,13 @@ class Group(Ranks):
     def broadcast(self, tensor: Tensor) -> Tensor:
         self._torch.broadcast(tensor, 0)
         return tensor
+
+    def count_own_cores(self) -> int:
+        # Slurm may give each rank of a machine cores of its own, or let all of them use all cores.
+        seen = torch.zeros(self.size, dtype=torch.int64)  # (ranks,)
+        seen[self.rank] = own = zlib.crc32(identify_cores().encode())
+        self._torch.all_reduce(seen)
+        return max(1, count_cpus() // int((seen == own).sum()))
 
     def choose_device(self, kind: str) -> torch.device:
         device = choose_device(kind)

@@ -1,7 +1,7 @@
 """The meaning of `auto` on this machine, and the version of training's arithmetic."""
 
-from gptcore.config import TrainConfig, explain_uneven
-from gptcore.devices import count_devices, find_device
+from gptcore.config import MachineSettings, Precision, TrainConfig, explain_uneven
+from gptcore.devices import can_compute_in_bf16, count_devices, find_device
 from gptcore.errors import ConfigError
 from gptcore.processes import count_cpus
 
@@ -9,8 +9,11 @@ TRAINING_VERSION = 2
 """Raised whenever a change of gptcore/model or gptcore/training gives other weights, so that their run keys differ."""
 
 
-def resolve(train: TrainConfig) -> TrainConfig:
+def resolve(train: TrainConfig, precision_so_far: Precision = "auto") -> TrainConfig:
     """Replace every `auto` by its value on this machine. The rule is fixed, so two runs choose the same.
+
+    `precision_so_far` is that of an unfinished training. It is kept if the device can compute in it, because a training
+    learns a little differently in another precision.
 
     - device: cuda, else mps, else cpu (gptcore/devices.py).
     - precision: bf16 on CUDA devices, where it is faster. On the CPUs measured it takes 1.6 times as long as fp32.
@@ -23,6 +26,8 @@ def resolve(train: TrainConfig) -> TrainConfig:
     """
     device = find_device() if train.device == "auto" else train.device
     precision = train.precision
+    if precision == "auto" and (precision_so_far != "bf16" or can_compute_in_bf16(device)):
+        precision = precision_so_far
     if precision == "auto":
         precision = "bf16" if device.startswith("cuda") else "fp32"
     gpus = max(1, count_devices("cuda")) if device == "cuda" else 1
@@ -38,3 +43,10 @@ def resolve(train: TrainConfig) -> TrainConfig:
             "processes": processes,
         }
     )
+
+
+def describe_changes(before: TrainConfig, now: TrainConfig) -> str:
+    """Return how the start of a training differs from the one before, as in `device cuda -> cpu, threads 8 -> 2`."""
+    keys = (*MachineSettings.model_fields, "processes")
+    changed = [key for key in keys if getattr(before, key) != getattr(now, key)]
+    return ", ".join(f"{key} {getattr(before, key)} -> {getattr(now, key)}" for key in changed)

@@ -19,12 +19,12 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 from gptcore import manifest
-from gptcore.config import EXECUTION_KEYS, RunConfig, Start
+from gptcore.config import EXECUTION_KEYS, MachineSettings, RunConfig, Start
 from gptcore.errors import CheckpointError, ConfigError, GPTCoreError, error_from_json, error_to_json
 from gptcore.records import open_lock, open_regular, read_bytes, read_record
 from gptcore.sections import parse_recorded
@@ -88,6 +88,9 @@ class Result:
     """Nats per token on the val side, at best_step."""
     weights_sha256: str
     """Of final/model.safetensors: the weights of best_step."""
+    executions: list[dict[str, Any]] = field(default_factory=list)
+    """Device, precision, compile, threads and processes that the updates were computed with, an entry for each time
+    that one of them changed. Empty if an earlier release trained."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +146,9 @@ class RunDirectory:
         return self.final / "model.safetensors"
 
     def prepare(self, config: RunConfig, start_weights: Path | None = None) -> None:
-        """Write config.json. If it exists and is for the same training, update its EXECUTION_KEYS only.
+        """Write config.json. If it exists and is for the same training, update only how that is executed.
+
+        These are the EXECUTION_KEYS and the machine settings, which the run key keeps as they were.
 
         `start_weights` is the safetensors file that `config.start` names; it is copied. Raises CheckpointError if the
         file has another hash or the directory belongs to another training. Raises GPTCoreError if config.json has to
@@ -162,10 +167,17 @@ class RunDirectory:
                 f"{self.path} belongs to run key {prepared.run_key[:16]}, not {config.run_key[:16]}. "
                 "Use another directory."
             )
-        train = prepared.train.model_copy(update={key: getattr(config.train, key) for key in EXECUTION_KEYS})
+        keys = (*EXECUTION_KEYS, *MachineSettings.model_fields)
+        train = prepared.train.model_copy(update={key: getattr(config.train, key) for key in keys})
         if train != prepared.train:
             with self.lock():
-                self._write_config(prepared.model_copy(update={"train": train}))
+                self._write_config(prepared.with_train(train))
+
+    def record_choice(self, chosen: MachineSettings) -> None:
+        """Write to config.json what a start of the trainer uses. The directory's lock must be held."""
+        config = self.read_config()
+        if config.chosen != chosen:
+            self._write_config(config.model_copy(update={"chosen": chosen}))
 
     def _write_config(self, config: RunConfig) -> None:
         manifest.write_atomically(self.path / "config.json", config.model_dump_json(indent=1) + "\n")

@@ -1,6 +1,6 @@
 """The state that training changes, apart from torch's random states: everything that a checkpoint must hold."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -39,6 +39,8 @@ class TrainState:
     best: Best | None = None
     stale_evaluations: int = 0
     """Evaluations since the best one."""
+    executions: list[dict[str, Any]] = field(default_factory=list)
+    """How the updates were computed (see `Result.executions`)."""
 
     @classmethod
     def initial(cls, cfg: dict[str, Any], train: TrainConfig, ranks: Ranks = ALONE) -> "TrainState":
@@ -66,6 +68,7 @@ class TrainState:
             "tokens_seen": self.tokens_seen,
             "seconds": self.seconds,
             "stale_evaluations": self.stale_evaluations,
+            "executions": list(self.executions),
             "best": best,
         }
 
@@ -75,8 +78,14 @@ class TrainState:
         self.tokens_seen = counters["tokens_seen"]
         self.seconds = counters["seconds"]
         self.stale_evaluations = counters["stale_evaluations"]
+        self.executions = list(counters.get("executions", ()))  # earlier releases did not record them
         best = counters["best"]
         self.best = Best(best["step"], best["val_loss"], best_weights) if best and best_weights is not None else None
+
+    def record_execution(self, execution: dict[str, Any]) -> None:
+        """Remember how the newest update was computed, if it was computed in another way than the one before."""
+        if self.executions[-1:] != [execution]:
+            self.executions.append(execution)
 
     def record_evaluation(self, val_loss: float) -> None:
         """Keep the weights if `val_loss` is the lowest so far. Only rank 0 holds them."""

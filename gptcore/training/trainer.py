@@ -12,7 +12,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from enum import IntEnum
@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import save_file
 
 from gptcore import manifest
-from gptcore.config import EXECUTION_KEYS, RunConfig, explain_uneven
+from gptcore.config import EXECUTION_KEYS, MachineSettings, RunConfig, explain_uneven
 from gptcore.errors import CheckpointError, ConfigError, GPTCoreError, RankLost, TrainingDiverged
 from gptcore.records import open_regular
 from gptcore.sections import hashed_keys
@@ -36,7 +36,7 @@ from gptcore.training.batches import Batches, BatchPairs, check_sizes, make_eval
 from gptcore.training.distributed import ALONE, Ranks, join_ranks
 from gptcore.training.loop import evaluate_loss, is_budget_reached, is_evaluation_step, run_updates, steps_in_budget
 from gptcore.training.rendezvous import has_restarting_launcher, remove_old_stores
-from gptcore.training.resolve import TRAINING_VERSION
+from gptcore.training.resolve import TRAINING_VERSION, resolve
 from gptcore.training.run_directory import STOPPED, Paused, Result, RunDirectory, Update, describe_result
 from gptcore.training.signals import Stop
 from gptcore.training.state import TrainState
@@ -107,6 +107,7 @@ class _Training:
 
     directory: RunDirectory
     config: RunConfig
+    """With a value for each `auto` of config.json."""
     state: TrainState
     batches: Batches
     train_eval_batches: BatchPairs
@@ -118,13 +119,13 @@ class _Training:
     def resumed(cls, directory: RunDirectory, config: RunConfig, ranks: Ranks) -> "_Training":
         """Load tokens, and the state from the newest checkpoint, from start.safetensors or from scratch."""
         began = time.monotonic()
+        config = _choose_settings(directory, config, ranks)
         train, context = config.train, config.model.shape()["context_length"]
         if (problem := explain_uneven(train.batch_size, ranks.size, "processes (WORLD_SIZE)")) is not None:
             raise ConfigError(f"train: {problem}")
         tokens = ranks.run_on_all_ranks(
             lambda: _load_checked_tokens(directory, config, must_verify=ranks.local_rank == 0)
         )
-        torch.set_num_threads(max(1, int(train.threads) // ranks.local_size))
         stride = train.stride or context
         check_sizes(tokens, context, stride, train.batch_size * train.accumulation)
         # A rank without a device fails here, before any rank waits for another.
@@ -181,9 +182,11 @@ class _Training:
         train = self.config.train
         if self.config.start is not None:
             train = warm_start.add_warm_up(train, self.batches)
+        execution = _describe_execution(MachineSettings.of(train), self.ranks)
         updates = run_updates(self.state, self.batches, train)
         # Patience is checked before the first update too: a training stopped after its last update has none left.
         while not self.is_out_of_patience() and (update := next(updates, None)) is not None:
+            self.state.record_execution(execution)
             yield update
 
     def is_out_of_patience(self) -> bool:
@@ -283,6 +286,7 @@ class _Training:
                 best_step=best.step,
                 best_val_loss=best.val_loss,
                 weights_sha256=manifest.sha256_of_file(weights),
+                executions=self.state.executions,
             )
             manifest.commit(staged, self.directory.final, describe_result(result))
         checkpoint.prune(self.directory.checkpoints, keep=0)
@@ -301,11 +305,52 @@ class _Training:
         return next((key for key, limit in limits.items() if used[key] >= limit), "patience")
 
 
+def _choose_settings(directory: RunDirectory, config: RunConfig, ranks: Ranks) -> RunConfig:
+    """Return `config` with a value for each `auto`, and set the threads of this rank.
+
+    Rank 0 chooses for all ranks, prints its choice and records it in config.json. Only the number of threads is each
+    rank's own.
+    """
+    requested = config.train
+    is_open = [key for key, value in MachineSettings.of(requested) if value == "auto"]
+    threads = ranks.count_own_cores() if requested.threads == "auto" else int(requested.threads) // ranks.local_size
+    torch.set_num_threads(max(1, threads))
+    if not is_open:
+        return config
+
+    def choose() -> dict[str, Any]:
+        here = {"processes": 1, **({"threads": threads * ranks.local_size} if "threads" in is_open else {})}
+        train = resolve(requested.model_copy(update=here), config.precision_so_far)
+        memory.check(config.model, train, config.vocab_size)
+        chosen = MachineSettings.of(train)
+        print(_describe_choice(is_open, config.chosen, chosen), flush=True)
+        directory.record_choice(chosen)
+        return chosen.model_dump()
+
+    return config.with_train(requested.model_copy(update=ranks.run_on_rank_0(choose)))
+
+
+def _describe_choice(keys: Sequence[str], before: MachineSettings | None, now: MachineSettings) -> str:
+    """Return what a start has chosen for these keys, and what the start before had chosen if that was different."""
+
+    def describe(key: str) -> str:
+        value = getattr(now, key)
+        return f"{key} {value}" if getattr(before or now, key) == value else f"{key} {getattr(before, key)} -> {value}"
+
+    return f"chosen on this machine: {', '.join(map(describe, keys))}"
+
+
+def _describe_execution(machine: MachineSettings, ranks: Ranks) -> dict[str, Any]:
+    return {**machine.model_dump(), "processes": ranks.size}
+
+
 def _restore_state(directory: RunDirectory, config: RunConfig, ranks: Ranks) -> TrainState:
     """Make the state, from the newest checkpoint if there is one. Remove the metrics of later updates."""
     state = TrainState.initial(config.cfg(), config.train, ranks)
     if not checkpoint.restore(directory.checkpoints, state, _identity(config)) and config.start is not None:
         _load_start(state, directory, config.start.weights_sha256)
+    if state.step and not state.executions:  # an earlier release saved it
+        state.record_execution(_describe_execution(config.machine_in_run_key, ranks))
     ranks.run_on_rank_0(lambda: directory.truncate_metrics(state.step))
     return state
 
@@ -339,8 +384,9 @@ def _progress_line(update: Update) -> str:
 
 
 def _identity(config: RunConfig) -> dict[str, Any]:
-    """Return what a checkpoint must agree with: every key of the configuration that changes the weights."""
-    kept = hashed_keys(config.train, {*EXECUTION_KEYS, "start_from"})
+    """Return what a checkpoint must agree with: every key that changes the weights, as the run key holds it."""
+    hashed = config.train.model_copy(update=dict(config.machine_in_run_key))
+    kept = hashed_keys(hashed, {*EXECUTION_KEYS, "start_from"})
     train = {f"train.{key}": value for key, value in kept.items()}
     model = {f"model.{key}": value for key, value in config.cfg().items()}
     start = {"start.weights_sha256": config.start.weights_sha256 if config.start else None}

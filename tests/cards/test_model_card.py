@@ -128,6 +128,15 @@ def test_the_card_says_which_share_was_scored_and_with_which_interval() -> None:
     assert "percent" not in made and "confidence" not in made, "an earlier release scored everything"
 
 
+def test_the_card_says_how_the_first_updates_were_computed_if_the_last_ones_were_not_computed_so() -> None:
+    executions = [{"device": "cuda", "threads": 8}, {"device": "cpu", "threads": 1}]
+    for shown in (executions, executions[1:]):
+        made = render_card(
+            "gpt-tiny", CFG, {**LINEAGE, "executions": shown}, TrainedModelFacts(card().result, card().scores, [])
+        )
+        assert ("| earlier updates with | device cuda, threads 8 |" in made) == (len(shown) == 2)
+
+
 def test_a_version_older_than_model_cards_gets_a_card_from_its_lineage() -> None:
     made = render_card("gpt-tiny", CFG, {**LINEAGE, "holdout_bits_per_byte": 1.8})
     assert headings(parsed(made)[1]) == [section for section in SECTIONS if section != "What it writes"]

@@ -7,8 +7,15 @@ import pytest
 from click.testing import CliRunner
 
 from flows.cli.run import _copy_tokens, prepare_directory
+from flows.config.pipelines import Pipeline
+from flows.retrain import attempts
+from flows.state.root import StateRoot
 from gptcore import manifest
+from gptcore.config import MachineSettings
+from gptcore.corpus.ingest import ingest
 from gptcore.corpus.snapshot import read_document_list
+from gptcore.tokens.files import tokenize
+from gptcore.training.run_directory import RunDirectory
 
 
 @pytest.fixture
@@ -61,3 +68,37 @@ def test_documents_have_the_same_names_from_every_directory_and_what_was_left_ou
         listed.add(frozenset(document.name for document in read_document_list(snapshot)))
     (names,) = listed
     assert names and all(name.startswith("text/") for name in names)
+
+
+def test_a_directory_may_hold_auto_and_is_prepared_again_for_the_same_training_only(
+    project: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(project)
+    run = RunDirectory(project / "by-hand")
+
+    def prepare(*overrides: str) -> str:
+        options = [option for override in overrides for option in ("--set", override)]
+        return CliRunner().invoke(prepare_directory, ["tiny", str(run.path), *options]).output
+
+    assert "train it with" in prepare("train.threads=auto")
+    config = run.read_config()
+    open_keys = {"device": "auto", "precision": "auto", "compile": "auto", "threads": "auto"}
+    assert config.machine_in_run_key.model_dump() == open_keys
+    assert "train it with" in prepare("train.threads=3") and run.read_config().train.threads == 3
+    assert run.read_config().machine_in_run_key == config.machine_in_run_key
+    for change in ("train.precision=bf16", "train.seed=5"):
+        assert prepare(change) == "" and run.read_config().run_key == config.run_key
+
+
+def test_a_directory_of_an_earlier_release_which_holds_values_for_auto_can_be_prepared_again(
+    tiny: Pipeline, root: StateRoot, tmp_path: Path
+) -> None:
+    run, train = RunDirectory(tmp_path / "run"), {"device": "cpu", "precision": "bf16", "compile": False}
+    snapshot = ingest(tiny.corpus, root.corpora, root.project)
+    tokens = tokenize(snapshot.path, "bytes", root.tokens)
+    resolved = tiny.model_copy(update={"train": tiny.train.model_copy(update=train)})
+    for pipeline in (resolved, tiny):
+        attempts.configure(run, pipeline, tokens, str(tokens.path), start=None)
+    config = run.read_config()
+    assert (config.train.device, config.train.precision, config.precision_so_far) == ("auto", "auto", "bf16")
+    assert config.machine_in_run_key == MachineSettings.of(resolved.train)

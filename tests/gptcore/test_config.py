@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from gptcore import config
-from gptcore.config import CorpusConfig, ModelConfig, RunConfig, SampleConfig, Start, TrainConfig
+from gptcore.config import CorpusConfig, MachineSettings, ModelConfig, RunConfig, SampleConfig, Start, TrainConfig
 from gptcore.errors import ConfigError
 from gptcore.sections import Section, check, parse
 
@@ -209,10 +209,20 @@ def test_a_run_config_names_the_version_it_starts_from_by_its_number_and_hash():
     assert "start.weights_sha256" in refusal(RunConfig, {**RUN, "start": {**start, "weights_sha256": "ab"}})
 
 
-@pytest.mark.parametrize("key", ["device", "precision", "compile", "threads"])
-def test_a_run_config_refuses_auto_in_place_of_a_chosen_value(key):
-    message = refusal(RunConfig, {**RUN, "train": {**RUN["train"], key: "auto"}})
-    assert f"train.{key} is auto" in message
+def test_a_run_config_keeps_what_its_run_key_was_computed_with_when_it_is_executed_otherwise():
+    began = parse(RunConfig, RUN, "x")
+    elsewhere = began.with_train(began.train.model_copy(update={"device": "mps", "threads": 1}))
+    assert (elsewhere.train.device, elsewhere.train.threads) == ("mps", 1)
+    assert elsewhere.machine_in_run_key == began.machine_in_run_key == MachineSettings.of(began.train)
+    assert parse(RunConfig, json.loads(elsewhere.model_dump_json()), "x") == elsewhere
+    assert elsewhere.with_train(began.train) == began
+
+
+def test_recorded_settings_stand_for_auto_and_for_any_number_of_threads_but_not_for_an_explicit_change():
+    recorded = MachineSettings(device="cuda", precision="bf16", compile=True, threads=8)
+    assert MachineSettings.of(recorded.fill_in(TrainConfig())) == recorded
+    explicit = recorded.fill_in(TrainConfig(device="cpu", precision="fp32", threads=1))
+    assert MachineSettings.of(explicit) == MachineSettings(device="cpu", precision="fp32", compile=True, threads=8)
 
 
 def test_a_section_cannot_be_changed():

@@ -123,6 +123,7 @@ def test_no_difference_is_found_right_after_the_training(root: StateRoot, tmp_pa
         (set_to("hardware", "processor", value="abacus"), ["processor"]),
         (set_to("hardware", "device", value="cuda:7"), ["device"]),
         (set_to("hardware", "threads", value=4096), ["threads"]),
+        (set_to("executions", value=[{"threads": 2}, {"threads": 1}]), ["execution"]),
         (set_to("documents_sha256", value="0" * 64), ["documents"]),
     ],
 )

@@ -8,9 +8,12 @@ from mlflow import MlflowClient
 
 from flows.config.pipelines import Pipeline
 from flows.registry import versions
+from flows.registry.differences import differences
 from flows.retrain import attempts
 from flows.state.root import StateRoot
+from gptcore.corpus.ingest import ingest
 from gptcore.errors import CheckpointError, TrainingDiverged
+from gptcore.tokens.files import tokenize
 from gptcore.training.run_directory import RunDirectory
 from tests.retrain.test_policy import asking, run
 from tests.tiny import prose
@@ -82,6 +85,59 @@ def test_a_training_that_failed_or_has_other_settings_or_sources_is_not_resumed(
     (directory,) = run_directories(root)
     RunDirectory(directory).record_failure(TrainingDiverged("it diverged", 1))
     assert attempts.find_unfinished(root, resolved(asked)) is None
+
+
+def test_a_training_goes_on_with_another_number_of_cores_and_the_run_and_the_version_say_so(
+    tiny: Pipeline, root: StateRoot, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = asking(tiny, train={"threads": "auto", "max_steps": 5})
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
+    paused_once(asked)
+    (only,) = run_directories(root)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0})
+    name, outcome = run(asked)
+    assert (name, outcome.run_directory, run_directories(root)) == ("Kept champion", str(only), [only])
+    assert "changed since its last start: threads 2 -> 1" in caplog.text
+    assert [line["step"] for line in RunDirectory(only).read_metrics()] == list(range(1, 6))
+    version = versions.resolve(root, outcome.uri)
+    lineage = versions.read_lineage(root, version)
+    assert [execution["threads"] for execution in lineage["executions"]] == [2, 1]
+    assert lineage["hardware"]["threads"] == lineage["config"]["train"]["threads"] == 1
+    assert lineage["run_config"]["in_run_key"]["threads"] == 2 and only.name.startswith(version.tags["run_key"][:16])
+    assert [difference.what for difference in differences(lineage) if difference.is_decisive] == ["execution"]
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2})
+    assert run(asked)[0] == "Skipped"
+
+
+def test_a_training_that_began_on_a_gpu_goes_on_without_it_unless_the_request_was_changed(
+    tiny: Pipeline, root: StateRoot
+) -> None:
+    on_a_gpu = {"device": "cuda", "precision": "bf16", "compile": True, "threads": 8}
+    first = begin(root, tiny, on_a_gpu)
+    assert first is not None and first.changes == ""
+    for change in ({"precision": "fp32"}, {"device": "cpu"}, {"compile": False}, {"learning_rate": 0.02}):
+        assert attempts.find_unfinished(root, asking(tiny, train=change)) is None, change
+    found = attempts.find_unfinished(root, tiny)
+    assert found is not None and (found.run, found.run_key) == (first.run, first.run_key)
+    assert found.changes == "device cuda -> cpu, compile True -> False, threads 8 -> 1"
+    assert found.run.read_config().train == found.train and found.train.precision == "bf16"
+    other = asking(tiny, train={"learning_rate": 0.02})
+    assert (left := begin(root, other, on_a_gpu)) is not None and left.run != first.run
+    again = begin(root, tiny, {"device": "cpu", "precision": "fp32", "compile": False, "threads": 1})
+    assert again is not None and again.run == first.run, "found without current.json"
+    name, outcome = run(tiny)
+    assert (name, outcome.run_directory) == ("Promoted", str(first.run.path))
+    (execution,) = versions.read_lineage(root, versions.resolve(root, outcome.uri))["executions"]
+    assert (execution["device"], execution["precision"]) == ("cpu", "bf16"), "no update was made on the GPU"
+
+
+def begin(root: StateRoot, pipeline: Pipeline, machine: dict[str, Any]) -> attempts.Attempt | None:
+    """Begin a training as on a machine where `auto` has these values."""
+    snapshot = ingest(pipeline.corpus, root.corpora, root.project)
+    tokens = tokenize(snapshot.path, pipeline.corpus.tokenizer, root.tokens)
+    there = pipeline.train.model_copy(update={**machine, "processes": 1})
+    resolved = pipeline.model_copy(update={"train": there})
+    return attempts.begin(root, resolved, pipeline.train, snapshot, tokens, start=None, force=False)
 
 
 @pytest.mark.slow

@@ -74,12 +74,20 @@ def test_changed_settings_are_trained_under_any_policy_and_a_rejected_training_i
     assert len(versions.list_versions(root, "gpt-tiny")) == 2
 
 
-def test_another_number_of_cores_is_not_a_reason_to_train(tiny: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_number_of_cores_is_not_a_reason_to_train(
+    tiny: Pipeline, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     auto = asking(tiny, train={"threads": "auto", "max_steps": 5})
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0})
     run(auto)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
     assert run(auto)[0] == "Skipped"
+    run(asking(auto, train={"max_steps": 3}))
+    assert "the settings are not those of version 1: train.max_steps 5 -> 3" in caplog.text
+    assert "train.threads" not in caplog.text
+    # Back to the first settings: version 1 was trained with these, on one core.
+    name, outcome = run(auto)
+    assert name == "Skipped" and "learned exactly this" in outcome.reason
 
 
 @pytest.mark.parametrize("tags", [{}, {"corpus_sha256": "f" * 64}], ids=["imported", "snapshot deleted"])

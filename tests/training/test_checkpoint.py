@@ -46,3 +46,12 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path):
 def test_checkpoints_contain_only_safetensors_and_json(tmp_path):
     saved(tmp_path, 1)
     assert {path.suffix for path in (tmp_path / "step-00000001").iterdir()} == {".safetensors", ".json"}
+
+
+def test_random_numbers_of_a_device_are_left_out_if_another_kind_of_device_resumes():
+    states = {"cpu": torch.get_rng_state(), "device": torch.zeros(16, dtype=torch.uint8)}
+    for saved_on, device, kept in (("cuda:1", "cuda", states), ("cuda", "cpu", {"cpu": states["cpu"]})):
+        counters = {"executions": [{"device": saved_on}]}
+        assert checkpoint._keep_usable(states, counters, torch.device(device)) == kept
+    assert checkpoint._keep_usable(states, {}, torch.device("cuda")) == states, "an earlier release saved it"
+    checkpoint._set_random_states({"cpu": states["cpu"]}, torch.device("cuda"))

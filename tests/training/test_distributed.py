@@ -9,9 +9,11 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +22,7 @@ import torch
 from gptcore.config import TrainConfig
 from gptcore.errors import CheckpointError, ConfigError, GPTCoreError, TrainingDiverged, error_from_json, error_to_json
 from gptcore.training.batches import Batches
-from gptcore.training.distributed import ALONE, TIMEOUT, join_ranks
+from gptcore.training.distributed import ALONE, TIMEOUT, Group, join_ranks
 from gptcore.training.rendezvous import (
     ALLOW_PUBLIC,
     STORE,
@@ -128,6 +130,22 @@ def test_a_single_process_joins_no_group_and_runs_everything_itself():
     before = torch.get_rng_state()
     ranks.seed(1, 2)
     assert torch.equal(torch.get_rng_state(), before), "the stream of random numbers is not seeded again"
+
+
+def test_ranks_that_may_use_the_same_cores_of_a_machine_divide_them(monkeypatch):
+    total = torch.zeros(3, dtype=torch.int64)
+
+    def count(all_reduce: Callable[[torch.Tensor], object]) -> list[int]:
+        counted = []
+        for rank, cores in enumerate(({0, 1, 2, 3}, {0, 1, 2, 3}, {4, 5})):
+            monkeypatch.setattr("os.sched_getaffinity", lambda _, cores=cores: cores)
+            group = Group(Place(rank, 3, rank, 3), 1.0)
+            monkeypatch.setattr(group, "_torch", SimpleNamespace(all_reduce=all_reduce))
+            counted.append(group.count_own_cores())
+        return counted
+
+    count(total.add_)
+    assert count(lambda numbers: numbers.copy_(total)) == [2, 2, 2]
 
 
 def test_importing_the_trainer_does_not_load_torch_distributed():

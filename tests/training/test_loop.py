@@ -279,6 +279,14 @@ def test_auto_settings_are_resolved_to_definite_values():
     assert resolve(resolved) == resolved
 
 
+def test_an_unfinished_training_keeps_its_precision_if_the_device_has_it(monkeypatch):
+    assert resolve(TrainConfig(device="cpu"), "bf16").precision == "bf16"
+    assert resolve(TrainConfig(device="cpu", precision="fp32"), "bf16").precision == "fp32"
+    for is_newer in (True, False):
+        monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda *_, is_newer=is_newer: is_newer)
+        assert resolve(TrainConfig(device="mps"), "bf16").precision == ("bf16" if is_newer else "fp32")
+
+
 # The book's loop.
 
 

@@ -9,14 +9,17 @@ import sys
 import time
 
 import pytest
+import torch
 
 from gptcore import manifest
+from gptcore.config import MachineSettings, TrainConfig
 from gptcore.errors import CheckpointError, ConfigError, CorpusError, GPTCoreError
 from gptcore.tokens.files import load_tokens
 from gptcore.training import trainer
 from gptcore.training.batches import Batches
-from gptcore.training.resolve import TRAINING_VERSION
+from gptcore.training.resolve import TRAINING_VERSION, resolve
 from gptcore.training.signals import Stop
+from gptcore.training.state import TrainState
 from gptcore.training.trainer import train_directory
 from tests.trainings import StopAfter, edit_config, finish, outcome, prepare
 
@@ -237,6 +240,53 @@ def test_checkpoint_settings_may_change_between_attempts(make, twin):
     edit_config(run, "train", "keep_checkpoints", 1)
     finish(run)
     assert outcome(run) == twin
+
+
+def test_a_training_resumes_with_other_threads_and_the_result_says_so(make, monkeypatch):
+    run = make()
+    stop_after(run, 6)
+    make(threads=2)
+    stop_after(run, 9)
+    config = run.read_config()
+    assert (config.train.threads, config.machine_in_run_key.threads) == (2, 1)
+    counters = TrainState.counters
+    with monkeypatch.context() as earlier_release:  # it did not record how its updates were computed
+        earlier_release.setattr(TrainState, "counters", lambda self: {**counters(self), "executions": []})
+        stop_after(run, 12)
+    result = finish(make(threads=3))
+    assert [execution["threads"] for execution in result.executions] == [1, 3]
+    assert result.executions[0] == {
+        "device": "cpu",
+        "precision": "fp32",
+        "compile": False,
+        "threads": 1,
+        "processes": 1,
+    }
+    assert [line["step"] for line in run.read_metrics()] == list(range(1, 22))
+
+
+def test_each_start_chooses_what_is_auto_prints_it_and_records_it(make, monkeypatch, capsys):
+    run = make(device="auto", precision="auto", compile="auto", threads="auto")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
+    stop_after(run, 6)
+    assert "chosen on this machine: device cpu, precision fp32, compile False, threads 2\n" in capsys.readouterr().out
+    assert run.read_config().chosen.threads == torch.get_num_threads() == 2
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0})
+    result = finish(run)
+    assert "compile False, threads 2 -> 1\n" in capsys.readouterr().out and torch.get_num_threads() == 1
+    config = run.read_config()
+    assert (config.chosen.threads, config.train.threads, config.in_run_key) == (1, "auto", None)
+    assert [execution["threads"] for execution in result.executions] == [2, 1]
+    assert [line["step"] for line in run.read_metrics()] == list(range(1, 22))
+
+
+def test_a_training_that_began_elsewhere_in_bf16_keeps_it_at_auto(make):
+    run = make(device="auto", precision="auto")
+    elsewhere = MachineSettings(device="cuda", precision="bf16", compile=True, threads=1)
+    edit_config(run, None, "chosen", elsewhere.model_dump())
+    (execution,) = finish(run).executions
+    assert (execution["device"], execution["precision"]) == (str(resolve(TrainConfig()).device), "bf16")
 
 
 def test_a_directory_of_another_training_version_is_refused_with_both_versions(make):

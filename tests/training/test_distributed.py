@@ -181,6 +181,7 @@ def test_processes_that_cannot_share_a_batch_are_refused_with_both_numbers_and_v
 def test_processes_auto_means_one_process_per_gpu(monkeypatch):
     auto = TrainConfig(processes="auto", batch_size=6, device="cpu")
     assert resolve(auto).processes == 1 and resolve(auto).threads == resolve(TrainConfig(device="cpu")).threads
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     on_gpus = auto.model_copy(update={"device": "cuda"})
     assert resolve(on_gpus).processes == 3

@@ -24,7 +24,7 @@ _PRODUCTS = ("linear", "mm", "matmul", "__matmul__", "bmm", "addmm")
 
 
 class FakeGpu(TorchFunctionMode):
-    """While it is active, tensors may be moved to `cuda` and created there, in this thread."""
+    """While it is active, tensors may be created on `cuda` in this thread, and moved there in every thread."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,9 +40,13 @@ class FakeGpu(TorchFunctionMode):
 @contextmanager
 def fake_gpu() -> Iterator[FakeGpu]:
     """Let torch report one GPU, until the context ends."""
+    to = Tensor.to
     with pytest.MonkeyPatch.context() as patched, FakeGpu() as gpu:
+        patched.setattr(Tensor, "to", lambda self, *args, **kwargs: _call(to, (self, *args), kwargs))
+        patched.setattr(Tensor, "pin_memory", lambda self: self)
         patched.setattr(torch.cuda, "is_available", lambda: True)
         patched.setattr(torch.cuda, "device_count", lambda: 1)
+        patched.setattr(torch.cuda, "max_memory_allocated", lambda _: 0)
         patched.setattr(torch.cuda, "get_rng_state", lambda _: torch.zeros(1))
         patched.setattr(torch.cuda, "set_rng_state", lambda *_: None)
         # So that Module.to makes new parameters, instead of putting other numbers into those that it has.
@@ -74,7 +78,7 @@ def _call(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, An
     name = getattr(func, "__name__", "")
     if func is torch.device or name == "_parse_to":  # with which Module.to reads its arguments
         return func(*args, **kwargs)
-    flat, structure = tree_flatten((args, dict(kwargs)))
+    flat, structure = tree_flatten((args, {key: value for key, value in kwargs.items() if key != "pin_memory"}))
     on_gpu = [value for value in flat if isinstance(value, _GpuTensor)]
     if on_gpu:
         if name in ("numpy", "__array__"):

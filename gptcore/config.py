@@ -510,7 +510,8 @@ class RunConfig(Section):
     """Number of entries in the tokenizer's vocabulary."""
     train: TrainConfig
     """Settings of the training, with the device, precision, compile, threads and processes of its newest start. Where
-    one of these is `auto`, every start of the trainer chooses it for its machine, and records `chosen`."""
+    one of the first four is `auto`, every start of the trainer chooses it for its machine, and records `chosen`. If the
+    trainer is started by hand, its launcher decides the number of processes."""
     in_run_key: MachineSettings | None = None
     """device, precision, compile and threads as `run_key` and the checkpoints hold them. Empty: as in `train`."""
     chosen: MachineSettings | None = None

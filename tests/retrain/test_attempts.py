@@ -121,8 +121,8 @@ def test_a_training_that_began_on_a_gpu_goes_on_without_it_unless_the_request_wa
     assert found is not None and (found.run, found.run_key) == (first.run, first.run_key)
     assert found.changes == "device cuda -> cpu, compile True -> False, threads 8 -> 1"
     assert found.run.read_config().train == found.train and found.train.precision == "bf16"
-    other = asking(tiny, train={"learning_rate": 0.02})
-    assert (left := begin(root, other, on_a_gpu)) is not None and left.run != first.run
+    left = begin(root, asking(tiny, train={"precision": "fp32"}), {**on_a_gpu, "precision": "fp32"})
+    assert left is not None and left.run != first.run, "an explicit change is another training"
     again = begin(root, tiny, {"device": "cpu", "precision": "fp32", "compile": False, "threads": 1})
     assert again is not None and again.run == first.run, "found without current.json"
     name, outcome = run(tiny)

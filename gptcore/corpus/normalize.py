@@ -94,11 +94,11 @@ def normalize_file(text: PassageFile, path: Path) -> NormalizedFile:
         for chunk in _read_characters(file):
             view = _view_bytes(chunk)
             low, high = np.searchsorted(text.bounds, [offset, offset + len(chunk)])
-            kept = np.zeros(len(chunk) + 1, np.int32)  # (bytes + 1,) bytes of the view before each byte
-            np.cumsum(view != 0, out=kept[1:])
-            bounds[low:high] = done + kept[text.bounds[low:high] - offset]
-            out.write(_drop_zeros(view))
-            offset, done = offset + len(chunk), done + int(kept[-1])
+            borders = text.bounds[low:high] - offset  # (bounds of the chunk,)
+            bounds[low:high] = done + _count_before(view != 0, borders.tolist())
+            viewed = _drop_zeros(view)
+            out.write(viewed)
+            offset, done = offset + len(chunk), done + len(viewed)
             ends.append((offset, done))
     bounds[np.searchsorted(text.bounds, offset) :] = done
     return NormalizedFile(text, PassageFile(path, bounds), np.array(ends, np.int64))
@@ -123,6 +123,13 @@ def _read_characters(file: BinaryIO) -> Iterator[bytes]:
 
 def _count_bytes(lead: int) -> int:
     return 2 + (lead >= 0xE0) + (lead >= 0xF0)
+
+
+def _count_before(is_kept: npt.NDArray[np.bool_], places: list[int]) -> Positions:
+    """Return (places,): how many of the bytes before each of these places are kept. The places are in order."""
+    # A count over a slice is many times faster than a running sum over all bytes.
+    counts = [np.count_nonzero(is_kept[start:end]) for start, end in zip([0, *places], places)]
+    return np.cumsum(np.asarray(counts, np.int64))
 
 
 def _drop_zeros(view: Bytes) -> bytes:

@@ -148,6 +148,14 @@ class CorpusConfig(Section):
             ) from None
         return encoding
 
+    @field_validator("text", mode="before")
+    @classmethod
+    def _refuse_mapping(cls, given: Any) -> Any:
+        """Refuse a template without quotation marks, which YAML reads as a mapping."""
+        if isinstance(given, Mapping):
+            raise ValueError("write a template in quotation marks, as in text: '{title}'")
+        return given
+
     @field_validator("text")
     @classmethod
     def _check_template(cls, text: str) -> str:

@@ -32,13 +32,12 @@ _COLUMNS = {
     "read": "files read",
     "documents": "documents",
     "empty": "empty",
-    "duplicate": "copies",
-    "skipped": "files not read",
+    "duplicate": "duplicates",
     "bad": "damaged files",
     "foreign": "other tables",
     "replaced": "replaced characters",
 }
-"""The counts of a reading, and their headings."""
+"""The counts of a reading that are columns of a table, and their headings."""
 _SIDES = ("train", "val", "holdout")
 
 
@@ -183,17 +182,20 @@ def _render_reading(reading: Reading) -> list[str]:
     if not reading.counts:
         return []
     names = [name for name in _COLUMNS if reading.total(name)]
-    suffixes = sorted(reading.counts, key=lambda suffix: reading.counts[suffix]["documents"], reverse=True)
+    counts = sorted(reading.counts.items(), key=lambda one: one[1]["documents"], reverse=True)
     rows = [
-        (_render_code(suffix), *(f"{reading.counts[suffix][name]:,}" for name in names))
-        for suffix in suffixes[:_MAX_SUFFIXES]
+        (_render_code(suffix), *(f"{number[name]:,}" if number[name] else "" for name in names))
+        for suffix, number in counts
+        if any(number[name] for name in names)
     ]
-    notes = [f"Not shown: {more:,} other suffixes."] if (more := len(suffixes) - _MAX_SUFFIXES) > 0 else []
+    notes = [f"Not shown: {more:,} other suffixes."] if (more := len(rows) - _MAX_SUFFIXES) > 0 else []
+    if skipped := [f"{_render_code(suffix)} {number['skipped']:,}" for suffix, number in counts if number["skipped"]]:
+        notes.append(f"Files that were not read: {', '.join(skipped[:_MAX_SUFFIXES])}.")
     if reading.excluded:
         notes.append(f"Left out by rules: {escape(reading.describe_excluded())}.")
     if reading.secrets:
         notes.append(f"Lines that look like keys or passwords, and are in the text: {reading.describe_kinds()}.")
-    table = render_table(("suffix", *(_COLUMNS[name] for name in names)), rows)
+    table = render_table(("suffix", *(_COLUMNS[name] for name in names)), rows[:_MAX_SUFFIXES])
     return [table, " ".join(notes)] if notes else [table]
 
 

@@ -255,7 +255,7 @@ def _advise(data: bytes) -> str:
 
 def _advise_encoding(codec: str) -> str:
     """Return what to do with a file in this encoding. corpus.encoding would be wrong for the UTF-8 files beside it."""
-    convert = f"iconv -f {codec} -t utf-8 FILE > FILE.txt"
+    convert = f"iconv -f {codec} -t utf-8 FILE > NEW && mv NEW FILE"
     return f"It looks like {codec}. Convert it: {convert}. If all text is {codec}, set corpus.encoding: {codec}."
 
 

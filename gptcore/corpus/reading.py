@@ -175,7 +175,8 @@ def _describe_counts(suffix: str, counts: Counter[str]) -> str:
         files, documents = _count(counts["read"], "file"), _count(counts["documents"], "document")
         parts.append(f"{files} read" + ("" if counts["read"] == counts["documents"] else f" with {documents}"))
     if left_out:
-        parts.append(f"left out: {left_out}")
+        noun = "document" if counts["empty"] + counts["duplicate"] == 1 else "documents"
+        parts.append(f"left out: {left_out} {noun}")
     if counts["replaced"]:
         parts.append(f"{_count(counts['replaced'], 'character')} replaced, because bytes were not valid")
     if counts["skipped"]:

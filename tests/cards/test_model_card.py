@@ -103,15 +103,17 @@ def test_the_card_says_what_became_of_the_files_of_the_text_in_numbers() -> None
     facts = TrainedModelFacts(card().result, card().scores, [], reading)
     made = render_card("gpt-tiny", CFG, {**LINEAGE, "split": {"split": "hash", "duplicates": "keep"}}, facts)
     table = (
-        "| suffix | files read | documents | empty | copies | files not read | damaged files | replaced characters |\n"
-        "| --- | --- | --- | --- | --- | --- | --- | --- |\n"
-        "| `.txt` | 1,200 | 1,200 | 1 | 3 | 0 | 0 | 0 |\n"
-        "| `.a b ` | 1 | 9 | 0 | 0 | 0 | 0 | 4 |\n"
-        "| `.pdf` | 0 | 0 | 0 | 0 | 2 | 0 | 0 |\n"
-        "| `.csv` | 0 | 0 | 0 | 0 | 0 | 1 | 0 |\n\n"
+        "| suffix | files read | documents | empty | duplicates | damaged files | replaced characters |\n"
+        "| --- | --- | --- | --- | --- | --- | --- |\n"
+        "| `.txt` | 1,200 | 1,200 | 1 | 3 |  |  |\n"
+        "| `.a b ` | 1 | 9 |  |  |  | 4 |\n"
+        "| `.csv` |  |  |  |  | 1 |  |\n\n"
     )
     assert table in made and headings(parsed(made)[1]) == [one for one in SECTIONS if one != "What it writes"]
-    assert "Left out by rules: 1 directory (.gitignore 1)." in made and "are in the text: password 1." in made
+    assert (
+        "Files that were not read: `.pdf` 2. Left out by rules: 1 directory (.gitignore 1)." in made
+        and "are in the text: password 1." in made
+    )
     assert "minutes" not in made, "the card goes wherever the model goes"
     assert "Duplicates were kept (split hash)" in made
     made = render_card("gpt-tiny", CFG, LINEAGE, TrainedModelFacts(card().result, card().scores, []))

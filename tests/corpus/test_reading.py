@@ -63,9 +63,9 @@ def test_every_file_and_document_that_is_left_out_is_counted(
     made = read(tmp_path, exclude=("drafts/",))
     lines = made.reading.describe()
     assert lines[:3] == [
-        ".jsonl.gz: 1 file read with 5 documents; left out: 1 empty, 2 duplicate",
+        ".jsonl.gz: 1 file read with 5 documents; left out: 1 empty, 2 duplicate documents",
         ".png: 2 files not read: a picture is not text.",
-        ".txt: 14 files read; left out: 1 empty, 1 duplicate",
+        ".txt: 14 files read; left out: 1 empty, 1 duplicate documents",
     ]
     assert lines[3] == ("excluded: 3 files, 3 directories (.gitignore 2, corpus.exclude 1, files of tools 1, hidden 2)")
     assert load_snapshot(made.path).reading == made.reading, "the manifest has the same numbers"
@@ -84,7 +84,7 @@ def test_a_snapshot_that_exists_already_reports_what_was_read_today(tmp_path: Pa
     assert after.path == before.path
     assert after.reading.describe() == [
         ".pdf: 1 file not read: PDF is not read. Convert it: pdftotext -layout FILE FILE.txt",
-        ".txt: 10 files read; left out: 1 duplicate",
+        ".txt: 10 files read; left out: 1 duplicate document",
     ]
 
 

@@ -152,6 +152,11 @@ def test_a_template_that_cannot_be_filled_in_is_refused(text: str) -> None:
         parse(CorpusConfig, {"text": text}, "pipelines.yaml")
 
 
+def test_a_template_that_yaml_reads_as_a_mapping_is_refused_with_the_fix() -> None:
+    with pytest.raises(ConfigError, match=r"text: write a template in quotation marks, as in text: '\{title\}'"):
+        parse(CorpusConfig, {"text": {"title": None}}, "pipelines.yaml")
+
+
 def test_escaped_braces_stand_for_braces(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"a": "x", "b.c": "y"}\n')
     assert read(tmp_path, "a.jsonl", "{{{a}}} {b.c}") == [("a.jsonl:1", "{x} y")]

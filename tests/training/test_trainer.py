@@ -3,6 +3,7 @@
 Killed trainers are tested in tests/faults.
 """
 
+import json
 import platform
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from gptcore.training.resolve import TRAINING_VERSION, resolve
 from gptcore.training.signals import Stop
 from gptcore.training.state import TrainState
 from gptcore.training.trainer import train_directory
+from tests.fake_gpu import fake_gpu
 from tests.trainings import StopAfter, edit_config, finish, outcome, prepare
 
 TRAIN = {"max_steps": 21, "batch_size": 4, "eval_every": 4, "keep_checkpoints": 2}
@@ -279,6 +281,20 @@ def test_each_start_chooses_what_is_auto_prints_it_and_records_it(make, monkeypa
     assert (config.chosen.threads, config.train.threads, config.in_run_key) == (1, "auto", None)
     assert [execution["threads"] for execution in result.executions] == [2, 1]
     assert [line["step"] for line in run.read_metrics()] == list(range(1, 22))
+
+
+def test_a_training_goes_on_without_its_gpu_and_takes_it_again(make, twin):
+    run = make(device="auto")
+    with fake_gpu():
+        stop_after(run, 6)
+    stop_after(run, 12)
+    assert run.read_config().chosen.device == "cpu"
+    with fake_gpu() as gpu:
+        result = finish(run)
+    assert gpu.products["cuda"] and not gpu.products["cpu"]
+    assert [execution["device"] for execution in result.executions] == ["cuda", "cpu", "cuda"]
+    losses = [line["loss"] for line in run.read_metrics()]
+    assert losses == pytest.approx([json.loads(line)["loss"] for line in twin["lines"]], rel=1e-2)
 
 
 def test_a_training_that_began_elsewhere_in_bf16_keeps_it_at_auto(make):

@@ -249,7 +249,7 @@ def test_two_hosts_take_turns_and_one_resumes_the_training_of_a_lost_one(
         assert living(machine) == []
         killed_at, before = 1000 * time.time(), saved(project, "turns")
         assert server.state(lost)["name"] == "Running", "no process is left to report to Prefect"
-        assert server.ended(server.start("turns", train=LONG), 150)["name"] == "Promoted"
+        assert server.ended(server.start("turns", train=LONG), 300)["name"] == "Promoted"
     ended = server.state(lost)
     assert ended["name"] == "Crashed" and "never released it" in ended["message"]
     (directory,) = (project / "mlruns" / "runs" / "turns").glob("*/")

@@ -304,7 +304,7 @@ def test_a_disconnected_host_costs_a_restart_and_joins_again(
         ip("-n", second, "link", "set", "eth0", "up")
         again = start_on(second, run, log)
         agents.append(again)
-        ended = [agent.wait(timeout=120) for agent in (agents[0], again)]
+        ended = [agent.wait(timeout=240) for agent in (agents[0], again)]
     finally:
         for agent in agents:
             agent.kill()

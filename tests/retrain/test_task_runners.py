@@ -144,7 +144,7 @@ def test_dask_and_ray_make_the_same_bytes_and_a_killed_worker_costs_only_its_sha
     alone = ingest.ingest(cfg, tmp_path / "alone" / "corpora", tmp_path).path
     encoded = files.tokenize(alone, "gpt2", tmp_path / "alone" / "tokens").path
     expected = {**files_of(alone), **{f"tokens/{name}": data for name, data in files_of(encoded).items()}}
-    small_shards(monkeypatch, 200_000)
+    small_shards(monkeypatch, 100_000)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     home = tmp_path / "home"
     home.mkdir()

@@ -70,7 +70,7 @@ class Scale:
     trainer: Figures = field(
         default_factory=lambda: {"batch_size": 16, "max_steps": 120, "checkpoint_steps": 40, "eval_every": 60}
     )
-    blocks: int = 48
+    blocks: int = 24
     """Blocks that two models are scored on."""
 
 

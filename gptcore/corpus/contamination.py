@@ -42,7 +42,8 @@ _SHORT_RUN_BYTES = 48
 log or a table, which are alike, differ within it."""
 _CHUNK_BYTES = 1 << 19
 _FILTER_BITS = 23
-_NEEDLE_GRAMS = (96, 48, 24, 12)
+_NEEDLE_CELLS = (48, 24, 16, 8)
+_MOST_PAIRS = 20_000
 _SHORT_TEXT_BYTES = 1 << 24
 _SHORT_TEXT_RATIO = 4
 _SEED = 0x6770_7466_6C6F_77
@@ -128,33 +129,70 @@ def _search(
 def find_contained(needles: Collection[bytes], path: Path) -> set[bytes]:
     """Return the needles, each at most RUN_BYTES long, that the file contains as a whole. Passages do not matter.
 
-    The first 96, 48, 24 or 12 bytes of each needle are looked up in a chunk by hash. Only the needles that the chunk
-    may contain are then searched for.
+    A chunk is divided into cells of 48, 24, 16 or 8 bytes. A needle of at least 2 * 48 - 1 bytes that is in the chunk
+    holds one whole cell of 48, and so on. So a needle is compared only where it has a cell in common with the chunk.
     """
-    waiting: dict[int, dict[bytes, int]] = {gram: {} for gram in (*_NEEDLE_GRAMS, 0)}
+    by_cell: dict[int, list[bytes]] = {cell: [] for cell in (*_NEEDLE_CELLS, 0)}
     for needle in needles:
-        gram = next((gram for gram in _NEEDLE_GRAMS if gram <= len(needle)), 0)
-        head = np.frombuffer(needle[:gram], np.uint8)
-        waiting[gram][needle] = int(_hash_grams(head, gram)[0]) if gram else 0
+        by_cell[next((cell for cell in _NEEDLE_CELLS if len(needle) >= 2 * cell - 1), 0)].append(needle)
+    indexes = [_NeedleIndex.of(by_cell[cell], cell) for cell in _NEEDLE_CELLS if by_cell[cell]]
     contained: set[bytes] = set()
     for _, chunk in _read_chunks(path, RUN_BYTES) if needles else ():
         data = chunk.tobytes()
-        for gram, hashes in waiting.items():
-            in_chunk = {needle for needle in _select_likely(hashes, chunk, gram) if needle in data}
-            contained |= in_chunk
-            waiting[gram] = {needle: value for needle, value in hashes.items() if needle not in in_chunk}
+        contained |= {needle for needle in by_cell[0] if needle not in contained and needle in data}
+        contained.update(*(index.find_in(chunk, data) for index in indexes))
     return contained
 
 
-def _select_likely(needles: dict[bytes, int], chunk: npt.NDArray[np.uint8], gram: int) -> list[bytes]:
-    """Return the needles whose first `gram` bytes may be in the chunk; if `gram` is 0, all needles."""
-    if not needles or not gram:
-        return list(needles)
-    wanted = np.fromiter(needles.values(), np.uint64, len(needles))  # (needles,)
-    is_likely = _make_filter(wanted)
-    hashes = _hash_grams(chunk, gram)  # (bytes - gram + 1,)
-    is_present = np.isin(wanted, hashes[is_likely[_bucket_of(hashes)]])  # (needles,)
-    return [needle for needle, present in zip(needles, is_present) if present]
+@dataclass(frozen=True)
+class _NeedleIndex:
+    """Needles by the hashes of their cells, at every place where a cell of a text may begin in them."""
+
+    needles: list[bytes]
+    cell: int
+    hashes: Hashes
+    """(needles x cell,) in order."""
+    windows: Positions
+    """(needles x cell,) where each hash is from: the number of its needle times `cell`, plus the place in it."""
+    is_likely: npt.NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, needles: list[bytes], cell: int) -> "_NeedleIndex":
+        """Index needles that have at least 2 * `cell` - 1 bytes."""
+        windows = b"".join(needle[start : start + cell] for needle in needles for start in range(cell))
+        hashes = _hash_words(np.frombuffer(windows, np.uint8), cell)  # (needles x cell,)
+        order = np.argsort(hashes)
+        return cls(needles, cell, hashes[order], order, _make_filter(hashes))
+
+    def find_in(self, chunk: npt.NDArray[np.uint8], data: bytes) -> set[bytes]:
+        """Return the needles that the chunk contains. `data` holds the same bytes."""
+        cells = _hash_words(chunk, self.cell)  # (cells,)
+        likely = np.flatnonzero(self.is_likely[_bucket_of(cells)])  # (likely,)
+        hits = likely[contains(self.hashes, cells[likely])]  # (hits,)
+        lows = np.searchsorted(self.hashes, cells[hits])  # (hits,)
+        highs = np.searchsorted(self.hashes, cells[hits], side="right")  # (hits,)
+        if (highs - lows).sum() > _MOST_PAIRS:  # the same few bytes again and again
+            windows = [self.windows[low:high] for low, high in set(zip(lows.tolist(), highs.tolist()))]
+            numbers = np.unique(np.concatenate(windows) // self.cell).tolist()
+            return {self.needles[number] for number in numbers if self.needles[number] in data}
+        found = set()
+        for hit, low, high in zip(hits.tolist(), lows.tolist(), highs.tolist()):
+            for window in self.windows[low:high].tolist():
+                needle, start = self.needles[window // self.cell], hit * self.cell - window % self.cell
+                if start >= 0 and data.startswith(needle, start):
+                    found.add(needle)
+        return found
+
+
+def _hash_words(data: npt.NDArray[np.uint8], size: int) -> Hashes:
+    """Return (cells,): hashes of the cells of `size` bytes, a multiple of 8, one after another, without the rest.
+
+    They are sums of eight-byte words, each times a number of its own: many times as fast as `_hash_grams`. Different
+    cells may have equal hashes more often, so this only finds what is then compared.
+    """
+    factors = _make_hash_tables()[0][: size // 8] | np.uint64(1)  # (words of a cell,) odd
+    words = data[: len(data) // size * size].view(np.uint64).reshape(-1, size // 8)  # (cells, words)
+    return np.asarray((words * factors).sum(axis=1), np.uint64)
 
 
 def _hash_grid_grams(text: PassageFile) -> tuple[Positions, Hashes]:
@@ -191,20 +229,20 @@ def _find_grid_grams(text: PassageFile, wanted: Hashes) -> tuple[Positions, Hash
         hits = likely[contains(wanted, cells[likely])]  # (hits,)
         if len(hits):
             positions.append(offset + hits * _GRID_BYTES)
-            found.append(_hash_grams(chunk, _GRAM_BYTES, _GRID_BYTES)[hits])
+            grams = np.lib.stride_tricks.sliding_window_view(chunk, _GRAM_BYTES)[hits * _GRID_BYTES]  # (hits, 65)
+            letters, powers, inverses = _make_hash_tables()
+            found.append((letters[grams] * (powers[:_GRAM_BYTES] * inverses[0])).sum(axis=1))  # as _hash_grams
     return np.concatenate(positions), np.concatenate(found)
 
 
 def _hash_cells(data: npt.NDArray[np.uint8], step: int) -> Hashes:
     """Return hashes of the windows of `_GRID_BYTES` bytes that start at multiples of `step`, 64 or (in any order) 1.
 
-    They are sums of eight-byte words, each times a number of its own: many times as fast as `_hash_grams`. Different
-    windows may have equal hashes more often, so this only finds the few windows that are then compared.
+    They are equal to those of `_hash_words`.
     """
-    factors = _make_hash_tables()[0][:8] | np.uint64(1)  # (8,) odd
     if step == _GRID_BYTES:
-        words = data[: len(data) // _GRID_BYTES * _GRID_BYTES].view(np.uint64).reshape(-1, 8)  # (windows, 8)
-        return np.asarray((words * factors).sum(axis=1), np.uint64)
+        return _hash_words(data, _GRID_BYTES)
+    factors = _make_hash_tables()[0][:8] | np.uint64(1)  # (8,) odd
     hashes = [np.empty(0, np.uint64)]
     for first in range(8):
         words = np.frombuffer(data[first : first + (len(data) - first) // 8 * 8].tobytes(), np.uint64)  # (words,)
@@ -325,13 +363,13 @@ def _compute_powers(factor: int) -> Hashes:
     return np.cumprod(np.full(_CHUNK_BYTES + RUN_BYTES, factor, np.uint64), dtype=np.uint64)
 
 
-def _hash_grams(data: npt.NDArray[np.uint8], gram: int, step: int = 1) -> Hashes:
-    """Return (windows,): the hashes of the windows of `gram` bytes that start at multiples of `step`."""
+def _hash_grams(data: npt.NDArray[np.uint8], gram: int) -> Hashes:
+    """Return (len(data) - gram + 1,): the hashes of all windows of `gram` bytes."""
     letters, powers, inverses = _make_hash_tables()
     sums = np.zeros(len(data) + 1, np.uint64)  # (bytes + 1,) prefix sums
     np.cumsum(letters[data] * powers[: len(data)], out=sums[1:])
-    hashes = sums[gram::step] - sums[:-gram:step]  # (windows,)
-    hashes *= inverses[: max(0, len(data) - gram + 1) : step]
+    hashes = sums[gram:] - sums[:-gram]  # (bytes - gram + 1,)
+    hashes *= inverses[: len(hashes)]
     return hashes
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from gptcore.config import CorpusConfig
-from gptcore.corpus import clean_blocks
+from gptcore.corpus import clean_blocks, contamination
 from gptcore.corpus.clean_blocks import find_clean_blocks
 from gptcore.corpus.contamination import RUN_BYTES, find_contained
 from gptcore.corpus.ingest import ingest
@@ -72,14 +72,18 @@ def test_a_block_shorter_than_a_run_is_excluded_if_the_other_text_contains_all_o
     assert clean.excluded_bytes == len(held_out[0].encode())
 
 
-def test_needles_of_any_length_are_found_at_any_place(tmp_path: Path) -> None:
+@pytest.mark.parametrize("most_pairs", [20_000, 0])
+def test_needles_of_any_length_are_found_at_any_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most_pairs: int
+) -> None:
+    monkeypatch.setattr(contamination, "_MOST_PAIRS", most_pairs)
     text = odd_prose(7, 3 << 19).encode()  # several chunks
     draw = random.Random(8)
-    lengths = [1, 3, 11, 12, 13, 47, 48, 49, 95, 96, 97, 127, 128]
+    lengths = [1, 3, 11, 14, 15, 16, 30, 31, 46, 47, 48, 94, 95, 96, 127, 128]
     edge = 1 << 19
     there = {text[edge - back : edge - back + length] for length in lengths for back in (0, 1, length // 2, length)}
     there |= {text[at : at + length] for length in lengths for at in [draw.randrange(len(text) - 200)]}
-    there |= {text[:128], text[-128:], text[-5:]}
+    there |= {text[:length] for length in lengths} | {text[-length:] for length in lengths}
     absent = {needle[:-1] + b"\x00" for needle in there if len(needle) > 1} | {b"\x01" * 100}
     (tmp_path / "text").write_bytes(text)
     assert find_contained(there | absent, tmp_path / "text") == {needle for needle in there if needle in text}

@@ -142,7 +142,8 @@ class Bench:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
             (folder / name).write_text(text)
-        snapshot = ingest(CorpusConfig(sources=(str(folder),), **CORPUS), self.root.corpora, self.root.path)
+        cfg, previous = CorpusConfig(sources=(str(folder),), **CORPUS), self._find_snapshot_of_champion()
+        snapshot = ingest(cfg, self.root.corpora, self.root.path, previous=previous)
         tokens = tokenize(snapshot.path, CORPUS["tokenizer"], self.root.tokens)
         ids = tokens.side("train")
         num_steps = steps or EPOCHS * len(ids) // (BATCH * CONTEXT)
@@ -152,6 +153,11 @@ class Bench:
             pass
         weights = {key: value.detach() for key, value in state.model.state_dict().items()}
         return Trained(snapshot, tokens, weights)
+
+    def _find_snapshot_of_champion(self) -> Path | None:
+        """Return the text whose split a pipeline keeps, as the flow does."""
+        champion = versions.find_champion(self.root, self.model)
+        return None if champion is None else self.root.fetch_corpus(champion.tags["corpus_sha256"])
 
     def judge(self, trained: "Trained", gate: GateConfig) -> Verdict:
         """Register a model and let the gate decide about it."""

@@ -113,7 +113,11 @@ def earlier(
     serving = begin(project, log, "serve", PREFECT_API_URL=server.url, **old)
     wait_for(lambda: serving.poll() is not None or "\nserving " in log.read_text(), 240)
     serving.terminate()
-    serving.wait(90)
+    try:
+        serving.wait(90)
+    except subprocess.TimeoutExpired:  # how the earlier release stops is not tested here
+        serving.kill()
+        serving.wait(20)
 
     log = project / "run.log"
     process = begin(project, log, "run", "long", PREFECT_API_URL=server.url, **old)

@@ -34,7 +34,8 @@ from gptcore.config import TrainConfig
 from gptcore.generation.generate import generate_batch
 from gptcore.generation.quantize import quantize
 from gptcore.generation.sampling import Sampling
-from gptcore.huggingface.weight_names import to_huggingface
+from gptcore.huggingface.gpt2 import to_huggingface
+from gptcore.huggingface.weight_names import BOOK_LAYERS, count_layers
 from gptcore.model.gpt import GPTModel
 from gptcore.training import memory
 from gptcore.training.loop import update_weights
@@ -276,7 +277,7 @@ def as_gpt2(weights: Mapping[str, Tensor], padding: int, transposed: bool) -> di
 
     `padding` rows of zeros are added to the embedding.
     """
-    named = to_huggingface(dict(weights))
+    named = to_huggingface(weights, {"n_layers": count_layers(weights, BOOK_LAYERS)})
     named[_EMBEDDING] = F.pad(named[_EMBEDDING], (0, 0, 0, padding))
     if transposed:
         return named

@@ -93,24 +93,27 @@ def render_card(
     return "\n\n".join(parts) + "\n"
 
 
-def adapt_for_transformers(card: str) -> str:
-    """Adapt the card to an exported model: only the library, and the section on how to load the model, change."""
+def adapt_for_transformers(card: str, architecture: str) -> str:
+    """Adapt the card to an exported model: only the library, and the section on how to load the model, change.
+
+    `architecture` is the name of the model's class in `transformers`, such as GPT-2.
+    """
     _, _, after = card.partition("\n---\n")
     before, _, rest = after.partition(f"\n{_LOADING}\n")
     _, separator, rest = rest.partition("\n## ")
     loading = (
-        f"{_LOADING}\n\nThis directory holds the model as a GPT-2 of Hugging Face's `transformers`, exported by "
-        "`gptflow export`. `DIR` is its path:\n\n"
+        f"{_LOADING}\n\nThis directory holds the model as a {architecture} of Hugging Face's `transformers`, exported "
+        "by `gptflow export`. `DIR` is its path:\n\n"
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model, tokenizer = AutoModelForCausalLM.from_pretrained("DIR"), AutoTokenizer.from_pretrained("DIR")\n'
         'ids = tokenizer("Once upon a time", return_tensors="pt")\n'
         "print(tokenizer.decode(model.generate(**ids, max_new_tokens=50)[0]))\n```\n"
     )
-    return f"{_render_front_matter('transformers', {})}\n{before}\n{loading}{separator}{rest}"
+    return f"{_render_front_matter('transformers', {}, architecture)}\n{before}\n{loading}{separator}{rest}"
 
 
-def _render_front_matter(library: str, lineage: Mapping[str, Any]) -> str:
-    tags = ["gpt", *(["gpt2"] if library == "transformers" else []), "gptflow"]
+def _render_front_matter(library: str, lineage: Mapping[str, Any], architecture: str = "") -> str:
+    tags = ["gpt", *([architecture.replace("-", "").lower()] if architecture else []), "gptflow"]
     recipe = _look_up(lineage, "config", "model", "recipe")
     about = {
         "library_name": library,

@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from gptcore.huggingface.import_ import Checkpoint
 
 
-@click.command("import", short_help="Register a GPT-2 from elsewhere.")
+@click.command("import", short_help="Register a model from elsewhere.")
 @click.argument("source")
 @click.option("--model", required=True, metavar="NAME", callback=check_model_name, help="Model that gets the version.")
 @click.option("--n-heads", type=click.IntRange(1), help="Attention heads. Needed if there is no config.json.")
 @FILE
 @JSON
 def import_model(source: str, model: str, n_heads: int | None, file: str | None, json: bool) -> None:
-    """Register a GPT-2 from elsewhere as a version of a model.
+    """Register a GPT-2 from elsewhere, or an export of ours, as a version of a model.
 
     SOURCE is a directory in Hugging Face's format, a name on the Hugging Face hub, a .safetensors file or a .pth file.
     Only tensors are read from a .pth file, so it cannot run code. The version becomes the champion if the model has no
@@ -54,7 +54,9 @@ def import_model(source: str, model: str, n_heads: int | None, file: str | None,
 @FILE
 @JSON
 def export_version(uri: str, directory: Path, file: str | None, json: bool) -> None:
-    """Write the version URI into DIRECTORY as a GPT-2 that `transformers` of Hugging Face loads, with its tokenizer.
+    """Write the version URI into DIRECTORY as a model that `transformers` of Hugging Face loads, with its tokenizer.
+
+    A model of the recipe gpt2 becomes a GPT-2, one of the recipe modern a Qwen3.
 
     Example: gptflow export models:/gpt-notes@champion hugging-face
     """
@@ -66,7 +68,8 @@ def export_version(uri: str, directory: Path, file: str | None, json: bool) -> N
 
     version = versions.resolve(root, uri)
     loaded = load(root, version)
-    card = model_card.adapt_for_transformers(_read_card(root, version, loaded.cfg))
+    architecture = export.choose_architecture(loaded.cfg)
+    card = model_card.adapt_for_transformers(_read_card(root, version, loaded.cfg), architecture.name)
     export.export(loaded.cfg, loaded.model.state_dict(), loaded.tokenizer, directory, card)
     exported = versions.uri_of(version)
     sizes = {path.name: path.stat().st_size for path in sorted(directory.iterdir())}
@@ -112,13 +115,19 @@ def _import_lines(imported: "Imported", checkpoint: "Checkpoint", model: str) ->
 
 def _pipeline_lines(imported: "Imported", checkpoint: "Checkpoint") -> list[str]:
     """Return the keys with which a pipeline trains the imported version further."""
+    from gptcore.components import RECIPES
     from gptcore.config import SIZES
+    from gptcore.model.gpt import read_components
 
     cfg = checkpoint.cfg
+    components = {key: value for key, value in read_components(cfg).items() if key != "init"}
+    recipe = "modern" if components["positions"] == RECIPES["modern"]["positions"] else "gpt2"
     shape = {key: cfg[key] for key in SIZES["gpt2"]}
     size = next((name for name, known in SIZES.items() if known == shape), None)
     keys = [f"size: {size}"] if size else [f"{key}: {value}" for key, value in shape.items()]
-    keys += [f"{key}: true" for key in ("qkv_bias", "tied") if cfg.get(key)]
+    keys += ["recipe: modern"] if recipe == "modern" else []
+    keys += ["qkv_bias: true"] if cfg["qkv_bias"] else []
+    keys += [f"{key}: {str(value).lower()}" for key, value in components.items() if value != RECIPES[recipe][key]]
     return [
         "to train it further, give a pipeline these keys:",
         f"  corpus: {{tokenizer: {checkpoint.tokenizer.name}}}",

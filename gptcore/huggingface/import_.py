@@ -1,10 +1,12 @@
-"""Read GPT-2 checkpoints made elsewhere: Hugging Face directories and hub names, single files, the book's `.pth`.
+"""Read checkpoints made elsewhere: Hugging Face directories and hub names, single files, the book's `.pth`.
+
+They are GPT-2 models, or exports of ours that other programs may have trained further.
 
 From a `.pth` or `.bin`, PyTorch loads only tensors (`weights_only`); the other files are safetensors and JSON. So a
 checkpoint cannot run code. If two sources of a fact disagree, that is an error. A fact that one file does not contain
 comes from another file or from the caller, never from a guess.
 
-See weight_names.py for the names of the weights, tokenizer_json.py for the tokenizer, and export.py for config.json.
+See gpt2.py and qwen3.py for the weights and config.json, and tokenizer_json.py for the tokenizer.
 """
 
 import re
@@ -22,8 +24,9 @@ from torch import Tensor
 from gptcore import manifest
 from gptcore.errors import ExchangeError, SourceUnavailable
 from gptcore.huggingface import export, tokenizer_json, weight_names
-from gptcore.huggingface.export import CONFIG
-from gptcore.huggingface.weight_names import Weights
+from gptcore.huggingface.export import ARCHITECTURES, CONFIG
+from gptcore.huggingface.gpt2 import GPT2, normalize
+from gptcore.huggingface.weight_names import Architecture, Weights
 from gptcore.tokens.tokenizer import Tokenizer
 
 _INDEX = ".index.json"
@@ -75,14 +78,16 @@ def read_checkpoint(source: str, n_heads: int | None = None) -> Checkpoint:
 def _read(path: Path, source: str, n_heads: int | None) -> Checkpoint:
     """Read the checkpoint at a local path. `source` becomes `Checkpoint.source`."""
     files = _find_weight_files(path) if path.is_dir() else [path]
-    every_tensor = weight_names.normalize(_load_tensors(files))
-    home = _find_home(path, every_tensor)
-    cfg = _determine_cfg(path, home, every_tensor, n_heads)
-    tensors = _drop_tied_head(every_tensor, cfg, path)
-    weight_names.check(tensors, cfg, str(path))
+    loaded = _load_tensors(files)
+    architecture = _recognise(loaded)
+    every_tensor = normalize(loaded) if architecture in (None, GPT2) else loaded
+    home = _find_home(path, architecture)
+    cfg = _determine_cfg(path, home, every_tensor, architecture, n_heads)
+    tensors = _drop_tied_head(every_tensor, cfg, architecture, path)
+    weight_names.check(tensors, cfg, architecture, str(path))
     tokenizer = tokenizer_json.read(home, cfg["vocab_size"])
     dropped = _count_padding(cfg, tokenizer, path)
-    weights = tensors if weight_names.has_book_names(tensors) else weight_names.from_huggingface(tensors)
+    weights = tensors if architecture is None else architecture.from_huggingface(tensors, str(path))
     descriptions = [home / name for name in (CONFIG, *tokenizer_json.FILES) if (home / name).is_file()] if home else []
     return Checkpoint(
         cfg={**cfg, "vocab_size": tokenizer.n_vocab},
@@ -94,11 +99,18 @@ def _read(path: Path, source: str, n_heads: int | None) -> Checkpoint:
     )
 
 
-def _find_home(path: Path, tensors: Weights) -> Path | None:
+def _recognise(tensors: Weights) -> Architecture | None:
+    """Return the architecture whose names the tensors have, or None for the book's names."""
+    if weight_names.has_book_names(tensors):
+        return None
+    return next((one for one in ARCHITECTURES if one.embedding in tensors), GPT2)  # a bare GPT2Model has no prefix
+
+
+def _find_home(path: Path, architecture: Architecture | None) -> Path | None:
     """Return the directory whose config.json and tokenizer describe the tensors, or None if there is none."""
     if path.is_dir():
         return path
-    return None if weight_names.has_book_names(tensors) or not (path.parent / CONFIG).is_file() else path.parent
+    return path.parent if architecture and (path.parent / CONFIG).is_file() else None
 
 
 def _find_weight_files(directory: Path) -> list[Path]:
@@ -148,23 +160,29 @@ def _load_pickled(file: Path) -> dict[str, Tensor]:
     return dict(body)
 
 
-def _determine_cfg(path: Path, home: Path | None, tensors: Weights, n_heads: int | None) -> dict[str, Any]:
+def _determine_cfg(
+    path: Path, home: Path | None, tensors: Weights, architecture: Architecture | None, n_heads: int | None
+) -> dict[str, Any]:
     """Return the cfg of the checkpoint. Raises ExchangeError if config.json, weights and `n_heads` disagree."""
-    shape = weight_names.infer_shape(tensors, str(path))
-    if home is None:
-        return _infer_cfg(path, tensors, shape, n_heads)
-    if not (home / CONFIG).is_file():
-        raise ExchangeError(f"{home} has no {CONFIG}, which says how many heads the model has. Copy it there.")
-    cfg = export.parse_config(tokenizer_json.read_object(home / CONFIG), home / CONFIG)
+    shape = weight_names.infer_shape(tensors, architecture, str(path))
+    if home is None and architecture in (None, GPT2):
+        return _infer_cfg(path, tensors, shape, architecture, n_heads)
+    directory = home or path.parent
+    if not (directory / CONFIG).is_file():
+        raise ExchangeError(f"{directory} has no {CONFIG}, which says how many heads the model has. Copy it there.")
+    content = tokenizer_json.read_object(directory / CONFIG)
+    cfg = export.parse_config(content, directory / CONFIG, architecture or GPT2)
     expected = {**shape, **({"n_heads": n_heads} if n_heads else {})}
     for key, number in expected.items():
         if cfg[key] != number:
             origin = "--n-heads says" if key == "n_heads" else "the weights have"
-            raise ExchangeError(f"{home / CONFIG}: {key} is {cfg[key]!r:.40}, and {origin} {number}.")
+            raise ExchangeError(f"{directory / CONFIG}: {key} is {cfg[key]!r:.40}, and {origin} {number}.")
     return cfg
 
 
-def _infer_cfg(path: Path, tensors: Weights, shape: Mapping[str, int], n_heads: int | None) -> dict[str, Any]:
+def _infer_cfg(
+    path: Path, tensors: Weights, shape: Mapping[str, int], architecture: Architecture | None, n_heads: int | None
+) -> dict[str, Any]:
     """Return the cfg of tensors without a config.json, from their names and shapes."""
     width = shape["emb_dim"]
     if n_heads is None and width % _HEAD_WIDTH:
@@ -172,22 +190,20 @@ def _infer_cfg(path: Path, tensors: Weights, shape: Mapping[str, int], n_heads: 
             f"{path} does not say how many heads the model has, and its width {width} is not a multiple of GPT-2's "
             f"{_HEAD_WIDTH}. Set the number of heads with --n-heads."
         )
-    has_bias = not weight_names.has_book_names(tensors) or any(name.endswith("att.W_query.bias") for name in tensors)
+    has_bias = architecture is GPT2 or any(name.endswith("att.W_query.bias") for name in tensors)
     cfg = {**shape, "n_heads": n_heads or width // _HEAD_WIDTH, "drop_rate": 0.0, "qkv_bias": has_bias}
-    embedding, head = map(tensors.get, weight_names.embedding_and_head(tensors))  # (vocab_size, emb_dim) each
+    embedding, head = map(tensors.get, weight_names.embedding_and_head(architecture))  # (vocab_size, emb_dim) each
     is_tied = head is None or (embedding is not None and torch.equal(head, embedding))
     return {**cfg, "tied": True} if is_tied else cfg
 
 
-def _drop_tied_head(tensors: Weights, cfg: Mapping[str, Any], path: Path) -> Weights:
+def _drop_tied_head(tensors: Weights, cfg: Mapping[str, Any], architecture: Architecture | None, path: Path) -> Weights:
     """Return the tensors without a head that only repeats the embedding."""
-    embedding, head = weight_names.embedding_and_head(tensors)
+    embedding, head = weight_names.embedding_and_head(architecture)
     if not cfg.get("tied") or head not in tensors:
         return tensors
     if not torch.equal(tensors[head], tensors[embedding]):
-        raise ExchangeError(
-            f"{path}: {head} differs from {embedding}, although tie_word_embeddings is true, as it is by default."
-        )
+        raise ExchangeError(f"{path}: {head} differs from {embedding}, although tie_word_embeddings is true.")
     return {name: tensor for name, tensor in tensors.items() if name != head}
 
 

@@ -11,11 +11,14 @@ Both sides first split the text by a regular expression, in different dialects. 
 translation was compared.
 
 A `<|endoftext|>` inside a text is ordinary text on our side. The exported tokenizer does the same, because its
-`split_special_tokens` is set.
+`split_special_tokens` is set. The only difference is a text that ends with `<|endoftext|>`: fine-tuners append it there
+(as `eos_token`) and mean the end of the text. So there it becomes the end-of-text id: the pre-tokenizer keeps it whole,
+and the vocabulary has it as an entry. Text with a lone surrogate differs too: Hugging Face's tokenizers reject it.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,21 +34,27 @@ from gptcore.tokens.tokenizer import (
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 _LISTS = ("vocab.json", "merges.txt")
-FILES = (TOKENIZER, *_LISTS)
+_MORE_TOKENS = ("additional_special_tokens", "extra_special_tokens")
+"""Keys of special tokens without a role."""
+_ADDED, _ROLES = "added_tokens.json", "special_tokens_map.json"
+FILES = (TOKENIZER, *_LISTS, TOKENIZER_CONFIG, _ADDED, _ROLES)
 """The files that `read` looks for."""
 _GPT2_IDS = range(50257, 50305)
 """Sizes of GPT-2's vocabulary: its own, and padded for speed, up to the next multiple of 128."""
 
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-"""From tiktoken_ext/openai_public.py. Hugging Face's ByteLevel splits by an equivalent pattern."""
+"""From tiktoken_ext/openai_public.py. Hugging Face's ByteLevel alone splits by an equivalent pattern."""
 
 # Translations for Oniguruma, Hugging Face's engine, in which {1,3}+ repeats {1,3} and $ matches at the end of any line.
 # Both engines agree about letters, numbers, white space and case: tiktoken 0.14 and tokenizers 0.23 were compared on
 # every code point.
 _TRANSLATED = {
+    GPT2_PATTERN: GPT2_PATTERN.replace("$", r"\z"),
     BPE_PATTERN: BPE_PATTERN.replace("{1,3}+", "{1,3}").replace("$", r"\z"),
     BYTES_PATTERN: BYTES_PATTERN,
 }
+_LAST = re.escape(END_OF_TEXT) + r"\z"
+"""The end-of-text token as the end of a text."""
 
 Ranks = Mapping[bytes, int]
 Pair = tuple[bytes, bytes]
@@ -69,12 +78,19 @@ def write(body: Mapping[str, Any], directory: Path, context_length: int) -> None
 def convert_to_json(tokenizer: Tokenizer) -> dict[str, Any]:
     """Return the content of tokenizer.json for a tokenizer.
 
-    Raises ExchangeError if the translation of its pattern was not compared, or a special token is also an entry.
+    Raises ExchangeError if the translation of its pattern was not compared, or a special token is also an entry, or is
+    a word that a text may hold.
     """
     encoding = tokenizer.encoding
     ranks, special, pattern = encoding._mergeable_ranks, encoding._special_tokens, encoding._pat_str
-    if (both := {_spell(entry) for entry in ranks} & special.keys()) or pattern not in (GPT2_PATTERN, *_TRANSLATED):
-        reason = f"it has {both.pop()!r} twice" if both else f"the translation of its pattern is unknown: {pattern!r}"
+    reason = None
+    if both := {_spell(entry) for entry in ranks} & special.keys():
+        reason = f"it has {both.pop()!r} twice"
+    elif pattern not in _TRANSLATED:
+        reason = f"the translation of its pattern is unknown: {pattern!r}"
+    elif word := next((token for token in special if token != END_OF_TEXT and _is_one_word(token, pattern)), None):
+        reason = f"its special token {word!r} is a word that a text may hold, and would be special there"
+    if reason:
         raise ExchangeError(f"the tokenizer {tokenizer.name} cannot be expressed as {TOKENIZER}: {reason}.")
     return {
         "version": "1.0",
@@ -93,7 +109,7 @@ def convert_to_json(tokenizer: Tokenizer) -> dict[str, Any]:
 
 def _make_model(ranks: Ranks, special: Mapping[str, int]) -> dict[str, Any]:
     """Return the vocabulary and its merges."""
-    merges, unreachable = derive_merges(ranks)
+    merges, _ = derive_merges(ranks)
     return {
         "type": "BPE",
         "dropout": None,
@@ -102,7 +118,7 @@ def _make_model(ranks: Ranks, special: Mapping[str, int]) -> dict[str, Any]:
         "end_of_word_suffix": None,
         "fuse_unk": False,
         "byte_fallback": False,
-        "ignore_merges": bool(unreachable),  # looks a whole word up first, as tiktoken does
+        "ignore_merges": True,  # looks a whole word up first, as tiktoken does
         "vocab": {**{_spell(entry): rank for entry, rank in ranks.items()}, **special},
         "merges": [[_spell(left), _spell(right)] for left, right in merges],
     }
@@ -115,9 +131,14 @@ def read(directory: Path | None, n_vocab: int) -> Tokenizer:
     key in the file if the ids would not be equal.
     """
     if directory and (directory / TOKENIZER).is_file():
-        return _read_json(directory / TOKENIZER)
-    if directory and all((directory / name).is_file() for name in _LISTS):
-        return _read_lists(*(directory / name for name in _LISTS))
+        tokenizer = _read_json(directory / TOKENIZER)
+    elif directory and all((directory / name).is_file() for name in _LISTS):
+        tokenizer = _read_lists(directory)
+    else:
+        tokenizer = None
+    if directory and tokenizer:
+        _check_roles(directory, tokenizer)
+        return tokenizer
     if n_vocab not in _GPT2_IDS:
         raise ExchangeError(
             f"{directory or 'the file'} has no tokenizer ({TOKENIZER}, or {' and '.join(_LISTS)}), and its "
@@ -157,18 +178,65 @@ def _apply_merges(entry: bytes, ranks: Ranks, below: int) -> list[bytes]:
     return parts
 
 
-def _read_lists(vocabulary: Path, merges: Path) -> Tokenizer:
+def _read_lists(directory: Path) -> Tokenizer:
     """Read GPT-2's own format, vocab.json and merges.txt. Such a tokenizer splits text as GPT-2 does."""
+    vocabulary, merges = (directory / name for name in _LISTS)
     entries = read_object(vocabulary)
     lines = merges.read_text(encoding="utf-8", errors="replace").split("\n")
     return _build_tokenizer(
         path=vocabulary,
         vocabulary=entries,
         merges=[line for line in lines if line and not line.startswith("#version")],
-        special={END_OF_TEXT: entries[END_OF_TEXT]} if END_OF_TEXT in entries else {},
+        special={**{name: entries[name] for name in (END_OF_TEXT,) if name in entries}, **_read_added(directory)},
         pattern=GPT2_PATTERN,
         ignores_merges=False,
     )
+
+
+def _read_added(directory: Path) -> dict[str, int]:
+    """Return the ids of the special tokens that were added to vocab.json.
+
+    added_tokens.json has the ids of all added tokens, and tokenizer_config.json may say which of them are special.
+    Raises ExchangeError, with its name, for one that is not.
+    """
+    path, config = directory / _ADDED, directory / TOKENIZER_CONFIG
+    added = read_object(path) if path.is_file() else {}
+    decoder = read_object(config).get("added_tokens_decoder") or {} if config.is_file() else {}
+    special = {content for _, content in _iterate_roles(directory)}
+    try:
+        for number, token in decoder.items():
+            added[token["content"]] = int(number)
+            special |= {token["content"]} if token.get("special") else set()
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ExchangeError(f"{config} is damaged: {type(error).__name__}: {error}.") from None
+    if ordinary := added.keys() - special - {END_OF_TEXT}:
+        raise ExchangeError(
+            f"{path if path.is_file() else config}: it adds {min(ordinary)!r}, which is not a special token. The "
+            "tokenizers here do not support that."
+        )
+    return added
+
+
+def _iterate_roles(directory: Path) -> Iterator[tuple[str, str]]:
+    """Yield the roles that special tokens have, such as eos_token, each with a token."""
+    for name in (_ROLES, TOKENIZER_CONFIG):
+        body = read_object(directory / name) if (directory / name).is_file() else {}
+        for role, given in body.items():
+            if role in _MORE_TOKENS or (role.endswith("_token") and not role.startswith("add_")):
+                for token in given if isinstance(given, list) else [given]:
+                    content = token.get("content") if isinstance(token, dict) else token
+                    if isinstance(content, str):
+                        yield role, content
+
+
+def _check_roles(directory: Path, tokenizer: Tokenizer) -> None:
+    """Raise ExchangeError if a role has a token without an id, or if another token than end-of-text ends a text."""
+    encoding = tokenizer.encoding
+    for role, content in _iterate_roles(directory):
+        if role == "eos_token" and content != END_OF_TEXT:
+            raise ExchangeError(f"{directory}: its eos_token is {content!r}, and a text here ends with {END_OF_TEXT}.")
+        if content not in encoding._special_tokens and content.encode() not in encoding._mergeable_ranks:
+            raise ExchangeError(f"{directory}: its {role} is {content!r}, which has no id in its vocabulary.")
 
 
 def _read_json(path: Path) -> Tokenizer:
@@ -276,8 +344,9 @@ def _adds_tokens(post_processor: Mapping[str, Any]) -> bool:
 
 def _find_pattern(path: Path, pre_tokenizer: Any) -> str:
     """Return tiktoken's pattern that splits text as the pre-tokenizer does. Raises ExchangeError if none is known."""
-    for pattern in (GPT2_PATTERN, *_TRANSLATED):
-        if _keep_essential(pre_tokenizer) == _keep_essential(_make_pre_tokenizer(pattern)):
+    for pattern in _TRANSLATED:
+        known = (_make_pre_tokenizer(pattern), _make_plain_pre_tokenizer(pattern))
+        if _keep_essential(pre_tokenizer) in map(_keep_essential, known):
             return pattern
     raise ExchangeError(
         f"{path}: pre_tokenizer is {json.dumps(pre_tokenizer):.300}, which the tokenizers here do not support. They "
@@ -295,13 +364,33 @@ def _keep_essential(pre_tokenizer: Any) -> Any:
 
 
 def _make_pre_tokenizer(pattern: str) -> dict[str, Any]:
-    """Return the pre-tokenizer of tokenizer.json that splits text by `pattern`."""
-    is_gpt2 = pattern == GPT2_PATTERN  # ByteLevel splits by GPT-2's pattern itself
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": is_gpt2}
-    if is_gpt2:
-        return level
-    split = {"type": "Split", "pattern": {"Regex": _TRANSLATED[pattern]}, "behavior": "Isolated", "invert": False}
-    return {"type": "Sequence", "pretokenizers": [split, level]}
+    """Return the pre-tokenizer of tokenizer.json that splits text by `pattern`, and keeps a last end-of-text whole."""
+    steps = [_make_split(_LAST), _make_split(rf"\A{_LAST}|{_TRANSLATED[pattern]}"), _make_byte_level(use_regex=False)]
+    return {"type": "Sequence", "pretokenizers": steps}
+
+
+def _make_plain_pre_tokenizer(pattern: str) -> dict[str, Any]:
+    """Return the pre-tokenizer of GPT-2, or the one that earlier releases wrote. It splits text by `pattern` alone."""
+    if pattern == GPT2_PATTERN:
+        return _make_byte_level(use_regex=True)  # ByteLevel splits by GPT-2's pattern itself
+    steps = [_make_split(_TRANSLATED[pattern]), _make_byte_level(use_regex=False)]
+    return {"type": "Sequence", "pretokenizers": steps}
+
+
+def _make_split(pattern: str) -> dict[str, Any]:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+def _make_byte_level(use_regex: bool) -> dict[str, Any]:
+    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
+
+
+def _is_one_word(text: str, pattern: str) -> bool:
+    """Whether the pattern does not split the text, so that Hugging Face would look up the whole text."""
+    from tiktoken import Encoding
+
+    ranks = {bytes([byte]): byte for byte in range(256)} | {text.encode(): 256}
+    return Encoding("probe", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}).encode_ordinary(text) == [256]
 
 
 def _make_added_token(content: str, rank: int) -> dict[str, Any]:

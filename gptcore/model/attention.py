@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from gptcore.errors import ConfigError
 from gptcore.model.overrides import is_untouched
 
-_ROTARY_BASE = 10_000.0
-_QK_SCALE = 1.2
+ROTARY_BASE = 10_000.0
+QK_SCALE = 1.2
 """Scale of normed queries and keys. Without it, no token could get much more than an equal share of attention."""
 
 
@@ -33,7 +33,7 @@ class Rotary(nn.Module):
         super().__init__()
         if head_dim % 2:
             raise ConfigError(f"rotary positions need heads of even width, found {head_dim}; choose another n_heads.")
-        rates = _ROTARY_BASE ** -(torch.arange(0, head_dim, 2) / head_dim)  # (head_dim / 2,)
+        rates = ROTARY_BASE ** -(torch.arange(0, head_dim, 2) / head_dim)  # (head_dim / 2,)
         angles = torch.outer(torch.arange(context_length), rates)  # (context_length, head_dim / 2)
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
@@ -133,7 +133,7 @@ def norm_heads(x: Tensor) -> Tensor:
 
     From Henry et al. 2020, "Query-Key Normalization", arXiv:2010.04245.
     """
-    return _QK_SCALE * F.rms_norm(x, x.shape[-1:])
+    return QK_SCALE * F.rms_norm(x, x.shape[-1:])
 
 
 def check_length(tokens: int, longest: int) -> None:

@@ -61,7 +61,7 @@ def test_text_from_models_and_sources_does_not_break_the_page_and_no_secret_is_o
     rows = [token.content for token in tokens if token.type == "inline"]
     for part in ("this model, holdout bits per byte", "1.8000", "version 2, the champion then", "1.9000"):
         assert any(part in row for row in rows), part
-    front, exported = parsed(adapt_for_transformers(made))
+    front, exported = parsed(adapt_for_transformers(made, "Qwen3"))
     assert front["library_name"] == "transformers" and headings(exported) == SECTIONS
     fenced = [token.content for token in exported if token.type == "fence"]
     assert "AutoModelForCausalLM" in fenced[0] and fenced[-1] == fences[-1]

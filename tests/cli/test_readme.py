@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from flows.config.pipelines import PipelinesFile
 from flows.state.root import StateRoot
 from flows.state.servers import answers
 from tests.registry.made_versions import bring_versions
 from tests.servers import clean, free_ports, wait_for
 
-README = Path(__file__).parents[2] / "README.md"
+REPOSITORY = Path(__file__).parents[2]
+README = REPOSITORY / "README.md"
 HEADING = "## How other systems take the champion\n"
 SERVERS = ("mlflow models serve ", "gptflow serve-model ")
 HOME, PORTS = "/path/to/mlruns", ("5001", "8000")
@@ -50,7 +52,8 @@ def server(command: str, directory: Path, environment: dict[str, str]) -> Iterat
 
 @pytest.mark.slow
 def test_every_block_runs_as_printed(root: StateRoot, tmp_path: Path) -> None:
-    bring_versions(root, "gpt-quickstart", 1)
+    quickstart = PipelinesFile(REPOSITORY / "pipelines.yaml").pipeline("quickstart")  # what `make run` trains
+    bring_versions(root, "gpt-quickstart", 1, qkv_bias=False, **quickstart.model.components())
     binaries = Path(sys.executable).parent
     environment = clean(PATH=f"{binaries}{os.pathsep}{os.environ['PATH']}")
     elsewhere = tmp_path / "elsewhere"

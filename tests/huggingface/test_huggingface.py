@@ -4,21 +4,24 @@ import json
 import os
 import random
 import shutil
+import stat
 import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from gptcore.components import RECIPES
 from gptcore.errors import ExchangeError
 from gptcore.generation.generate import generate
 from gptcore.huggingface import export, import_, tokenizer_json
 from gptcore.model.gpt import GPTModel
-from gptcore.tokens.tokenizer import assemble_tokenizer, get_tokenizer, train_bpe
+from gptcore.tokens.tokenizer import END_OF_TEXT, assemble_tokenizer, get_tokenizer, train_bpe
 from tests.tiny import TINY_CFG
 
 pytestmark = pytest.mark.slow
 SEED = {**TINY_CFG, "context_length": 12, "drop_rate": 0.1}
+MODERN = {key: value for key, value in RECIPES["modern"].items() if value != RECIPES["gpt2"][key]}
 BYTES = get_tokenizer("bytes")
 IDS = torch.randint(0, 257, (3, 12), generator=torch.Generator().manual_seed(1))
 
@@ -65,12 +68,24 @@ def assert_same(logits, theirs, ids=IDS):
     torch.testing.assert_close(logits, theirs(ids).logits, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("changes", [{}, {"qkv_bias": True}, {"tied": True}, {"bias": False, "qkv_bias": True}])
-def test_an_exported_model_has_the_same_logits_and_can_be_imported_again(tmp_path, transformers, changes):
+EXPORTED = {
+    "GPT2LMHeadModel": [{}, {"qkv_bias": True}, {"tied": True}, {"bias": False, "qkv_bias": True}],
+    "Qwen3ForCausalLM": [
+        MODERN,
+        {**MODERN, "qkv_bias": True},
+        {**MODERN, "tied": True},
+        {**MODERN, "tied": True, "emb_norm": False},
+    ],
+}
+
+
+@pytest.mark.parametrize(("name", "changes"), [(name, one) for name, every in EXPORTED.items() for one in every])
+def test_an_exported_model_has_the_same_logits_and_can_be_imported_again(tmp_path, transformers, name, changes):
     model = random_model(**changes)
     export.export({**SEED, **changes}, model.state_dict(), BYTES, tmp_path / "out")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert theirs.dtype == torch.float32 and theirs.config.tie_word_embeddings == ("tied" in changes)
+    assert type(theirs).__name__ == name and theirs.dtype == torch.float32
+    assert theirs.config.tie_word_embeddings == ("tied" in changes and not changes.get("emb_norm"))
     with torch.no_grad():
         logits = model(IDS)
     assert_same(logits, theirs)
@@ -81,7 +96,36 @@ def test_an_exported_model_has_the_same_logits_and_can_be_imported_again(tmp_pat
     assert written.tolist()[: len(ours)] == ours
     back = import_.read_checkpoint(str(tmp_path / "out"))
     assert torch.equal(logits_of(back), logits) and back.tokenizer.sha256 == BYTES.sha256
-    assert {"model.safetensors", "config.json", "tokenizer.json"} == set(back.files)
+    assert {"model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"} == set(back.files)
+
+
+def test_a_qwen3_that_was_trained_further_without_its_gains_can_be_imported_again(tmp_path, transformers):
+    export.export({**SEED, **MODERN}, random_model(**MODERN).state_dict(), BYTES, tmp_path / "out")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    for _ in range(3):
+        theirs.zero_grad()
+        theirs(IDS, labels=IDS).loss.backward()
+        with torch.no_grad():
+            for parameter in (p for name, p in theirs.named_parameters() if "norm" not in name):
+                parameter.sub_(0.01 * parameter.grad + 0.001 * parameter.grad.sign())
+    theirs.eval().save_pretrained(tmp_path / "tuned")
+    transformers.AutoTokenizer.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "tuned")
+    back = import_.read_checkpoint(str(tmp_path / "tuned"))
+    assert_same(logits_of(back), theirs)
+    assert back.tokenizer.sha256 == BYTES.sha256 and back.cfg["norm"] == "rms"
+
+
+def test_the_files_have_the_modes_of_other_files_and_the_keys_that_other_programs_read(tmp_path):
+    mask = os.umask(0o027)
+    try:
+        export.export(SEED, random_model().state_dict(), BYTES, tmp_path / "out", "a card")
+    finally:
+        os.umask(mask)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "out").iterdir()}
+    assert len(modes) == 6 and set(modes.values()) == {0o640}
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o750
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["n_ctx"] == config["n_positions"] == 12
 
 
 HOSTILE = [
@@ -106,31 +150,80 @@ def test_an_exported_tokenizer_gives_the_same_ids_for_any_text_and_can_be_import
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     for text in texts:
         ids = tokenizer.encode(text)
-        assert theirs(text)["input_ids"] == ids, ascii(text)
         assert theirs.decode(ids) == tokenizer.decode(ids), ascii(text)
+        if text == END_OF_TEXT:
+            continue
+        assert theirs(text + theirs.eos_token)["input_ids"] == [*ids, tokenizer.eot], ascii(text)  # as fine-tuners do
+        assert theirs(text)["input_ids"] == ids or text.endswith(END_OF_TEXT), ascii(text)
     assert theirs.eos_token_id == theirs.bos_token_id == tokenizer.eot and len(theirs) == tokenizer.n_vocab
     assert theirs("a<|endoftext|>", split_special_tokens=False)["input_ids"][-1] == tokenizer.eot
     with pytest.raises((UnicodeEncodeError, TypeError)):
         theirs("a lone \ud800 surrogate")
     back = import_.read_checkpoint(str(tmp_path / "out")).tokenizer
     assert (back.name, back.sha256) == (name, tokenizer.sha256)
+    theirs.save_pretrained(tmp_path / "saved")
+    pattern = tokenizer.encoding._pat_str
+    saved_by_them = json.loads((tmp_path / "saved" / "tokenizer.json").read_text())["pre_tokenizer"]
+    for known in (saved_by_them, tokenizer_json._make_plain_pre_tokenizer(pattern)):  # as earlier releases wrote it
+        assert tokenizer_json._find_pattern(tmp_path, known) == pattern
 
 
-def test_a_model_that_gpt2_cannot_express_is_refused_and_nothing_is_written(tmp_path):
-    odd = assemble_tokenizer("odd", ".", BYTES.encoding._mergeable_ranks, {"<|endoftext|>": 256})
+@pytest.mark.parametrize("form", ["tokenizer.json", "vocab.json and merges.txt"])
+def test_added_special_tokens_are_kept_and_other_added_tokens_refused(tmp_path, transformers, form):
+    theirs, body = written_by_transformers(transformers, train_bpe(hostile_texts(), 300), tmp_path)
+    theirs.add_special_tokens({"pad_token": "[PAD]", "additional_special_tokens": ["<|user|>"]})
+    theirs.save_pretrained(tmp_path)
+    if form != "tokenizer.json":
+        (tmp_path / "tokenizer.json").unlink()
+        (tmp_path / "vocab.json").write_text(json.dumps(body["vocab"]))
+        (tmp_path / "merges.txt").write_text("\n".join(map(" ".join, body["merges"])))
+        (tmp_path / "added_tokens.json").write_text(json.dumps({"[PAD]": 300, "<|user|>": 301}))
+    tokenizer = tokenizer_json.read(tmp_path, 302)
+    assert tokenizer.encoding._special_tokens == {END_OF_TEXT: 299, "[PAD]": 300, "<|user|>": 301}
+    cfg = {**SEED, "vocab_size": 302}
+    export.export(cfg, GPTModel(cfg).state_dict(), tokenizer, tmp_path / "out")
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert again.convert_tokens_to_ids(["[PAD]", "<|user|>"]) == [300, 301] and len(again) == 302
+    assert again("[PAD] <|user|>")["input_ids"] == tokenizer.encode("[PAD] <|user|>")
+    if form != "tokenizer.json":
+        (tmp_path / "added_tokens.json").write_text(json.dumps({"[PAD]": 300, "<|user|>": 301, "word": 302}))
+        with pytest.raises(ExchangeError, match="adds 'word', which is not a special token"):
+            tokenizer_json.read(tmp_path, 303)
+        (tmp_path / "added_tokens.json").write_text(json.dumps({"[PAD]": 300, "<|user|>": 301}))
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    for key, token, message in (
+        ("eos_token", "[PAD]", "eos_token is '.PAD.', and a text here ends with <.endoftext.>"),
+        ("mask_token", "[MASK]", "mask_token is '.MASK.', which has no id"),
+    ):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, key: token}))
+        with pytest.raises(ExchangeError, match=message):
+            tokenizer_json.read(tmp_path, 302)
+
+
+def test_a_model_that_hugging_face_cannot_express_is_refused_and_nothing_is_written(tmp_path):
+    ranks = BYTES.encoding._mergeable_ranks
+    odd = assemble_tokenizer("odd", ".", ranks, {"<|endoftext|>": 256})
+    word = assemble_tokenizer("word", tokenizer_json.GPT2_PATTERN, ranks, {"<|endoftext|>": 256, "User": 257})
     model = random_model()
     for cfg, tokenizer, message in (
-        ({**SEED, "positions": "rotary"}, BYTES, "model.positions 'rotary'.*always 'learned'"),
+        ({**SEED, "positions": "rotary"}, BYTES, "model.norm 'layer'.*Qwen3.*with rotary positions.*always 'rms'"),
+        ({**SEED, **MODERN, "qk_norm": False}, BYTES, "model.qk_norm False.*Qwen3.*always True"),
+        ({**SEED, **MODERN, "activation": "gelu"}, BYTES, "model.activation 'gelu'.*Qwen3"),
+        ({**SEED, **MODERN, "bias": True}, BYTES, "model.bias True.*Qwen3"),
+        ({**SEED, **MODERN, "positions": "learned"}, BYTES, "model.norm 'rms'.*GPT-2"),
+        ({**SEED, "emb_norm": True}, BYTES, "model.emb_norm True.*GPT-2"),
         ({**SEED, "norm": "rms"}, BYTES, "model.norm 'rms'"),
         ({**SEED, "activation": "relu2"}, BYTES, "model.activation 'relu2'"),
         ({**SEED, "qk_norm": True}, BYTES, "model.qk_norm True"),
         ({**SEED, "n_layers": 3}, BYTES, r"trf_blocks.2.att.W_key.weight is missing"),
         ({**SEED, "context_length": 8}, BYTES, r"pos_emb.weight has the shape \(12, 16\), and should have \(8, 16\)"),
         (SEED, odd, "the tokenizer odd cannot be expressed"),
+        ({**SEED, "vocab_size": 258}, word, "'User' is a word"),
         (SEED, get_tokenizer("gpt2"), "the tokenizer has 50257 ids, the model 257"),
     ):
         with pytest.raises(ExchangeError, match=message):
-            export.export(cfg, model.state_dict(), tokenizer, tmp_path / "out")
+            weights = model if cfg["vocab_size"] == 257 else GPTModel(cfg)
+            export.export(cfg, weights.state_dict(), tokenizer, tmp_path / "out")
     assert not list(tmp_path.iterdir())
     (tmp_path / "mine").write_text("")
     for place in (tmp_path, tmp_path / "mine"):
@@ -259,7 +352,8 @@ def indexed(weight_map):
 
 C_ATTN = "transformer.h.1.attn.c_attn.bias"
 WRONG = {
-    "another architecture": (altered("model_type", "llama"), "model_type is 'llama'.* 'gpt2'"),
+    "another architecture": (altered("model_type", "llama"), "model_type is 'llama'.* 'gpt2' or 'qwen3'"),
+    "another's config": (altered("model_type", "qwen3"), "model_type is 'qwen3', and the weights are .* GPT-2"),
     "another activation": (altered("activation_function", "relu"), "activation_function is 'relu'.*gelu_new"),
     "another epsilon": (altered("layer_norm_epsilon", 1e-6), "layer_norm_epsilon is 1e-06.* 1e-05"),
     "scaled by layer": (altered("scale_attn_by_inverse_layer_idx", True), "scale_attn_by_inverse_layer_idx is True"),
@@ -309,6 +403,34 @@ def test_a_wrong_or_damaged_checkpoint_is_refused_with_the_reason(tmp_path, a_gp
 class Planted:
     def __reduce__(self):
         return os.mkdir, ("planted",)
+
+
+def set_in(name, value):
+    return rewritten(lambda t: t[f"model.layers.1.{name}.weight"].view(-1)[:1].fill_(value))
+
+
+WRONG_QWEN3 = {
+    "a trained gain": (set_in("input_layernorm", 1.5), "input_layernorm.weight holds 1.5, and .* always has 1.*norm"),
+    "a trained gain of the queries": (set_in("self_attn.q_norm", 1.25), "q_norm.weight holds 1.25, .* always has 1.2"),
+    "a real gate": (set_in("mlp.up_proj", 9), "mlp.up_proj.weight differs from model.layers.1.mlp.gate_proj.weight"),
+    "the usual activation": (altered("hidden_act", "silu"), "hidden_act is 'silu', and a model here has 'relu'"),
+    "another epsilon": (altered("rms_norm_eps", 1e-6), "rms_norm_eps is 1e-06"),
+    "shared keys": (altered("num_key_value_heads", 1), "num_key_value_heads is 1, and a model here has 2"),
+    "another base": (altered("rope_parameters", {"rope_theta": 1e6}), "rope_theta is 1000000.0"),
+    "other rotations": (altered("rope_parameters", {"rope_type": "yarn"}), "rope_type is 'yarn'"),
+    "another's config": (altered("model_type", "gpt2"), "model_type is 'gpt2', and the weights are .* Qwen3"),
+    "a billion layers": (altered("num_hidden_layers", 10**9), "n_layers is 1000000000, and the weights have 2"),
+    "a tensor missing": (rewritten(lambda t: t.pop("model.norm.weight")), "Qwen3.*model.norm.weight is missing"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG_QWEN3)
+def test_a_qwen3_that_a_model_here_cannot_express_is_refused_with_the_reason(tmp_path, what):
+    alter, message = WRONG_QWEN3[what]
+    export.export({**SEED, **MODERN}, random_model(**MODERN).state_dict(), BYTES, tmp_path / "qwen3")
+    alter(tmp_path / "qwen3")
+    with pytest.raises(ExchangeError, match=message):
+        import_.read_checkpoint(str(tmp_path / "qwen3"))
 
 
 def test_single_files_that_contain_code_or_are_not_a_gpt2_are_refused(tmp_path, monkeypatch):

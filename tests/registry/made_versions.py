@@ -1,5 +1,7 @@
 """Registered models as `gptflow import` makes them: complete versions with MLflow's files, without a training."""
 
+from typing import Any
+
 import torch
 
 from flows.registry import import_
@@ -12,12 +14,16 @@ from tests.tiny import TINY_CFG
 CFG = {**TINY_CFG, "context_length": 64, "n_layers": 1, "qkv_bias": True, "tied": True}
 
 
-def bring_versions(root: StateRoot, name: str, count: int, **changes: int) -> None:
-    """Register `count` random models that read bytes and never end a text. The first one is champion."""
+def bring_versions(root: StateRoot, name: str, count: int, **changes: Any) -> None:
+    """Register `count` random models that read bytes. The first one is champion.
+
+    Models with layer norms, the default, never end a text.
+    """
     cfg = {**CFG, **changes}
     for seed in range(count):
         torch.manual_seed(seed)
-        weights = endless(GPTModel(cfg)).state_dict()
+        model = GPTModel(cfg)
+        weights = (endless(model) if cfg.get("norm", "layer") == "layer" else model).state_dict()
         import_.register(root, name, Checkpoint(cfg, weights, get_tokenizer("bytes"), f"seed {seed}", {}, 0), "a test")
 
 

@@ -205,7 +205,7 @@ def _compare_twin(project: Project, done: Soak, most: int) -> None:
 
 
 def _run(project: Project, deployment: str, key: str, kill: Kill | None, lived: Lived, done: Soak) -> str:
-    """Trigger a run, kill what is planned, and return the name of the state in which the run ended."""
+    """Trigger a run, kill what is planned, and return the verdict with which it ended, or the name of its state."""
     begin = project.log_size()
     run = project.trigger(deployment, key)
     if kill is not None:
@@ -216,7 +216,8 @@ def _run(project: Project, deployment: str, key: str, kill: Kill | None, lived: 
     is_excused = kill is not None and kill.kind in MORTAL and lived.fell != NOTHING
     if state["type"] != "COMPLETED" and not is_excused:
         done.violations.append(f"{key}: {deployment} ended as {state['name']}: {state.get('message')}")
-    return str(state["name"])
+    verdict, colon, _ = str(state.get("message")).partition(": ")
+    return verdict if colon and state["type"] == "COMPLETED" else str(state["name"])
 
 
 def _has_ended(project: Project, run: str, done: Soak) -> bool:
@@ -281,7 +282,7 @@ def _judge(project: Project, watch: ChampionWatch, done: Soak) -> None:
     root = project.root
     complete_log(root, MODEL)
     last = done.lived[-1]
-    if last.outcome not in ("Promoted", "Kept champion"):
+    if last.outcome not in ("promoted", "rejected"):
         done.violations.append(f"the last night, which nobody disturbed, ended as {last.outcome}")
     done.violations += orphans_in_prefect(project) + orphans_in_mlflow(root) + doubles(root)
     done.violations += too_much(root, done.nights) + watch.failures

@@ -139,6 +139,12 @@ class Prefect:
         wait_for(lambda: self.state(run)["type"] in _ENDS, seconds)
         return self.state(run)
 
+    def verdict(self, run: str, seconds: float = 240) -> str:
+        """Wait for the end of the run and return its verdict: the first word of the state's message."""
+        state = self.ended(run, seconds)
+        assert state["name"] in ("Completed", "Failed"), "Prefect's pages filter by its own names of states"
+        return str(state["message"]).partition(": ")[0]
+
 
 @contextmanager
 def prefect_server(directory: Path, databases: Path, **environment: str) -> Iterator[Prefect]:

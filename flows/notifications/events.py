@@ -14,11 +14,17 @@ import ssl
 import urllib.error
 import urllib.request
 import uuid
+from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from flows.notifications.verdicts import FORMER_STATE_NAMES, read_verdict
 from gptcore.errors import GPTCoreError
+
+if TYPE_CHECKING:
+    from prefect import Flow, State
+    from prefect.client.schemas.objects import FlowRun
 
 CORPUS_CHANGED = "gptflow.corpus.changed"
 MODEL_PROMOTED = "gptflow.model.promoted"
@@ -59,7 +65,32 @@ def send_model_promoted(model: str, move: dict[str, Any], pipeline: str | None) 
         logging.getLogger(__name__).warning("%s of %s: %s", MODEL_PROMOTED, model, error)
 
 
-def _send(event: str, resource: str, payload: dict[str, Any]) -> None:
+def send_former_state_name(flow: "Flow[..., Any]", flow_run: "FlowRun", state: "State[Any]") -> None:
+    """Send the event with which an earlier release's run ended, such as prefect.flow-run.Promoted. A hook of the flows.
+
+    Users made automations on these events. The server sends prefect.flow-run.Completed by itself. A failure is only
+    logged.
+    """
+    if (verdict := read_verdict(state)) is None:
+        return
+    related = [_relate("flow", f"prefect.flow.{flow_run.flow_id}", flow.name)]
+    if flow_run.deployment_id is not None:
+        related.append(_relate("deployment", f"prefect.deployment.{flow_run.deployment_id}"))
+    related += [_relate("tag", f"prefect.tag.{tag}") for tag in flow_run.tags]
+    name = f"prefect.flow-run.{FORMER_STATE_NAMES[verdict]}"
+    try:
+        _send(name, f"prefect.flow-run.{flow_run.id}", {"verdict": verdict, "message": state.message}, related)
+    except EventNotSent as error:  # the run has ended already
+        logging.getLogger(__name__).warning("%s of %s: %s", name, flow_run.name, error)
+
+
+def _relate(role: str, resource: str, name: str | None = None) -> dict[str, str]:
+    """Return a related resource of an event, in the form of the events that the server sends about flow runs."""
+    labels = {"prefect.resource.id": resource, "prefect.resource.role": role}
+    return labels if name is None else {**labels, "prefect.resource.name": name}
+
+
+def _send(event: str, resource: str, payload: dict[str, Any], related: Sequence[dict[str, str]] = ()) -> None:
     """Send an event to the server of PREFECT_API_URL, if the variable is set. Raises EventNotSent."""
     api = os.environ.get("PREFECT_API_URL")
     if not api:
@@ -69,6 +100,7 @@ def _send(event: str, resource: str, payload: dict[str, Any]) -> None:
         "occurred": datetime.now(UTC).isoformat(),
         "event": event,
         "resource": {"prefect.resource.id": resource},
+        "related": list(related),
         "payload": payload,
     }
     try:

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
+from flows.notifications.verdicts import read_text, read_verdict
 from gptcore.credentials import resolve_variable, silence_request_log
 from gptcore.errors import ConfigError, GPTCoreError
 from gptcore.sections import Section
@@ -109,13 +110,13 @@ def notify_failure(flow: "Flow[..., Any]", flow_run: "FlowRun", state: "State[An
 
 def notify_promotion(flow: "Flow[..., Any]", flow_run: "FlowRun", state: "State[Any]") -> None:
     """Send the message about a new champion, if the run made one. A hook of the flow `retrain`."""
-    if state.name == "Promoted":
+    if read_verdict(state) == "promoted":
         _notify(flow_run, state, "promotion", f"{flow_run.parameters['model_name']} has a new champion")
 
 
 def send_failure(flow_run: "FlowRun", state: "State[Any]") -> None:
     """Send the message that a run of `retrain` failed or crashed. Also for a dead run that no hook has noticed."""
-    how = "crashed" if state.is_crashed() else str(state.name).lower()  # failed, or held
+    how = "crashed" if state.is_crashed() else read_verdict(state) or "failed"  # held has its own word
     _notify(flow_run, state, "failure", how)
 
 
@@ -129,8 +130,7 @@ def _notify(flow_run: "FlowRun", state: "State[Any]", event: NotifyEvent, summar
 
     pipeline = str(flow_run.parameters["pipeline"])
     url = url_for("flow-run", obj_id=flow_run.id)
-    text = state.message or f"The run ended as {state.name}."
-    message = Message(pipeline, event, f"{pipeline}: {summary}", text, str(flow_run.id), url)
+    message = Message(pipeline, event, f"{pipeline}: {summary}", read_text(state), str(flow_run.id), url)
     send(targets, message, flow_run_logger(flow_run))
 
 

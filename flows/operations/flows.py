@@ -12,15 +12,23 @@ from pydantic import Field
 
 from flows.config.pipelines import PipelinesFile
 from flows.config.schedule import ScheduleConfig
+from flows.notifications.events import send_former_state_name
+from flows.notifications.verdicts import write_message
 from flows.operations import retention
 from flows.registry import champion
+from flows.registry.moves import Move
 from flows.state.root import StateRoot, state_root
 
 ModelName = Annotated[str, Field(min_length=1)]
 Reason = Annotated[str, Field(min_length=1, max_length=2000)]
 
 
-@flow(name="promote", flow_run_name="promote {model} {version}", persist_result=False)
+@flow(
+    name="promote",
+    flow_run_name="promote {model} {version}",
+    persist_result=False,
+    on_completion=[send_former_state_name],
+)
 def promote(model: ModelName, version: Annotated[int, Field(ge=1)], reason: Reason) -> State[None]:
     """Make a version the champion, whatever the gate decided.
 
@@ -31,11 +39,11 @@ def promote(model: ModelName, version: Annotated[int, Field(ge=1)], reason: Reas
     """
     move = champion.promote(_open_registry(), model, str(version), reason, by=_requester())
     if move is None:
-        return Completed(name="Unchanged", message=f"version {version} is the champion of {model} already")
-    return Completed(name="Promoted", message=f"{model}: version {move.source or '(none)'} -> {move.target}: {reason}")
+        return Completed(message=write_message("unchanged", f"version {version} is the champion of {model} already"))
+    return _complete("promoted", model, move)
 
 
-@flow(name="rollback", flow_run_name="rollback {model}", persist_result=False)
+@flow(name="rollback", flow_run_name="rollback {model}", persist_result=False, on_completion=[send_former_state_name])
 def rollback(model: ModelName, reason: Reason) -> State[None]:
     """Go back to the previous champion. The gate does not promote the version again that is rolled back.
 
@@ -44,9 +52,7 @@ def rollback(model: ModelName, reason: Reason) -> State[None]:
         reason: Why the champion changes. The log of moves keeps it.
     """
     move = champion.rollback(_open_registry(), model, reason, by=_requester())
-    return Completed(
-        name="Rolled back", message=f"{model}: version {move.source or '(none)'} -> {move.target}: {reason}"
-    )
+    return _complete("rolled back", model, move)
 
 
 @flow(name="prune", persist_result=False)
@@ -73,6 +79,11 @@ SCHEDULES = {prune.name: ScheduleConfig(cron="0 12 * * *")}
 def build_parameters(operation: Flow[..., Any], file: PipelinesFile) -> dict[str, Any]:
     """Return the default parameters of an operation's deployment."""
     return {"keep": file.keep()} if operation is prune else {}
+
+
+def _complete(verdict: str, model: str, move: Move) -> State[None]:
+    text = f"{model}: version {move.source or '(none)'} -> {move.target}: {move.reason}"
+    return Completed(message=write_message(verdict, text))
 
 
 def _open_registry() -> StateRoot:

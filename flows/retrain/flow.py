@@ -2,9 +2,10 @@
 
 Every step finds what an earlier run completed, so a run after a failure resumes where the failed one stopped. The
 MLflow run and the registered version are found by the run key. If an earlier run left a training unfinished, the next
-run finishes that training first, on its own text. Without a reason to train (policy.py) the run ends as Completed with
-the name Skipped, and a training longer than its session with the name Paused. If the text looks like an accident
-(hold.py), the run ends as Failed with the name Held. tasks.py has the steps themselves.
+run finishes that training first, on its own text. The run ends as Completed, and the first word of the state's message
+is the verdict: promoted, rejected, skipped (there is no reason to train, see policy.py) or paused (the training is
+longer than its session). If the text looks like an accident (hold.py), the run ends as Failed, and the word is held.
+tasks.py has the steps themselves.
 """
 
 import time
@@ -22,7 +23,9 @@ from flows.cards.decision import list_details, list_scores
 from flows.cards.model_card import TrainedModelFacts
 from flows.cards.verdict import Verdict
 from flows.config.pipelines import Pipeline, TaskRunnerName
+from flows.notifications.events import send_former_state_name
 from flows.notifications.notify import NotifyConfig, notify_failure, notify_promotion
+from flows.notifications.verdicts import write_message
 from flows.registry import ancestry, register, versions
 from flows.registry.lineage import lineage, settings_key
 from flows.retrain import attempts, decision_card, hold, last_success, mirror, parameters, task_runners, tasks
@@ -91,9 +94,9 @@ class TextHeld(CorpusError):
     flow_run_name="{pipeline}",
     persist_result=False,
     validate_parameters=False,
-    on_failure=[notify_failure],
+    on_failure=[notify_failure, send_former_state_name],
     on_crashed=[notify_failure],
-    on_completion=[notify_promotion],
+    on_completion=[notify_promotion, send_former_state_name],
 )
 def retrain(
     pipeline: str,
@@ -148,14 +151,13 @@ def _retrain(request: Request, force: bool, accept_text: bool, sources_overridde
             if died is not None and died.flow_run != str(flow_run.id) and (line := reconcile.end_dead_run(died)):
                 get_run_logger().warning(line)
             has_other_sources = sources_overridden or request.has_other_sources
-            state = _Retraining(requested, root, force, accept_text, has_other_sources).run()
-            last_success.record(root, requested.name, state.name or "", str(flow_run.id))
-            return state
+            outcome = _Retraining(requested, root, force, accept_text, has_other_sources).run()
+            last_success.record(root, requested.name, outcome.verdict, str(flow_run.id))
     except lock_holder.LockHeld as held:
         outcome = Outcome(requested.name, "skipped", str(held), uri=_champion_uri(requested))
-        return Completed(name="Skipped", message=outcome.reason, data=outcome)
     except TextHeld as error:
-        return Failed(name="Held", message=str(error), data=error)
+        return Failed(message=write_message("held", str(error)), data=error)
+    return Completed(message=write_message(outcome.verdict, outcome.reason), data=outcome)
 
 
 class _Step:
@@ -182,7 +184,7 @@ class _Retraining:
         self.changes: tuple[tuple[str, str], ...] = ()
         self.seconds: dict[str, float] = {}
 
-    def run(self) -> State[Outcome]:
+    def run(self) -> Outcome:
         """Resume an unfinished training or prepare a new one, and work on it. Skip if there is no reason to train."""
         choose_device(self.requested_train.device)  # a GPU that is missing is an error before the text is read
         runs.connect_and_migrate(self.root)
@@ -324,7 +326,7 @@ class _Retraining:
         if reason.since is not None:
             self.changes += measure_divergence(self.root, self.pipeline, reason.since, tokens, snapshot)
 
-    def work_on(self, attempt: Attempt) -> State[Outcome]:
+    def work_on(self, attempt: Attempt) -> Outcome:
         """Train and judge an attempt inside its MLflow run, which gets the error's status if a step fails."""
         self.pipeline = self.pipeline.model_copy(update={"train": attempt.train})
         if attempt.changes:
@@ -332,12 +334,10 @@ class _Retraining:
         tags = {"prefect_flow_run_id": str(flow_run.id), "corpus_sha256": attempt.snapshot.sha256}
         mlflow_run_id = runs.open_run(self.root, self.pipeline, attempt.run_key, attempt.number, tags)
         try:
-            outcome = self.train(attempt, mlflow_run_id)
+            return self.train(attempt, mlflow_run_id)
         except BaseException as error:
             runs.close_interrupted_run(self.root, mlflow_run_id, _mlflow_status(error), _failure_tags(error))
             raise
-        names = {"promoted": "Promoted", "rejected": "Kept champion", "paused": "Paused"}
-        return Completed(name=names[outcome.verdict], message=outcome.reason, data=outcome)
 
     def train(self, attempt: Attempt, mlflow_run_id: str) -> Outcome:
         """Train the model, and release it unless its session ended before the training."""
@@ -436,12 +436,11 @@ class _Retraining:
         """Return the URI of a version of the pipeline's registered model."""
         return f"models:/{self.pipeline.model_name}/{version}"
 
-    def skip(self, reason: str) -> State[Outcome]:
-        """End the run without a training."""
+    def skip(self, reason: str) -> Outcome:
+        """Return the outcome of a run without a training."""
         newest = versions.find_newest_finished(self.root, self.pipeline)
         uri = versions.uri_of(newest) if newest else _champion_uri(self.pipeline)
-        outcome = Outcome(self.pipeline.name, "skipped", reason, uri, seconds=self.seconds)
-        return Completed(name="Skipped", message=reason, data=outcome)
+        return Outcome(self.pipeline.name, "skipped", reason, uri, seconds=self.seconds)
 
     def pause(self, attempt: Attempt, ended: Paused, mlflow_run_id: str) -> Outcome:
         """End the run before the end of its training, which the next run resumes."""

@@ -1,6 +1,6 @@
 """Each pipeline's last success, and whether it is longer ago than the pipeline's schedule allows.
 
-    successes/<pipeline>.json   {"at": "2026-03-01T02:31:07+00:00", "how": "Skipped", "flow_run": "..."}
+    successes/<pipeline>.json   {"at": "2026-03-01T02:31:07+00:00", "how": "skipped", "flow_run": "..."}
 
 A run has succeeded if it promoted, kept the champion, paused, or had nothing to do. A run that was skipped because
 another run holds the pipeline's lock has not: that other run may hang. Each pipeline has one small file, so reading it
@@ -36,12 +36,12 @@ class Success:
 
     at: datetime
     how: str
-    """Name of the flow run's state, such as Skipped, or AWAITED."""
+    """The verdict, such as skipped, or AWAITED. Earlier releases wrote the name of a state, such as Skipped."""
     flow_run: str = ""
 
 
 def record(root: StateRoot, pipeline: str, how: str, flow_run: str = "") -> None:
-    """Record that a run of the pipeline has just succeeded. `how` is the name of its state, such as Skipped."""
+    """Record that a run of the pipeline has just succeeded. `how` is its verdict, such as skipped."""
     path = _path(root, pipeline)
     path.parent.mkdir(exist_ok=True)
     success = Success(datetime.now(UTC), how, flow_run)

@@ -20,6 +20,7 @@ from prefect.states import Completed
 
 from flows.config.pipelines import Pipeline
 from flows.notifications import events, notify
+from flows.notifications.verdicts import write_message
 from flows.retrain import last_success
 from flows.state import lock_holder, locks
 from flows.state.root import StateRoot, state_root
@@ -41,7 +42,7 @@ class Memory:
     """Time of the last success for which a message said that the pipeline is overdue."""
 
 
-@flow(name="watch", flow_run_name="watch", persist_result=False)
+@flow(name="watch", flow_run_name="watch", persist_result=False, on_completion=[events.send_former_state_name])
 def watch(pipelines: list[Pipeline] | None = None) -> State[None]:
     """Check whether sources have changed, without reading them, and whether pipelines had no success for too long.
 
@@ -64,7 +65,9 @@ def watch(pipelines: list[Pipeline] | None = None) -> State[None]:
                     reports += look(root, pipeline)
                 except GPTCoreError as error:
                     get_run_logger().error("%s: %s", pipeline.name, error)
-    return Completed(name="Changed" if reports else "Unchanged", message="; ".join(reports) or "nothing to say")
+    return Completed(
+        message=write_message("changed" if reports else "unchanged", "; ".join(reports) or "nothing to report")
+    )
 
 
 def register(root: StateRoot, pipelines: Iterable[Pipeline]) -> bool:

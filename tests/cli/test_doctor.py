@@ -167,7 +167,7 @@ def test_a_pipeline_without_success_for_too_long_is_a_failure(target: CheckTarge
     assert [check.message for check in doctor_checks.check_successes(daily)] == [
         "tiny: it has not been scheduled by `up` or `serve` yet"
     ]
-    last_success.record(target.root, "tiny", "Skipped")
+    last_success.record(target.root, "tiny", "skipped")
     assert all(check.ok for check in doctor_checks.check_successes(daily))
     later = scheduled(target, now=datetime.now(UTC) + timedelta(days=3, hours=4, minutes=1))
     assert failed(doctor_checks.check_successes(later)).message == "tiny: no success for 3 days 4 h, scheduled daily"

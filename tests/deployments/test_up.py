@@ -35,7 +35,7 @@ def test_up_answers_runs_flows_reports_that_it_is_up_already_and_leaves_no_proce
     here = up.command("run", "tiny")
     assert here.returncode == 0 and "another run holds the lock (pid" in here.stdout, here.stdout + here.stderr
     others = [one for one in up.prefect.runs() if one["name"] == "tiny" and one["id"] != run]
-    assert [one["state"]["name"] for one in others] == ["Skipped"]
+    assert [up.prefect.verdict(one["id"]) for one in others] == ["skipped"]
     processes = up.processes()
     assert len(processes) > 5
     heard = {address for process in processes for address in listening(process)}

@@ -170,9 +170,9 @@ def test_a_process_worker_in_another_directory_retrains_and_then_skips_an_unchan
         assert server.ended(lost)["name"] == "Crashed"
     with worker(elsewhere, server):
         first = server.start("night")
-        assert server.ended(first, 150)["name"] == "Promoted", (elsewhere / "worker.log").read_text()
+        assert server.verdict(first, 150) == "promoted", (elsewhere / "worker.log").read_text()
         second = server.start("night")
-        assert server.ended(second, 100)["name"] == "Skipped", (elsewhere / "worker.log").read_text()
+        assert server.verdict(second, 100) == "skipped", (elsewhere / "worker.log").read_text()
     shown = json.loads(gptflow(project, "show", "models:/gpt-night@champion", "--json").stdout)
     assert (shown["version"], shown["prefect_flow_run_id"]) == (1, first)
     assert sorted(path.name for path in elsewhere.iterdir() if path.name.startswith(("mlruns", "mlflow"))) == []
@@ -198,7 +198,7 @@ def test_a_pipeline_removed_from_the_file_leaves_the_pool_and_serve_takes_over_t
     with Serving(project, server) as lines:
         assert lines[0] == "changed    one"
         assert server.ask("deployments/name/retrain/one")["work_pool_name"] is None
-        assert server.ended(server.start("one"))["name"] == "Promoted"
+        assert server.verdict(server.start("one")) == "promoted"
     assert deployed()[0] == "changed    one"
 
 
@@ -242,14 +242,14 @@ def test_two_hosts_take_turns_and_one_resumes_the_training_of_a_lost_one(
                 process.suspend()  # so that the training lasts until the rest is done
         meanwhile = server.start("turns", train=LONG)
         ended = server.ended(meanwhile)
-        assert ended["name"] == "Skipped" and "another run holds the lock" in ended["message"]
+        assert ended["message"].startswith("skipped: ") and "another run holds the lock" in ended["message"]
         other = second if at_work == first else first
         assert took(other, meanwhile), "each worker takes one run at a time"
         kill(machine)  # the machine is lost with all its processes
         assert living(machine) == []
         killed_at, before = 1000 * time.time(), saved(project, "turns")
         assert server.state(lost)["name"] == "Running", "no process is left to report to Prefect"
-        assert server.ended(server.start("turns", train=LONG), 300)["name"] == "Promoted"
+        assert server.verdict(server.start("turns", train=LONG), 300) == "promoted"
     ended = server.state(lost)
     assert ended["name"] == "Crashed" and "never released it" in ended["message"]
     (directory,) = (project / "mlruns" / "runs" / "turns").glob("*/")

@@ -15,6 +15,7 @@ import pytest
 from mlflow import MlflowClient
 
 from flows.config.pipelines import SECTIONS, Pipeline
+from flows.notifications.verdicts import read_verdict
 from flows.retrain.flow import retrain
 from flows.state.root import StateRoot
 from flows.state.servers import answers
@@ -30,11 +31,11 @@ HALF_A_MINUTE, PATIENCE = 30.0, 150.0
 
 
 def run(pipeline: Pipeline, **train: object) -> tuple[str, str]:
-    """Run the flow; return the name and the message of its final state."""
+    """Run the flow; return its verdict, or the name of its final state, and the message."""
     asked = pipeline.model_copy(update={"train": pipeline.train.model_copy(update=train)})
     sections = {name: getattr(asked, name) for name in SECTIONS}
     state = retrain(asked.name, asked.model_name, **sections, return_state=True)
-    return str(state.name), str(state.message)
+    return str(read_verdict(state) or state.name), str(state.message)
 
 
 def run_directory(root: StateRoot) -> RunDirectory:
@@ -95,7 +96,7 @@ def test_a_database_locked_for_half_a_minute_delays_only_the_logging(tiny: Pipel
         connection.close()
 
     locking = once(lambda: has_begun(root), lock)
-    assert run(tiny, max_steps=600)[0] == "Promoted"
+    assert run(tiny, max_steps=600)[0] == "promoted"
     locking.join()
     assert released == [True], "training does not wait for the database"
     assert_one_whole_run(root, 600)
@@ -152,7 +153,7 @@ def test_a_tracking_server_that_dies_during_training_gets_all_metrics_after_its_
         mlflow_server.start()
 
     restarting = once(lambda: has_begun(root), restart)
-    assert run(tiny, max_steps=STEPS)[0] == "Promoted"
+    assert run(tiny, max_steps=STEPS)[0] == "promoted"
     restarting.join()
     assert_one_whole_run(root, STEPS)
 
@@ -169,7 +170,7 @@ def test_a_run_that_cannot_reach_mlflow_to_register_fails_and_the_next_run_regis
     assert name == "Failed" and "does not answer" in message and "run the same command again" in message
     trained_at = run_directory(root).weights.stat().st_mtime_ns
     mlflow_server.start()
-    assert run(tiny, max_steps=200)[0] == "Promoted"
+    assert run(tiny, max_steps=200)[0] == "promoted"
     assert run_directory(root).weights.stat().st_mtime_ns == trained_at
     assert_one_whole_run(root, 200)
 

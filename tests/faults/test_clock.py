@@ -114,8 +114,8 @@ def test_a_run_that_began_in_the_future_is_waited_for_only_as_long_as_a_new_one(
 
 def test_a_success_in_the_future_raises_no_alarm_and_the_next_success_counts_again(root: StateRoot) -> None:
     daily = Pipeline(name="night", model_name="gpt-night", schedule=ScheduleConfig(cron="30 2 * * *"))
-    last_success.record(root, "night", "Promoted")
+    last_success.record(root, "night", "promoted")
     now = datetime.now(UTC) - timedelta(days=3650)
     assert last_success.measure_overdue(daily, root, now) is None
-    last_success.record(root, "night", "Promoted")
+    last_success.record(root, "night", "promoted")
     assert last_success.measure_overdue(daily, root, datetime.now(UTC) + timedelta(days=3)) is not None

@@ -332,12 +332,12 @@ def test_unchanged_and_reordered_text_is_skipped_and_a_new_document_is_trained_o
 ) -> None:
     run(tiny)
     name, outcome = run(tiny)
-    assert name == "Skipped" and "nothing changed since version 1" in outcome.reason
+    assert name == "skipped" and "nothing changed since version 1" in outcome.reason
     (project / "text" / "one.txt").rename(project / "text" / "other.txt")
     name, outcome = run(tiny)
-    assert name == "Skipped" and "nothing changed since version 1" in outcome.reason
+    assert name == "skipped" and "nothing changed since version 1" in outcome.reason
     name, outcome = run(asking(tiny, retrain={"when": "always"}))
-    assert (name, outcome.uri) == ("Kept champion", "models:/gpt-tiny/2")
+    assert (name, outcome.uri) == ("rejected", "models:/gpt-tiny/2")
     (project / "text" / "two.txt").write_text(new := odd_prose(2, 3000))
     name, outcome = run(tiny)
     assert name in TRAINED and outcome.uri == "models:/gpt-tiny/3"

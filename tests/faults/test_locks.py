@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from flows.config.pipelines import SECTIONS, Pipeline
+from flows.notifications.verdicts import read_verdict
 from flows.state import lock_holder, locks
 from flows.state.root import StateRoot
 
@@ -125,6 +126,6 @@ def test_a_run_is_skipped_while_another_one_holds_the_lock_of_the_pipeline(tiny:
     ) as holding:
         assert holding.stdout is not None and holding.stdout.readline() == "held\n"
         state = retrain("tiny", tiny.model_name, **sections, return_state=True)
-    assert state.is_completed() and state.name == "Skipped"
+    assert state.is_completed() and read_verdict(state) == "skipped"
     assert f"pid {holding.pid}, since" in state.message and state.result().verdict == "skipped"
     assert not list(root.corpora.glob("*"))

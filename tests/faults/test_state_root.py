@@ -56,8 +56,7 @@ def test_a_read_only_state_root_is_reported_at_the_start_and_nothing_is_created(
 def run(pipeline: Pipeline) -> str:
     sections = {name: getattr(pipeline, name) for name in SECTIONS}
     state = retrain(pipeline.name, pipeline.model_name, **sections, return_state=True)
-    state.result()
-    return str(state.name)
+    return str(state.result().verdict)
 
 
 @pytest.mark.slow
@@ -77,7 +76,7 @@ def test_a_run_whose_directories_are_deleted_during_training_names_the_path_and_
         patched.setattr(MetricsReader, "read_new_lines", delete)
         run(tiny)
     assert MlflowClient(root.tracking_uri).search_registered_models() == []
-    assert run(tiny) == "Promoted"
+    assert run(tiny) == "promoted"
     (version,) = versions.list_versions(root, "gpt-tiny")
     (only,) = (RunDirectory(path) for path in root.path.glob("runs/tiny/*-1/"))
     assert [line["step"] for line in only.read_metrics()] == list(range(1, 61))
@@ -86,5 +85,5 @@ def test_a_run_whose_directories_are_deleted_during_training_names_the_path_and_
     load(root, version)
     for name in lost:  # between two runs
         shutil.rmtree(root.path / name)
-    assert run(tiny) == "Skipped"
+    assert run(tiny) == "skipped"
     assert len(versions.list_versions(root, "gpt-tiny")) == 1

@@ -5,14 +5,20 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 import requests
+from prefect import State
+from prefect.client.schemas.objects import FlowRun
+from prefect.states import Completed, Crashed, Failed
 
 from flows.config.pipelines import PipelinesFile, TriggerConfig
 from flows.notifications import events
+from flows.notifications.verdicts import read_text, read_verdict
 from flows.registry import champion
 from flows.registry.champion import GATE
+from flows.retrain.watch import watch
 from gptcore.errors import ConfigError
 from tests.servers import Prefect, Receiver, Serving, clean, gptflow, prefect_server, wait_for
 from tests.tiny import write_pipelines
@@ -75,6 +81,34 @@ def test_the_event_of_a_killed_promotion_is_sent_once_when_the_promotion_is_comp
     assert [event["payload"]["version"] for (event,) in receiver.got] == ["1"]
 
 
+@pytest.mark.parametrize(
+    ("state", "verdict", "event"),
+    [
+        (Completed(message="rejected: within noise"), "rejected", "prefect.flow-run.Kept champion"),
+        (Completed(name="Kept champion", message="within noise"), "rejected", "prefect.flow-run.Kept champion"),
+        (Failed(message="held: half of the text is gone"), "held", "prefect.flow-run.Held"),
+        (Completed(message="12 files: 3 kB"), None, None),
+        (Crashed(message="killed"), None, None),
+    ],
+)
+def test_a_verdict_is_read_from_states_of_this_and_earlier_releases_and_sends_the_event_of_earlier_ones(
+    state: State[Any],
+    verdict: str | None,
+    event: str | None,
+    receiver: Receiver,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", f"{receiver.url}/api")
+    run = FlowRun(flow_id=uuid4(), deployment_id=uuid4(), tags=["nightly"])
+    assert read_verdict(state) == verdict
+    events.send_former_state_name(watch, run, state)
+    assert [sent["event"] for (sent,) in receiver.got] == ([event] if event else [])
+    for (sent,) in receiver.got:
+        assert sent["resource"] == {"prefect.resource.id": f"prefect.flow-run.{run.id}"}
+        assert [resource["prefect.resource.role"] for resource in sent["related"]] == ["flow", "deployment", "tag"]
+        assert read_text(state) in ("within noise", "half of the text is gone")
+
+
 def test_an_event_that_cannot_be_sent_is_logged_and_the_promotion_succeeds(
     registry: Any, receiver: Receiver, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -135,7 +169,7 @@ def test_a_promotion_starts_the_pipelines_with_a_trigger_on_it_until_the_trigger
     ]
     with Serving(project, server):
         assert sorted(automations()) == names
-        assert server.ended(server.start("base"))["name"] == "Promoted"
+        assert server.verdict(server.start("base")) == "promoted"
         wait_for(lambda: runs("follower") == ["COMPLETED"], 240)
     write_pipelines(project, base={}, idle={}, follower={})
     with Serving(project, server) as lines:

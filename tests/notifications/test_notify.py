@@ -107,7 +107,7 @@ def test_a_served_pipeline_reports_promotions_failures_and_kills(
     write_pipelines(project, night={"notify": [dead, {"webhook": f"{receiver.url}/hook"}]})
     with Serving(project, server):
         first = server.start("night")
-        assert server.ended(first)["name"] == "Promoted"
+        assert server.verdict(first) == "promoted"
         wait_for(lambda: receiver.got, 30)
         failed = server.start("night", corpus={"sources": ["/nowhere"]})
         assert server.ended(failed)["type"] == "FAILED"

@@ -10,6 +10,7 @@ import pytest
 from mlflow import MlflowClient
 
 from flows.config.pipelines import SECTIONS, Pipeline, PipelinesFile
+from flows.notifications.verdicts import read_verdict
 from flows.operations import flows
 from flows.operations.retention import prune
 from flows.registry import versions
@@ -75,11 +76,11 @@ def test_the_operations_are_flows_with_typed_and_described_parameters(tiny_regis
     assert set(described) == {"promote", "rollback", "prune"}
     assert all(field["description"] for fields in described.values() for field in fields.values())
     assert (described["promote"]["version"]["type"], described["promote"]["reason"]["minLength"]) == ("integer", 1)
-    assert flows.promote(MODEL, 1, "first", return_state=True).name == "Promoted"
-    assert flows.promote(MODEL, 1, "again", return_state=True).name == "Unchanged"
-    assert flows.promote(MODEL, 2, "second", return_state=True).name == "Promoted"
+    assert read_verdict(flows.promote(MODEL, 1, "first", return_state=True)) == "promoted"
+    assert read_verdict(flows.promote(MODEL, 1, "again", return_state=True)) == "unchanged"
+    assert read_verdict(flows.promote(MODEL, 2, "second", return_state=True)) == "promoted"
     state = flows.rollback(MODEL, "bad", return_state=True)
-    assert (state.name, state.message) == ("Rolled back", f"{MODEL}: version 2 -> 1: bad")
+    assert (state.name, state.message) == ("Completed", f"rolled back: {MODEL}: version 2 -> 1: bad")
     assert all(move.by.startswith("Prefect flow run ") for move in read_moves(root, MODEL))
     with pytest.raises(GPTCoreError, match="no earlier champion"):
         flows.rollback(MODEL, "bad")

@@ -22,7 +22,7 @@ def test_a_warm_start_begins_with_the_champions_weights_and_its_version_names_it
     tiny: Pipeline, project: Path, root: StateRoot
 ) -> None:
     warm = asking(tiny, train={"start_from": "champion", "max_steps": 30})
-    assert run(warm)[0] == "Promoted"  # nothing to start from yet
+    assert run(warm)[0] == "promoted"  # nothing to start from yet
     (project / "text" / "two.txt").write_text(prose(2, 9000))
     _, outcome = run(warm)
     first, second = versions.list_versions(root, "gpt-tiny")
@@ -37,7 +37,7 @@ def test_a_warm_start_begins_with_the_champions_weights_and_its_version_names_it
         {"uri": "models:/gpt-tiny/1", **{k: first.tags[k] for k in ("weights_sha256", "corpus_sha256")}}
     ]
     # Whether the champion changed or not, there is no reason to train on the same text again.
-    assert run(warm)[0] == "Skipped"
+    assert run(warm)[0] == "skipped"
 
 
 def test_the_gate_does_not_score_on_text_that_an_ancestor_learned_from(

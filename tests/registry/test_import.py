@@ -121,7 +121,7 @@ def test_a_retraining_can_start_from_an_import_and_is_compared_with_it(
     write_gpt2(project / "one", 1)
     bring(root, project / "one")
     name, outcome = run(asking(tiny, train={"start_from": "champion"}, model={"qkv_bias": True, "tied": True}))
-    assert name == "Promoted" and "some training text is unknown: models:/gpt-tiny/1" in outcome.reason
+    assert name == "promoted" and "some training text is unknown: models:/gpt-tiny/1" in outcome.reason
     imported_version, trained = versions.list_versions(root, "gpt-tiny")
     start = RunDirectory(Path(outcome.run_directory)).read_config().start
     assert start is not None and start.weights_sha256 == imported_version.tags["weights_sha256"]

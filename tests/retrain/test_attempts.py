@@ -28,7 +28,7 @@ def run_directories(root: StateRoot) -> list[Path]:
 def paused_once(tiny: Pipeline) -> Pipeline:
     """Pause a training after one session of one update; return the pipeline for the next runs."""
     name, outcome = run(asking(tiny, train={"session_seconds": 0.001}))
-    assert (name, outcome.verdict) == ("Paused", "paused")
+    assert (name, outcome.verdict) == ("paused", "paused")
     assert "session_seconds are over at step 1" in outcome.reason
     return tiny
 
@@ -47,7 +47,7 @@ def test_a_paused_training_is_finished_on_its_first_text_before_a_run_trains_on_
     (only,) = run_directories(root)
     (project / "text" / "two.txt").write_text(prose(2, 9000))
     name, outcome = run(asked)
-    assert (name, outcome.uri, outcome.run_directory) == ("Promoted", "models:/gpt-tiny/1", str(only))
+    assert (name, outcome.uri, outcome.run_directory) == ("promoted", "models:/gpt-tiny/1", str(only))
     assert [line["step"] for line in RunDirectory(only).read_metrics()] == list(range(1, 61))
     assert statuses(root) == ["FINISHED"]
     _, outcome = run(asked)
@@ -96,7 +96,7 @@ def test_a_training_goes_on_with_another_number_of_cores_and_the_run_and_the_ver
     (only,) = run_directories(root)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0})
     name, outcome = run(asked)
-    assert (name, outcome.run_directory, run_directories(root)) == ("Kept champion", str(only), [only])
+    assert (name, outcome.run_directory, run_directories(root)) == ("rejected", str(only), [only])
     assert "changed since its last start: threads 2 -> 1" in caplog.text
     assert [line["step"] for line in RunDirectory(only).read_metrics()] == list(range(1, 6))
     version = versions.resolve(root, outcome.uri)
@@ -106,7 +106,7 @@ def test_a_training_goes_on_with_another_number_of_cores_and_the_run_and_the_ver
     assert lineage["run_config"]["in_run_key"]["threads"] == 2 and only.name.startswith(version.tags["run_key"][:16])
     assert [difference.what for difference in differences(lineage) if difference.is_decisive] == ["execution"]
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2})
-    assert run(asked)[0] == "Skipped"
+    assert run(asked)[0] == "skipped"
 
 
 def test_a_training_that_began_on_a_gpu_goes_on_without_it_unless_the_request_was_changed(
@@ -126,7 +126,7 @@ def test_a_training_that_began_on_a_gpu_goes_on_without_it_unless_the_request_wa
     again = begin(root, tiny, {"device": "cpu", "precision": "fp32", "compile": False, "threads": 1})
     assert again is not None and again.run == first.run, "found without current.json"
     name, outcome = run(tiny)
-    assert (name, outcome.run_directory) == ("Promoted", str(first.run.path))
+    assert (name, outcome.run_directory) == ("promoted", str(first.run.path))
     (execution,) = versions.read_lineage(root, versions.resolve(root, outcome.uri))["executions"]
     assert (execution["device"], execution["precision"]) == ("cpu", "bf16"), "no update was made on the GPU"
 
@@ -146,7 +146,7 @@ def test_an_unfinished_training_whose_text_is_gone_is_abandoned(tiny: Pipeline, 
     for snapshot in root.corpora.iterdir():
         snapshot.rename(root.path / "elsewhere")
     assert attempts.find_unfinished(root, resolved(asked)) is None
-    assert run(asked)[0] == "Promoted"
+    assert run(asked)[0] == "promoted"
 
 
 def test_damaged_tokens_of_a_paused_training_are_made_again_and_a_damaged_text_is_refused_with_the_fix(

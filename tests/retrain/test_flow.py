@@ -10,6 +10,7 @@ import pytest
 from mlflow import MlflowClient
 
 from flows.config.pipelines import SECTIONS, Pipeline
+from flows.notifications.verdicts import read_verdict
 from flows.registry import versions
 from flows.retrain.flow import Outcome, retrain
 from flows.state.root import StateRoot
@@ -23,7 +24,9 @@ def run(pipeline: Pipeline, force: bool = False, sources_overridden: bool = Fals
     sections = {name: getattr(pipeline, name) for name in SECTIONS}
     given = {**sections, "force": force, "sources_overridden": sources_overridden}
     state = retrain(pipeline.name, pipeline.model_name, **given, return_state=True)
-    return state.name, state.result()
+    outcome = state.result()
+    assert (state.name, read_verdict(state)) == ("Completed", outcome.verdict), "the pages filter by standard names"
+    return outcome.verdict, outcome
 
 
 def changed(pipeline: Pipeline, **train: object) -> Pipeline:
@@ -37,12 +40,12 @@ def mlflow_runs(root: StateRoot) -> list[mlflow.entities.Run]:
 
 def test_a_first_run_becomes_champion_and_the_same_run_again_is_skipped(tiny: Pipeline, root: StateRoot) -> None:
     name, outcome = run(tiny)
-    assert (name, outcome.verdict, outcome.uri) == ("Promoted", "promoted", "models:/gpt-tiny/1")
+    assert (name, outcome.verdict, outcome.uri) == ("promoted", "promoted", "models:/gpt-tiny/1")
     assert list(outcome.seconds) == "ingest compare tokenize train evaluate sample plot register gate report".split()
     (done,) = mlflow_runs(root)
     left = MlflowClient(root.tracking_uri).create_run(done.info.experiment_id, tags={"pipeline": "tiny"})
     name, outcome = run(tiny)
-    assert (name, outcome.verdict) == ("Skipped", "skipped")
+    assert (name, outcome.verdict) == ("skipped", "skipped")
     assert "nothing changed since version 1" in outcome.reason
     assert len(versions.list_versions(root, "gpt-tiny")) == 1
     statuses = {one.info.run_id: one.info.status for one in mlflow_runs(root)}
@@ -75,9 +78,9 @@ def test_a_version_from_overridden_sources_competes_only_once_the_pipeline_has_t
     assert (experiment.verdict, experiment.uri) == ("rejected", "models:/gpt-tiny/2")
     assert "corpus.sources were overridden" in experiment.reason
     name, outcome = run(changed(tiny, max_steps=120), sources_overridden=True)
-    assert name == "Skipped"
+    assert name == "skipped"
     name, outcome = run(changed(tiny, max_steps=120))
-    assert (name, outcome.uri) == ("Promoted", "models:/gpt-tiny/2")
+    assert (name, outcome.uri) == ("promoted", "models:/gpt-tiny/2")
     assert len(versions.list_versions(root, "gpt-tiny")) == len(mlflow_runs(root)) == 2
 
 
@@ -138,12 +141,12 @@ def test_a_run_killed_after_the_verdict_is_reported_by_the_next_one_without_bein
     with monkeypatch.context() as patched:
         patched.setattr("flows.registry.gate.judge_without_champion", killed)
         name, outcome = run(tiny)
-    assert (name, outcome.uri) == ("Promoted", "models:/gpt-tiny/1")
+    assert (name, outcome.uri) == ("promoted", "models:/gpt-tiny/1")
     (only,) = mlflow_runs(root)
     assert (only.info.run_id, only.info.status) == (interrupted.info.run_id, "FINISHED")
     assert "plots" in {file.path for file in client.list_artifacts(only.info.run_id)}
     assert len(client.get_metric_history(only.info.run_id, "holdout_loss")) == 1
-    assert run(tiny)[0] == "Skipped"
+    assert run(tiny)[0] == "skipped"
 
 
 def test_a_diverging_training_fails_the_mlflow_run_and_registers_nothing(tiny: Pipeline, root: StateRoot) -> None:

@@ -32,10 +32,10 @@ def test_the_split_is_chosen_on_the_first_night_and_kept_while_the_text_grows(
     (project / "text" / "one.txt").write_text(prose(1, 3000))
     run(short)
     first = split_of(root, 1)
-    assert first in CHOICES[1:] and run(short)[0] == "Skipped"
+    assert first in CHOICES[1:] and run(short)[0] == "skipped"
     chosen = asking(short, corpus=dict(zip(KEYS, first)))
     tags = VersionTags.from_tags(versions.resolve(root, "models:/gpt-tiny/1").tags)
-    assert tags.settings_key == settings_key(chosen) and run(chosen)[0] == "Skipped"
+    assert tags.settings_key == settings_key(chosen) and run(chosen)[0] == "skipped"
 
     (project / "text" / "two.txt").write_text(prose(2, 15_000))
     name, outcome = run(short)
@@ -59,11 +59,11 @@ def test_a_pipeline_of_an_earlier_release_keeps_its_split_and_does_not_retrain(
 ) -> None:
     earlier = asking(tiny, corpus={"block_bytes": 1024, "val_fraction": 0.15, "holdout_fraction": 0.2})
     paused = asking(earlier, train={"session_seconds": 0.001})
-    assert run(paused)[0] == "Paused"
+    assert run(paused)[0] == "paused"
     assert "ingest: holdout has" in caplog.text and "the gate needs 20 that are clean for both" in caplog.text
     assert run(asking(earlier, corpus=EMPTY))[1].uri == "models:/gpt-tiny/1"
     assert "unfinished training" in caplog.text, "it is found although no version has recorded a split"
     for upgraded in (earlier, asking(earlier, corpus=EMPTY)):
         name, outcome = run(upgraded)
-        assert name == "Skipped" and outcome.reason.startswith("nothing changed since version 1")
+        assert name == "skipped" and outcome.reason.startswith("nothing changed since version 1")
     assert split_of(root, 1) == (1024, 0.15, 0.2)

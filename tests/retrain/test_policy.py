@@ -15,14 +15,14 @@ from gptcore.corpus import ingest
 from tests.tiny import prose
 
 pytestmark = pytest.mark.usefixtures("prefect_server", "root")
-TRAINED = ("Promoted", "Kept champion")
+TRAINED = ("promoted", "rejected")
 
 
 def run(pipeline: Pipeline, **more: Any) -> tuple[str, Outcome]:
     sections = {name: getattr(pipeline, name) for name in SECTIONS}
     state = retrain(pipeline.name, pipeline.model_name, **sections, **more, return_state=True)
-    assert state.name is not None
-    return state.name, state.result()
+    outcome = state.result()
+    return outcome.verdict, outcome
 
 
 def asking(pipeline: Pipeline, **sections: dict[str, Any]) -> Pipeline:
@@ -35,7 +35,7 @@ def test_a_run_trains_only_if_the_share_of_new_text_is_above_the_threshold(tiny:
     assert run(asked)[0] in TRAINED
     (project / "text" / "two.txt").write_text(prose(2, 500))
     name, outcome = run(asked)
-    assert name == "Skipped"
+    assert name == "skipped"
     assert "of the text is new since version 1, no more than retrain.min_new_share 20.0%" in outcome.reason
     (project / "text" / "three.txt").write_text(prose(3, 9000))
     name, outcome = run(asked)
@@ -48,7 +48,7 @@ def test_a_run_trains_only_if_the_champion_is_worse_on_the_new_text(tiny: Pipeli
     run(asked)
     (project / "text" / "two.txt").write_text(prose(2, 2000))
     name, outcome = run(asked)
-    assert name == "Skipped" and "no more than retrain.drift_margin 0.5" in outcome.reason
+    assert name == "skipped" and "no more than retrain.drift_margin 0.5" in outcome.reason
     strange = "\n\n".join(" ".join("ZQXJVWK"[(i * j) % 7] * 3 + str(i * j) for j in range(20)) for i in range(60))
     (project / "text" / "two.txt").write_text(strange)
     name, outcome = run(asked)
@@ -62,7 +62,7 @@ def test_changed_settings_are_trained_under_any_policy_and_a_rejected_training_i
     run(strict)
     worse = asking(strict, train={"max_steps": 5})
     name, outcome = run(worse)
-    assert (name, outcome.uri) == ("Kept champion", "models:/gpt-tiny/2")
+    assert (name, outcome.uri) == ("rejected", "models:/gpt-tiny/2")
     assert "the settings are not those of version 1: train.max_steps 60 -> 5" in caplog.text
     assert run(worse)[1].reason.startswith("nothing changed since version 2")
     with monkeypatch.context() as later_release:
@@ -70,7 +70,7 @@ def test_changed_settings_are_trained_under_any_policy_and_a_rejected_training_i
         assert run(worse)[1].reason.startswith("nothing changed since version 2"), "the same documents"
     # Back to the first settings: the newest training had others, but version 1 was trained with these.
     name, outcome = run(strict)
-    assert name == "Skipped" and "learned exactly this" in outcome.reason
+    assert name == "skipped" and "learned exactly this" in outcome.reason
     assert len(versions.list_versions(root, "gpt-tiny")) == 2
 
 
@@ -81,13 +81,13 @@ def test_another_number_of_cores_is_not_a_reason_to_train(
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0})
     run(auto)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
-    assert run(auto)[0] == "Skipped"
+    assert run(auto)[0] == "skipped"
     run(asking(auto, train={"max_steps": 3}))
     assert "the settings are not those of version 1: train.max_steps 5 -> 3" in caplog.text
     assert "train.threads" not in caplog.text
     # Back to the first settings: version 1 was trained with these, on one core.
     name, outcome = run(auto)
-    assert name == "Skipped" and "learned exactly this" in outcome.reason
+    assert name == "skipped" and "learned exactly this" in outcome.reason
 
 
 @pytest.mark.parametrize("tags", [{}, {"corpus_sha256": "f" * 64}], ids=["imported", "snapshot deleted"])

@@ -34,22 +34,23 @@ def test_a_schedule_retrains_only_when_the_text_has_changed(up: Up, root: StateR
     up.start()
     wait_for(lambda: len(nights(up)) == 1, 240)
     (first,) = nights(up)
-    assert first["state"]["name"] == "Promoted" and registered(root) == [(1, first["id"])]
+    assert up.prefect.verdict(first["id"]) == "promoted" and registered(root) == [(1, first["id"])]
 
     wait_for(lambda: len(nights(up)) == 2, 240)
     second = nights(up)[1]
-    assert second["state"]["name"] == "Skipped" and "lock" not in second["state"]["message"]
+    assert up.prefect.verdict(second["id"]) == "skipped" and "lock" not in second["state"]["message"]
     assert registered(root) == [(1, first["id"])]
     (project / "text" / "two.txt").write_text(prose(2, num_words=9000))
 
     wait_for(lambda: len(nights(up)) == 3, 240)
     third = nights(up)[2]
-    assert third["state"]["name"] in ("Promoted", "Kept champion")
+    verdict = up.prefect.verdict(third["id"])
+    assert verdict in ("promoted", "rejected")
     assert registered(root) == [(1, first["id"]), (2, third["id"])]
     old, new = list_versions(root, "gpt-tiny")
     assert old.tags["corpus_sha256"] != new.tags["corpus_sha256"]
     champion = find_champion(root, "gpt-tiny")
     assert champion is not None
-    assert str(champion.version) == ("2" if third["state"]["name"] == "Promoted" else "1")
+    assert str(champion.version) == ("2" if verdict == "promoted" else "1")
     client = MlflowClient(root.tracking_uri)
     assert [client.get_run(version.run_id).info.status for version in (old, new)] == ["FINISHED", "FINISHED"]

@@ -129,7 +129,7 @@ def test_a_notification_that_was_not_accepted_is_sent_at_the_next_look(
 
 
 def succeeded(root: StateRoot, ago: timedelta) -> None:
-    last_success.record(root, "tiny", "Skipped")
+    last_success.record(root, "tiny", "skipped")
     path = root.path / "successes" / "tiny.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "at": (datetime.now(UTC) - ago).isoformat()}))
 
@@ -168,15 +168,16 @@ def test_watch_seconds_are_five_minutes_unless_given(tmp_path: Path) -> None:
 @pytest.mark.timeout(600)
 def test_a_changed_text_is_trained_on_without_a_schedule(project: Path, server: Prefect) -> None:
     def runs() -> list[str]:
-        return [run["state"]["name"] for run in server.runs() if run["parameters"].get("pipeline") == "night"]
+        started = [run for run in server.runs() if run["parameters"].get("pipeline") == "night"]
+        return [str(run["state"]["message"]).partition(": ")[0] for run in started]
 
     write_pipelines(project, watch_seconds=15, night={"triggers": [{"on": "corpus_changed"}]})
     with Serving(project, server) as lines:
         assert lines[-1] == "added      watch"
-        wait_for(lambda: runs() == ["Promoted"], 200)
+        wait_for(lambda: runs() == ["promoted"], 200)
         looks = len(list_watch_runs(server))
         (project / "text" / "two.txt").write_text(prose(2))
-        wait_for(lambda: len(runs()) == 2 and set(runs()) <= {"Promoted", "Kept champion"}, 200)
+        wait_for(lambda: len(runs()) == 2 and set(runs()) <= {"promoted", "rejected"}, 200)
         wait_for(lambda: len(list_watch_runs(server)) > looks + 2, 200)
         assert len(runs()) == 2
     write_pipelines(project, night={})

@@ -37,7 +37,7 @@ def test_up_shares_its_state_on_postgresql_and_s3_with_a_second_machine_and_leak
     try:
         up.start(**secrets)
         assert f"the state is on {url}, s3://shared/state" in up.log.read_text()
-        assert up.prefect.ended(up.prefect.start("tiny"))["name"] == "Promoted"
+        assert up.prefect.verdict(up.prefect.start("tiny")) == "promoted"
         scheduled = up.prefect.ask("flow_runs/filter", {"flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}}})
         assert "tiny" in {run["parameters"].get("pipeline") for run in scheduled}
         command_lines = [" ".join(process.cmdline()) for process in up.processes()]

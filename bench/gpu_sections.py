@@ -35,7 +35,7 @@ from gptcore.tokens.directory import Tokens
 from gptcore.tokens.files import tokenize
 from gptcore.tokens.tokenizer import get_tokenizer
 from gptcore.training.loop import update_weights
-from gptcore.training.resolve import TRAINING_VERSION
+from gptcore.training.resolve import find_training_version
 from gptcore.training.run_directory import RunDirectory
 from gptcore.training.signals import Stop
 from gptcore.training.state import TrainState
@@ -378,7 +378,7 @@ def _prepare(scale: Scale, directory: Path) -> RunDirectory:
         seed=SEED,
     )
     config = RunConfig(
-        training_version=TRAINING_VERSION,
+        training_version=find_training_version(train, is_warm_start=False),
         tokens=str(tokens.path),
         tokens_sha256=tokens.sha256,
         model=model,

@@ -42,7 +42,7 @@ from gptcore.evaluation import baselines
 from gptcore.evaluation.run_report import evaluate_run, read_scores
 from gptcore.tokens.directory import Tokens
 from gptcore.tokens.files import tokenize
-from gptcore.training.resolve import TRAINING_VERSION, resolve
+from gptcore.training.resolve import find_training_version, resolve
 from gptcore.training.run_directory import RunDirectory
 from gptcore.training.signals import Stop
 from gptcore.training.trainer import train_directory
@@ -115,14 +115,15 @@ def make_snapshots(root: StateRoot, text: Path) -> tuple[Snapshot, Snapshot]:
 def train_one_update(root: StateRoot, tokens: Tokens) -> RunDirectory:
     """Return a run directory whose training is finished."""
     run = RunDirectory(root.path / "runs" / "bench")
+    train = resolve(TrainConfig(max_steps=1, eval_batches=1, device="cpu", compile=False, threads=1))
     run.prepare(
         RunConfig(
-            training_version=TRAINING_VERSION,
+            training_version=find_training_version(train, is_warm_start=False),
             tokens=str(tokens.path),
             tokens_sha256=tokens.sha256,
             model=MODEL,
             vocab_size=tokens.n_vocab,
-            train=resolve(TrainConfig(max_steps=1, eval_batches=1, device="cpu", compile=False, threads=1)),
+            train=train,
             run_key="ab" * 32,
         )
     )

@@ -48,10 +48,11 @@ _SETTINGS = {
         "val_fraction": 0.15,
         "holdout_fraction": 0.15,
     },
-    "model": {"context_length": 32, "emb_dim": 32, "n_heads": 2, "n_layers": 1},
+    "model": {"recipe": "gpt2", "context_length": 32, "emb_dim": 32, "n_heads": 2, "n_layers": 1},
     "train": {
         "max_steps": 300,
         "batch_size": 8,
+        "optimizer": "adamw",
         "learning_rate": 0.01,
         "eval_every": 100,
         "checkpoint_steps": 50,

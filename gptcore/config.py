@@ -198,7 +198,8 @@ class ModelConfig(Section):
     recipe: Literal["gpt2", "modern"] = "gpt2"
     """The components of the model, as far as the fields below are empty. gpt2: learned positions, layer norms, GELU and
     biases. modern: rotary positions, RMS norms, normed embeddings, queries and keys, squared ReLU, no biases, and
-    blocks that begin as the identity. modern learns faster, most of all with train.optimizer: muon."""
+    blocks that begin as the identity. modern learns faster, most of all with train.optimizer: muon. Default of a
+    pipeline: modern, or gpt2 if train.start_from is set."""
     positions: Literal["learned", "rotary"] | None = None
     """How the model knows a token's position. learned: a learned vector per position. rotary: queries and keys are
     rotated by an angle that depends on the position; heads must have an even width. Empty: the recipe's."""
@@ -282,16 +283,17 @@ class TrainConfig(Section):
     """Tokens between the starts of two windows. Empty: the context length, so that windows do not overlap."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """adamw: AdamW for all weights. muon: Muon for the matrices of the blocks and AdamW for the rest, with the same
-    learning rate; it learns more from each update."""
+    learning rate; it learns more from each update. Default of a pipeline: muon, or adamw if start_from is set."""
     learning_rate: Annotated[Finite, Field(gt=0, le=10)] = 1e-3
-    """Highest learning rate of the schedule. Lower it if the loss diverges."""
+    """Highest learning rate of the schedule. Lower it if the loss diverges. Default of a pipeline: 0.02 for muon, 0.001
+    for adamw."""
     weight_decay: Annotated[Finite, Field(ge=0, le=10)] = 0.1
     """Decoupled weight decay. Applies to matrices, including embeddings, and not to biases and gains."""
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
     """How the learning rate falls after the warm-up: not at all (constant), or to zero along a cosine or a line."""
     warmup_steps: Annotated[int, Field(ge=0, le=2**48)] = 0
-    """Updates over which the learning rate rises from near zero. With 0, training begins at the highest rate, but a
-    warm start (see start_from) warms up over the first 5 percent of the updates."""
+    """Updates over which the learning rate rises from near zero, fewer than the budget has. With 0, training begins at
+    the highest rate, but a warm start (see start_from) warms up over the first 5 percent of the updates."""
     grad_clip: Annotated[Finite, Field(ge=0)] = 1.0
     """Largest norm of the gradient: a gradient with a larger norm is scaled down to it. 0 turns clipping off."""
     eval_every: Count = 25
@@ -371,6 +373,16 @@ def explain_uneven(batch_size: int, processes: int, name: str) -> str | None:
     return (
         f"batch_size {batch_size} is not divisible by {name} {processes}, and each process needs an equal share. "
         f"Set {name} {below}, or batch_size {-(-batch_size // processes) * processes}"
+    )
+
+
+def explain_long_warm_up(warmup_steps: int, updates: int | None) -> str | None:
+    """Return why the warm-up does not fit into a budget of so many updates, or None if it does or is not limited."""
+    if updates is None or warmup_steps < updates or warmup_steps == 0:
+        return None
+    return (
+        f"warmup_steps {warmup_steps} are not fewer than the {updates} updates of the budget, so the learning rate "
+        "would not reach its highest value. Lower warmup_steps, or raise the budget"
     )
 
 

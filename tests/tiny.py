@@ -39,8 +39,15 @@ TINY_PIPELINE: dict[str, Any] = {
         "val_fraction": 0.15,
         "holdout_fraction": 0.15,
     },
-    "model": {**TINY_MODEL, "context_length": 32, "emb_dim": 32, "n_layers": 1},
-    "train": {"max_steps": 60, "batch_size": 8, "learning_rate": 0.01, "eval_every": 20, "threads": 1},
+    "model": {**TINY_MODEL, "recipe": "gpt2", "context_length": 32, "emb_dim": 32, "n_layers": 1},
+    "train": {
+        "max_steps": 60,
+        "batch_size": 8,
+        "optimizer": "adamw",
+        "learning_rate": 0.01,
+        "eval_every": 20,
+        "threads": 1,
+    },
     "sample": {"prompts": ["The model"], "temperatures": [0.0], "max_new_tokens": 20},
 }
 """A pipeline that trains in a second. 9000 words of prose give it the 20 holdout blocks that the gate requires."""

@@ -12,7 +12,7 @@ from gptcore import manifest
 from gptcore.config import ModelConfig, RunConfig, Start, TrainConfig
 from gptcore.model.gpt import GPTModel
 from gptcore.tokens.directory import Tokens
-from gptcore.training.resolve import TRAINING_VERSION
+from gptcore.training.resolve import find_training_version
 from gptcore.training.run_directory import Result, RunDirectory
 from gptcore.training.signals import Stop
 from gptcore.training.trainer import train_directory
@@ -66,13 +66,14 @@ def prepare(
         weights = path.with_name("ancestor.safetensors")
         cfg = ModelConfig(**model).build_cfg(tokens.n_vocab)
         save_file(GPTModel(cfg).state_dict(), weights)
+    asked = TrainConfig(**{**TRAIN, **train})
     config = RunConfig(
-        training_version=TRAINING_VERSION,
+        training_version=find_training_version(asked, is_warm_start=weights is not None),
         tokens=str(tokens.path),
         tokens_sha256=tokens.sha256,
         model=ModelConfig(**model),
         vocab_size=tokens.n_vocab,
-        train=TrainConfig(**{**TRAIN, **train}),
+        train=asked,
         start=Start(uri="models:/m/1", weights_sha256=manifest.sha256_of_file(weights)) if weights else None,
         run_key="ab" * 32,
     )

@@ -47,10 +47,14 @@ class RunCommand(click.Command):
         from flows.config.pipelines import SECTIONS, Pipeline
 
         for section in SECTIONS:
-            fields = Pipeline.model_fields[section].annotation.model_fields  # type: ignore[union-attr]
+            default = Pipeline.model_fields[section].default
+            fields = type(default).model_fields
             with formatter.section(f"Keys of {section}"):
                 formatter.write_dl(
-                    [(f"{section}.{key}", f"{field.description} [{field.default}]") for key, field in fields.items()]
+                    [
+                        (f"{section}.{key}", f"{field.description} [{getattr(default, key)}]")
+                        for key, field in fields.items()
+                    ]
                 )
 
 

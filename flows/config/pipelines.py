@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, model_validator
 
-from flows.config import yaml
+from flows.config import defaults, yaml
 from flows.config.schedule import ScheduleConfig
 from flows.config.yaml import MAX_BYTES, Marks, UnsupportedYAML
 from flows.notifications.events import CORPUS_CHANGED, MODEL_PROMOTED, model_resource, pipeline_resource
@@ -28,10 +28,11 @@ from gptcore.config import (
     RetrainConfig,
     SampleConfig,
     TrainConfig,
+    explain_long_warm_up,
 )
 from gptcore.credentials import shorten_addresses
 from gptcore.errors import ConfigError
-from gptcore.sections import Section, check
+from gptcore.sections import KeyPath, Section, check
 
 SECTIONS = ("corpus", "model", "train", "evaluate", "sample", "gate", "retrain")
 """The sections of a pipeline. Their keys are merged one by one. Each section is a parameter of the flow."""
@@ -104,8 +105,8 @@ class Pipeline(Section):
     model_name: str = Field(pattern=NAME)
     """The registered model that its champions belong to. Default: gpt-<pipeline>."""
     corpus: CorpusConfig = CorpusConfig()
-    model: ModelConfig = ModelConfig()
-    train: TrainConfig = TrainConfig()
+    model: ModelConfig = defaults.MODEL
+    train: TrainConfig = defaults.TRAIN
     evaluate: EvaluateConfig = EvaluateConfig()
     sample: SampleConfig = SampleConfig()
     gate: GateConfig = GateConfig()
@@ -162,12 +163,14 @@ class PipelinesFile:
         if merged["name"] != name:
             where = self._where(name, ("name",), layers)
             raise ConfigError(f"{where}: there is no such key; the key of a pipeline is its name")
-        built, problems = check(Pipeline, merged)
+        built, problems = check_pipeline(merged)
         if built is None:
             raise ConfigError("\n".join(f"{self._where(name, path, layers)}: {what}" for path, what in problems))
         for index, trigger in enumerate(built.triggers):
             if (what := self._wrong_model(trigger, built)) is not None:
                 raise ConfigError(f"{self._where(name, ('triggers', index, 'model'), layers)}: {what}")
+        if (what := explain_long_warm_up(built.train.warmup_steps, built.train.max_steps)) is not None:
+            raise ConfigError(f"{self._where(name, ('train', 'warmup_steps'), layers)}: {what}")
         corpus = built.corpus.model_copy(
             update={"sources": tuple(_absolute(source, self.path.parent) for source in built.corpus.sources)}
         )
@@ -248,6 +251,14 @@ def find_pipelines_file(given: str | None) -> Path:
         what = "is not a file" if path.exists() else "does not exist"
         raise ConfigError(f"{path} {what}. Go to a directory with a pipelines.yaml, or name one with --file.")
     return path
+
+
+def check_pipeline(given: Mapping[str, Any]) -> tuple[Pipeline | None, list[tuple[KeyPath, str]]]:
+    """Return the pipeline of plain data and no problems, or None and every problem, as `gptcore.sections.check` does.
+
+    Fills in the defaults that depend on other keys (defaults.py).
+    """
+    return check(Pipeline, defaults.fill_defaults(given))
 
 
 def merge(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

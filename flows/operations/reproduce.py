@@ -16,7 +16,14 @@ from typing import Any
 from rich.table import Table
 
 from flows.registry import versions
-from flows.registry.differences import Difference, Materials, differences, materials, usable_processes
+from flows.registry.differences import (
+    Difference,
+    Materials,
+    differences,
+    materials,
+    training_version_today,
+    usable_processes,
+)
 from flows.retrain.trainer_process import train
 from flows.state.console import Console, print_table
 from flows.state.locks import try_lock
@@ -31,7 +38,6 @@ from gptcore.evaluation.run_report import reported_side
 from gptcore.evaluation.weights import choose_scoring_device, load_model
 from gptcore.sections import parse_recorded
 from gptcore.tokens.directory import Tokens
-from gptcore.training.resolve import TRAINING_VERSION
 from gptcore.training.run_directory import MetricsLine, Result, RunDirectory
 
 
@@ -183,7 +189,7 @@ def _run_config(named: Reproduction, then: Mapping[str, Any], there: Materials) 
     train = {**recorded["train"], **(then.get("executions") or [{}])[-1]}
     device = str(choose_usable_device(train["device"]))
     today: dict[str, Any] = {
-        "training_version": TRAINING_VERSION,
+        "training_version": training_version_today(then),
         "tokens": str(there.tokens.path.resolve()),
         "tokens_sha256": there.tokens.sha256,
         "vocab_size": there.tokens.n_vocab,

@@ -7,6 +7,7 @@ these texts, and retention keeps the ancestors. lineage.py records everything el
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mlflow.entities.model_registry import ModelVersion
 
@@ -124,4 +125,12 @@ def _check_fits(pipeline: Pipeline, uri: str, loaded: LoadedModel) -> None:
     for key in dict.fromkeys((*requested, *loaded.cfg)):
         own, theirs = (cfg.get(key, RECIPES["gpt2"].get(key)) for cfg in (requested, loaded.cfg))
         if own != theirs and key not in ("drop_rate", "init"):
+            if (recipe := _find_recipe(loaded.cfg)) not in (None, pipeline.model.recipe):
+                fix = f"Set model.recipe: {recipe}, or train.start_from: scratch."
             raise ConfigError(f"train.start_from: {uri} has model.{key} {theirs}, here it is {own}. {fix}")
+
+
+def _find_recipe(cfg: Mapping[str, Any]) -> str | None:
+    """Return the recipe that has all components of a model, or None if they are of no recipe."""
+    of_model = {key: cfg.get(key, option) for key, option in RECIPES["gpt2"].items() if key != "init"}
+    return next((name for name, options in RECIPES.items() if of_model.items() <= options.items()), None)

@@ -16,14 +16,15 @@ from flows.registry.ancestry import load_tokenizer
 from flows.state.root import StateRoot
 from gptcore import manifest
 from gptcore.bundle import WEIGHTS
-from gptcore.config import TrainConfig
+from gptcore.config import RunConfig, TrainConfig
 from gptcore.corpus.snapshot import DOCUMENTS, Snapshot, load_snapshot
 from gptcore.devices import choose_usable_device, count_devices
 from gptcore.errors import CheckpointError, GPTCoreError
+from gptcore.sections import parse_recorded
 from gptcore.tokens.directory import Tokens
 from gptcore.tokens.files import load_tokens, tokenize
 from gptcore.tokens.tokenizer import Tokenizer
-from gptcore.training.resolve import TRAINING_VERSION, resolve
+from gptcore.training.resolve import find_training_version, resolve
 
 Lineage = Mapping[str, Any]
 
@@ -72,6 +73,12 @@ def usable_processes(recorded_device: str, recorded: int) -> int:
     return recorded if has_room else 1
 
 
+def training_version_today(then: Lineage) -> int:
+    """Return the version of today's arithmetic for the recorded settings."""
+    recorded = parse_recorded(RunConfig, then["run_config"], "run_config of the lineage")
+    return find_training_version(recorded.train, is_warm_start=recorded.start is not None)
+
+
 def _packages(then: Lineage) -> Iterator[Difference]:
     recorded = then["packages"]
     for name, now in lineage.packages(list(recorded)).items():
@@ -85,7 +92,7 @@ def _code(then: Lineage) -> Iterator[Difference]:
     for key, what in (("gptcore_sha256", "source of gptcore"), ("code_commit", "commit"), ("code_dirty", "edited")):
         for difference in _compare(what, then.get(key), now[key]):
             yield replace(difference, is_decisive=False)
-    yield from _compare("training version", then["run_config"]["training_version"], TRAINING_VERSION)
+    yield from _compare("training version", then["run_config"]["training_version"], training_version_today(then))
 
 
 def _settings(then: Lineage) -> Iterator[Difference]:

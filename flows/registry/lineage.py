@@ -22,7 +22,7 @@ from gptcore.corpus.snapshot import DOCUMENTS, Snapshot
 from gptcore.evaluation.run_report import Scores
 from gptcore.sections import hashed_keys
 from gptcore.tokens.directory import Tokens
-from gptcore.training.resolve import TRAINING_VERSION
+from gptcore.training.resolve import find_training_version
 from gptcore.training.run_directory import Result, RunDirectory
 
 PACKAGES = (
@@ -78,7 +78,7 @@ def settings_key(pipeline: Pipeline) -> str:
             "corpus": hashed_keys(pipeline.corpus, _CORPUS_KEYS_OUTSIDE),
             "model": {**hashed_keys(pipeline.model, {"size"}), **pipeline.model.shape()},
             "train": hashed_keys(pipeline.train, EXECUTION_KEYS),
-            "training_version": TRAINING_VERSION,
+            "training_version": find_training_version(pipeline.train, pipeline.train.start_from != "scratch"),
         }
     )
 

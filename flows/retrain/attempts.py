@@ -22,10 +22,11 @@ from flows.registry import ancestry, versions
 from flows.registry.ancestry import Ancestor, WarmStart
 from flows.registry.lineage import run_key, settings_key
 from flows.registry.tags import VersionTags
+from flows.retrain.changed_settings import describe_changed_settings
 from flows.state.root import StateRoot
 from flows.tracking import runs
 from gptcore import manifest
-from gptcore.config import RunConfig, Start, TrainConfig
+from gptcore.config import RunConfig, Start, TrainConfig, explain_long_warm_up
 from gptcore.corpus.snapshot import Snapshot, load_snapshot
 from gptcore.corpus.split import fill_settings, has_empty_settings
 from gptcore.errors import CheckpointError, ConfigError, NewerFormat, TrainingDiverged
@@ -35,8 +36,9 @@ from gptcore.sections import parse_recorded
 from gptcore.tokens.directory import Tokens, read_manifest
 from gptcore.tokens.files import load_tokens, tokenize
 from gptcore.training import memory
-from gptcore.training.batches import check_sizes
-from gptcore.training.resolve import TRAINING_VERSION, describe_changes, resolve
+from gptcore.training.batches import Batches, check_sizes
+from gptcore.training.loop import steps_in_budget
+from gptcore.training.resolve import describe_changes, find_training_version, resolve
 from gptcore.training.run_directory import RunDirectory
 
 CURRENT = "current.json"
@@ -185,9 +187,17 @@ def configure(run: RunDirectory, pipeline: Pipeline, tokens: Tokens, tokens_path
 
 
 def check_fits(pipeline: Pipeline, tokens: Tokens) -> None:
-    """Raise CorpusError if the text is too short for the batches, ConfigError if the model is too large for memory."""
+    """Check that the training is possible with this text on this machine.
+
+    Raises CorpusError if the text is too short for the batches, ConfigError if the warm-up is too long for the budget
+    or the model is too large for memory.
+    """
     train, context = pipeline.train, pipeline.model.shape()["context_length"]
-    check_sizes(tokens, context, train.stride or context, train.batch_size * train.accumulation)
+    stride = train.stride or context
+    check_sizes(tokens, context, stride, train.batch_size * train.accumulation)
+    batches = Batches(tokens.side("train"), context, stride, train.batch_size, train.accumulation, train.seed)
+    if (problem := explain_long_warm_up(train.warmup_steps, steps_in_budget(train, batches))) is not None:
+        raise ConfigError(f"train: {problem}.")
     memory.check(pipeline.model, train, tokens.n_vocab)
 
 
@@ -236,6 +246,27 @@ def find_unfinished(root: StateRoot, pipeline: Pipeline, sources_overridden: boo
     )
 
 
+def explain_restart(root: StateRoot, pipeline: Pipeline, sources_overridden: bool = False) -> str:
+    """Return why `find_unfinished` does not resume a training, if other settings are the reason. Empty otherwise.
+
+    They may be settings that the file leaves to this release, or the arithmetic of this release.
+    """
+    path = _current_run_directory(root.path / "runs" / pipeline.name, sources_overridden)
+    if path is None:
+        return ""
+    run = RunDirectory(path)
+    try:
+        config = run.read_config()
+    except ConfigError:
+        return ""
+    if run.read_result() is not None or isinstance(run.read_failure(), TrainingDiverged):
+        return ""
+    left_open = ["threads", *(key for key, value in pipeline.train if value == "auto")]
+    recorded = config.model_dump(mode="json", include={"model", "train"})
+    changed = describe_changed_settings(pipeline, recorded, config, left_open)
+    return f"the unfinished training {path.name} is not resumed: {changed}" if changed else ""
+
+
 def _verify_snapshot(snapshot: Snapshot, run: str) -> None:
     """Raise CheckpointError if the text of an unfinished training was altered since it was ingested."""
     try:
@@ -272,7 +303,7 @@ def read_current(directory: Path) -> dict[str, str]:
 
 def _run_config(pipeline: Pipeline, tokens: Tokens, tokens_path: str, start: Start | None) -> RunConfig:
     return RunConfig(
-        training_version=TRAINING_VERSION,
+        training_version=find_training_version(pipeline.train, is_warm_start=start is not None),
         tokens=tokens_path,
         tokens_sha256=tokens.sha256,
         model=pipeline.model,
@@ -288,7 +319,8 @@ def _name_start(start: WarmStart | None) -> Start | None:
 
 
 def _run_key(pipeline: Pipeline, tokens: Tokens, start: WarmStart | Start | None) -> str:
-    return run_key(pipeline, tokens, TRAINING_VERSION, start.weights_sha256 if start else None)
+    version = find_training_version(pipeline.train, is_warm_start=start is not None)
+    return run_key(pipeline, tokens, version, start.weights_sha256 if start else None)
 
 
 def _run_key_as_recorded(

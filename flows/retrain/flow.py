@@ -229,6 +229,8 @@ class _Retraining:
             self.pipeline = attempts.keep_split(self.pipeline, attempt.snapshot.split)
             reason = self.compare(attempt.snapshot)
             self.collect_changes(reason, attempt.tokens, attempt.snapshot)
+        elif why := attempts.explain_restart(self.root, self.as_requested, self.sources_overridden):
+            get_run_logger().info(why, extra={"step": "resume"})
         return attempt
 
     def start_new(self) -> Attempt | str:

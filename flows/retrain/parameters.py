@@ -11,9 +11,8 @@ from prefect.client.orchestration import get_client
 from prefect.context import FlowRunContext
 from prefect.exceptions import ObjectNotFound
 
-from flows.config.pipelines import Pipeline, merge
+from flows.config.pipelines import Pipeline, check_pipeline, merge
 from gptcore.errors import ConfigError
-from gptcore.sections import check
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ def merge_parameters(registered: dict[str, Any], given: dict[str, Any]) -> Pipel
     layers = [{key: value for key, value in layer.items() if key != "pipeline"} for layer in (registered, given)]
     name = given.get("pipeline", registered.get("pipeline"))
     values = {key: value for key, value in merge(layers).items() if key in Pipeline.model_fields}
-    pipeline, problems = check(Pipeline, {"name": name, **values})
+    pipeline, problems = check_pipeline({"name": name, **values})
     if pipeline is None:
         raise ConfigError("\n".join(f"{'.'.join(map(str, path))}: {problem}" for path, problem in problems))
     return pipeline

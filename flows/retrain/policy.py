@@ -16,23 +16,22 @@ from flows.registry import versions
 from flows.registry.loading import load
 from flows.registry.tags import VersionTags
 from flows.retrain import hold
+from flows.retrain.changed_settings import describe_changed_settings
 from flows.state.root import StateRoot
-from flows.tracking.runs import flatten
 from gptcore import manifest
-from gptcore.config import EXECUTION_KEYS
+from gptcore.config import RunConfig
 from gptcore.corpus.diff import Delta, compare_snapshots, pick_new_blocks
 from gptcore.corpus.snapshot import Snapshot
-from gptcore.corpus.split import SPLIT_KEYS
 from gptcore.devices import choose_usable_device, release_memory
-from gptcore.errors import CheckpointError
+from gptcore.errors import CheckpointError, ConfigError
 from gptcore.evaluation.bits_per_byte import evaluate_blocks
+from gptcore.sections import parse_recorded
 from gptcore.tokens.directory import Tokens
 from gptcore.tokens.divergence import compute_train_divergence
 from gptcore.tokens.files import load_tokens
 
 DRIFT_BYTES = 32_768
 """Maximum of new text that the champion is scored on, in bytes."""
-_MAX_NAMED = 3  # changed settings that a sentence names
 
 Row = tuple[str, str]
 
@@ -179,21 +178,9 @@ def _describe_settings(root: StateRoot, pipeline: Pipeline, newest: ModelVersion
     """Return a sentence that names the settings that differ from those of the newest training."""
     sentence = f"the settings are not those of version {newest.version}"
     try:
-        then = flatten(versions.read_lineage(root, newest)["config"])
-    except (versions.RegistryError, KeyError):
+        lineage = versions.read_lineage(root, newest)
+        recorded = parse_recorded(RunConfig, lineage["run_config"], "config.json") if "run_config" in lineage else None
+        changed = describe_changed_settings(pipeline, lineage["config"], recorded, left_open)
+    except (versions.RegistryError, ConfigError, KeyError):
         return sentence
-    now = flatten(pipeline.model_dump(mode="json"))
-    execution = tuple(f"train.{key}" for key in (*EXECUTION_KEYS, *left_open))
-    reading = ("corpus.sources", "corpus.exclude", "corpus.text", "corpus.formats", "corpus.encoding")
-    outside = ("retrain.", "gate.", "evaluate.", "sample.", *reading, *execution)
-    differing = [
-        f"{key} {then.get(key, 'absent')} -> {now[key]}"
-        for key in now
-        if key in then and then[key] != now[key] and not key.startswith(outside)
-    ]
-    named = ", ".join(differing[:_MAX_NAMED]) + (
-        f" and {len(differing) - _MAX_NAMED} more" if len(differing) > _MAX_NAMED else ""
-    )
-    moves = "; this moves text between train, val and holdout, so the gate scores less text that neither has learned"
-    has_moved = any(f"corpus.{key}" in now and then.get(f"corpus.{key}") != now[f"corpus.{key}"] for key in SPLIT_KEYS)
-    return (f"{sentence}: {named}" if named else sentence) + (moves if has_moved else "")
+    return f"{sentence}: {changed}" if changed else sentence

@@ -1,7 +1,7 @@
 """The training loop: a generator that updates the weights once per iteration.
 
 The caller (trainer.py) decides when to evaluate, log, save or stop. All that is resumed is in `TrainState`. If a
-change gives other weights, raise resolve.TRAINING_VERSION.
+change gives other weights, see resolve.find_training_version.
 """
 
 import contextlib

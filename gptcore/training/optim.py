@@ -1,7 +1,7 @@
 """How weights are updated: parameter groups, the optimizer, and the learning rate over the course of a training.
 
 The learning rate is a pure function of the update and of the fraction of the budget used, so a checkpoint does not
-store it. If a change gives other weights, raise resolve.TRAINING_VERSION.
+store it. If a change gives other weights, see resolve.find_training_version.
 """
 
 import math
@@ -51,11 +51,19 @@ def _is_inner_matrix(name: str, parameter: nn.Parameter) -> bool:
 def learning_rate(cfg: TrainConfig, step: int, progress: float) -> float:
     """Return the rate of update number `step` (from 0), at the fraction `progress` (0 to 1) of the budget.
 
-    Example: with warmup_steps 3 and a constant schedule, updates 0 to 3 get 1/4, 2/4, 3/4 and 4/4 of the rate.
+    The rate rises over the first `warmup_steps` updates. The next update has the highest rate, from which it falls over
+    the rest of the budget.
+
+    Example: with 8 updates, warmup_steps 3 and a linear schedule, the updates get 1/4, 2/4, 3/4, 1, 4/5, 3/5, 2/5 and
+    1/5 of the rate.
     """
-    warm_up = min(1.0, (step + 1) / (cfg.warmup_steps + 1))
-    decay = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}
-    return cfg.learning_rate * warm_up * decay[cfg.schedule]
+    if step <= cfg.warmup_steps:
+        return cfg.learning_rate * ((step + 1) / (cfg.warmup_steps + 1))
+    # The share of the budget that the warm-up took. For a budget in seconds, this assumes updates of equal length.
+    warm_up = progress * cfg.warmup_steps / step
+    fallen = (progress - warm_up) / (1.0 - warm_up)
+    decay = {"constant": 1.0, "linear": 1.0 - fallen, "cosine": 0.5 * (1.0 + math.cos(math.pi * fallen))}
+    return cfg.learning_rate * decay[cfg.schedule]
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

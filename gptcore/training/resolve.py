@@ -5,8 +5,10 @@ from gptcore.devices import can_compute_in_bf16, count_devices, find_device
 from gptcore.errors import ConfigError
 from gptcore.processes import count_cpus
 
-TRAINING_VERSION = 2
-"""Raised whenever a change of gptcore/model or gptcore/training gives other weights, so that their run keys differ."""
+TRAINING_VERSION = 3
+"""Raised by a change of gptcore/model or gptcore/training that gives other weights, so that their run keys differ.
+
+`find_training_version` says which trainings it concerns."""
 
 
 def resolve(train: TrainConfig, precision_so_far: Precision = "auto") -> TrainConfig:
@@ -43,6 +45,16 @@ def resolve(train: TrainConfig, precision_so_far: Precision = "auto") -> TrainCo
             "processes": processes,
         }
     )
+
+
+def find_training_version(train: TrainConfig, is_warm_start: bool) -> int:
+    """Return the version of the arithmetic of a training: that of the newest change that concerns its settings.
+
+    So a change that gives other weights starts no other training again. Version 3: after a warm-up, which every warm
+    start has, the rate falls from its highest value. Before, it fell from the first update on.
+    """
+    has_warm_up = train.warmup_steps > 0 or is_warm_start
+    return TRAINING_VERSION if has_warm_up and train.schedule != "constant" else 2
 
 
 def describe_changes(before: TrainConfig, now: TrainConfig) -> str:

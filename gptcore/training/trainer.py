@@ -36,7 +36,7 @@ from gptcore.training.batches import Batches, BatchPairs, check_sizes, make_eval
 from gptcore.training.distributed import ALONE, Ranks, join_ranks
 from gptcore.training.loop import evaluate_loss, is_budget_reached, is_evaluation_step, run_updates, steps_in_budget
 from gptcore.training.rendezvous import has_restarting_launcher, remove_old_stores
-from gptcore.training.resolve import TRAINING_VERSION, resolve
+from gptcore.training.resolve import find_training_version, resolve
 from gptcore.training.run_directory import STOPPED, Paused, Result, RunDirectory, Update, describe_result
 from gptcore.training.signals import Stop
 from gptcore.training.state import TrainState
@@ -363,10 +363,11 @@ def _load_start(state: TrainState, directory: RunDirectory, sha256: str) -> None
 
 def _load_checked_tokens(directory: RunDirectory, config: RunConfig, must_verify: bool) -> Tokens:
     """Open the tokens that config.json names. One rank of each machine verifies the files."""
-    if config.training_version != TRAINING_VERSION:
+    version = find_training_version(config.train, is_warm_start=config.start is not None)
+    if config.training_version != version:
         raise CheckpointError(
             f"{directory.path} was prepared for training version {config.training_version}, this release has version "
-            f"{TRAINING_VERSION}. Prepare another run directory."
+            f"{version} for its settings. Prepare another run directory."
         )
     tokens = load_tokens(directory.tokens_path(), must_verify)
     if tokens.sha256 != config.tokens_sha256:

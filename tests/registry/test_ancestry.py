@@ -66,6 +66,7 @@ def test_a_start_that_does_not_fit_is_refused_with_both_values(tiny: Pipeline, r
     for section, keys, part in (
         ("corpus", {"tokenizer": "gpt2"}, "tokenizer bytes, corpus.tokenizer is gpt2"),
         ("model", {"emb_dim": 64}, "model.emb_dim 32, here it is 64"),
+        ("model", {"recipe": "modern"}, "Set model.recipe: gpt2, or train.start_from: scratch."),
         ("train", {"start_from": "models:/gpt-tiny/9"}, "models:/gpt-tiny/9 does not exist"),
     ):
         warm = asking(asking(tiny, train={"start_from": "champion"}), **{section: keys})

@@ -12,8 +12,8 @@ from flows.registry.differences import differences
 from flows.retrain import attempts
 from flows.state.root import StateRoot
 from gptcore.corpus.ingest import ingest
-from gptcore.errors import CheckpointError, TrainingDiverged
-from gptcore.tokens.files import tokenize
+from gptcore.errors import CheckpointError, ConfigError, TrainingDiverged
+from gptcore.tokens.files import load_tokens, tokenize
 from gptcore.training.run_directory import RunDirectory
 from tests.retrain.test_policy import asking, run
 from tests.tiny import prose
@@ -79,12 +79,18 @@ def test_a_training_that_failed_or_has_other_settings_or_sources_is_not_resumed(
 ) -> None:
     asked = paused_once(tiny)
     assert attempts.find_unfinished(root, resolved(asked)) is not None
-    assert attempts.find_unfinished(root, resolved(asking(asked, train={"learning_rate": 0.02}))) is None
+    other = asking(asked, train={"learning_rate": 0.02})
+    assert attempts.find_unfinished(root, resolved(other)) is None
+    assert attempts.explain_restart(root, resolved(other)).endswith("is not resumed: train.learning_rate 0.01 -> 0.02")
+    long_warm_up = asking(asked, train={"max_steps": None, "max_epochs": 1, "warmup_steps": 10**6})
+    tokens = load_tokens(next(root.tokens.glob("[0-9a-f]*")))
+    with pytest.raises(ConfigError, match=r"warmup_steps 1000000 are not fewer than the \d\d+ updates of the budget"):
+        attempts.check_fits(long_warm_up, tokens)
     assert attempts.find_unfinished(root, resolved(asked), sources_overridden=True) is None
     assert attempts.find_unfinished(root, resolved(asking(asked, train={"start_from": "champion"}))) is not None
     (directory,) = run_directories(root)
     RunDirectory(directory).record_failure(TrainingDiverged("it diverged", 1))
-    assert attempts.find_unfinished(root, resolved(asked)) is None
+    assert attempts.find_unfinished(root, resolved(asked)) is None and not attempts.explain_restart(root, other)
 
 
 def test_a_training_goes_on_with_another_number_of_cores_and_the_run_and_the_version_say_so(

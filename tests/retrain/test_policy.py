@@ -60,10 +60,13 @@ def test_changed_settings_are_trained_under_any_policy_and_a_rejected_training_i
 ) -> None:
     strict = asking(tiny, retrain={"when": "share", "min_new_share": 0.9})
     run(strict)
-    worse = asking(strict, train={"max_steps": 5})
+    worse = asking(strict, train={"max_steps": 5, "optimizer": "muon"})
     name, outcome = run(worse)
     assert (name, outcome.uri) == ("rejected", "models:/gpt-tiny/2")
-    assert "the settings are not those of version 1: train.max_steps 60 -> 5" in caplog.text
+    changed = (
+        "train.max_steps 60 -> 5, train.optimizer adamw -> muon; these are the defaults now: to keep the old ones,"
+    )
+    assert f"the settings are not those of version 1: {changed} set train.optimizer: adamw (" in caplog.text
     assert run(worse)[1].reason.startswith("nothing changed since version 2")
     with monkeypatch.context() as later_release:
         later_release.setattr(ingest, "CORPUS_VERSION", 99)

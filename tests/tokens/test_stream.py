@@ -17,7 +17,7 @@ from gptcore.tokens import stream
 from gptcore.tokens.directory import Tokens
 from gptcore.tokens.files import load_tokens, tokenize
 from gptcore.training.batches import Batches, make_eval_batches
-from gptcore.training.resolve import TRAINING_VERSION
+from gptcore.training.resolve import find_training_version
 from gptcore.training.run_directory import RunDirectory
 from gptcore.training.signals import Stop
 from gptcore.training.trainer import train_directory
@@ -144,18 +144,19 @@ def test_credentials_are_refused_in_the_url_and_read_from_the_environment(
 
 def test_a_run_directory_that_names_a_url_trains_the_same_weights(tokens: Tokens, tmp_path: Path) -> None:
     weights = []
+    train = TrainConfig(
+        max_steps=3, batch_size=2, device="cpu", precision="fp32", compile=False, threads=1, eval_batches=2
+    )
     for number, place in enumerate((str(tokens.path), put(tokens, f"file://{tmp_path}/away"))):
         run = RunDirectory(tmp_path / f"run{number}")
         run.prepare(
             RunConfig(
-                training_version=TRAINING_VERSION,
+                training_version=find_training_version(train, is_warm_start=False),
                 tokens=place,
                 tokens_sha256=tokens.sha256,
                 model=ModelConfig(**TINY_MODEL),
                 vocab_size=tokens.n_vocab,
-                train=TrainConfig(
-                    max_steps=3, batch_size=2, device="cpu", precision="fp32", compile=False, threads=1, eval_batches=2
-                ),
+                train=train,
                 run_key="ab" * 32,
             )
         )

@@ -76,7 +76,7 @@ def test_every_update_is_reported_with_its_numbers():
     assert [update.tokens_seen for update in updates] == [128 * step for step in range(1, 8)]
     assert [update.epoch for update in updates] == pytest.approx([step / 2 for step in range(1, 8)])
     assert [update.progress for update in updates] == pytest.approx([step / 7 for step in range(1, 8)])
-    rates = [0.01 * min(1, (step + 1) / 2) * (1 - step / 7) for step in range(7)]
+    rates = [0.01 * share for share in (1 / 2, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6)]
     assert [update.learning_rate for update in updates] == pytest.approx(rates)
     assert all(0 < update.loss < 10 and update.grad_norm > 0 and update.tokens_per_second > 0 for update in updates)
     assert updates[-1].seconds == state.seconds > updates[0].seconds > 0

@@ -67,6 +67,23 @@ def test_the_learning_rate_rises_in_equal_steps_during_warm_up():
     assert [learning_rate(cfg, step, 0.0) for step in range(6)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
 
 
+@pytest.mark.parametrize(
+    ("schedule", "shares"),
+    [
+        ("constant", [1 / 4, 2 / 4, 3 / 4, 1, 1, 1, 1, 1]),
+        ("linear", [1 / 4, 2 / 4, 3 / 4, 1, 4 / 5, 3 / 5, 2 / 5, 1 / 5]),
+        ("cosine", [1 / 4, 2 / 4, 3 / 4, 1, 0.904508, 0.654508, 0.345492, 0.095492]),
+    ],
+)
+def test_the_learning_rate_reaches_its_highest_value_after_the_warm_up_and_falls_from_there(schedule, shares):
+    cfg = TrainConfig(schedule=schedule, learning_rate=1.0, warmup_steps=3)
+    assert [learning_rate(cfg, step, step / 8) for step in range(8)] == pytest.approx(shares, abs=1e-6)
+    in_seconds = [0.0, 0.1, 0.25, 0.4, 0.5, 0.7, 0.8, 0.95]  # updates of unequal length
+    rates = [learning_rate(cfg, step, progress) for step, progress in enumerate(in_seconds)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0] and rates[3:] == sorted(rates[3:], reverse=True)
+    assert learning_rate(cfg, 8, 1.0) == pytest.approx(1.0 if schedule == "constant" else 0.0)
+
+
 def test_without_warm_up_the_first_update_has_the_full_learning_rate():
     assert learning_rate(TrainConfig(learning_rate=0.5), 0, 0.0) == 0.5
 

@@ -18,7 +18,7 @@ from gptcore.errors import CheckpointError, ConfigError, CorpusError, GPTCoreErr
 from gptcore.tokens.files import load_tokens
 from gptcore.training import trainer
 from gptcore.training.batches import Batches
-from gptcore.training.resolve import TRAINING_VERSION, resolve
+from gptcore.training.resolve import TRAINING_VERSION, find_training_version, resolve
 from gptcore.training.signals import Stop
 from gptcore.training.state import TrainState
 from gptcore.training.trainer import train_directory
@@ -308,8 +308,22 @@ def test_a_training_that_began_elsewhere_in_bf16_keeps_it_at_auto(make):
 def test_a_directory_of_another_training_version_is_refused_with_both_versions(make):
     run = make()
     edit_config(run, None, "training_version", 999)
-    with pytest.raises(CheckpointError, match=f"version 999, this release has version {TRAINING_VERSION}"):
+    with pytest.raises(CheckpointError, match=f"version 999, this release has version {TRAINING_VERSION} for its"):
         finish(run)
+
+
+@pytest.mark.parametrize(
+    ("given", "is_warm_start", "version"),
+    [
+        ({}, False, 2),
+        ({"schedule": "linear"}, False, 2),
+        ({"warmup_steps": 3}, False, 3),
+        ({}, True, 3),
+        ({"warmup_steps": 3, "schedule": "constant"}, True, 2),
+    ],
+)
+def test_a_training_without_warm_up_keeps_the_version_of_earlier_releases(given, is_warm_start, version):
+    assert find_training_version(TrainConfig(**given), is_warm_start) == version
 
 
 def test_a_directory_without_configuration_is_refused_and_left_unchanged(tmp_path):

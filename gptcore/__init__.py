@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from gptcore.bundle import load
     from gptcore.evaluation.bits_per_byte import evaluate_model
     from gptcore.evaluation.plots import plot_losses
+    from gptcore.generation.book import generate
     from gptcore.generation.generate import (
         generate_and_print_sample,
         generate_text_simple,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from gptcore.model.attention import MultiHeadAttention
     from gptcore.model.gpt import GELU, FeedForward, GPTModel, LayerNorm, TransformerBlock
     from gptcore.model.loss import calc_loss_batch, calc_loss_loader
+    from gptcore.model.openai_weights import load_weights_into_gpt
     from gptcore.train import train_model_simple
     from gptcore.training.batches import GPTDatasetV1, create_dataloader_v1
 
@@ -40,9 +42,11 @@ __all__ = [
     "calc_loss_loader",
     "create_dataloader_v1",
     "evaluate_model",
+    "generate",
     "generate_and_print_sample",
     "generate_text_simple",
     "load",
+    "load_weights_into_gpt",
     "plot_losses",
     "text_to_token_ids",
     "token_ids_to_text",
@@ -53,6 +57,7 @@ _HOMES = {
     "bundle": ("load",),
     "training.batches": ("GPTDatasetV1", "create_dataloader_v1"),
     "evaluation.bits_per_byte": ("evaluate_model",),
+    "generation.book": ("generate",),
     "generation.generate": (
         "generate_and_print_sample",
         "generate_text_simple",
@@ -60,6 +65,7 @@ _HOMES = {
         "token_ids_to_text",
     ),
     "model.loss": ("calc_loss_batch", "calc_loss_loader"),
+    "model.openai_weights": ("load_weights_into_gpt",),
     "model.attention": ("MultiHeadAttention",),
     "model.gpt": ("GELU", "FeedForward", "GPTModel", "LayerNorm", "TransformerBlock"),
     "evaluation.plots": ("plot_losses",),
@@ -76,7 +82,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted([*__all__, *(name for name in globals() if name.startswith("__"))])
 
 
 _MOVED = {
@@ -84,6 +90,15 @@ _MOVED = {
     "gptcore.writing": "gptcore.generation",
     "gptcore.writing.sampling": "gptcore.generation.sampling",
 }
+
+
+class _CallableModule(ModuleType):
+    """The module `gptcore.generate`, which is also the book's function: importing it takes the function's name."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        from gptcore.generation.book import generate
+
+        return generate(*args, **kwargs)
 
 
 class _MovedModules:
@@ -95,8 +110,8 @@ class _MovedModules:
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         return ModuleSpec(name, self, is_package=name == "gptcore.writing") if name in _MOVED else None  # type: ignore[arg-type]
 
-    def create_module(self, spec: ModuleSpec) -> None:
-        return None
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return _CallableModule(spec.name) if spec.name == "gptcore.generate" else None
 
     def exec_module(self, module: ModuleType) -> None:
         moved = vars(import_module(_MOVED[module.__name__]))

@@ -1,8 +1,8 @@
 """The components of a model, and the recipes that choose among them.
 
 A component is a choice of the architecture, such as how positions are encoded. To add an option, edit four places:
-COMPONENTS here, the key's Literal in config.ModelConfig, the module that gpt.py builds for it, and `_KINDS` there.
-Without the last one, the model works but never takes the fast paths. Nothing here needs torch.
+COMPONENTS here, the key's Literal in config.ModelConfig, the module that gpt.py builds for it, and `_list_places`
+there. Without the last one, the model works but never takes the fast paths. Nothing here needs torch.
 """
 
 from typing import Any

@@ -36,7 +36,15 @@ def evaluate_model(
 ) -> tuple[float, float]:
     """Return the mean losses, in nats per token, over the first `eval_iter` batches of each loader, in eval mode.
 
-    Restores the model's modes, the random states and the loaders' generators.
+    Restores the model's modes, the random states and the loaders' generators, so that an evaluation changes nothing in
+    the training. The book's evaluation draws random numbers and switches all of the model to training mode. So, under
+    the same seed, losses after the first evaluation differ from the book's. This is the book's:
+
+        model.eval()
+        with torch.no_grad():
+            train_loss = calc_loss_loader(train_loader, model, device, num_batches=eval_iter)
+            val_loss = calc_loss_loader(val_loader, model, device, num_batches=eval_iter)
+        model.train()
     """
     with preserve_training_state(model, train_loader, val_loader):
         train_loss = calc_loss_loader(train_loader, model, device, num_batches=eval_iter)

@@ -6,13 +6,14 @@ join and leave between two steps: a new request does not wait for the others to 
 kv_cache.py. Queues and clients are in flows/endpoint/scheduler.py.
 """
 
+import sys
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from operator import index
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gptcore.errors import CheckpointError, ConfigError
 from gptcore.generation.kv_cache import Decoder, UncachedDecoder
@@ -105,8 +106,10 @@ class Batch:
         )
         # Copying the logits and filtering them row by row would take longer than a GPU's decode step. Apple's GPUs have
         # no doubles, which a draw needs.
-        self._draws_on_gpu = model.tok_emb.weight.device.type == "cuda"
-        self._rows, self._context, self._vocab_size = rows, model.context_length, len(model.tok_emb.weight)
+        self._draws_on_gpu = next(model.parameters()).device.type == "cuda"
+        self._rows, self._context = rows, model.context_length
+        embedding = model.tok_emb.weight if isinstance(model.tok_emb, nn.Embedding) else None
+        self._vocab_size = sys.maxsize if embedding is None else len(embedding)  # a user's embedding checks its ids
         self._decoding: list[Request] = []
         """Requests in the KV cache, in the order of its rows."""
         self._waiting: list[Request] = []

@@ -7,7 +7,7 @@ for how a token is drawn, and batch.py for several requests at once. The book is
 """
 
 import codecs
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -20,6 +20,9 @@ from gptcore.generation.quantize import INT8_KINDS
 from gptcore.generation.sampling import Sampling
 from gptcore.model.gpt import GPTModel, eval_mode, is_untouched_gpt
 from gptcore.tokens.tokenizer import END_OF_TEXT
+
+_UNLIMITED = 2**31
+"""The context of a module without a limit."""
 
 
 def text_to_token_ids(text: str, tokenizer: Any) -> Tensor:
@@ -47,6 +50,27 @@ def generate_text_simple(model: nn.Module, idx: Tensor, max_new_tokens: int, con
     maps ids (batch, tokens) to logits (batch, tokens, vocabulary). It stays in its mode. Raises ConfigError for empty
     prompts and a context below 1.
     """
+    return continue_ids(model, idx, max_new_tokens, context_size, choose_likeliest)
+
+
+def choose_likeliest(logits: Tensor) -> Tensor:
+    """Return the likeliest id of each row: logits (batch, vocabulary) -> ids (batch, 1)."""
+    return logits.argmax(dim=-1, keepdim=True)
+
+
+def continue_ids(
+    model: nn.Module,
+    idx: Tensor,
+    max_new_tokens: int,
+    context_size: int,
+    choose: Callable[[Tensor], Tensor],
+    eos_id: int | None = None,
+) -> Tensor:
+    """Continue ids (batch, tokens) -> (batch, tokens + at most max_new_tokens).
+
+    `choose` maps logits (batch, vocabulary) to ids (batch, 1). The text ends before `eos_id`, in a batch as soon as all
+    rows choose it. Raises as `generate_text_simple` does.
+    """
     if idx.shape[1] == 0:
         raise ConfigError("the prompt is empty: there is no token to predict the next one from; give at least one.")
     if context_size < 1:
@@ -54,8 +78,8 @@ def generate_text_simple(model: nn.Module, idx: Tensor, max_new_tokens: int, con
     size = min(context_size, model.context_length) if type(model) is GPTModel else context_size
     decoder = _make_decoder(model, rows=len(idx), max_tokens=min(size, idx.shape[1] + max_new_tokens))
     is_prefilled = False
-    with torch.no_grad():
-        for _ in range(max_new_tokens):
+    for _ in range(max_new_tokens):
+        with torch.no_grad():
             if decoder is None or idx.shape[1] > size:
                 # A full window starts one token later each time, so a cache would not help.
                 logits = model(idx[:, -size:])[:, -1]  # (batch, vocabulary)
@@ -64,17 +88,37 @@ def generate_text_simple(model: nn.Module, idx: Tensor, max_new_tokens: int, con
             else:
                 logits = decoder.prefill(idx.tolist())  # (batch, vocabulary)
             is_prefilled = True
-            idx = torch.cat((idx, logits.argmax(dim=-1, keepdim=True)), dim=1)  # (batch, tokens + 1)
+            chosen = choose(logits)  # (batch, 1)
+            if eos_id is not None and bool((chosen == eos_id).all()):
+                break
+            idx = torch.cat((idx, chosen), dim=1)  # (batch, tokens + 1)
     return idx
 
 
 def generate_and_print_sample(model: nn.Module, tokenizer: Any, device: torch.device | str, start_context: str) -> None:
-    """Print 50 tokens that continue `start_context`, on one line. The model stays in its mode."""
-    context_size = cast(GPTModel, model).context_length
+    """Print 50 tokens that continue `start_context`, on one line. The model stays in its mode.
+
+    The context is that of `find_context_size`.
+    """
+    context_size = find_context_size(model)
     encoded = text_to_token_ids(start_context, tokenizer).to(device)
     with eval_mode(model):
         token_ids = generate_text_simple(model, encoded, max_new_tokens=50, context_size=context_size)
     print(token_ids_to_text(token_ids, tokenizer).replace("\n", " "))
+
+
+def find_context_size(model: nn.Module) -> int:
+    """Return the longest context of a module of the book's shape: that of a GPTModel, or the rows of a `pos_emb`.
+
+    The module may contain them at any depth, as a compiled or wrapped model does. A module that has neither, such as a
+    bigram model, has no limit here.
+    """
+    for module in model.modules():
+        if isinstance(module, GPTModel):
+            return module.context_length
+        if isinstance(weight := getattr(getattr(module, "pos_emb", None), "weight", None), Tensor):
+            return len(weight)
+    return _UNLIMITED
 
 
 def generate(

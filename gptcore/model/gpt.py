@@ -23,14 +23,61 @@ _COUNTS = ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers")
 
 
 def is_untouched_gpt(model: nn.Module, *others: type[nn.Module]) -> bool:
-    """Whether `model` is a GPTModel with no module replaced or hooked, so that it may be run layer by layer.
+    """Whether `model` is a GPTModel with no module replaced, added or hooked, so that it may be run layer by layer.
 
-    Its modules may also be of the classes `others`.
+    Each place must have a module of the class that belongs there. In the places of linear layers, modules of the
+    classes `others` are accepted too. The attention of all blocks must have the same shape.
     """
-    kinds = (*_KINDS, *others)
-    return type(model) is GPTModel and all(
-        type(module) in kinds and is_untouched(module, type(module)) for module in model.modules()
-    )
+    if type(model) is not GPTModel:
+        return False
+    places = _list_places(model, (nn.Linear, *others))
+    if not all(type(module) in kinds and is_untouched(module, type(module)) for module, kinds in places):
+        return False
+    attentions = [cast(TransformerBlock, block).att for block in model.trf_blocks]
+    if any(attention.context_length < model.context_length for attention in attentions):
+        return False
+    if len({(attention.num_heads, attention.head_dim, attention.rotary is None) for attention in attentions}) > 1:
+        return False
+    rotations = [(attention.rotary.cos, attention.rotary.sin) for attention in attentions if attention.rotary]
+    return all(torch.equal(*pair) for rotation in rotations[1:] for pair in zip(rotation, rotations[0]))
+
+
+Kinds = tuple[type[nn.Module], ...]
+
+
+def _list_places(model: "GPTModel", linears: Kinds) -> Iterator[tuple[nn.Module, Kinds]]:
+    """Yield every module that `GPTModel.forward` calls, each with the classes that it may have.
+
+    A place that is filled in another way has no class. The caller stops at the first module of another class.
+    """
+    yield model.tok_emb, (nn.Embedding,)
+    if model.pos_emb is not None:
+        yield model.pos_emb, (nn.Embedding,)
+        if model.pos_emb.max_norm is not None:
+            yield model.pos_emb, ()
+    if model.emb_norm is not None:
+        yield model.emb_norm, (RMSNorm,)
+    yield model.drop_emb, (nn.Dropout,)
+    yield model.final_norm, (LayerNorm, RMSNorm)
+    yield model.out_head, linears
+    yield model.trf_blocks, (nn.Sequential,)
+    if not len(model.trf_blocks):
+        yield model.trf_blocks, ()
+    for block in cast("Sequence[TransformerBlock]", model.trf_blocks):
+        yield block, (TransformerBlock,)
+        yield from ((norm, (LayerNorm, RMSNorm)) for norm in (block.norm1, block.norm2))
+        yield block.drop_shortcut, (nn.Dropout,)
+        yield block.att, (MultiHeadAttention,)
+        yield from ((getattr(block.att, name), linears) for name in ("W_query", "W_key", "W_value", "out_proj"))
+        yield block.att.dropout, (nn.Dropout,)
+        if block.att.rotary is not None:
+            yield block.att.rotary, (Rotary,)
+        yield block.ff, (FeedForward,)
+        layers = block.ff.layers
+        yield layers, (nn.Sequential,)
+        if len(layers) != 3:
+            yield layers, ()
+        yield from zip(layers, (linears, (GELU, SquaredReLU), linears))
 
 
 @contextlib.contextmanager
@@ -157,6 +204,7 @@ class GPTModel(nn.Module):
         self.trf_blocks = nn.Sequential(*(TransformerBlock(cfg) for _ in range(cfg["n_layers"])))
         self.final_norm = _build_norm(cfg)
         self.out_head = nn.Linear(width, cfg["vocab_size"], bias=False)
+        self._is_tied_by_cfg: bool = components["tied"]
         if components["tied"]:
             self.tok_emb.weight = self.out_head.weight  # the head's, because its initial values are smaller
         initialise(self, components["init"])
@@ -185,9 +233,12 @@ class GPTModel(nn.Module):
         return self.out_head.weight is self.tok_emb.weight
 
     def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
-        """Return the state as any module does, but with a tied matrix only once, as `tok_emb.weight`."""
+        """Return the state as any module does, but with a matrix that the cfg ties only once, as `tok_emb.weight`.
+
+        A matrix that was tied by hand has both names, so that a model of the same cfg loads the state.
+        """
         state = super().state_dict(*args, prefix=prefix, **kwargs)
-        if self.is_tied:
+        if self._is_tied_by_cfg and self.is_tied:
             del state[f"{prefix}out_head.weight"]
         return state
 
@@ -257,12 +308,6 @@ def read_components(cfg: Mapping[str, Any]) -> dict[str, Any]:
 
 def _build_norm(cfg: Mapping[str, Any]) -> nn.Module:
     return LayerNorm(cfg["emb_dim"]) if read_components(cfg)["norm"] == "layer" else RMSNorm()
-
-
-_KINDS = (
-    *(GPTModel, TransformerBlock, MultiHeadAttention, Rotary, FeedForward, LayerNorm, RMSNorm, GELU, SquaredReLU),
-    *(nn.Embedding, nn.Linear, nn.Dropout, nn.Sequential),
-)
 
 
 def _check(cfg: Mapping[str, Any], *keys: str) -> None:

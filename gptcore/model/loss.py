@@ -34,10 +34,11 @@ def calc_loss_batch(input_batch: Tensor, target_batch: Tensor, model: nn.Module,
 
     `input_batch` and `target_batch` are ids (batch, tokens). `model` is any module that maps ids to logits (batch,
     tokens, classes). A GPTModel that nobody changed uses `fused_cross_entropy`, which cannot be differentiated twice
-    (nor can the CPU's fused attention).
+    (nor can the CPU's fused attention). In a step that `torch.compile` traces, the compiler fuses the plain loss.
     """
     inputs, targets = input_batch.to(device), target_batch.to(device)
-    if _can_fuse(model) and targets.dtype == torch.int64 and targets.shape == inputs.shape:
+    can_fuse = not torch.compiler.is_compiling() and _can_fuse(model)
+    if can_fuse and targets.dtype == torch.int64 and targets.shape == inputs.shape:
         hidden, weight = _compute_hidden(model, inputs)  # (batch, tokens, emb_dim), (vocab_size, emb_dim)
         return fused_cross_entropy(hidden, weight, targets)
     return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())

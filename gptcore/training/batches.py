@@ -40,7 +40,7 @@ class GPTDatasetV1(Dataset):
     """
 
     def __init__(self, txt: str, tokenizer: Any, max_length: int, stride: int) -> None:
-        """Encode `txt`. Raises ConfigError if max_length or stride is below 1.
+        """Encode `txt`. Raises ConfigError if max_length or stride is below 1, CorpusError if no window fits the text.
 
         `tokenizer` is a tiktoken encoding or anything else with `encode(text)`, such as a gptcore Tokenizer. Only in an
         encoding whose `encode` takes `allowed_special` is <|endoftext|> the special token, as in the book.
@@ -49,6 +49,11 @@ class GPTDatasetV1(Dataset):
             if value < 1:
                 raise ConfigError(f"GPTDatasetV1: {name} is {value}, it must be at least 1.")
         self.token_ids = _encode(tokenizer, txt)
+        if len(self.token_ids) <= max_length:
+            raise CorpusError(
+                f"the text has {len(self.token_ids)} tokens, and a window of max_length {max_length} with its targets "
+                f"needs {max_length + 1}. Give more text, or a smaller max_length."
+            )
         self.max_length = max_length
         self.stride = stride
 

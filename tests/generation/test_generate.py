@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from gptcore.components import RECIPES
 from gptcore.errors import ConfigError
 from gptcore.generation.generate import (
     TextStream,
@@ -17,7 +18,8 @@ from gptcore.generation.generate import (
     text_to_token_ids,
     token_ids_to_text,
 )
-from gptcore.model.gpt import GPTModel
+from gptcore.model.attention import MultiHeadAttention
+from gptcore.model.gpt import GELU, GPTModel, LayerNorm
 from gptcore.tokens.tokenizer import get_tokenizer
 from tests.tiny import TINY_CFG
 
@@ -100,6 +102,74 @@ def test_any_module_that_maps_ids_to_logits_can_generate():
             return nn.functional.one_hot((ids + 1) % 10, 10).float()
 
     assert generate_text_simple(Successor(), torch.tensor([[7]]), 5, 3).tolist() == [[7, 8, 9, 0, 1, 2]]
+
+
+class Steered(nn.Module):
+    """A module that a student puts around another one."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args: torch.Tensor) -> torch.Tensor:
+        return 1.7 * self.inner(*args).roll(1, -1)
+
+
+def replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    place, _, own = name.rpartition(".")
+    setattr(model.get_submodule(place), own, module)
+
+
+RECIPE = {**RECIPES["modern"], "init": "pytorch"}
+PARTS = [
+    (changes, name) for changes in ({}, RECIPE) for name, _ in GPTModel({**CFG, **changes}).named_modules() if name
+]
+
+
+@pytest.mark.parametrize(("changes", "name"), PARTS, ids=lambda value: value if isinstance(value, str) else "")
+def test_a_module_that_a_student_replaces_is_used_wherever_it_is(changes, name):
+    model = seeded_model(**changes)
+    untouched = generate_text_simple(model, some_ids(2, 4), 6, 16)
+    replace(model, name, Steered(model.get_submodule(name)))
+    model.eval()
+    ids = generate_text_simple(model, some_ids(2, 4), 6, 16)
+    assert torch.equal(ids, plain_loop(model, some_ids(2, 4), 6, 16))
+    assert list(generate(model, some_ids(2, 4)[0].tolist(), 6, temperature=0)) == ids[0, 4:].tolist()
+    assert not torch.equal(ids, untouched)
+
+
+def other_heads(model: nn.Module) -> None:
+    block = model.trf_blocks[1]
+    other = MultiHeadAttention(32, 32, 16, 0.0, num_heads=2)
+    other.load_state_dict(block.att.state_dict())
+    block.att = other
+
+
+CHANGES = {
+    "a norm for a dropout": lambda model: setattr(model.trf_blocks[0], "drop_shortcut", LayerNorm(32)),
+    "a third layer": lambda model: model.trf_blocks[0].ff.layers.append(nn.Linear(32, 32)),
+    "a layer less": lambda model: setattr(model.trf_blocks[0].ff, "layers", nn.Sequential(nn.Linear(32, 32))),
+    "other heads in one block": other_heads,
+    "no block": lambda model: setattr(model, "trf_blocks", nn.Sequential()),
+    "a layer after the blocks": lambda model: model.trf_blocks.append(nn.Linear(32, 32)),
+    "a norm as a block": lambda model: model.trf_blocks.insert(1, LayerNorm(32)),
+    "an activation for a norm": lambda model: setattr(model.trf_blocks[1], "norm2", GELU()),
+    "a head with a hidden layer": lambda m: setattr(m, "out_head", nn.Sequential(nn.Linear(32, 9), nn.Linear(9, 257))),
+    "positions of limited length": lambda m: setattr(m, "pos_emb", nn.Embedding(16, 32, max_norm=0.1)),
+    "no positions": lambda model: setattr(model, "pos_emb", None),
+    "another method": lambda m: setattr(
+        m.trf_blocks[0].att, "_attend", lambda queries, keys, values: values.roll(1, 2)
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_text_of_a_changed_model_is_that_of_its_own_forward(change):
+    model = seeded_model()
+    untouched = generate_text_simple(model, some_ids(2, 4), 10, 16)
+    CHANGES[change](model)
+    ids = generate_text_simple(model.eval(), some_ids(2, 4), 10, 16)
+    assert torch.equal(ids, plain_loop(model, some_ids(2, 4), 10, 16)) and not torch.equal(ids, untouched)
 
 
 def test_a_model_in_training_mode_keeps_its_dropout_and_its_mode():

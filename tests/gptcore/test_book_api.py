@@ -5,7 +5,9 @@ Loss and gradients always equal those of plain cross-entropy on the logits.
 
 import copy
 import inspect
+from importlib import import_module
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -28,6 +30,7 @@ from gptcore import (
     token_ids_to_text,
     train_model_simple,
 )
+from gptcore.errors import ConfigError
 from gptcore.tokens.tokenizer import load_tiktoken_encoding
 from tests.tiny import TINY_CFG
 
@@ -70,6 +73,8 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
         "calc_loss_loader": "data_loader model device num_batches",
         "evaluate_model": "model train_loader val_loader device eval_iter",
         "generate_text_simple": "model idx max_new_tokens context_size",
+        "generate": "model idx max_new_tokens context_size temperature top_k eos_id",
+        "load_weights_into_gpt": "gpt params",
         "text_to_token_ids": "text tokenizer",
         "token_ids_to_text": "token_ids tokenizer",
         "generate_and_print_sample": "model tokenizer device start_context",
@@ -150,6 +155,130 @@ def test_a_prompt_is_encoded_continued_by_a_model_and_decoded(tokenizer):
     out = generate_text_simple(model=model, idx=ids, max_new_tokens=10, context_size=16)
     assert out.shape == (1, 14)
     assert token_ids_to_text(out, tokenizer).startswith("Every effort moves you")
+
+
+def book_generate(model, idx, max_new_tokens, context_size, temperature=0.0, top_k=None, eos_id=None):
+    """Generate as chapter 5 of the book does."""
+    for _ in range(max_new_tokens):
+        with torch.no_grad():
+            logits = model(idx[:, -context_size:])[:, -1, :]
+        if top_k is not None:
+            smallest = torch.topk(logits, top_k)[0][:, -1]
+            logits = torch.where(logits < smallest, torch.tensor(float("-inf")), logits)
+        if temperature > 0.0:
+            following = torch.multinomial(torch.softmax(logits / temperature, dim=-1), num_samples=1)
+        else:
+            following = torch.argmax(logits, dim=-1, keepdim=True)
+        if following == eos_id:
+            break
+        idx = torch.cat((idx, following), dim=1)
+    return idx
+
+
+def test_the_books_generate_draws_the_books_ids_from_the_global_random_state(model):
+    model.eval()
+    prompt = torch.tensor([[3, 1, 4]])
+    free = book_generate(model, prompt, 20, 16)
+    for settings in ({}, {"temperature": 1.4, "top_k": 25}, {"temperature": 0.7}, {"eos_id": int(free[0, 9])}):
+        torch.manual_seed(123)
+        expected = book_generate(model, prompt, 20, 16, **settings)
+        torch.manual_seed(123)
+        assert torch.equal(gptcore.generate(model, prompt, 20, 16, **settings), expected)
+    assert gptcore.generate(model, torch.tensor([[1], [2]]), 4, 16, 1.0, 10**9).shape == (2, 5)
+    with pytest.raises(ConfigError, match="top_k is 0"):
+        gptcore.generate(model, prompt, 1, 16, top_k=0)
+
+
+def test_generate_stays_callable_after_an_earlier_release_has_imported_the_module_of_that_name(model, monkeypatch):
+    module = import_module("gptcore.generate")  # as the code that MLflow keeps beside old versions does
+    monkeypatch.setitem(gptcore.__dict__, "generate", module)
+    assert module.TextStream.__name__ == "TextStream"
+    assert gptcore.generate(model.eval(), torch.tensor([[1]]), 2, 16).shape == (1, 3)
+
+
+def test_openais_weights_load_as_in_the_book():
+    model = GPTModel({**CFG, "qkv_bias": True}).eval()
+    draw = np.random.default_rng(0).standard_normal
+    layer = lambda ins, outs: {"w": draw((ins, outs), np.float32), "b": draw(outs, np.float32)}  # noqa: E731
+    norm = lambda: {"g": draw(32, np.float32), "b": draw(32, np.float32)}  # noqa: E731
+    blocks = [
+        {
+            "attn": {"c_attn": layer(32, 96), "c_proj": layer(32, 32)},
+            "mlp": {"c_fc": layer(32, 128), "c_proj": layer(128, 32)},
+            "ln_1": norm(),
+            "ln_2": norm(),
+        }
+        for _ in range(CFG["n_layers"])
+    ]
+    params = {"wte": draw((301, 32), np.float32), "wpe": draw((16, 32), np.float32), "blocks": blocks, **norm()}
+    gptcore.load_weights_into_gpt(model, params)
+    attention = model.trf_blocks[1].att
+    fused = torch.from_numpy(blocks[1]["attn"]["c_attn"]["w"])  # (emb_dim, 3 * emb_dim)
+    x = torch.randn(5, 32)
+    joined = [linear(x) - linear.bias for linear in (attention.W_query, attention.W_key, attention.W_value)]
+    torch.testing.assert_close(torch.cat(joined, dim=1), x @ fused, rtol=1e-4, atol=1e-4)
+    assert np.array_equal(model.trf_blocks[0].ff.layers[2].bias.detach(), blocks[0]["mlp"]["c_proj"]["b"])
+    assert np.array_equal(model.out_head.weight.detach(), params["wte"]) and not model.is_tied
+    assert np.array_equal(model.final_norm.scale.detach(), params["g"])
+    with pytest.raises(ConfigError, match=r"att.W_key.bias is \(32,\) in params and absent in the model.*qkv_bias"):
+        gptcore.load_weights_into_gpt(GPTModel(CFG), params)
+
+
+class BookAttention(gptcore.MultiHeadAttention):
+    """The book's, which stores its mask."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.register_buffer("mask", torch.triu(torch.ones(16, 16), diagonal=1))
+
+    _load_from_state_dict = nn.Module._load_from_state_dict
+
+
+class BookModel(nn.Module):
+    """A model of the book's shape, without any attribute that the book's does not have."""
+
+    def __init__(self, vocab_size: int = 301) -> None:
+        super().__init__()
+        inner = GPTModel({**CFG, "vocab_size": vocab_size})
+        self.tok_emb, self.pos_emb, self.drop_emb = inner.tok_emb, inner.pos_emb, inner.drop_emb
+        self.trf_blocks, self.final_norm, self.out_head = inner.trf_blocks, inner.final_norm, inner.out_head
+        for block in self.trf_blocks:
+            block.att = BookAttention(32, 32, 16, 0.0, 4)
+
+    def forward(self, in_idx):
+        x = self.tok_emb(in_idx) + self.pos_emb(torch.arange(in_idx.shape[1]))
+        return self.out_head(self.final_norm(self.trf_blocks(self.drop_emb(x))))
+
+
+def test_our_weights_load_into_the_books_model_and_its_weights_into_ours(model, batch):
+    book = BookModel()
+    with pytest.raises(RuntimeError, match="mask"):
+        book.load_state_dict(model.state_dict())
+    book.load_state_dict({**book.state_dict(), **model.state_dict()})  # as README.md says
+    assert torch.allclose(book(batch[0]), model(batch[0]), atol=1e-6)
+    other = GPTModel(CFG)
+    other.load_state_dict(book.state_dict())
+    assert torch.equal(other(batch[0]), model(batch[0]))
+
+
+class Bigram(nn.Module):
+    """The smallest model of the book's shape, without a limit on its context."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(50257, 4)
+        self.head = nn.Linear(4, 50257)
+
+    def forward(self, in_idx):
+        return self.head(self.table(in_idx))
+
+
+@pytest.mark.parametrize("make", [lambda: BookModel(50257), lambda: nn.Sequential(BookModel(50257)), Bigram])
+def test_the_training_loop_takes_any_module_of_the_books_shape(tokenizer, capsys, make):
+    model, loader = make(), create_dataloader_v1(TEXT, batch_size=4, max_length=16, stride=16)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    train_model_simple(model, loader, loader, optimizer, "cpu", 1, 5, 1, "The old man " * 9, tokenizer)
+    assert "\nThe old man" in capsys.readouterr().out
 
 
 # Changes that users make to a model.
@@ -443,6 +572,29 @@ def test_targets_of_minus_100_are_ignored_as_in_the_books_chapter_7(model, batch
 
 def test_a_model_in_double_precision_has_the_loss_of_plain_cross_entropy(model, batch):
     assert_answers_as_plain(model.double(), batch, atol=1e-10)
+
+
+def test_weights_tied_by_hand_can_be_loaded_again(model, batch, tmp_path):
+    model.out_head.weight = model.tok_emb.weight
+    torch.save(model.state_dict(), tmp_path / "model.pth")
+    for is_tied in (False, True):
+        other = GPTModel(CFG)
+        if is_tied:
+            other.out_head.weight = other.tok_emb.weight
+        other.load_state_dict(torch.load(tmp_path / "model.pth", weights_only=True))
+        assert torch.equal(other(batch[0]), model(batch[0]))
+
+
+def test_the_loss_of_a_step_compiles_as_one_graph(model, batch):
+    compiled = torch.compile(lambda: calc_loss_batch(*batch, model, "cpu"), backend="eager", fullgraph=True)
+    losses = (compiled(), plain_loss(model, batch))
+    ours, expected = (torch.autograd.grad(loss, list(model.parameters())) for loss in losses)
+    for mine, theirs in zip(ours, expected):
+        assert torch.allclose(mine, theirs, atol=1e-6)
+
+
+def test_the_package_lists_the_books_names_and_nothing_else():
+    assert [name for name in dir(gptcore) if not name.startswith("__")] == sorted(gptcore.__all__)
 
 
 def test_a_copied_or_reloaded_model_gives_the_same_logits(model, batch, tmp_path):

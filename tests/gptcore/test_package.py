@@ -80,7 +80,7 @@ for name in gptcore.__all__:
 from gptcore import *
 print(len(gptcore.__all__), GPTModel is gptcore.GPTModel)
 """
-    assert python(code) == "18 True\n"
+    assert python(code) == "20 True\n"
 
 
 def test_an_unknown_name_raises_an_attribute_error():

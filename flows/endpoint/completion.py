@@ -1,10 +1,11 @@
 """One HTTP request for completions, from its prompts to the last chunk of its answer."""
 
 import asyncio
+import codecs
 import logging
 import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastapi import Request
@@ -13,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from flows.endpoint.followed_version import ServedVersion
 from flows.endpoint.protocol import (
+    LOGPROB_LISTS,
     Answer,
     CompletionRequest,
     Prompt,
@@ -23,7 +25,9 @@ from flows.endpoint.protocol import (
 )
 from flows.endpoint.scheduler import Chunk, QueueFull, Scheduler, ServerStopping, TextRequest
 from gptcore.errors import ConfigError
+from gptcore.generation.logprobs import ScoredToken
 from gptcore.generation.sampling import Sampling
+from gptcore.tokens.tokenizer import Tokenizer
 
 RETRY_AFTER_SECONDS = 1
 """When a client may try again after it was refused because the queue was full."""
@@ -79,6 +83,8 @@ class Completion:
                 seed=None if request.seed is None else request.seed + index,
                 stop=request.stop,
                 on_chunk=self.queue.put_nowait,
+                top_logprobs=request.logprobs,
+                scores_prompt=request.echo and self.prompt_of(index) != "",
             )
             for index in range(len(self.prompts) * request.n)
         ]
@@ -90,20 +96,33 @@ class Completion:
             raise _busy_error("the server is stopping", 503, "stopping") from None
 
     async def chunks(self) -> AsyncIterator[Chunk]:
-        """Yield chunks as they arrive, until all texts have ended. Raises RequestError if a text failed."""
-        if self.request.echo:
-            for index, text_request in enumerate(self.text_requests):
-                prompt = self.request.prompt[index // self.request.n]
-                tokenizer = self.version.loaded.tokenizer
-                text = prompt if isinstance(prompt, str) else tokenizer.decode(text_request.prompt_ids)
-                yield Chunk(index, text, 0)
+        """Yield chunks as they arrive, until all texts have ended. Raises RequestError if a text failed.
+
+        If the request asks for an echo, the first chunk of a text begins with its prompt.
+        """
+        unechoed = set(range(len(self.text_requests))) if self.request.echo else set()
         while self.num_ended < len(self.text_requests):
             chunk = await self.queue.get()
             if chunk.problem:
                 raise RequestError(chunk.problem, status=503, type="server_error")
             self.num_tokens[chunk.index] = chunk.num_tokens
             self.num_ended += chunk.is_last
+            if chunk.index in unechoed:
+                unechoed.remove(chunk.index)
+                prompt, tokenizer = self.prompt_of(chunk.index), self.version.loaded.tokenizer
+                text = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
+                chunk = replace(chunk, text=text + chunk.text)
             yield chunk
+
+    def prompt_of(self, index: int) -> Prompt:
+        """Return the prompt of a text, as the request gives it."""
+        return self.request.prompt[index // self.request.n]
+
+    def start_logprobs(self) -> "list[_Logprobs] | None":
+        """Return a collection of log probabilities for each text, or None if the request does not ask for them."""
+        if self.request.logprobs is None:
+            return None
+        return [_Logprobs(self.version.loaded.tokenizer) for _ in self.text_requests]
 
     async def respond(self, http_request: Request) -> Response:
         """Return the whole answer, or an empty response (status 499) as soon as the client has disconnected."""
@@ -119,19 +138,25 @@ class Completion:
 
     async def collect(self) -> dict[str, Any]:
         """Wait for all texts, and return the JSON of the whole answer."""
-        texts, reasons = [""] * len(self.text_requests), [""] * len(self.text_requests)
+        choices = [choice_body(index, "", None) for index in range(len(self.text_requests))]
+        logprobs = self.start_logprobs()
         async for chunk in self.chunks():
-            texts[chunk.index] += chunk.text
-            reasons[chunk.index] = chunk.finish_reason or ""
-        choices = [choice_body(index, text, reasons[index]) for index, text in enumerate(texts)]
+            choice = choices[chunk.index]
+            choice["text"] += chunk.text
+            choice["finish_reason"] = chunk.finish_reason
+            if logprobs is not None:
+                more, known = logprobs[chunk.index].release(chunk), choice["logprobs"] or {}
+                choice["logprobs"] = {name: [*known.get(name, ()), *more[name]] for name in LOGPROB_LISTS}
         return self.answer.body(choices, usage=self.usage())
 
     async def events(self) -> AsyncIterator[bytes]:
         """Yield the answer as server-sent events. A failure on the way is an event too."""
         more = {"usage": None} if self.request.include_usage else {}
+        logprobs = self.start_logprobs()
         try:
             async for chunk in self.chunks():
-                choice = choice_body(chunk.index, chunk.text, chunk.finish_reason)
+                scores = None if logprobs is None else logprobs[chunk.index].release(chunk)
+                choice = choice_body(chunk.index, chunk.text, chunk.finish_reason, scores)
                 yield encode_event(self.answer.body([choice], **more))
         except RequestError as error:
             yield encode_event(error.body)
@@ -157,6 +182,59 @@ class Completion:
             usage["completion_tokens"],
             time.perf_counter() - self.began,
         )
+
+
+class _Logprobs:
+    """The log probabilities of one text, as OpenAI's lists. They arrive in chunks.
+
+    A token is released with the text that it begins in. So the tokens of a stop string, which the text does not show,
+    are not reported. An end-of-text token has no text, and is reported.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._num_decoded, self._num_shown = 0, 0
+        self._pending: list[tuple[int, ScoredToken]] = []
+        """Tokens that have not been released, each after the number of characters before it."""
+
+    def release(self, chunk: Chunk) -> dict[str, list[Any]]:
+        """Return the lists for the tokens that a chunk shows."""
+        eot = self._tokenizer.eot
+        for score in chunk.scores:
+            spelled = self._tokenizer.decode_bytes([score.token])
+            incomplete, _ = self._decoder.getstate()
+            is_new = bool(incomplete) and not 0x80 <= spelled[0] < 0xC0  # the bytes before become a U+FFFD
+            self._pending.append((self._num_decoded + is_new, score))
+            self._num_decoded += len(self._decoder.decode(spelled))
+        self._num_shown += len(chunk.text)
+        ends_whole = chunk.finish_reason == "length"
+        ends_by_eot = chunk.finish_reason == "stop" and bool(self._pending) and self._pending[-1][1].token == eot
+        count = len(self._pending) if ends_whole or ends_by_eot else self._count_shown()
+        released, self._pending = self._pending[:count], self._pending[count:]
+        return {
+            "tokens": [self._spell(score.token) for _, score in released],
+            "token_logprobs": [score.logprob for _, score in released],
+            "top_logprobs": [self._make_top(score) for _, score in released],
+            "text_offset": [offset for offset, _ in released],
+        }
+
+    def _count_shown(self) -> int:
+        return sum(offset < self._num_shown for offset, _ in self._pending)
+
+    def _make_top(self, score: ScoredToken) -> dict[str, float] | None:
+        """Return the likeliest tokens with their log probabilities, and the token itself after them."""
+        if score.logprob is None:
+            return None
+        return {self._spell(token): logprob for token, logprob in (*score.top, (score.token, score.logprob))}
+
+    def _spell(self, token: int) -> str:
+        """Return the token's text, or, if it is only a part of a character, its bytes as OpenAI writes them."""
+        spelled = self._tokenizer.decode_bytes([token])
+        try:
+            return spelled.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelled)
 
 
 class EventStream(StreamingResponse):

@@ -19,7 +19,6 @@ MAX_SAMPLES = 128
 MAX_STOPS = 4
 MAX_SEED = 2**63 - 1
 UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
-    "logprobs": (),
     "suffix": ("",),
     "logit_bias": ({},),
     "best_of": (1,),
@@ -97,7 +96,10 @@ class CompletionRequest(BaseModel):
 
     model: str
     prompt: Annotated[list[Prompt], BeforeValidator(_parse_prompts)]
-    max_tokens: int = Field(16, ge=1)
+    max_tokens: int = Field(16, ge=0)
+    """0 is for echo: the answer is the prompt."""
+    logprobs: int | None = Field(None, ge=0, le=5)
+    """Number of likeliest tokens at each place whose log probabilities the answer has, besides that of the token."""
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0)
@@ -138,6 +140,8 @@ def parse(body: bytes) -> CompletionRequest:
         request = CompletionRequest.model_validate(parameters)
     except ValidationError as error:
         raise _request_error_of(error) from None
+    if request.max_tokens == 0 and not request.echo:
+        raise RequestError("max_tokens is 0: ask for at least 1 token, or set echo to true", "max_tokens")
     if request.stream_options is not None and not request.stream:
         raise RequestError("stream_options is for streams: set stream to true, or leave it out", "stream_options")
     return request
@@ -173,9 +177,15 @@ class Answer:
         return {**shared, "system_fingerprint": self.fingerprint, "choices": list(choices), **more}
 
 
-def choice_body(index: int, text: str, finish_reason: str | None) -> dict[str, Any]:
+LOGPROB_LISTS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+"""The lists with an entry per token in the logprobs of a text."""
+
+
+def choice_body(
+    index: int, text: str, finish_reason: str | None, logprobs: Mapping[str, Sequence[Any]] | None = None
+) -> dict[str, Any]:
     """Return the JSON of one text, or of a chunk of it."""
-    return {"index": index, "text": text, "logprobs": None, "finish_reason": finish_reason}
+    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
 def usage_body(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:

@@ -18,6 +18,7 @@ from flows.endpoint.followed_version import ServedVersion
 from gptcore.errors import GPTCoreError
 from gptcore.generation.batch import Batch, Request
 from gptcore.generation.generate import TextStream
+from gptcore.generation.logprobs import ScoredToken, score_prompt
 from gptcore.generation.sampling import Sampling
 
 _log = logging.getLogger(__name__)
@@ -36,6 +37,9 @@ class Chunk:
     """`stop` or `length` in the last chunk of a text."""
     problem: str | None = None
     """Why the text ends too early."""
+    scores: Sequence[ScoredToken] = ()
+    """The tokens since the chunk before, if the request asks for log probabilities. The first chunk begins with those
+    of the prompt, if the request asks for them."""
 
     @property
     def is_last(self) -> bool:
@@ -56,6 +60,10 @@ class TextRequest:
     stop: Sequence[str]
     on_chunk: Callable[[Chunk], None]
     """Called in the event loop's thread."""
+    top_logprobs: int | None = None
+    """Number of likeliest tokens to report with each token, or None for no log probabilities."""
+    scores_prompt: bool = False
+    """Whether the tokens of the prompt get log probabilities too."""
     is_cancelled: bool = False
     """The client no longer waits for the text."""
 
@@ -78,6 +86,10 @@ class _RunningText:
     stream: TextStream
     num_sent: int = 0
     """Tokens that earlier chunks have covered."""
+    scores: list[ScoredToken] = field(default_factory=list)
+    """Scores that no chunk has covered."""
+    num_scored: int = 0
+    """Drawn tokens whose scores have been taken."""
 
     def next_chunk(self) -> Chunk:
         """Decode the tokens that are new since the last call."""
@@ -93,7 +105,12 @@ class _RunningText:
         if row.finish_reason and not stream.stopped:
             decoded += stream.finish()
         reason = "stop" if stream.stopped else row.finish_reason
-        return Chunk(index, decoded, self.num_sent, reason)
+        self.scores += row.scores[self.num_scored :]
+        self.num_scored = len(row.scores)
+        if not (decoded or reason):
+            return Chunk(index, "", self.num_sent)
+        scores, self.scores = self.scores, []
+        return Chunk(index, decoded, self.num_sent, reason, scores=scores)
 
 
 class _VersionBatch:
@@ -104,13 +121,25 @@ class _VersionBatch:
         self.batch = Batch(version.loaded.model, rows)
         self.running: dict[int, _RunningText] = {}
 
-    def add(self, request: TextRequest) -> None:
-        """Begin to generate the text of a request."""
-        tokenizer = request.version.loaded.tokenizer
+    def add(self, request: TextRequest) -> Chunk | None:
+        """Begin to generate the text of a request. Return its only chunk if it asks for no new token."""
+        loaded, top = request.version.loaded, request.top_logprobs
+        scores = []
+        if request.scores_prompt and top is not None:
+            scores = score_prompt(loaded.model, request.prompt_ids, top)
+        if request.max_new_tokens == 0:
+            return Chunk(request.index, "", 0, "length", scores=scores)
         row = self.batch.add(
-            request.prompt_ids, request.max_new_tokens, request.sampling, seed=request.seed, eos_id=tokenizer.eot
+            request.prompt_ids,
+            request.max_new_tokens,
+            request.sampling,
+            seed=request.seed,
+            eos_id=loaded.tokenizer.eot,
+            top_logprobs=top,
         )
-        self.running[id(row)] = _RunningText(request, row, TextStream(tokenizer, request.stop))
+        stream = TextStream(loaded.tokenizer, request.stop)
+        self.running[id(row)] = _RunningText(request, row, stream, scores=scores)
+        return None
 
     def drop(self, running: _RunningText) -> None:
         """Stop generating a text, whether or not it has ended."""
@@ -225,7 +254,8 @@ class Scheduler:
         try:
             if request.version not in self._batches:
                 self._batches[request.version] = _VersionBatch(request.version, self.max_running)
-            self._batches[request.version].add(request)
+            if chunk := self._batches[request.version].add(request):
+                self._deliver([(request, chunk)])
         except Exception as error:  # a text that cannot be started must not end the other texts
             _log.exception("a text could not be started")
             self._deliver([(request, _failed_chunk(request, error))])

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from gptcore.errors import CheckpointError, ConfigError
 from gptcore.generation.kv_cache import Decoder, UncachedDecoder
+from gptcore.generation.logprobs import ScoredToken, score_tokens
 from gptcore.generation.quantize import INT8_KINDS
 from gptcore.generation.sampling import NOT_NUMBERS, Sampling
 from gptcore.model.gpt import GPTModel, is_untouched_gpt
@@ -29,10 +30,18 @@ class Request:
     """One prompt and the tokens that the model has added to it."""
 
     def __init__(
-        self, prompt: list[int], max_new_tokens: int, sampling: Sampling, seed: int | None, eos_ids: frozenset[int]
+        self,
+        prompt: list[int],
+        max_new_tokens: int,
+        sampling: Sampling,
+        seed: int | None,
+        eos_ids: frozenset[int],
+        top_logprobs: int | None,
     ) -> None:
         self.ids: list[int] = []
         """The ids drawn so far, without the end-of-text id."""
+        self.scores: list[ScoredToken] = []
+        """The ids drawn so far, with the end-of-text id, and their log probabilities, if the request asks for them."""
         self.finish_reason: Literal["stop", "length", "error"] | None = None
         """Why the request ended: "stop" by an end-of-text id, "length" by max_new_tokens, "error". None before that."""
         self.error: Exception | None = None
@@ -40,7 +49,7 @@ class Request:
         self.window = list(prompt)
         """The ids from which the next one is predicted."""
         self.sampling = sampling
-        self._max_new_tokens, self._eos_ids = max_new_tokens, eos_ids
+        self._max_new_tokens, self._eos_ids, self._top_logprobs = max_new_tokens, eos_ids, top_logprobs
         self._generator = torch.Generator()
         self._generator.seed() if seed is None else self._generator.manual_seed(seed)
         self._seen = set(prompt)
@@ -48,7 +57,9 @@ class Request:
     def advance(self, logits: Tensor) -> None:
         """Draw the next id from logits (vocabulary,) on the CPU and append it. An error finishes this request alone."""
         try:
-            self.append(self.sampling.draw(logits, self._seen, self._generator))
+            token = self.sampling.draw(logits, self._seen, self._generator)
+            self.score(token, logits)
+            self.append(token)
         except Exception as error:  # of any kind: the other requests of the batch continue
             self.fail(error)
 
@@ -70,12 +81,21 @@ class Request:
                 for request in chosen:
                     request.fail(error)
                 continue
-            for request, token in zip(chosen, ids):
-                request.fail(CheckpointError(NOT_NUMBERS)) if token < 0 else request.append(token)
+            for row, request, token in zip(rows, chosen, ids):
+                if token < 0:
+                    request.fail(CheckpointError(NOT_NUMBERS))
+                else:
+                    request.score(token, logits[row])
+                    request.append(token)
 
     def fail(self, error: Exception) -> None:
         """Finish the request because of an error."""
         self.error, self.finish_reason = error, "error"
+
+    def score(self, token: int, logits: Tensor) -> None:
+        """Store the log probability of the token that was drawn from logits (vocabulary,), if they are asked for."""
+        if self._top_logprobs is not None:
+            self.scores += score_tokens(logits[None], [token], self._top_logprobs)
 
     def append(self, token: int) -> None:
         """Append the id that was drawn, or finish the request."""
@@ -128,17 +148,19 @@ class Batch:
         *,
         seed: int | None = None,
         eos_id: int | Collection[int] | None = None,
+        top_logprobs: int | None = None,
     ) -> Request:
         """Add a request that continues `ids`; if they exceed the context, only the last ones count.
 
         The same seed draws the same ids; without a seed, every request differs. An id of `eos_id` ends the request.
+        With `top_logprobs`, `request.scores` has the log probability of each id, and of as many likeliest ids.
         Raises ConfigError for an empty prompt, an id outside the vocabulary, and numbers out of range.
         """
         assert self.free > 0, "the caller checks `free`"
         prompt = _check_ids(ids)
         self._check(prompt, max_new_tokens, seed)
         eos_ids = frozenset(() if eos_id is None else (eos_id,) if isinstance(eos_id, int) else eos_id)
-        request = Request(prompt, max_new_tokens, sampling or Sampling(), seed, eos_ids)
+        request = Request(prompt, max_new_tokens, sampling or Sampling(), seed, eos_ids, top_logprobs)
         request.window = prompt[-self._context :]
         self._waiting.append(request)
         return request

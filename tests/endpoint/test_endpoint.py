@@ -7,6 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 
 from gptcore.generation.generate import generate
 from gptcore.generation.sampling import Sampling
@@ -98,7 +99,9 @@ def test_a_text_ends_before_its_stop_string_and_a_stream_sends_no_part_of_it(cli
         ({"prompt": [-1]}, 400, "prompt", "no token id -1"),
         ({"prompt": "a" * 33}, 400, "prompt", "has 33 tokens, and the context of gpt-tiny/1 holds 32"),
         ({"prompt": ["a"] * 5, "n": 3}, 400, "prompt", "15 texts"),
-        ({"max_tokens": 0}, 400, "max_tokens", "greater than or equal to 1"),
+        ({"max_tokens": 0}, 400, "max_tokens", "at least 1 token, or set echo"),
+        ({"max_tokens": -1}, 400, "max_tokens", "greater than or equal to 0"),
+        ({"logprobs": 6}, 400, "logprobs", "less than or equal to 5"),
         ({"max_tokens": 10**9}, 400, "max_tokens", "at most 4096"),
         ({"max_tokens": "5"}, 400, "max_tokens", "valid integer"),
         ({"max_tokens": True}, 400, "max_tokens", "valid integer"),
@@ -120,7 +123,6 @@ def test_a_text_ends_before_its_stop_string_and_a_stream_sends_no_part_of_it(cli
         ({"stop": ["a"] * 5}, 400, "stop", "at most 4"),
         ({"stop": ""}, 400, "stop", "none of them empty"),
         ({"stream_options": {"include_usage": True}}, 400, "stream_options", "set stream to true"),
-        ({"logprobs": 5}, 400, "logprobs", "not supported"),
         ({"best_of": 2}, 400, "best_of", "not supported"),
         ({"suffix": "x"}, 400, "suffix", "not supported"),
         ({"logit_bias": {"5": 1}}, 400, "logit_bias", "not supported"),
@@ -175,6 +177,67 @@ def test_a_foreign_web_page_cannot_use_the_endpoint(served: Endpoint) -> None:
     assert httpx.post(url, content=json.dumps(body), headers={"content-type": "text/plain"}).status_code == 415
     assert httpx.post(url, json=body, headers={"origin": served.url}).status_code == 200
     assert httpx.post(url.replace("127.0.0.1", "localhost"), json=body).status_code == 200
+
+
+def complete(served: Endpoint, **asked: Any) -> dict[str, Any]:
+    answer = httpx.post(f"{served.url}/v1/completions", json={"model": MODEL, "prompt": "The", **asked})
+    assert answer.status_code == 200, answer.text
+    return dict(answer.json())
+
+
+def test_log_probabilities_are_those_of_the_model_for_the_prompt_too_and_a_stream_sends_the_same(
+    served: Endpoint,
+) -> None:
+    asked = {"prompt": ["The sea", "A"], "max_tokens": 12, "temperature": 0, "logprobs": 3, "echo": True}
+    choices = complete(served, **asked)["choices"]
+    loaded = tiny_version(1).loaded
+    for choice, prompt in zip(choices, asked["prompt"]):
+        lists = choice["logprobs"]
+        ids = [ord(token) if len(token) == 1 else int(token[-2:], 16) for token in lists["tokens"]]
+        assert ids[: len(prompt)] == list(prompt.encode()) and len(ids) == len(prompt) + 12
+        with torch.no_grad():
+            expected = torch.log_softmax(loaded.model(torch.tensor([ids]))[0], dim=-1)
+        assert lists["token_logprobs"][0] is None and lists["top_logprobs"][0] is None
+        for place in range(1, len(ids)):
+            own = expected[place - 1, ids[place]].item()
+            top = lists["top_logprobs"][place]
+            assert lists["token_logprobs"][place] == pytest.approx(own, abs=1e-4)
+            assert list(top.values())[:3] == pytest.approx(expected[place - 1].topk(3).values.tolist(), abs=1e-4)
+            assert top[lists["tokens"][place]] == lists["token_logprobs"][place] and 3 <= len(top) <= 4
+        for token, offset in zip(lists["tokens"], lists["text_offset"]):
+            assert token.startswith("bytes:") or choice["text"][offset] == token
+    body = {"model": MODEL, **asked, "stream": True}
+    with httpx.stream("POST", f"{served.url}/v1/completions", json=body) as stream:
+        events = [json.loads(line[6:])["choices"][0] for line in stream.iter_lines() if line.startswith("data: {")]
+    for index, choice in enumerate(choices):
+        own = [event["logprobs"] for event in events if event["index"] == index]
+        assert {name: [one for part in own for one in part[name]] for name in own[0]} == choice["logprobs"]
+
+
+def test_an_echo_alone_scores_a_prompt_as_evaluation_harnesses_do(served: Endpoint) -> None:
+    prompt, continuation = list(b"The sea"), list(b" is calm")
+    asked = {"prompt": [prompt + continuation], "logprobs": 1, "echo": True, "temperature": 0}
+    scored, with_one_more = (complete(served, **asked, max_tokens=count)["choices"][0] for count in (0, 1))
+    assert scored["text"] == "The sea is calm" and scored["finish_reason"] == "length"
+    assert scored["logprobs"]["token_logprobs"] == with_one_more["logprobs"]["token_logprobs"][:-1]
+    with torch.no_grad():
+        ids = torch.tensor([prompt + continuation])
+        expected = torch.log_softmax(tiny_version(1).loaded.model(ids)[0], dim=-1)
+    likelihood = sum(expected[len(prompt) - 1 + i, token].item() for i, token in enumerate(continuation))
+    assert sum(scored["logprobs"]["token_logprobs"][len(prompt) :]) == pytest.approx(likelihood, abs=1e-4)
+    assert complete(served, prompt="", echo=True, max_tokens=0, logprobs=0)["choices"][0]["logprobs"] is not None
+
+
+def test_log_probabilities_end_where_the_text_ends(served: Endpoint) -> None:
+    asked = {"max_tokens": 60, "seed": 8, "logprobs": 0}
+    whole = complete(served, **asked)["choices"][0]
+    stop = whole["text"][20:23]
+    choice = complete(served, **asked, stop=stop)["choices"][0]
+    assert choice["text"] == whole["text"][: whole["text"].index(stop)]
+    lists = choice["logprobs"]
+    assert lists["tokens"] == whole["logprobs"]["tokens"][: len(lists["tokens"])]
+    assert lists["text_offset"][-1] < len(choice["text"]) <= whole["logprobs"]["text_offset"][len(lists["tokens"])]
+    assert [list(top) for top in lists["top_logprobs"]] == [[token] for token in lists["tokens"]]
 
 
 @pytest.mark.slow

@@ -32,6 +32,20 @@ def test_a_batch_of_prompts_of_unequal_length_gives_each_the_text_it_gets_alone(
         assert generate_batch(model, PROMPTS, 40, sampling, seed=3, rows=rows) == [list(text) for text in alone]
 
 
+def test_the_end_of_text_id_that_ends_a_request_has_a_log_probability_too():
+    model = seeded_model()
+    batch = Batch(model, 2)
+    free = batch.add([1, 2, 3], 5, Sampling(temperature=0), top_logprobs=2)
+    batch.step()
+    ended = batch.add([1, 2, 3], 5, Sampling(temperature=0), eos_id=free.ids[0], top_logprobs=0)
+    while free.finish_reason is None:
+        batch.step()
+    assert (ended.finish_reason, ended.ids) == ("stop", [])
+    assert [score.token for score in ended.scores] == free.ids[:1]
+    assert [score.top[0] for score in free.scores] == [(score.token, score.logprob) for score in free.scores]
+    assert ended.scores[0].logprob == pytest.approx(free.scores[0].logprob)
+
+
 def test_each_row_ends_at_its_own_end_of_text_id():
     model = seeded_model()
     endless = generate_batch(model, PROMPTS, 30, Sampling(2.0), seed=1)

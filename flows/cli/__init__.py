@@ -16,6 +16,7 @@ from flows.cli.options import (
     FILE,
     LIMIT,
     QUANTIZE,
+    RESET_SCHEDULES,
     choose_generation_device,
     load_pipelines_file,
     open_state_root,
@@ -42,9 +43,10 @@ for _command in (*run.COMMANDS, *doctor.COMMANDS, *generate.COMMANDS, *registry.
 
 @cli.command(short_help="Run all pipelines by their schedules, on an existing server.")
 @LIMIT
+@RESET_SCHEDULES
 @FILE
 @click.option("--reconcile", is_flag=True, hidden=True, help="End runs of this state root that a crash left.")
-def serve(limit: int, file: str | None, reconcile: bool) -> None:
+def serve(limit: int, reset_schedules: bool, file: str | None, reconcile: bool) -> None:
     """Register the deployments of all pipelines at PREFECT_API_URL, and run them on this machine until Ctrl-C.
 
     A deployment lets Prefect start runs of a pipeline: by its schedule, by a trigger, or from Prefect's UI.
@@ -55,14 +57,15 @@ def serve(limit: int, file: str | None, reconcile: bool) -> None:
         raise click.UsageError("PREFECT_API_URL is not set: name a Prefect server, or start one with `gptflow up`")
     from flows.deployments.serve import serve as serve_pipelines
 
-    serve_pipelines(pipelines, root, limit, reconcile)
+    serve_pipelines(pipelines, root, limit, reconcile, reset_schedules)
 
 
 @cli.command(short_help="Let the workers of a Prefect work pool run all pipelines.")
 @click.option("--work-pool", required=True, metavar="POOL", help="Work pool whose workers run the deployments.")
 @click.option("--image", help="Container image with gptflow installed, which the pool's workers start.")
+@RESET_SCHEDULES
 @FILE
-def deploy(work_pool: str, image: str | None, file: str | None) -> None:
+def deploy(work_pool: str, image: str | None, reset_schedules: bool, file: str | None) -> None:
     """Register the deployments of all pipelines at PREFECT_API_URL, so that the workers of a work pool run them.
 
     A deployment lets Prefect start runs of a pipeline: by its schedule, by a trigger, or from Prefect's UI.
@@ -73,7 +76,7 @@ def deploy(work_pool: str, image: str | None, file: str | None) -> None:
     root.set_environment()
     from flows.deployments.work_pool import deploy as deploy_pipelines
 
-    deploy_pipelines(pipelines, root, work_pool, image)
+    deploy_pipelines(pipelines, root, work_pool, image, reset_schedules)
 
 
 @cli.command(short_help="Start all servers, and run all pipelines by their schedules.")
@@ -92,6 +95,7 @@ def deploy(work_pool: str, image: str | None, file: str | None) -> None:
 @click.option("--artifacts", metavar="URL", help="Object store for the files of versions and runs: s3://BUCKET/PREFIX.")
 @ALLOWED_HOSTS
 @LIMIT
+@RESET_SCHEDULES
 @FILE
 def up(
     prefect_port: int,
@@ -100,6 +104,7 @@ def up(
     artifacts: str | None,
     allowed_hosts: tuple[str, ...],
     limit: int,
+    reset_schedules: bool,
     file: str | None,
 ) -> None:
     """Start Prefect's server, MLflow's server and the deployments of all pipelines, and run them until Ctrl-C.
@@ -115,7 +120,7 @@ def up(
     from flows.deployments.up import Options
     from flows.deployments.up import up as supervise
 
-    supervise(root, Options(pipelines.path, prefect_port, mlflow_port, limit, allowed_hosts))
+    supervise(root, Options(pipelines.path, prefect_port, mlflow_port, limit, allowed_hosts, reset_schedules))
 
 
 @cli.command("serve-model", short_help="Serve a registered version over OpenAI's API.")

@@ -92,6 +92,11 @@ REASON = click.option(
     callback=check_reason,
     help='Why, for example "reads better". `gptflow show` prints it.',
 )
+RESET_SCHEDULES = click.option(
+    "--reset-schedules",
+    is_flag=True,
+    help="Pause and resume schedules as the file says, even those that were paused or resumed in Prefect's UI.",
+)
 LIMIT = click.option(
     "--limit", default=2, show_default=True, type=click.IntRange(1), help="Maximum number of runs at once."
 )

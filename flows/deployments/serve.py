@@ -12,12 +12,15 @@ a work pool.
 
 import asyncio
 import os
+import signal
+import sys
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import cache
 from typing import Any, cast
 
 import click
+import psutil
 from prefect import Flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import DeploymentScheduleCreate
@@ -29,8 +32,8 @@ from prefect.types.entrypoint import EntrypointType
 
 from flows.config.pipelines import Pipeline, PipelinesFile, TriggerConfig
 from flows.config.schedule import ScheduleConfig, interval_anchor
-from flows.deployments.sync import sync_deployments
-from flows.deployments.up import READY
+from flows.deployments.sync import PAUSED, sync_deployments
+from flows.deployments.up import READY, stop_flow_runs
 from flows.operations.flows import OPERATIONS, SCHEDULES, build_parameters
 from flows.retrain import last_success
 from flows.retrain import watch as watching
@@ -51,26 +54,47 @@ class Pool:
     job_variables: dict[str, Any]
 
 
-def serve(file: PipelinesFile, root: StateRoot, limit: int, must_reconcile: bool) -> None:
+class _Runner(Runner):
+    """A runner of deployments whose flow runs save and report before it stops."""
+
+    def stop_in_order(self, number: int, _frame: object) -> None:
+        """Stop the flow runs, wait for them, and exit. Meanwhile the event loop waits, so that no run starts.
+
+        Ctrl-C has reached the flow runs already: they are in the terminal's foreground too. A second signal would
+        interrupt them while they save.
+        """
+        stop_flow_runs(psutil.Process(), must_signal=number == signal.SIGTERM)
+        sys.exit(0)
+
+    def handle_sigterm(self, *args: Any, **kwargs: Any) -> None:
+        """Stop in order. Prefect installs this as its handler, which would end the flow runs without a grace."""
+        self.stop_in_order(signal.SIGTERM, None)
+
+
+def serve(
+    file: PipelinesFile, root: StateRoot, limit: int, must_reconcile: bool, reset_schedules: bool = False
+) -> None:
     """Register the deployments of the file, print what changed, and run what is due, at most `limit` runs at once.
 
-    With `must_reconcile`, runs that a crash left unfinished are ended first. Returns after SIGTERM or SIGINT. Raises
+    With `must_reconcile`, runs that a crash left unfinished are ended first. With `reset_schedules`, the file decides
+    which schedules are paused, not a person who used the server since. Returns after SIGTERM or SIGINT. Raises
     ConfigError for a wrong file, before anything is registered.
     """
     # Flow runs inherit the working directory and import from it first: there must be no other flows/ in it.
     os.chdir(root.path)
     wanted = build_deployments(file, root)
-    runner = Runner(limit=limit, pause_on_shutdown=False)
+    runner = _Runner(limit=limit, pause_on_shutdown=False)
     lines = []
     if must_reconcile:
         with get_client(sync_client=True) as client:
             lines = reconcile(client, root)
-    result = sync_deployments(wanted, [TAG, root.tag])
+    result = sync_deployments(wanted, [TAG, root.tag], reset_schedules)
     last_success.expect(root, map(file.pipeline, file.names()))
     for deployment in result.deployments:
         runner.add_deployment(cast(RunnerDeployment, deployment))
     ready = f"{READY} {len(wanted)} deployments, at most {limit} runs at once"
     click.echo("\n".join([*lines, *result.lines(), ready]))
+    signal.signal(signal.SIGINT, runner.stop_in_order)
     asyncio.run(runner.start())
 
 
@@ -154,7 +178,8 @@ def _build_deployment(spec: _Spec, root: StateRoot, pool: Pool | None) -> Runner
         "tags": tags,
         "description": description,
         # A digest of what is registered. If the server has the same version, nothing has to be sent.
-        "version": manifest.sha256_of(registered)[:12],
+        "version": manifest.sha256_of(registered)[:12] + (PAUSED if spec.schedule and spec.schedule.paused else ""),
+        "paused": False,
         # An explicit None takes a deployment back from the pool that it was sent to.
         "work_pool_name": None,
         **pool_values,

@@ -4,6 +4,9 @@ A file of hundreds of pipelines is registered at every start, and most of them h
 deployments are fetched in pages of plain data and compared. A deployment is sent again only if the file has changed, or
 if somebody has changed the deployment on the server. Requests are sent one after the other, because a server on SQLite
 refuses concurrent writers.
+
+A schedule that a person paused or resumed on the server stays so until the file changes its own word about the pause.
+So the version of a deployment tells what the file said when it was registered.
 """
 
 from collections import defaultdict
@@ -18,6 +21,8 @@ from prefect.deployments.runner import RunnerDeployment
 
 _PAGE = 200
 """The longest list that Prefect's servers return."""
+PAUSED = "-paused"
+"""End of the version of a deployment whose schedule the file pauses."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,8 @@ class RegisteredDeployment:
     id: UUID
     change: str
     """What the registration did: added, changed or unchanged."""
+    note: str = ""
+    """Where file and server differ on purpose."""
     storage: None = None
 
     async def aapply(self) -> UUID:
@@ -44,12 +51,16 @@ class SyncResult:
 
     def lines(self) -> list[str]:
         """Return one line per deployment, such as `added      night`."""
-        registered = [f"{deployment.change:<9}  {deployment.name}" for deployment in self.deployments]
+        registered = [f"{one.change:<9}  {one.name}{one.note and f' ({one.note})'}" for one in self.deployments]
         return [*registered, *(f"removed    {name}" for name in self.removed)]
 
 
-def sync_deployments(wanted: Sequence[RunnerDeployment], tags: Sequence[str]) -> SyncResult:
+def sync_deployments(
+    wanted: Sequence[RunnerDeployment], tags: Sequence[str], reset_schedules: bool = False
+) -> SyncResult:
     """Register the `wanted` deployments, and delete the server's other deployments that have all of the `tags`.
+
+    With `reset_schedules`, schedules that a person paused or resumed on the server become again what the file says.
 
     Raises httpx.HTTPError if the server does not answer, or refuses.
     """
@@ -62,19 +73,41 @@ def sync_deployments(wanted: Sequence[RunnerDeployment], tags: Sequence[str]) ->
         for name in removed:
             client.delete_resource_owned_automations(f"prefect.deployment.{existing[name]['id']}")
             client.delete_deployment(UUID(existing[name]["id"]))
-        registered = [_register(deployment, existing.get(deployment.name), triggers) for deployment in wanted]
+        registered = []
+        for deployment in wanted:
+            there = existing.get(deployment.name)
+            note = "" if there is None or reset_schedules else _keep_pause(deployment, there)
+            registered.append(_register(deployment, there, triggers, note))
         return SyncResult(registered, removed)
 
 
+def _keep_pause(wanted: RunnerDeployment, existing: dict[str, Any]) -> str:
+    """Pause or resume the `wanted` schedule as a person did on the server. Return a note about it, or an empty text.
+
+    If the file's word has changed since it was registered, the file is newer, and its word stays.
+    """
+    if not wanted.schedules or not existing["schedules"]:
+        return ""
+    (schedule,) = wanted.schedules
+    has_active = any(there["active"] for there in existing["schedules"])
+    is_active, was_active = has_active and not existing["paused"], not str(existing["version"]).endswith(PAUSED)
+    if is_active == schedule.active or schedule.active != was_active:
+        return ""
+    here, there = ("", "not ") if is_active else ("not ", "")
+    wanted.paused = existing["paused"]
+    wanted.schedules = [schedule.model_copy(update={"active": has_active})]
+    return f"schedule {there}paused on the server, {here}paused in the file; --reset-schedules takes the file's word"
+
+
 def _register(
-    wanted: RunnerDeployment, existing: dict[str, Any] | None, triggers: dict[str, set[str]]
+    wanted: RunnerDeployment, existing: dict[str, Any] | None, triggers: dict[str, set[str]], note: str
 ) -> RegisteredDeployment:
     if existing is None:
         return RegisteredDeployment(wanted.name, cast(UUID, wanted.apply()), "added")
     change = "unchanged" if existing["version"] == wanted.version else "changed"
     if change == "changed" or not _is_intact(wanted, existing, triggers.get(existing["id"], set())):
         wanted.apply()
-    return RegisteredDeployment(wanted.name, UUID(existing["id"]), change)
+    return RegisteredDeployment(wanted.name, UUID(existing["id"]), change, note)
 
 
 def _is_intact(wanted: RunnerDeployment, existing: dict[str, Any], triggers: set[str]) -> bool:
@@ -84,7 +117,7 @@ def _is_intact(wanted: RunnerDeployment, existing: dict[str, Any], triggers: set
     return (
         all(existing[key] == value for key, value in expected.items())
         and [(schedule["schedule"], schedule["active"]) for schedule in existing["schedules"]] == schedules
-        and (existing["entrypoint"], existing["paused"]) == (wanted.entrypoint, False)
+        and (existing["entrypoint"], existing["paused"]) == (wanted.entrypoint, wanted.paused)
         and set(existing["tags"]) == set(wanted.tags or ())
         and triggers == {getattr(trigger, "name", "") for trigger in wanted.triggers}
     )

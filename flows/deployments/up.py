@@ -49,6 +49,8 @@ class Options:
     limit: int
     allowed_hosts: tuple[str, ...] = ()
     """Names besides those of loopback by which clients reach the servers, such as that of a reverse proxy."""
+    reset_schedules: bool = False
+    """Whether the file decides which schedules are paused, not a person who used the server since."""
 
 
 def up(root: StateRoot, options: Options) -> None:
@@ -111,7 +113,9 @@ class _Supervisor:
         self.mlflow = None
         if self.tracking_server is None:
             self.mlflow = child("mlflow", _check_url(f"{self.mlflow_url}/health"), *self.mlflow_command)
-        serve = ("serve", "--reconcile", "--file", str(self.options.file), "--limit", str(self.options.limit))
+        serve = ["serve", "--reconcile", "--file", str(self.options.file), "--limit", str(self.options.limit)]
+        if self.options.reset_schedules:
+            serve.append("--reset-schedules")
         self.runner = child("runner", _is_runner_ready, "-c", "from flows.cli import main; main()", *serve)
 
     def build_environment(self, api: str) -> tuple[dict[str, str], SQLiteDatabase | PostgresDatabase | None]:
@@ -277,17 +281,12 @@ class _Supervisor:
             self.record()
             return
 
-    def find_flow_runs(self) -> list[psutil.Process]:
-        """Return the processes of the flow runs that are alive."""
-        with suppress(psutil.NoSuchProcess):
-            if self.runner.process is not None:
-                children = psutil.Process(self.runner.process.pid).children()
-                return [process for process in children if _is_alive(process) and _is_flow_run(process)]
-        return []
-
     def stop(self) -> None:
         """Stop the flow runs first, so that they save and report, then the runner and the servers. Kill the rest."""
-        stopped, descendants = self.stop_flow_runs()
+        stopped, descendants = set[psutil.Process](), set[psutil.Process]()
+        with suppress(psutil.NoSuchProcess):
+            if self.runner.process is not None:
+                stopped, descendants = stop_flow_runs(psutil.Process(self.runner.process.pid))
         if stopped:
             time.sleep(_TICK_SECONDS)  # the runner reports how the flow runs ended
         self.stop_children()
@@ -301,21 +300,6 @@ class _Supervisor:
         (self.root.path / "up.json").unlink(missing_ok=True)
         click.echo("stopped")
 
-    def stop_flow_runs(self) -> tuple[set[psutil.Process], set[psutil.Process]]:
-        """Stop all flow runs, and wait for them. Return their processes, and these with all their descendants."""
-        deadline = time.monotonic() + RUN_GRACE_SECONDS
-        stopped: set[psutil.Process] = set()
-        descendants: set[psutil.Process] = set()
-        while (runs := self.find_flow_runs()) and time.monotonic() < deadline:
-            for process in set(runs) - stopped:  # the runner may have started another run meanwhile
-                click.echo(f"stopping flow run (pid {process.pid}); it saves first")
-                with suppress(psutil.NoSuchProcess):
-                    descendants |= {process, *process.children(recursive=True)}
-                    process.terminate()
-            stopped |= set(runs)
-            time.sleep(0.2)
-        return stopped, descendants
-
     def stop_children(self) -> None:
         """Stop the runner, whose flow runs have ended, within a second; then the servers, which may take longer."""
         self.runner.signal(signal.SIGTERM)
@@ -325,6 +309,33 @@ class _Supervisor:
         deadline = time.monotonic() + _CHILD_GRACE_SECONDS
         for child in self.servers():
             child.wait(deadline - time.monotonic())
+
+
+def stop_flow_runs(runner: psutil.Process, must_signal: bool = True) -> tuple[set[psutil.Process], set[psutil.Process]]:
+    """Stop all flow runs of a runner, and wait for them. Return their processes, and these with all their descendants.
+
+    Without `must_signal`, they have got a signal already.
+    """
+    deadline = time.monotonic() + RUN_GRACE_SECONDS
+    stopped: set[psutil.Process] = set()
+    descendants: set[psutil.Process] = set()
+    while (runs := _find_flow_runs(runner)) and time.monotonic() < deadline:
+        for process in set(runs) - stopped:  # the runner may have started another run meanwhile
+            click.echo(f"stopping flow run (pid {process.pid}); it saves first")
+            with suppress(psutil.NoSuchProcess):
+                descendants |= {process, *process.children(recursive=True)}
+                if must_signal:
+                    process.terminate()
+        stopped |= set(runs)
+        time.sleep(0.2)
+    return stopped, descendants
+
+
+def _find_flow_runs(runner: psutil.Process) -> list[psutil.Process]:
+    """Return the processes of the runner's flow runs that are alive."""
+    with suppress(psutil.NoSuchProcess):
+        return [process for process in runner.children() if _is_alive(process) and _is_flow_run(process)]
+    return []
 
 
 def _check_url(url: str) -> Callable[[Child], bool]:

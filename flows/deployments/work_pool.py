@@ -34,8 +34,12 @@ _PASSED_ON = (
 """Addresses that runs need as well. Keys and passwords are given to the workers' environment instead."""
 
 
-def deploy(file: PipelinesFile, root: StateRoot, work_pool: str, image: str | None) -> None:
+def deploy(
+    file: PipelinesFile, root: StateRoot, work_pool: str, image: str | None, reset_schedules: bool = False
+) -> None:
     """Register the deployments of the file on an existing work pool, and print what changed.
+
+    With `reset_schedules`, the file decides which schedules are paused, not a person who used the server since.
 
     Raises ConfigError if there is no such pool, if the image is missing or superfluous, or if runs could not reach
     their servers. Raises GPTCoreError if Prefect does not answer, or refuses.
@@ -47,7 +51,7 @@ def deploy(file: PipelinesFile, root: StateRoot, work_pool: str, image: str | No
         _check_image(pool, image)
         _check_addresses(pool, root)
         wanted = build_deployments(file, root, Pool(work_pool, build_job_variables(root, image)))
-        result = sync_deployments(wanted, [TAG, root.tag])
+        result = sync_deployments(wanted, [TAG, root.tag], reset_schedules)
     except httpx.TransportError as error:
         raise GPTCoreError(
             f"Prefect at {api} does not answer: {error}. Start it, or correct PREFECT_API_URL."

@@ -9,6 +9,10 @@ from pathlib import Path
 import pytest
 
 from flows.config.pipelines import Pipeline, PipelinesFile
+from flows.config.schedule import ScheduleConfig
+from flows.deployments.serve import _build_schedule
+from flows.deployments.sync import PAUSED, _keep_pause
+from flows.operations.flows import promote
 from flows.retrain.parameters import build_flow_parameters, merge_parameters
 from gptcore.errors import ConfigError
 from tests.servers import Prefect, Serving
@@ -104,8 +108,36 @@ def test_the_server_has_the_deployments_of_the_file_and_every_change_is_listed(
         assert (schedule["schedule"]["interval"], schedule["active"]) == (7200.0, False)
         with pytest.raises(urllib.error.HTTPError, match="404"):
             server.ask("deployments/name/retrain/two")
+    three = server.ask("deployments/name/retrain/three")
+    server.ask(f"deployments/{three['id']}/schedules/{schedule['id']}", {"active": True}, "PATCH")
     with Serving(scheduled, server) as lines:
-        assert lines == ["unchanged  one", "unchanged  three", *(f"unchanged  {name}" for name in OPERATIONS)]
+        kept = "schedule not paused on the server, paused in the file; --reset-schedules takes the file's word"
+        unchanged = [f"unchanged  {name}" for name in OPERATIONS]
+        assert lines == ["unchanged  one", f"unchanged  three ({kept})", *unchanged]
+        (schedule,) = server.ask("deployments/name/retrain/three")["schedules"]
+        assert schedule["active"]
+
+
+@pytest.mark.parametrize(
+    ("registered", "there", "file", "then"),
+    [
+        (True, False, True, False),
+        (False, True, False, True),
+        (True, True, False, False),
+        (False, False, True, True),
+        (True, False, False, False),
+        (True, True, True, True),
+    ],
+)
+def test_a_schedule_stays_on_or_off_as_a_person_left_it_until_the_files_own_word_changes(
+    registered: bool, there: bool, file: bool, then: bool
+) -> None:
+    template = promote.to_deployment("night")
+    schedules = [_build_schedule(ScheduleConfig(cron="0 2 * * *", paused=not file))]
+    wanted = template.model_copy(update={"schedules": schedules})
+    existing = {"version": "a" if registered else f"a{PAUSED}", "paused": False, "schedules": [{"active": there}]}
+    note = _keep_pause(wanted, existing)
+    assert (wanted.schedules[0].active, bool(note)) == (then, file != then)
 
 
 @pytest.mark.slow

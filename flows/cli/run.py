@@ -288,6 +288,8 @@ def _run_flow(pipeline: "Pipeline", root: "StateRoot", flags: dict[str, bool]) -
             notify=pipeline.notify,
             return_state=True,
         )
+        if state.is_cancelled():
+            raise Interrupted(f"{state.message}. Run the same command again to resume.")
         try:
             outcome = state.result()
         except TextHeld as held:

@@ -21,6 +21,7 @@ from flows.cards.verdict import Verdict
 from flows.config.pipelines import Pipeline
 from flows.registry import versions
 from flows.registry.loading import load_verified
+from flows.retrain.trainer_process import artifact_key
 from flows.state.root import StateRoot
 from flows.tracking import errors, runs
 from gptcore.corpus.snapshot import Snapshot
@@ -55,11 +56,12 @@ def publish_card(root: StateRoot, done: JudgedRetraining, changes: Rows | None =
     champion_samples = _sample_champion(root, done)
     comparison = _plot_comparison(done)
     card = _build_card(root, done, champion_samples, comparison, changes)
-    key = "".join(c if c.isascii() and c.isalnum() else "-" for c in f"{done.pipeline.name}-card".lower())
     runs.log_text(root, done.mlflow_run_id, render_card(card, _link_stored_picture), "card.md")
     with errors.warn_if_prefect_fails("the card"):
         create_markdown_artifact(
-            render_card(card, _embed_picture), key=key, description=explain_verdict(done.verdict, done.version)
+            render_card(card, _embed_picture),
+            key=artifact_key(done.pipeline.name, "card"),
+            description=explain_verdict(done.verdict, done.version),
         )
     return [directory for directory in (champion_samples, comparison) if isinstance(directory, Path)]
 

@@ -4,8 +4,8 @@ Every step finds what an earlier run completed, so a run after a failure resumes
 MLflow run and the registered version are found by the run key. If an earlier run left a training unfinished, the next
 run finishes that training first, on its own text. The run ends as Completed, and the first word of the state's message
 is the verdict: promoted, rejected, skipped (there is no reason to train, see policy.py) or paused (the training is
-longer than its session). If the text looks like an accident (hold.py), the run ends as Failed, and the word is held.
-tasks.py has the steps themselves.
+longer than its session). If the text looks like an accident (hold.py), the run ends as Failed, and the word is held. A
+run that is stopped saves its training and ends as Cancelled. tasks.py has the steps themselves.
 """
 
 import time
@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from prefect import State, flow, get_run_logger
+from prefect._internal.control_listener import get_intent
+from prefect.exceptions import TerminationSignal
 from prefect.runtime import flow_run
-from prefect.states import Completed, Failed
+from prefect.states import Cancelled, Completed, Failed
 
 from flows.cards.decision import list_details, list_scores
 from flows.cards.model_card import TrainedModelFacts
@@ -28,7 +30,17 @@ from flows.notifications.notify import NotifyConfig, notify_failure, notify_prom
 from flows.notifications.verdicts import write_message
 from flows.registry import ancestry, register, versions
 from flows.registry.lineage import lineage, settings_key
-from flows.retrain import attempts, decision_card, hold, last_success, mirror, parameters, task_runners, tasks
+from flows.retrain import (
+    attempts,
+    decision_card,
+    hold,
+    last_success,
+    mirror,
+    parameters,
+    run_names,
+    task_runners,
+    tasks,
+)
 from flows.retrain.attempts import Attempt
 from flows.retrain.decision_card import JudgedRetraining
 from flows.retrain.parameters import Request
@@ -55,7 +67,7 @@ from gptcore.evaluation.run_report import Scores, read_samples, read_scores
 from gptcore.processes import MapShards
 from gptcore.tokens.directory import Tokens
 from gptcore.training.resolve import resolve
-from gptcore.training.run_directory import Paused, Result
+from gptcore.training.run_directory import Paused, Result, RunDirectory
 
 
 @dataclass(frozen=True)
@@ -91,7 +103,7 @@ class TextHeld(CorpusError):
 # those of its deployment. parameters.py merges and checks them.
 @flow(
     name="retrain",
-    flow_run_name="{pipeline}",
+    flow_run_name=run_names.name_run,
     persist_result=False,
     validate_parameters=False,
     on_failure=[notify_failure, send_former_state_name],
@@ -143,6 +155,8 @@ def retrain(
 def _retrain(request: Request, force: bool, accept_text: bool, sources_overridden: bool) -> State[Outcome]:
     """Retrain the pipeline while holding its lock, or skip the run if another run holds it."""
     requested, root = request.pipeline, state_root().prepare()
+    has_other_sources = sources_overridden or request.has_other_sources
+    retraining = _Retraining(requested, root, force, accept_text, has_other_sources)
     try:
         with (
             errors.translate_errors(root),
@@ -150,13 +164,20 @@ def _retrain(request: Request, force: bool, accept_text: bool, sources_overridde
         ):
             if died is not None and died.flow_run != str(flow_run.id) and (line := reconcile.end_dead_run(died)):
                 get_run_logger().warning(line)
-            has_other_sources = sources_overridden or request.has_other_sources
-            outcome = _Retraining(requested, root, force, accept_text, has_other_sources).run()
+            outcome = retraining.run()
             last_success.record(root, requested.name, outcome.verdict, str(flow_run.id))
     except lock_holder.LockHeld as held:
         outcome = Outcome(requested.name, "skipped", str(held), uri=_champion_uri(requested))
     except TextHeld as error:
+        run_names.add_verdict(requested.name, "held")
         return Failed(message=write_message("held", str(error)), data=error)
+    except (TerminationSignal, KeyboardInterrupt):
+        if get_intent() is not None:  # a person cancelled the run, or a supervisor starts it again: Prefect ends it
+            raise
+        run_names.add_verdict(requested.name, "stopped")
+        return Cancelled(message=retraining.describe_stop())
+    version = outcome.uri.rpartition("/")[2] if outcome.verdict in ("promoted", "rejected") else ""
+    run_names.add_verdict(requested.name, outcome.verdict, version)
     return Completed(message=write_message(outcome.verdict, outcome.reason), data=outcome)
 
 
@@ -183,6 +204,16 @@ class _Retraining:
         self.sources_overridden = sources_overridden
         self.changes: tuple[tuple[str, str], ...] = ()
         self.seconds: dict[str, float] = {}
+        self.training: RunDirectory | None = None
+        """The run directory, once there is one."""
+
+    def describe_stop(self) -> str:
+        """Return a sentence for a run that was stopped: what is saved, and what the next run does."""
+        if self.training is None:
+            return "stopped before the training; the next run starts again"
+        if self.training.read_result() is not None:
+            return "stopped, the training is complete and saved; the next run resumes"
+        return f"stopped, saved at step {self.training.saved_step():,}; the next run resumes"
 
     def run(self) -> Outcome:
         """Resume an unfinished training or prepare a new one, and work on it. Skip if there is no reason to train."""
@@ -330,6 +361,7 @@ class _Retraining:
 
     def work_on(self, attempt: Attempt) -> Outcome:
         """Train and judge an attempt inside its MLflow run, which gets the error's status if a step fails."""
+        self.training = attempt.run
         self.pipeline = self.pipeline.model_copy(update={"train": attempt.train})
         if attempt.changes:
             get_run_logger().info("changed since its last start: %s", attempt.changes, extra={"step": "resume"})

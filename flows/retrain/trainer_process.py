@@ -22,7 +22,7 @@ from prefect import get_run_logger
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
 from flows.state import postgres_lock
-from flows.state.console import active_console
+from flows.state.console import active_console, describe_progress
 from flows.state.root import StateRoot
 from flows.tracking import errors, runs
 from flows.tracking.metrics import MetricsFollower, MetricsLog
@@ -44,6 +44,7 @@ _PEERS_SECONDS = 15.0
 _RANK_LOST = re.compile(r"error: rank \d+ of \d+ has lost another rank")
 _RESTART_SECONDS = 1.0
 _PROGRESS_SECONDS = 5.0
+_LOG_SECONDS = 30.0
 _AWAY_SECONDS = 60.0
 
 
@@ -202,41 +203,56 @@ def train_and_report(root: StateRoot, run: RunDirectory, mlflow_run_id: str) -> 
 
     watched, shown = runs.log_system_metrics(root, mlflow_run_id), console.progress_bar() if console else nullcontext()
     with watched, MetricsFollower(log), shown as bar:
-        artifact = ProgressArtifact(f"{run.path.name}-progress")
+        report = ProgressReport(run.path.parent.name, logs=console is None or not console.terminal.is_terminal)
 
         def on_metrics(lines: list[MetricsLine]) -> None:
             postgres_lock.ensure_not_lost()
             if lines:
-                artifact.show(lines[-1])
+                report.show(lines)
                 if bar:
                     bar.show(lines[-1])
 
         return train_with_restarts(run, on_metrics, warn)
 
 
-class ProgressArtifact:
-    """A progress bar in the Prefect UI. It moves every 5 seconds, or pauses for a minute if Prefect is unreachable."""
+def artifact_key(pipeline: str, kind: str) -> str:
+    """Return the key of a pipeline's artifact in Prefect, such as notes-card."""
+    return "".join(c if c.isascii() and c.isalnum() else "-" for c in f"{pipeline}-{kind}".lower())
 
-    def __init__(self, key: str) -> None:
-        self.key = key
+
+class ProgressReport:
+    """The progress of a pipeline's training: a progress bar in the Prefect UI, and lines in the log.
+
+    The bar moves every 5 seconds, or pauses for a minute if Prefect is unreachable. All trainings of a pipeline have
+    the same key, so that the UI shows one artifact per pipeline. A log gets a line every 30 seconds.
+    """
+
+    def __init__(self, pipeline: str, logs: bool) -> None:
+        self.pipeline, self.logs = pipeline, logs
         self.id: UUID | None = None
         self.due = 0.0
+        self.log_due = time.monotonic() + _LOG_SECONDS
+        self.val_loss: float | None = None
 
-    def show(self, line: MetricsLine) -> None:
-        """Move the bar to the newest update. An error of Prefect does not stop the training."""
-        if time.monotonic() < self.due and line["progress"] < 1.0:
+    def show(self, lines: list[MetricsLine]) -> None:
+        """Show the newest update. An error of Prefect does not stop the training."""
+        self.val_loss = next((line["val_loss"] for line in reversed(lines) if "val_loss" in line), self.val_loss)
+        newest, now = lines[-1], time.monotonic()
+        text = describe_progress(newest, self.val_loss)
+        if self.logs and now >= self.log_due:
+            self.log_due = now + _LOG_SECONDS
+            get_run_logger().info("train: %s", text, extra={"step": "train"})
+        if now < self.due and newest["progress"] < 1.0:
             return
-        self.due = time.monotonic() + _AWAY_SECONDS
+        self.due = now + _AWAY_SECONDS
         with errors.warn_if_prefect_fails("the progress"):
-            self._move(line)
+            self._move(100.0 * newest["progress"], f"{self.pipeline}: {text}")
             self.due = time.monotonic() + _PROGRESS_SECONDS
 
-    def _move(self, line: MetricsLine) -> None:
-        percent = 100.0 * line["progress"]
-        text = f"step {line['step']:,} · loss {line['loss']:.3f} · {line['tokens_per_second']:,.0f} tokens/s"
+    def _move(self, percent: float, text: str) -> None:
         if self.id is not None:
             update_progress_artifact(self.id, percent, description=text)
             return
-        created = create_progress_artifact(percent, key=self.key, description=text)
+        created = create_progress_artifact(percent, key=artifact_key(self.pipeline, "progress"), description=text)
         assert isinstance(created, UUID), "tasks are synchronous, so this call is"
         self.id = created

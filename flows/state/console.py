@@ -14,7 +14,6 @@ from typing import Any
 from rich.console import Console as Terminal
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from rich.text import Text
 
 _ACTIVE: ContextVar["Console | None"] = ContextVar("console", default=None)
 
@@ -54,7 +53,7 @@ class Console(logging.Handler):
             BarColumn(bar_width=24),
             TextColumn("{task.description}"),
             TimeElapsedColumn(),
-            _TimeLeft(),
+            TextColumn("[cyan]{task.fields[left]}[/cyan]"),
         ]
         is_hidden = not self.terminal.is_terminal
         with Progress(
@@ -68,24 +67,41 @@ class Bar:
 
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
-        self.task = progress.add_task("starting", total=1.0)
+        self.task = progress.add_task("starting", total=1.0, left="")
+        self.val_loss: float | None = None
 
     def show(self, line: dict[str, Any]) -> None:
         """Move the bar to the newest update."""
-        total = round(line["step"] / line["progress"]) if line["progress"] else 0
-        text = f"step {line['step']:,}/{total:,}  loss {line['loss']:.3f}  {line['tokens_per_second']:,.0f} tokens/s"
-        self.progress.update(self.task, completed=line["progress"], description=text, seconds=line["seconds"])
+        self.val_loss = line.get("val_loss", self.val_loss)
+        val = "" if self.val_loss is None else f"  val loss {self.val_loss:.3f}"
+        text = (
+            f"step {line['step']:,}/{count_steps(line):,}  loss {line['loss']:.3f}{val}  "
+            f"{line['tokens_per_second']:,.0f} tokens/s"
+        )
+        left = format_time_left(line)
+        self.progress.update(self.task, completed=line["progress"], description=text, left=left)
 
 
-class _TimeLeft(ProgressColumn):
-    """The time left, computed from the share of the budget that the training has used."""
+def count_steps(line: dict[str, Any]) -> int:
+    """Return the number of updates of the whole training, estimated from a line of metrics.jsonl."""
+    return round(line["step"] / line["progress"]) if line["progress"] else 0
 
-    def render(self, task: Any) -> Text:
-        """Return the minutes and seconds left, or an empty text before the first update."""
-        if not task.completed:
-            return Text("")
-        left = task.fields["seconds"] * (1 - task.completed) / task.completed
-        return Text(f"{int(left) // 60}:{int(left) % 60:02d} left", style="cyan")
+
+def format_time_left(line: dict[str, Any]) -> str:
+    """Return the time left, such as `4:05 left`, estimated from the share of the budget that the training has used."""
+    if not line["progress"]:
+        return ""
+    seconds = int(line["seconds"] * (1 - line["progress"]) / line["progress"])
+    hours, minutes = seconds // 3600, seconds // 60 % 60
+    return f"{f'{hours}:{minutes:02d}' if hours else minutes}:{seconds % 60:02d} left"
+
+
+def describe_progress(line: dict[str, Any], val_loss: float | None) -> str:
+    """Return a line for logs and pages, such as `step 20 of 80, loss 3.912, 2,900 tokens/s, 4:05 left`."""
+    parts = [f"step {line['step']:,} of {count_steps(line):,}", f"loss {line['loss']:.3f}"]
+    if val_loss is not None:
+        parts.append(f"val loss {val_loss:.3f}")
+    return ", ".join([*parts, f"{line['tokens_per_second']:,.0f} tokens/s", format_time_left(line)])
 
 
 def active_console() -> Console | None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import time
@@ -34,7 +35,7 @@ def test_up_answers_runs_flows_reports_that_it_is_up_already_and_leaves_no_proce
     run = up.train_for_long()
     here = up.command("run", "tiny")
     assert here.returncode == 0 and "another run holds the lock (pid" in here.stdout, here.stdout + here.stderr
-    others = [one for one in up.prefect.runs() if one["name"] == "tiny" and one["id"] != run]
+    others = [one for one in up.prefect.runs() if one["parameters"].get("pipeline") == "tiny" and one["id"] != run]
     assert [up.prefect.verdict(one["id"]) for one in others] == ["skipped"]
     processes = up.processes()
     assert len(processes) > 5
@@ -50,7 +51,9 @@ def test_up_answers_runs_flows_reports_that_it_is_up_already_and_leaves_no_proce
     assert list(up.root.path.glob("runs/tiny/*/checkpoints/step-*"))
     assert up.mlflow_statuses() == ["KILLED"]
     up.start()
-    assert up.prefect.state(run)["type"] == "CRASHED"
+    stopped = up.prefect.state(run)
+    assert (stopped["type"], stopped["name"]) == ("CANCELLED", "Cancelled")
+    assert re.fullmatch(r"stopped, saved at step [\d,]+; the next run resumes", stopped["message"])
 
 
 def test_dead_servers_are_restarted_the_next_start_ends_what_a_kill_left_and_doctor_reports_both(

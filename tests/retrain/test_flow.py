@@ -1,6 +1,9 @@
 """The whole flow on a tiny pipeline: a real Prefect server, a real SQLite MLflow, a real child process."""
 
 import json
+import os
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -8,14 +11,21 @@ from pathlib import Path
 import mlflow
 import pytest
 from mlflow import MlflowClient
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
+from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.sorting import FlowRunSort
 
 from flows.config.pipelines import SECTIONS, Pipeline
+from flows.notifications.notify import NotifyConfig
 from flows.notifications.verdicts import read_verdict
 from flows.registry import versions
+from flows.retrain import trainer_process
 from flows.retrain.flow import Outcome, retrain
 from flows.state.root import StateRoot
 from gptcore.errors import TrainingDiverged
 from gptcore.training.run_directory import RunDirectory
+from tests.servers import Receiver
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
@@ -27,6 +37,11 @@ def run(pipeline: Pipeline, force: bool = False, sources_overridden: bool = Fals
     outcome = state.result()
     assert (state.name, read_verdict(state)) == ("Completed", outcome.verdict), "the pages filter by standard names"
     return outcome.verdict, outcome
+
+
+def newest_flow_run() -> FlowRun:
+    with get_client(sync_client=True) as client:
+        return client.read_flow_runs(sort=FlowRunSort.START_TIME_DESC, limit=1)[0]
 
 
 def changed(pipeline: Pipeline, **train: object) -> Pipeline:
@@ -42,6 +57,13 @@ def test_a_first_run_becomes_champion_and_the_same_run_again_is_skipped(tiny: Pi
     name, outcome = run(tiny)
     assert (name, outcome.verdict, outcome.uri) == ("promoted", "promoted", "models:/gpt-tiny/1")
     assert list(outcome.seconds) == "ingest compare tokenize train evaluate sample plot register gate report".split()
+    shown = newest_flow_run()
+    assert re.fullmatch(r"tiny \d{4}-\d\d-\d\d · v1 promoted", shown.name) and shown.tags == ["promoted"]
+    with get_client(sync_client=True) as client:
+        (progress,) = client.read_artifacts(
+            artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=["tiny-progress"]))
+        )
+    assert str(progress.description).startswith("tiny: step 60 of 60, loss ")
     (done,) = mlflow_runs(root)
     left = MlflowClient(root.tracking_uri).create_run(done.info.experiment_id, tags={"pipeline": "tiny"})
     name, outcome = run(tiny)
@@ -52,6 +74,21 @@ def test_a_first_run_becomes_champion_and_the_same_run_again_is_skipped(tiny: Pi
     assert statuses == {done.info.run_id: "FINISHED", left.info.run_id: "KILLED"}, (
         "the MLflow run of a killed run is ended as well"
     )
+
+
+def test_a_stopped_run_saves_ends_as_cancelled_and_notifies_nobody(
+    tiny: Pipeline, root: StateRoot, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = changed(tiny, max_steps=1_000_000)
+    given = {name: getattr(asked, name) for name in SECTIONS}
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer_process.ProgressReport, "show", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        notify = (NotifyConfig(webhook=receiver.url),)
+        state = retrain(asked.name, asked.model_name, **given, notify=notify, return_state=True)
+    saved = RunDirectory(Path(run_directory(root))).saved_step()
+    assert saved > 0 and (state.type.value, state.name) == ("CANCELLED", "Cancelled")
+    assert state.message == f"stopped, saved at step {saved:,}; the next run resumes"
+    assert newest_flow_run().name.endswith(" · stopped") and receiver.got == []
 
 
 def test_a_forced_run_trains_equal_weights_and_a_tie_does_not_replace_the_champion(

@@ -5,6 +5,7 @@ modules of this folder for the other commands, and exit.py for error messages an
 """
 
 import os
+from pathlib import Path
 from typing import Any
 
 import click
@@ -129,8 +130,14 @@ def up(
     "--host",
     default="127.0.0.1",
     show_default=True,
-    help="Address to listen at. Beyond this machine, anyone who can reach the address can use the server.",
+    help="Address to listen at. An address beyond this machine needs a key, or --no-key.",
 )
+@click.option(
+    "--key-file",
+    type=click.Path(path_type=Path),
+    help="File with the key that clients must send. Default: the variable GPTFLOW_API_KEY. Without both, no key.",
+)
+@click.option("--no-key", is_flag=True, help="Let anyone who can reach --host use the server.")
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(1, 65535), help="Port to listen at.")
 @ALLOWED_HOSTS
 @click.option(
@@ -153,7 +160,16 @@ def up(
 @DEVICE
 @QUANTIZE
 @FILE
-def serve_model(uri: str, file: str | None, device: str, quantize: str | None, **options: Any) -> None:
+def serve_model(
+    uri: str,
+    file: str | None,
+    device: str,
+    quantize: str | None,
+    host: str,
+    key_file: Path | None,
+    no_key: bool,
+    **options: Any,
+) -> None:
     """Serve a registered version over OpenAI's completions API until Ctrl-C.
 
     An alias is followed: as soon as it names another version, new requests get that version.
@@ -161,11 +177,28 @@ def serve_model(uri: str, file: str | None, device: str, quantize: str | None, *
     Example: gptflow serve-model gpt-quickstart@champion --port 8000
     """
     device = choose_generation_device(device, quantize)
+    key = _choose_key(host, key_file, no_key)
     root = open_state_root(file)
     from flows.endpoint.server import Options
     from flows.endpoint.server import serve as serve_version
 
-    serve_version(root, uri, Options(device=device, quantize=quantize, **options))
+    serve_version(root, uri, Options(device=device, quantize=quantize, host=host, key=key, **options))
+
+
+def _choose_key(host: str, key_file: Path | None, no_key: bool) -> str | None:
+    """Return the key of the server, if any. Raises UsageError for an address beyond this machine without a key."""
+    from flows.endpoint.access import KEY_VARIABLE, read_key
+    from flows.web.guard import is_loopback
+
+    key = read_key(key_file)
+    if no_key and key is not None:
+        raise click.UsageError(f"--no-key is given, and a key too: leave out --no-key, or the key ({KEY_VARIABLE})")
+    if key is None and not no_key and not is_loopback(host):
+        raise click.UsageError(
+            f"--host {host} can be reached from other machines, and there is no key: set {KEY_VARIABLE} or --key-file, "
+            "or allow everyone with --no-key"
+        )
+    return key
 
 
 def main() -> None:

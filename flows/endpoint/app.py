@@ -1,7 +1,6 @@
 """The endpoint's routes, and the checks that every request passes. See server.py for the process around it."""
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from typing import Any
@@ -10,6 +9,8 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
+from flows.endpoint import openapi
+from flows.endpoint.access import AccessLog, KeyCheck
 from flows.endpoint.completion import Completion, EventStream
 from flows.endpoint.followed_version import FollowedVersion
 from flows.endpoint.protocol import RequestError, error_body, parse
@@ -19,7 +20,6 @@ from flows.web.guard import Guard
 MAX_BODY_BYTES = 2**20
 BODY_SECONDS = 30.0
 """How long a request's body may take to arrive."""
-_log = logging.getLogger(__name__)
 
 
 def create_app(
@@ -28,8 +28,9 @@ def create_app(
     max_tokens: int,
     host: str = "127.0.0.1",
     allowed_hosts: Collection[str] = (),
+    key: str | None = None,
 ) -> FastAPI:
-    """Return the application that serves `followed`, behind the guard.
+    """Return the application that serves `followed`, behind the guard and, if there is a key, the check of it.
 
     A request may ask for up to `max_tokens` tokens per text. `host` is the address at which the server will listen, and
     `allowed_hosts` are other names by which clients reach it.
@@ -42,7 +43,11 @@ def create_app(
         scheduler.stop("the server has stopped")
 
     app = FastAPI(title="gptflow", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
+    # The one that is added last is called first.
+    if key is not None:
+        app.add_middleware(KeyCheck, key=key)
     app.add_middleware(Guard, listens_at=host, allowed_hosts=allowed_hosts)
+    app.add_middleware(AccessLog)
     app.add_exception_handler(RequestError, _answer_request_error)
     app.add_exception_handler(HTTPException, _answer_http_error)
     app.add_exception_handler(Exception, _answer_other_error)
@@ -50,6 +55,10 @@ def create_app(
     @app.get("/health")
     async def health() -> JSONResponse:
         return JSONResponse(_describe_health(followed, scheduler), 200 if scheduler.accepts_requests else 503)
+
+    @app.get("/openapi.json")
+    async def description() -> dict[str, Any]:
+        return openapi.describe()
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -68,7 +77,7 @@ def create_app(
             message = f"max_tokens is {request.max_tokens}; this server generates at most {max_tokens} per text"
             raise RequestError(message, "max_tokens")
         completion = await Completion.create(request, followed.current, scheduler)
-        completion.submit()
+        completion.submit(http_request.scope)
         return EventStream(completion) if request.stream else await completion.respond(http_request)
 
     return app
@@ -115,17 +124,15 @@ async def _read_body(http_request: Request) -> bytes:
     return bytes(body)
 
 
-async def _answer_request_error(http_request: Request, error: Exception) -> JSONResponse:
+async def _answer_request_error(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestError)
-    line = f"{http_request.method} {http_request.url.path}: {error.status}, {error}"
-    _log.info("%s", line.encode("unicode_escape").decode())  # one line in the log, whatever the request contains
     return JSONResponse(error.body, error.status, error.headers)
 
 
 async def _answer_http_error(http_request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     route = f"{http_request.method} {http_request.url.path}"
-    message = f"{route}: {error.detail}. This server answers /v1/completions, /v1/models and /health"
+    message = f"{route}: {error.detail}. This server answers /v1/completions, /v1/models, /health and /openapi.json"
     code, headers = error.detail.lower().replace(" ", "_"), error.headers
     return JSONResponse(error_body(message, "invalid_request_error", code=code), error.status_code, headers)
 

@@ -2,8 +2,6 @@
 
 import asyncio
 import codecs
-import logging
-import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,6 +10,7 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from flows.endpoint.access import add_to_log
 from flows.endpoint.followed_version import ServedVersion
 from flows.endpoint.protocol import (
     LOGPROB_LISTS,
@@ -31,7 +30,6 @@ from gptcore.tokens.tokenizer import Tokenizer
 
 RETRY_AFTER_SECONDS = 1
 """When a client may try again after it was refused because the queue was full."""
-_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -48,7 +46,7 @@ class Completion:
     num_tokens: dict[int, int] = field(default_factory=dict)
     """Tokens of each text so far."""
     num_ended: int = 0
-    began: float = field(default_factory=time.perf_counter)
+    scope: Scope = field(default_factory=dict)
 
     @classmethod
     async def create(cls, request: CompletionRequest, version: ServedVersion, scheduler: Scheduler) -> "Completion":
@@ -60,9 +58,12 @@ class Completion:
         prompts = await asyncio.to_thread(lambda: [_encode_prompt(prompt, version) for prompt in request.prompt])
         return cls(request, version, scheduler, prompts, Answer(version.id, version.fingerprint))
 
-    def submit(self) -> None:
-        """Submit all texts to the scheduler. Raises RequestError if there is no room."""
-        request = self.request
+    def submit(self, scope: Scope) -> None:
+        """Submit all texts to the scheduler. Raises RequestError if there is no room.
+
+        What becomes of them is logged with the HTTP request that has this scope.
+        """
+        request, self.scope = self.request, scope
         try:
             sampling = Sampling(
                 temperature=request.temperature,
@@ -159,6 +160,7 @@ class Completion:
                 choice = choice_body(chunk.index, chunk.text, chunk.finish_reason, scores)
                 yield encode_event(self.answer.body([choice], **more))
         except RequestError as error:
+            add_to_log(self.scope, error=str(error))
             yield encode_event(error.body)
             return
         if self.request.include_usage:
@@ -172,16 +174,8 @@ class Completion:
     def close(self) -> None:
         """Cancel the texts that have not ended, and log what was generated."""
         self.scheduler.cancel(self.text_requests)
-        usage = self.usage()
-        _log.info(
-            "%s: %d of %d texts, %d + %d tokens, %.2f s",
-            self.version.id,
-            self.num_ended,
-            len(self.text_requests),
-            usage["prompt_tokens"],
-            usage["completion_tokens"],
-            time.perf_counter() - self.began,
-        )
+        texts = {"texts": len(self.text_requests), "ended": self.num_ended}
+        add_to_log(self.scope, model=self.version.id, **texts, **self.usage())
 
 
 class _Logprobs:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 from pydantic_core import from_json
 
 MAX_SAMPLES = 128
@@ -81,6 +81,19 @@ def _parse_stops(value: Any) -> list[str]:
     return stops
 
 
+_IDS: dict[str, Any] = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+_PROMPTS: dict[str, Any] = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "items": {"type": "string"}, "minItems": 1},
+        _IDS,
+        {"type": "array", "items": _IDS, "minItems": 1},
+    ]
+}
+_STOP: dict[str, Any] = {"type": "string", "minLength": 1}
+_STOPS: dict[str, Any] = {"anyOf": [_STOP, {"type": "array", "items": _STOP, "maxItems": MAX_STOPS}]}
+
+
 class StreamOptions(BaseModel):
     """What a stream contains besides the text."""
 
@@ -95,7 +108,7 @@ class CompletionRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     model: str
-    prompt: Annotated[list[Prompt], BeforeValidator(_parse_prompts)]
+    prompt: Annotated[list[Prompt], BeforeValidator(_parse_prompts), WithJsonSchema(_PROMPTS)]
     max_tokens: int = Field(16, ge=0)
     """0 is for echo: the answer is the prompt."""
     logprobs: int | None = Field(None, ge=0, le=5)
@@ -109,7 +122,7 @@ class CompletionRequest(BaseModel):
     n: int = Field(1, ge=1, le=MAX_SAMPLES)
     stream: bool = False
     stream_options: StreamOptions | None = None
-    stop: Annotated[list[str], BeforeValidator(_parse_stops)] = []
+    stop: Annotated[list[str], BeforeValidator(_parse_stops), WithJsonSchema(_STOPS)] = []
     seed: int | None = Field(None, ge=0, le=MAX_SEED)
     """Text number i of the answer, counted from 0, is drawn with seed + i."""
     echo: bool = False

@@ -44,6 +44,8 @@ class Options:
     device: str
     """Where the model computes: cpu, cuda, cuda:N, mps or auto."""
     quantize: str | None
+    key: str | None = None
+    """The key that clients must send, or None if they need none."""
 
 
 def serve(root: StateRoot, uri: str, options: Options) -> None:
@@ -62,7 +64,7 @@ def serve(root: StateRoot, uri: str, options: Options) -> None:
     full_uri = uri if uri.startswith("models:/") else f"models:/{uri}"
     followed = FollowedVersion(root, full_uri, options.device, options.quantize)
     scheduler = Scheduler(max_running=options.max_concurrent, max_waiting=options.max_queue)
-    app = create_app(followed, scheduler, options.max_tokens, options.host, options.allowed_hosts)
+    app = create_app(followed, scheduler, options.max_tokens, options.host, options.allowed_hosts, options.key)
     followed.start()
     greeting = f"{followed.current.id} is served at {_url_of(listener)}, on {followed.current.loaded.device}"
     _Server(_uvicorn_config(app), scheduler, greeting).run([listener])
@@ -136,10 +138,11 @@ def _url_of(listener: socket.socket) -> str:
 
 
 def _configure_logging() -> None:
-    """Send the endpoint's log as short lines to stderr, and nowhere else."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", datefmt="%H:%M:%S"))
-    logger = logging.getLogger("flows.endpoint")
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
+    """Send the endpoint's log as short lines to stderr, and nowhere else. The lines about requests are bare JSON."""
+    for name, form in (("flows.endpoint", "%(asctime)s  %(message)s"), ("flows.endpoint.access", "%(message)s")):
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter(form, datefmt="%H:%M:%S"))
+        logger = logging.getLogger(name)
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False

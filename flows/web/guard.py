@@ -3,8 +3,8 @@
 A browser on this machine can reach 127.0.0.1, and a web page of any site can make it send requests there. The browser
 names the page's site as Origin. After DNS rebinding (the site's own name suddenly means 127.0.0.1) it names the site as
 Host. So the guard checks both headers of every HTTP request and every WebSocket handshake. It also forbids other sites
-to show the server's pages in a frame, where they could trick a person into a click. Programs send no Origin, and need
-no key.
+to show the server's pages in a frame, where they could trick a person into a click. Programs send no Origin, and are
+not stopped by it.
 """
 
 import re
@@ -51,7 +51,7 @@ class Guard:
 
     def __init__(self, app: ASGIApp, listens_at: str = "127.0.0.1", allowed_hosts: Collection[str] = ()) -> None:
         self.app, self.allowed_hosts = app, frozenset(allowed_hosts)
-        self.network_address = None if _is_loopback(listens_at) else listens_at.lower()
+        self.network_address = None if is_loopback(listens_at) else listens_at.lower()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass one request or handshake on, or refuse it with 400 or 403."""
@@ -97,7 +97,7 @@ class Guard:
         return self.network_address is not None and (name == self.network_address or _is_address(name.strip("[]")))
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
     """Whether a server that listens at `host`, a name or an address, can be reached from this machine only."""
     return host == "localhost" or (_is_address(host) and ip_address(host).is_loopback)
 

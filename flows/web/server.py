@@ -7,12 +7,14 @@ that only hold connections, or a full table of file descriptors, delay the other
 
 import asyncio
 import errno
+import json
 import logging
 import resource
 import socket
 import time
 from typing import Any
 
+import h11
 import psutil
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -102,6 +104,19 @@ class Protocol(H11Protocol):
                 self.header_timer = self.loop.call_later(HEADER_SECONDS, self.transport.abort)
         else:
             self.stop_watching()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is not HTTP with an error in the form of all other errors, and close the connection."""
+        error = {"message": msg, "type": "invalid_request_error", "param": None, "code": "malformed_request"}
+        body = json.dumps({"error": error}).encode()
+        headers = [
+            ("content-type", "application/json"),
+            ("content-length", str(len(body))),
+            ("connection", "close"),
+        ]
+        for event in (h11.Response(status_code=400, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
 
     def stop_watching(self) -> None:
         """Stop the timer."""

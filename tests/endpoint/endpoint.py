@@ -3,14 +3,14 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Thread
-from typing import cast
+from typing import Any, cast
 
 import torch
-import uvicorn
 
 from flows.endpoint.app import create_app
 from flows.endpoint.followed_version import FollowedVersion, ServedVersion
 from flows.endpoint.scheduler import Scheduler
+from flows.web.server import Config, Server
 from gptcore.bundle import LoadedModel
 from gptcore.model.gpt import GPTModel
 from gptcore.tokens.tokenizer import get_tokenizer
@@ -40,19 +40,21 @@ class FixedVersion:
 class Endpoint:
     """The endpoint: its address, its followed version and its scheduler."""
 
-    def __init__(self, max_running: int = 4, max_waiting: int = 8, max_tokens: int = 4096) -> None:
+    def __init__(
+        self, max_running: int = 4, max_waiting: int = 8, max_tokens: int = 4096, key: str | None = None
+    ) -> None:
         self.followed, self.scheduler = FixedVersion(tiny_version(1)), Scheduler(max_running, max_waiting)
-        app = create_app(cast(FollowedVersion, self.followed), self.scheduler, max_tokens)
+        app = create_app(cast(FollowedVersion, self.followed), self.scheduler, max_tokens, key=key)
         self.port = free_ports(1)[0]
         self.url = f"http://127.0.0.1:{self.port}"
-        config = uvicorn.Config(app, port=self.port, log_config=None, access_log=False, ws="none", lifespan="on")
-        self.server = uvicorn.Server(config)
+        config = Config(app, port=self.port, log_config=None, access_log=False, ws="none", lifespan="on")
+        self.server = Server(config)
 
 
 @contextmanager
-def endpoint(**limits: int) -> Iterator[Endpoint]:
+def endpoint(**options: Any) -> Iterator[Endpoint]:
     """Serve an endpoint until the context ends."""
-    made = Endpoint(**limits)
+    made = Endpoint(**options)
     thread = Thread(target=made.server.run)
     thread.start()
     try:

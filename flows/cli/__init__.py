@@ -125,7 +125,7 @@ def up(
 
 
 @cli.command("serve-model", short_help="Serve a registered version over OpenAI's API.")
-@click.argument("uri", metavar="MODEL@ALIAS|MODEL/VERSION")
+@click.argument("uri", metavar="NAME@ALIAS|NAME/VERSION")
 @click.option(
     "--host",
     default="127.0.0.1",
@@ -179,6 +179,8 @@ def serve_model(
     device = choose_generation_device(device, quantize)
     key = _choose_key(host, key_file, no_key)
     root = open_state_root(file)
+    if "@" not in uri and "/" not in uri.removeprefix("models:/"):
+        uri += "@champion"  # an alias is followed
     from flows.endpoint.server import Options
     from flows.endpoint.server import serve as serve_version
 

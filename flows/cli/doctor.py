@@ -7,8 +7,10 @@ minutes, because the failure may be that something hangs.
 import os
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import TYPE_CHECKING
 
@@ -51,57 +53,55 @@ def check_project(file: str | None, json: bool) -> None:
     logging.captureWarnings(True)
     with suppress(GPTCoreError):  # the checks report it
         export_passwords()
-    checks = run_checks(path, state_root(path))
+    checks = []
+    for check in run_checks(path, state_root(path)):
+        checks.append(check)
+        if not json:
+            _print_check(check)
     if json:
         print_json([asdict(check) for check in checks])
-    else:
-        for check in checks:
-            _print_check(check)
     sys.exit(not all(check.ok for check in checks))
 
 
 COMMANDS = (check_project,)
 
 
-def run_checks(file: Path, root: "StateRoot") -> "list[Check]":
-    """Run every check on this pipelines.yaml and this state root. Return the results in a fixed order."""
-    from flows.cli.doctor_checks import CHECKS, CheckTarget, check_pipelines
+def run_checks(file: Path, root: "StateRoot") -> "Iterator[Check]":
+    """Run every check on this pipelines.yaml and this state root. Yield the results as the checks end.
+
+    A check that takes too long, or that is broken, has failed.
+    """
+    from flows.cli.doctor_checks import CHECKS, Check, CheckTarget, check_pipelines
 
     pipelines, results = check_pipelines(file)
-    target = CheckTarget(file, root, tuple(pipelines))
-    threads = [_CheckThread(name, check, target) for name, check in CHECKS.items()]
-    deadline = time.monotonic() + MAX_SECONDS
-    return [*results, *(result for thread in threads for result in thread.result(deadline))]
+    yield from results
+    target, ended = CheckTarget(file, root, tuple(pipelines)), SimpleQueue[tuple[str, list[Check]]]()
+    for name, check in CHECKS.items():
+        arguments = (name, check, target, ended)
+        Thread(target=_run_check, args=arguments, daemon=True).start()  # the process does not wait for it at its exit
+    running, deadline = set(CHECKS), time.monotonic() + MAX_SECONDS
+    with suppress(Empty):
+        while running:
+            name, results = ended.get(timeout=max(deadline - time.monotonic(), 0.0))
+            running.remove(name)
+            yield from results
+    for name in sorted(running):
+        yield Check(name, False, f"no answer within {MAX_SECONDS:.0f} s", "find out what hangs")
 
 
-class _CheckThread:
-    """A check in a thread of its own. The process does not wait for the thread when it exits."""
+def _run_check(
+    name: str, check: "CheckFunction", target: "CheckTarget", ended: "SimpleQueue[tuple[str, list[Check]]]"
+) -> None:
+    from flows.cli.doctor_checks import Check
 
-    def __init__(self, name: str, check: "CheckFunction", target: "CheckTarget") -> None:
-        self.name = name
-        self.checks: list[Check] = []
-        self.failure = ""
-        self.fix = ""
-        self.thread = Thread(target=self._run, args=(check, target), daemon=True)
-        self.thread.start()
-
-    def _run(self, check: "CheckFunction", target: "CheckTarget") -> None:
-        try:
-            self.checks = list(check(target))
-        except GPTCoreError as error:
-            self.failure, self.fix = str(error), "see the message"
-        except Exception as error:  # a broken check must not hide the results of the others
-            self.failure = f"the check itself failed: {type(error).__name__}: {error}"
-            self.fix = "report this message as a bug"
-
-    def result(self, deadline: float) -> "list[Check]":
-        """Wait for the results until `deadline`, in monotonic seconds. A check that is late or broken has failed."""
-        from flows.cli.doctor_checks import Check
-
-        self.thread.join(max(deadline - time.monotonic(), 0.0))
-        if self.thread.is_alive():
-            return [Check(self.name, False, f"no answer within {MAX_SECONDS:.0f} s", "find out what hangs")]
-        return [Check(self.name, False, self.failure, self.fix)] if self.failure else self.checks
+    try:
+        results = list(check(target))
+    except GPTCoreError as error:
+        results = [Check(name, False, str(error), "see the message")]
+    except Exception as error:  # a broken check must not hide the results of the others
+        failure = f"the check itself failed: {type(error).__name__}: {error}"
+        results = [Check(name, False, failure, "report this message as a bug")]
+    ended.put((name, results))
 
 
 def _print_check(check: "Check") -> None:

@@ -35,14 +35,16 @@ def list_models(model: str | None, file: str | None, json: bool) -> None:
 
 @click.command("show", short_help="Show where a version comes from.")
 @click.argument("uri")
+@click.option("--full", is_flag=True, help="Show every recorded key.")
 @FILE
 @JSON
-def show_lineage(uri: str, file: str | None, json: bool) -> None:
+def show_lineage(uri: str, full: bool, file: str | None, json: bool) -> None:
     """Show the lineage of the version URI: its text, settings, code, packages, ancestors, promotions and rollbacks.
 
-    URI names a version by its number or by an alias. The alias @champion names the best version so far.
+    URI names a version by its number or by an alias: NAME/3 or NAME@champion, with or without MLflow's models:/ in
+    front. NAME alone is the champion, the best version so far.
 
-    Example: gptflow show models:/gpt-quickstart@champion
+    Example: gptflow show gpt-quickstart@champion
     """
     root = open_state_root(file)
     from flows.cli.tables import print_lineage
@@ -56,7 +58,7 @@ def show_lineage(uri: str, file: str | None, json: bool) -> None:
     if json:
         print_json(lineage)
     else:
-        print_lineage(lineage)
+        print_lineage(lineage, full)
 
 
 @click.command(short_help="Train a version again, and compare the weights.")

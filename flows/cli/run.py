@@ -312,7 +312,8 @@ def _print_outcome(console: "Console", outcome: "Outcome") -> None:
     table.add_row("verdict", f"{outcome.verdict}: {outcome.reason}")
     for name, value in (*outcome.changes, *outcome.rows):
         table.add_row(name, value)
-    table.add_row("model", outcome.uri)
+    if outcome.uri:
+        table.add_row("model", outcome.uri)
     if outcome.plots:
         table.add_row("plots", os.path.relpath(outcome.plots))
     if outcome.run_directory:

@@ -28,6 +28,7 @@ CHAMPION = "champion"
 BUNDLE = "bundle"
 BUNDLE_SHA256 = "bundle_sha256"
 """The tag of a version, and of its logged model, with the sha256 of the bundle's manifest."""
+_VERSION = re.compile(r"(?:models:/)?([^/@:]+)(?:@([^/@:]+)|/([0-9]+))?")
 _NEWEST = 20
 """Versions that a search for the newest finished one reads at a time."""
 _SUMMARY = {
@@ -75,22 +76,38 @@ def find_champion(root: StateRoot, model_name: str) -> ModelVersion | None:
 
 
 def resolve(root: StateRoot, uri: str) -> ModelVersion:
-    """Return the version that models:/NAME@ALIAS or models:/NAME/VERSION names. Raises UnknownVersion."""
-    match = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/([0-9]+))", uri)
-    if match is None:
-        raise UnknownVersion(f"{uri!r} is not a model URI: write models:/NAME@champion or models:/NAME/VERSION")
+    """Return the version that NAME/VERSION, NAME@ALIAS or NAME (its champion) names. Raises UnknownVersion.
+
+    MLflow's `models:/` in front may be left out.
+    """
+    if (match := _VERSION.fullmatch(uri)) is None:
+        is_run = " It is a training in MLflow, whose version has a number." if uri.startswith("runs:") else ""
+        raise UnknownVersion(
+            f"{uri!r} does not name a version.{is_run} Write NAME/VERSION, NAME@ALIAS or NAME, which is its champion. "
+            "`gptflow models` lists versions."
+        )
     name, alias, number = match.groups()
     client = MlflowClient(root.tracking_uri)
     try:
-        if alias:
-            return client.get_model_version_by_alias(name, alias)
-        return client.get_model_version(name, number)
+        if number:
+            return client.get_model_version(name, number)
+        return client.get_model_version_by_alias(name, alias or CHAMPION)
     except MlflowException:
+        raise UnknownVersion(_explain_unknown(root, uri, name, alias, number)) from None
+
+
+def _explain_unknown(root: StateRoot, uri: str, name: str, alias: str | None, number: str | None) -> str:
+    """Return why there is no such version, and which there are."""
+    try:
+        newest = list_versions(root, name)[-1].version
+    except UnknownVersion:
         known = ", ".join(list_models(root)) or "none yet"
-        raise UnknownVersion(
+        return (
             f"{uri} does not exist in {root.tracking_address}. Registered models: {known}; `gptflow models` lists "
             "versions."
-        ) from None
+        )
+    why = "" if number else f": {name} has no version with the alias {alias or CHAMPION}"
+    return f"{uri} does not exist{why}. The newest version is {name}/{newest}; `gptflow models {name}` lists all."
 
 
 def fetch_bundle(root: StateRoot, name: str, version: str, file: str = "") -> Path:

@@ -80,7 +80,7 @@ class Outcome:
     reason: str
     """The reason, in a sentence."""
     uri: str
-    """The version that the run is about."""
+    """The version that the run is about. Empty if there is none."""
     rows: tuple[tuple[str, str], ...] = ()
     """The result table."""
     changes: tuple[tuple[str, str], ...] = ()
@@ -167,7 +167,7 @@ def _retrain(request: Request, force: bool, accept_text: bool, sources_overridde
             outcome = retraining.run()
             last_success.record(root, requested.name, outcome.verdict, str(flow_run.id))
     except lock_holder.LockHeld as held:
-        outcome = Outcome(requested.name, "skipped", str(held), uri=_champion_uri(requested))
+        outcome = Outcome(requested.name, "skipped", str(held), uri="")
     except TextHeld as error:
         run_names.add_verdict(requested.name, "held")
         return Failed(message=write_message("held", str(error)), data=error)
@@ -470,10 +470,15 @@ class _Retraining:
         """Return the URI of a version of the pipeline's registered model."""
         return f"models:/{self.pipeline.model_name}/{version}"
 
+    def champion_uri(self) -> str:
+        """Return the URI of the champion, empty if there is none."""
+        champion = versions.find_champion(self.root, self.pipeline.model_name)
+        return "" if champion is None else f"models:/{self.pipeline.model_name}@{versions.CHAMPION}"
+
     def skip(self, reason: str) -> Outcome:
         """Return the outcome of a run without a training."""
         newest = versions.find_newest_finished(self.root, self.pipeline)
-        uri = versions.uri_of(newest) if newest else _champion_uri(self.pipeline)
+        uri = versions.uri_of(newest) if newest else self.champion_uri()
         return Outcome(self.pipeline.name, "skipped", reason, uri, seconds=self.seconds)
 
     def pause(self, attempt: Attempt, ended: Paused, mlflow_run_id: str) -> Outcome:
@@ -484,7 +489,7 @@ class _Retraining:
             pipeline=self.pipeline.name,
             verdict="paused",
             reason=f"{ended.reason} are over at step {ended.step:,}; the next run resumes from there",
-            uri=_champion_uri(self.pipeline),
+            uri=self.champion_uri(),
             run_directory=str(attempt.run.path),
             seconds=self.seconds,
         )
@@ -515,10 +520,6 @@ class _Retraining:
             run_directory=str(done.run.path),
             seconds=self.seconds,
         )
-
-
-def _champion_uri(pipeline: Pipeline) -> str:
-    return f"models:/{pipeline.model_name}@{versions.CHAMPION}"
 
 
 def _final_metrics(scores: Scores) -> dict[str, float]:

@@ -1,13 +1,16 @@
 """The command line as a user sees it: real processes, wrong input, exit codes, and nothing left behind."""
 
+import io
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console as Terminal
 
 from flows.cli import run
+from flows.cli.tables import print_lineage
 from flows.retrain.flow import Outcome
 from flows.state.root import StateRoot
 from tests.registry.made_versions import bring_versions
@@ -29,7 +32,7 @@ def test_an_unknown_uri_or_model_is_refused_with_the_existing_ones(project: Path
     refused(
         gptflow(project, "show", "models:/nobody@champion"), 2, "models:/nobody@champion does not exist", "none yet"
     )
-    refused(gptflow(project, "generate", "gpt-tiny"), 2, "is not a model URI", "models:/NAME@champion")
+    refused(gptflow(project, "generate", "runs:/abc/model"), 2, "is a training in MLflow", "NAME/VERSION")
     refused(gptflow(project, "models", "nobody"), 2, "no registered model 'nobody'")
 
 
@@ -109,3 +112,24 @@ def test_every_shipped_pipeline_is_valid(project: Path) -> None:
 def test_the_commands_after_a_run_name_a_version_that_exists(verdict: str, uri: str, next_: str) -> None:
     commands = run._list_next_commands(Outcome("notes", verdict, "a reason", uri))
     assert next_ in commands[0]
+
+
+def test_a_lineage_is_shown_in_sections_with_whole_hashes_and_nothing_twice(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = "ad8d3af7" * 8
+    train = {"seed": 123, "grad_clip": 0.75}
+    tags = {"uri": "models:/gpt-tiny/1", "verdict": "promoted", "seed": 123, "weights_sha256": weights}
+    lineage = {**tags, "bundle_sha256": None, "created_ms": 0, "config": {"train": train}, "moves": []}
+    lineage["run_config"] = {"train": train}
+    print_lineage(lineage)
+    short = capsys.readouterr().out
+    assert short.index("outcome") < short.index("promoted") < short.index(weights) < short.index("training")
+    assert short.count("123") == 1 and "0.75" not in short and "--full shows 1 more keys" in short
+    print_lineage(lineage, full=True)
+    assert capsys.readouterr().out.count("0.75") == 1
+    terminal = Terminal(width=40, file=(out := io.StringIO()))
+    monkeypatch.setattr("flows.state.console._terminal", lambda: terminal)
+    print_lineage(lineage)
+    lines = (line.strip("│\n").split("│") for line in out.getvalue().splitlines())
+    assert weights in "".join(cells[1].strip() for cells in lines if len(cells) == 2)

@@ -208,7 +208,11 @@ def test_a_check_that_hangs_or_breaks_is_reported_and_the_other_checks_still_run
 
     monkeypatch.setattr(doctor, "MAX_SECONDS", 1.0)
     monkeypatch.setattr(doctor_checks, "CHECKS", {"slow": hangs, "broken": breaks, "disk": doctor_checks.check_disk})
-    _, slow, broken, disk = doctor.run_checks(target.file, target.root)
+    results = doctor.run_checks(target.file, target.root)
+    assert next(results).check == "pipelines"
+    found = {check.check: check for check in results}
+    assert list(found)[-1] == "slow", "results come as the checks end"
+    slow, broken, disk = (found[name] for name in ("slow", "broken", "disk"))
     assert (slow.ok, slow.message) == (False, "no answer within 1 s")
     assert not broken.ok and "RuntimeError: unheard of" in broken.message
     assert disk.ok

@@ -51,6 +51,24 @@ def listening(target: object, name: str, listener: Callable[..., object]) -> Ite
         event.remove(target, name, listener)
 
 
+def test_a_version_is_named_by_number_alias_or_name_with_or_without_the_prefix(root: StateRoot) -> None:
+    add_versions(root, 2)
+    for unknown in ("gpt-tiny", "gpt-tiny@best", "models:/gpt-tiny@champion"):
+        with pytest.raises(versions.UnknownVersion, match=r"no version with the alias .* version is gpt-tiny/2"):
+            versions.resolve(root, unknown)
+    MlflowClient(root.tracking_uri).set_registered_model_alias("gpt-tiny", "champion", "1")
+    for named in ("gpt-tiny", "gpt-tiny@champion", "gpt-tiny/1"):
+        for uri in (named, f"models:/{named}"):
+            assert str(versions.resolve(root, uri).version) == "1"
+    assert str(versions.resolve(root, "gpt-tiny@latest").version) == "2", "MLflow's own alias of the newest version"
+    for unknown, why in (("gpt-tiny/3", "newest version"), ("nobody", "Registered models: gpt-tiny")):
+        with pytest.raises(versions.UnknownVersion, match=why):
+            versions.resolve(root, unknown)
+    for wrong in ("runs:/abc/model", "models:/gpt-tiny/latest", "gpt-tiny@a/b", ""):
+        with pytest.raises(versions.UnknownVersion, match="Write NAME/VERSION, NAME@ALIAS or NAME"):
+            versions.resolve(root, wrong)
+
+
 def test_the_number_of_queries_of_a_listing_does_not_grow_with_the_number_of_versions(root: StateRoot) -> None:
     add_versions(root, 2, verdict="rejected")
     MlflowClient(root.tracking_uri).set_registered_model_alias("gpt-tiny", "champion", "2")

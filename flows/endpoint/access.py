@@ -18,6 +18,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from flows.endpoint.metrics import Metrics
 from flows.endpoint.protocol import error_body
 from gptcore.errors import ConfigError
 
@@ -88,11 +89,11 @@ class AccessLog:
     its message.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self.app, self.metrics = app, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, and log it."""
+        """Pass a request on, and log and count it."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -113,6 +114,7 @@ class AccessLog:
         try:
             await self.app(scope, receive, send_with_id)
         finally:
+            self.metrics.count_http(scope["path"], status)
             if scope["path"] not in _PROBES or status >= 400:
                 _log.info("%s", _format(scope, request_id, status, time.perf_counter() - began))
 

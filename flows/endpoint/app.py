@@ -13,6 +13,7 @@ from flows.endpoint import openapi
 from flows.endpoint.access import AccessLog, KeyCheck
 from flows.endpoint.completion import Completion, EventStream
 from flows.endpoint.followed_version import FollowedVersion
+from flows.endpoint.metrics import CONTENT_TYPE
 from flows.endpoint.protocol import RequestError, error_body, parse
 from flows.endpoint.scheduler import Scheduler
 from flows.web.guard import Guard
@@ -47,7 +48,7 @@ def create_app(
     if key is not None:
         app.add_middleware(KeyCheck, key=key)
     app.add_middleware(Guard, listens_at=host, allowed_hosts=allowed_hosts)
-    app.add_middleware(AccessLog)
+    app.add_middleware(AccessLog, metrics=scheduler.metrics)
     app.add_exception_handler(RequestError, _answer_request_error)
     app.add_exception_handler(HTTPException, _answer_http_error)
     app.add_exception_handler(Exception, _answer_other_error)
@@ -55,6 +56,10 @@ def create_app(
     @app.get("/health")
     async def health() -> JSONResponse:
         return JSONResponse(_describe_health(followed, scheduler), 200 if scheduler.accepts_requests else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(scheduler.metrics.render(followed, *scheduler.counts), media_type=CONTENT_TYPE)
 
     @app.get("/openapi.json")
     async def description() -> dict[str, Any]:
@@ -132,7 +137,7 @@ async def _answer_request_error(_: Request, error: Exception) -> JSONResponse:
 async def _answer_http_error(http_request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     route = f"{http_request.method} {http_request.url.path}"
-    message = f"{route}: {error.detail}. This server answers /v1/completions, /v1/models, /health and /openapi.json"
+    message = f"{route}: {error.detail}. /openapi.json describes what this server answers"
     code, headers = error.detail.lower().replace(" ", "_"), error.headers
     return JSONResponse(error_body(message, "invalid_request_error", code=code), error.status_code, headers)
 

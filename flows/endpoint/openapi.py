@@ -34,6 +34,11 @@ def describe() -> dict[str, Any]:
                     "security": [],
                 }
             },
+            "/metrics": {
+                "get": _operation(
+                    "Measure the load for Prometheus.", {"200": {"content": {"text/plain": {"schema": _STRING}}}}
+                )
+            },
             "/openapi.json": {"get": _operation("Describe this API.", {"200": _json(_OBJECT)})},
         },
         "components": {

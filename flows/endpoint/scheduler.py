@@ -8,6 +8,7 @@ completion.py for what an HTTP request makes of them.
 
 import asyncio
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field
 from threading import Condition, Thread
 
 from flows.endpoint.followed_version import ServedVersion
+from flows.endpoint.metrics import Metrics, TextTimer
 from gptcore.errors import GPTCoreError
 from gptcore.generation.batch import Batch, Request
 from gptcore.generation.generate import TextStream
@@ -64,6 +66,7 @@ class TextRequest:
     """Number of likeliest tokens to report with each token, or None for no log probabilities."""
     scores_prompt: bool = False
     """Whether the tokens of the prompt get log probabilities too."""
+    submitted: float = field(default_factory=time.perf_counter)
     is_cancelled: bool = False
     """The client no longer waits for the text."""
 
@@ -84,6 +87,7 @@ class _RunningText:
     row: Request
     """The text's row of the batch."""
     stream: TextStream
+    timer: TextTimer
     num_sent: int = 0
     """Tokens that earlier chunks have covered."""
     scores: list[ScoredToken] = field(default_factory=list)
@@ -116,8 +120,8 @@ class _RunningText:
 class _VersionBatch:
     """The running texts of one version, and the batch that generates them."""
 
-    def __init__(self, version: ServedVersion, rows: int) -> None:
-        self.version = version
+    def __init__(self, version: ServedVersion, rows: int, metrics: Metrics) -> None:
+        self.version, self.metrics = version, metrics
         self.batch = Batch(version.loaded.model, rows)
         self.running: dict[int, _RunningText] = {}
 
@@ -127,7 +131,10 @@ class _VersionBatch:
         scores = []
         if request.scores_prompt and top is not None:
             scores = score_prompt(loaded.model, request.prompt_ids, top)
+        now = time.perf_counter()
+        timer = TextTimer(self.metrics, self.version.name, request.submitted, len(request.prompt_ids), now)
         if request.max_new_tokens == 0:
+            timer.finish("length", now)
             return Chunk(request.index, "", 0, "length", scores=scores)
         row = self.batch.add(
             request.prompt_ids,
@@ -138,7 +145,7 @@ class _VersionBatch:
             top_logprobs=top,
         )
         stream = TextStream(loaded.tokenizer, request.stop)
-        self.running[id(row)] = _RunningText(request, row, stream, scores=scores)
+        self.running[id(row)] = _RunningText(request, row, stream, timer, scores=scores)
         return None
 
     def drop(self, running: _RunningText) -> None:
@@ -150,14 +157,21 @@ class _VersionBatch:
         """Generate one token of every text. Return the chunks to deliver, each with its request."""
         for running in [running for running in self.running.values() if running.request.is_cancelled]:
             self.drop(running)
+            running.timer.finish("abort", time.perf_counter())
         deliveries = []
-        for row in self.batch.step() if self.running else ():
+        rows = self.batch.step() if self.running else ()
+        now = time.perf_counter()
+        for row in rows:
             running = self.running[id(row)]
+            if len(row.ids) > running.num_sent:
+                running.timer.add_token(now)
             chunk = running.next_chunk()
             if chunk.text or chunk.is_last:
                 deliveries.append((running.request, chunk))
             if row.error is not None:
                 _log.error("%s could not continue a text: %r", self.version.id, row.error)
+            if chunk.is_last:
+                running.timer.finish(chunk.finish_reason or "error", now)
             if row.finish_reason:
                 del self.running[id(row)]
             elif chunk.is_last:
@@ -171,6 +185,7 @@ class Scheduler:
 
     max_running: int
     max_waiting: int
+    metrics: Metrics = field(default_factory=Metrics)
     _batches: dict[ServedVersion, _VersionBatch] = field(default_factory=dict)
     _waiting: deque[TextRequest] = field(default_factory=deque)
     _changed: Condition = field(default_factory=Condition)
@@ -253,7 +268,7 @@ class Scheduler:
     def _add_to_batch(self, request: TextRequest) -> None:
         try:
             if request.version not in self._batches:
-                self._batches[request.version] = _VersionBatch(request.version, self.max_running)
+                self._batches[request.version] = _VersionBatch(request.version, self.max_running, self.metrics)
             if chunk := self._batches[request.version].add(request):
                 self._deliver([(request, chunk)])
         except Exception as error:  # a text that cannot be started must not end the other texts
@@ -266,6 +281,8 @@ class Scheduler:
         except Exception as error:  # later requests get a new batch, which may work
             _log.exception("%s failed while it generated", batch.version.id)
             del self._batches[batch.version]
+            for running in batch.running.values():
+                running.timer.finish("error", time.perf_counter())
             return [(running.request, _failed_chunk(running.request, error)) for running in batch.running.values()]
 
     def _release_idle_batches(self) -> None:

@@ -43,7 +43,8 @@ def test_a_request_without_the_key_is_refused(guarded: Endpoint, given: str | No
         error = answer.json()["error"]
         assert (answer.status_code, error["code"], error["type"]) == (401, "invalid_api_key", "invalid_request_error")
         assert answer.headers["www-authenticate"] == "Bearer"
-    assert httpx.get(f"{guarded.url}/openapi.json", headers=headers).status_code == 401
+    for path in ("openapi.json", "metrics"):
+        assert httpx.get(f"{guarded.url}/{path}", headers=headers).status_code == 401
     assert httpx.get(f"{guarded.url}/health", headers=headers).status_code == 200, "needs no key"
 
 
@@ -139,7 +140,7 @@ def test_every_request_is_logged_once_with_its_id_and_every_error_has_openais_fo
 def test_the_description_has_all_routes_and_parameters(guarded: Endpoint) -> None:
     described = httpx.get(f"{guarded.url}/openapi.json", headers={"authorization": f"Bearer {KEY}"}).json()
     assert described == openapi.describe() and described["openapi"].startswith("3.1")
-    routes = {"/v1/completions", "/v1/models", "/v1/models/{name}", "/health", "/openapi.json"}
+    routes = {"/v1/completions", "/v1/models", "/v1/models/{name}", "/health", "/metrics", "/openapi.json"}
     assert set(described["paths"]) == routes
     operation = described["paths"]["/v1/completions"]["post"]
     schema = operation["requestBody"]["content"]["application/json"]["schema"]

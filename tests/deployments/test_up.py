@@ -72,13 +72,14 @@ def test_dead_servers_are_restarted_the_next_start_ends_what_a_kill_left_and_doc
     # The restarts are recorded a moment after the new servers answer.
     wait_for(lambda: run_doctor()[0] == 0, 240)
     _, found = run_doctor()
-    servers = [check["message"].split(" at ")[0] for check in found if check["check"] == "servers"]
-    assert sorted(servers) == [
+    servers = {check["message"].split(" at ")[0] for check in found if check["check"] == "servers"}
+    # The runner ends, and is restarted too, if Prefect's server is away for as long as on a busy machine.
+    assert servers - {"runner failed and was restarted once, last"} == {
         "MLflow answers",
         "Prefect answers",
         "mlflow failed and was restarted once, last",
         "prefect failed and was restarted once, last",
-    ]
+    }
     children = up.processes()[1:]
     up.process.kill()
     up.process.wait(30)

@@ -1,10 +1,13 @@
 """The command line and the trainer as forked processes whose imports are done when they start.
 
-Importing torch, MLflow and the other packages takes many seconds of CPU time, hundreds of times in the whole suite. The
-fork server here imports them once, computes nothing and starts no thread. Each process is forked from it. A forked
-process is a real one: it has its own pid, environment, working directory, session and signals, and SIGKILL kills it.
-Two differences remain: its parent is the fork server, and its command line is that of this module. Prefect is not
-imported beforehand, because it reads its settings from the environment when it is imported.
+Importing torch, MLflow, Prefect and the other packages takes many seconds of CPU time, hundreds of times in the whole
+suite. The fork server here imports them once, computes nothing and starts no thread. Each process is forked from it. A
+forked process is a real one: it has its own pid, environment, working directory, session and signals, and SIGKILL kills
+it. Two differences remain: its parent is the fork server, and its command line is that of this module.
+
+Prefect reads its settings from the environment when it is imported. So it is imported in a second fork server, forked
+from the first, whose children read the settings again. Only programs that use Prefect are forked from it: retrainings,
+`serve`, and Prefect's servers.
 
 Some tests also start each kind of process as users do: see `cold` in tests/servers.py.
 """
@@ -25,6 +28,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import IO, Any, NoReturn
 
 import psutil
@@ -44,10 +48,21 @@ PRELOADED = (
     *("flows.cli", "flows.registry.versions", "flows.registry.champion", "flows.operations.retention"),
 )
 """Modules that the fork server imports. torch would import `_dynamo` with the first optimizer."""
+WITH_PREFECT = (
+    *("prefect", "prefect.runner", "prefect.server.api.server", "prefect.server.services.base"),
+    *("flows.retrain.flow", "flows.retrain.watch", "flows.operations.flows", "flows.deployments.serve"),
+    *("flows.deployments.ephemeral_server", "flows.deployments.up"),
+)
+"""Modules that only the second fork server imports."""
 PROGRAMS: dict[str, Callable[[], Any]] = {
     "gptflow": lambda: import_module("flows.cli").main(),
     "gptcore.train": lambda: import_module("gptcore.training.trainer").main(),
+    "flows.deployments.ephemeral_server": lambda: import_module("flows.deployments.ephemeral_server").main(),
+    "flows.deployments.up_servers": lambda: import_module("flows.deployments.up_servers").main(),
+    "flows.state.databases": lambda: import_module("flows.state.databases").main(*sys.argv[1:]),
+    "tests.forks": lambda: main(sys.argv[1], *WITH_PREFECT),
 }
+_PREFECT_COMMANDS = {"run", "serve", "up"}
 _NUM_FILES = 3
 
 
@@ -113,7 +128,7 @@ class ForkServer:
 
     def __init__(self) -> None:
         self.address = ""
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: subprocess.Popen[bytes] | Forked | None = None
 
     def explain_end(self) -> str:
         """Return how the fork server ended. The next request starts another one."""
@@ -127,12 +142,19 @@ class ForkServer:
         return f"the fork server ended with exit code {code}; a traceback is in this process's standard error"
 
     def command(
-        self, *arguments: str, directory: Path, environment: Mapping[str, str], stdout: IO[Any], stderr: IO[Any]
+        self,
+        *arguments: str,
+        directory: Path,
+        environment: Mapping[str, str],
+        stdout: IO[Any],
+        stderr: IO[Any],
+        program: str = "gptflow",
+        is_leader: bool = False,
     ) -> Forked:
-        """Start `gptflow` with these arguments and an empty standard input."""
+        """Start a program with these arguments and an empty standard input, a leader in a session of its own."""
         with Path(os.devnull).open("rb") as nothing:
             files = (nothing.fileno(), stdout.fileno(), stderr.fileno())
-            return Forked(self._start("gptflow", arguments, directory, environment, files, False), None)
+            return Forked(self._start(program, arguments, directory, environment, files, is_leader), None)
 
     def trainer(self, *arguments: str, environment: Mapping[str, str], log: IO[Any]) -> Forked:
         """Start `python -m gptcore.train` in a session of its own, with a pipe as its standard input."""
@@ -160,6 +182,8 @@ class ForkServer:
             "directory": str(directory),
             "environment": dict(environment),
             "is_leader": is_leader,
+            "parent": os.getpid(),
+            "addresses": [SERVER.address, PREFECT_SERVER.address],
         }
         connection = socket.socket(socket.AF_UNIX)
         body = json.dumps(asked).encode() + b"\n"
@@ -178,19 +202,45 @@ class ForkServer:
         address = f"{directory}/socket"
         kept = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "GPTFLOW_"))}
         quiet = {"DO_NOT_TRACK": "true", "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_CONFIGURE_LOGGING": "false"}
-        self.process = subprocess.Popen(
+        # Prefect makes its home when it is imported.
+        environment = {**kept, **quiet, "OMP_NUM_THREADS": "1", "PREFECT_HOME": directory}
+        self.process = self._launch(address, environment)
+        self.address = address
+
+    def _launch(self, address: str, environment: dict[str, str]) -> "subprocess.Popen[bytes] | Forked":
+        """Start the process and return when it is ready."""
+        process = subprocess.Popen(
             [sys.executable, "-m", "tests.forks", address],
             cwd=Path(__file__).parents[1],
-            env={**kept, **quiet, "OMP_NUM_THREADS": "1"},
+            env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
-        assert self.process.stdout is not None and self.process.stdout.readline() == b"ready\n"
-        self.address = address
+        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+        return process
 
 
-SERVER = ForkServer()
-"""The fork server of this process. In a forked process, the fork server that it was forked from."""
+class PrefectForkServer(ForkServer):
+    """A fork server that was forked from SERVER and has imported Prefect too."""
+
+    def _launch(self, address: str, environment: dict[str, str]) -> Forked:
+        (standard_input, end), (reading, output) = os.pipe(), os.pipe()
+        files = (standard_input, output, 2)
+        connection = SERVER._start("tests.forks", [address], Path(__file__).parents[1], environment, files, False)
+        os.close(standard_input), os.close(output)
+        process = Forked(connection, os.fdopen(end, "wb", buffering=0))
+        with os.fdopen(reading, "rb") as lines:
+            assert lines.readline() == b"ready\n"
+        return process
+
+
+SERVER, PREFECT_SERVER = ForkServer(), PrefectForkServer()
+"""The fork servers of this process. In a forked process, those of the process that requested it."""
+
+
+def choose_server(*arguments: str) -> ForkServer:
+    """Return the fork server for a command line of `gptflow`."""
+    return PREFECT_SERVER if set(arguments[:1]) <= _PREFECT_COMMANDS and arguments else SERVER
 
 
 def popen(command: Sequence[str], **given: Any) -> Any:
@@ -203,14 +253,33 @@ def popen(command: Sequence[str], **given: Any) -> Any:
 _popen = psutil.Popen
 
 
-def main(address: str) -> None:
-    """Fork the programs requested at the address and report their exit codes, until standard input is closed."""
-    for name in PRELOADED:
+class Subprocess(ModuleType):
+    """The module `subprocess`, but Popen forks the supervised programs of the product."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(subprocess, name)
+
+    @staticmethod
+    def Popen(command: Sequence[str], env: dict[str, str], start_new_session: bool, **files: Any) -> Forked:
+        assert files.pop("stdin") == subprocess.DEVNULL
+        given = {"program": "gptflow" if command[1] == "-c" else command[2], "is_leader": start_new_session}
+        return PREFECT_SERVER.command(*command[3:], directory=Path.cwd(), environment=env, **given, **files)
+
+
+def main(address: str, *more: str) -> None:
+    """Import the modules that every program needs and `more` ones, then fork programs (see `_listen`)."""
+    for name in (*PRELOADED, *more):
         import_module(name)
     import_module("sqlalchemy.orm").configure_mappers()
-    SERVER.address = address
     psutil.Popen = popen
     vars(import_module("gptcore.evaluation.run_report")).update(pictures.UNDRAWN)
+    if more:
+        import_module("flows.deployments.child_process").subprocess = Subprocess("subprocess")
+    _listen(address)
+
+
+def _listen(address: str) -> None:
+    """Fork the programs requested at the address and report their exit codes, until standard input is closed."""
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
     listener.listen(64)
@@ -297,9 +366,18 @@ def _serve(body: bytes, files: list[int], sockets: list[socket.socket], pipe: tu
 
 
 def _become(
-    program: str, arguments: list[str], directory: str, environment: dict[str, str], is_leader: bool, files: list[int]
+    program: str,
+    arguments: list[str],
+    directory: str,
+    environment: dict[str, str],
+    is_leader: bool,
+    parent: int,
+    addresses: list[str],
+    files: list[int],
 ) -> NoReturn:
     """Turn this process, the child, into the program until its end."""
+    SERVER.address, PREFECT_SERVER.address = addresses
+    os.getppid = lambda: parent if _is_alive(parent) else 1
     if is_leader:
         os.setsid()
     for number, file in enumerate(files):
@@ -310,6 +388,8 @@ def _become(
     os.environ.update(environment)
     sys.path[:] = [path for path in sys.path if path]  # nothing is imported from the working directory
     sys.argv = [program, *arguments]
+    if "prefect" in sys.modules:
+        _forget_settings()
     code = 1
     try:
         code = int(PROGRAMS[program]() or 0)
@@ -324,6 +404,30 @@ def _become(
         with suppress(OSError):
             stream.flush()
     os._exit(code)
+
+
+def _is_alive(pid: int) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def _forget_settings() -> None:
+    """Let Prefect read its settings, and configure its logs, when it is first asked for a setting.
+
+    Not earlier: programs set some of the variables before they import Prefect.
+    """
+    context = import_module("prefect.context")
+    own, kept = context.SettingsContext.get, []
+
+    def get(_: Any) -> Any:
+        if not kept:
+            kept.append(True)
+            context.refresh_global_settings_context()
+            import_module("prefect.logging.configuration").setup_logging(incremental=False)
+        return own()
+
+    context.SettingsContext.get = classmethod(get)
 
 
 if __name__ == "__main__":

@@ -69,7 +69,8 @@ def begin(project: Path, log: Path, *arguments: str, cold: bool = False, **envir
 def _begin(project: Path, stdout: IO[str], stderr: IO[str], *arguments: str, cold: bool, **environment: str) -> Process:
     given = {"stdout": stdout, "stderr": stderr}
     if not cold:
-        return forks.SERVER.command(*arguments, directory=project, environment=clean(**environment), **given)
+        server = forks.choose_server(*arguments)
+        return server.command(*arguments, directory=project, environment=clean(**environment), **given)
     command = [*COMMAND, *arguments]
     return subprocess.Popen(command, cwd=project, env=clean(**environment), stdin=subprocess.DEVNULL, **given)
 
@@ -251,8 +252,9 @@ class Up:
 
     def processes(self) -> list[psutil.Process]:
         assert self.process is not None
-        own = psutil.Process(self.process.pid)
-        return [own, *own.children(recursive=True)]
+        servers = [pid for pid, _ in self.servers().processes.values()]  # a forked one is no child of `gptflow up`
+        roots = [psutil.Process(pid) for pid in (self.process.pid, *servers)]
+        return list(dict.fromkeys([*roots, *(child for root in roots for child in root.children(recursive=True))]))
 
     def train_for_long(self) -> str:
         """Start a run of `tiny` and return when its trainer has made updates."""

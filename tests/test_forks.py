@@ -14,7 +14,8 @@ from tests.servers import clean, gptflow
 def test_a_process_that_dies_while_it_requests_a_child_does_not_end_the_fork_server(tmp_path: Path) -> None:
     assert gptflow(tmp_path, "--version").returncode == 0
     asked = {"program": "gptflow", "arguments": ["--version"], "directory": str(tmp_path), "environment": clean()}
-    whole = json.dumps({**asked, "is_leader": False}).encode() + b"\n"
+    more = {"is_leader": False, "parent": os.getpid(), "addresses": ["", ""]}
+    whole = json.dumps({**asked, **more}).encode() + b"\n"
     with Path(os.devnull).open("r+b") as nothing:
         for body in (b"", whole[:100], whole):
             with socket.socket(socket.AF_UNIX) as connection:

@@ -162,8 +162,13 @@ def _stop_with_parent(parent: int) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Serve at the port and on the database that the command line names."""
     try:
         serve(int(sys.argv[1]), sys.argv[2])
     except GPTCoreError as error:
         sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

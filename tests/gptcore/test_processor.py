@@ -6,12 +6,16 @@ from torch import nn
 
 from bench import processor as bench
 from gptcore import processor
+from gptcore.config import TrainConfig
 from gptcore.generation import kv_cache
 from gptcore.processor import Processor, choose_min_rows, find_processor
+from gptcore.training.resolve import resolve
 
 XEON = Processor(is_amd=False, has_avx512=True)
 EPYC_AVX2 = Processor(is_amd=True, has_avx512=False)
 EPYC_AVX512 = Processor(is_amd=True, has_avx512=True)
+EPYC_BF16 = Processor(is_amd=True, has_avx512=True, has_avx512_bf16=True)
+XEON_BF16 = Processor(is_amd=False, has_avx512=True, has_avx512_bf16=True)
 UNKNOWN = Processor(is_amd=False, has_avx512=False)
 HEAD, LAYER, SMALL = 50257 * 768, 3072 * 768, 384 * 384
 
@@ -41,6 +45,18 @@ def test_both_libraries_multiply_alike(pretend, found):
             torch.testing.assert_close(multiply(x), layer(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [(EPYC_BF16, "bf16"), (XEON_BF16, "fp32"), (EPYC_AVX512, "fp32"), (EPYC_AVX2, "fp32"), (UNKNOWN, "fp32")],
+)
+def test_each_processor_trains_in_the_precision_that_was_faster_on_it(pretend, found, expected):
+    pretend(found)
+    assert resolve(TrainConfig(device="cpu")).precision == expected
+    assert resolve(TrainConfig(device="cpu", precision="fp32")).precision == "fp32"
+    assert resolve(TrainConfig(device="cpu"), "fp32").precision == "fp32", "an unfinished training keeps its own"
+    assert resolve(TrainConfig(device="mps")).precision == "fp32"
+
+
 def test_the_benchmark_measures_products_and_names_a_rule_that_chooses_badly(capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", "bench.processor --threads 1 --rounds 1 --matrices 1 --shapes".split())
     bench.main()
@@ -50,4 +66,4 @@ def test_the_benchmark_measures_products_and_names_a_rule_that_chooses_badly(cap
 
 
 def test_this_processor_is_recognised():
-    assert find_processor() in (XEON, UNKNOWN, EPYC_AVX2, EPYC_AVX512)
+    assert find_processor() in (XEON, XEON_BF16, UNKNOWN, EPYC_AVX2, EPYC_AVX512, EPYC_BF16)

@@ -318,8 +318,8 @@ class TrainConfig(Section):
     device: Device = "auto"
     """Device to train, score and sample on: cpu, cuda, cuda:N, mps, or auto (cuda if available, else mps, else cpu)."""
     precision: Precision = "auto"
-    """Number format of the forward and backward pass. The weights and the optimizer stay in fp32. auto: bf16 on cuda,
-    else fp32."""
+    """Number format of the forward and backward pass. The weights and the optimizer stay in fp32. auto: bf16 on cuda
+    and on AMD's CPUs with avx512_bf16, else fp32."""
     compile: Compile = "auto"
     """Whether torch.compile compiles the blocks. auto: on cuda only, because on a CPU it takes half a minute and makes
     no update faster."""

@@ -1,14 +1,12 @@
-"""Rules by processor: the library that multiplies a few rows with a matrix.
+"""Rules by processor: the precision of training, and the library that multiplies a few rows with a matrix.
 
 Rules are fixed: nothing is timed at run time, so two runs on equal processors choose the same. `python -m
 bench.processor` measures the choices on any machine and says where a rule would choose otherwise. A processor that
-nobody has measured keeps the rule of the Intel Xeon with AVX-512.
+nobody has measured keeps the rule of the Intel Xeon with AVX-512. torch is imported on the first question only.
 """
 
 from functools import cache
-from typing import Any, NamedTuple
-
-import torch
+from typing import Any, Literal, NamedTuple
 
 
 class Processor(NamedTuple):
@@ -16,16 +14,32 @@ class Processor(NamedTuple):
 
     is_amd: bool
     has_avx512: bool
+    has_avx512_bf16: bool = False
 
 
 @cache
 def find_processor() -> Processor:
     """Return what this machine's processor is."""
+    import torch
+
     found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.9 does not know
     return Processor(
         is_amd=str(found.get("cpu_name", "")).upper().startswith("AMD"),
         has_avx512=bool(found.get("avx512_f")),
+        has_avx512_bf16=bool(found.get("avx512_bf16")),
     )
+
+
+def choose_precision() -> Literal["fp32", "bf16"]:
+    """Return the precision in which this processor trains faster.
+
+    - AMD EPYC with avx512_bf16 (2 cores): a step at GPT-2's 124M takes 2373 ms in fp32 and 1356 in bf16, 598 and 435 at
+      shape S, 1318 and 810 at shape C. The losses after seven steps are equal to 0.03 percent.
+    - Intel Xeon with avx512_bf16, without AMX: bf16 takes 1.6 times as long as fp32.
+    - AMD EPYC with AVX2: bf16 takes hundreds of times as long.
+    """
+    processor = find_processor()
+    return "bf16" if processor.is_amd and processor.has_avx512_bf16 else "fp32"
 
 
 def choose_min_rows(weights: int) -> int | None:

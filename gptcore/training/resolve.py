@@ -4,6 +4,7 @@ from gptcore.config import MachineSettings, Precision, TrainConfig, explain_unev
 from gptcore.devices import can_compute_in_bf16, count_devices, find_device
 from gptcore.errors import ConfigError
 from gptcore.processes import count_cpus
+from gptcore.processor import choose_precision
 
 TRAINING_VERSION = 3
 """Raised by a change of gptcore/model or gptcore/training that gives other weights, so that their run keys differ.
@@ -18,7 +19,7 @@ def resolve(train: TrainConfig, precision_so_far: Precision = "auto") -> TrainCo
     learns a little differently in another precision.
 
     - device: cuda, else mps, else cpu (gptcore/devices.py).
-    - precision: bf16 on CUDA devices, where it is faster. On the CPUs measured it takes 1.6 times as long as fp32.
+    - precision: bf16 where it is faster: on CUDA devices and on some CPUs (gptcore/processor.py).
     - compile: on CUDA devices, where it saves most launches of small kernels. On the CPUs measured it took 20 to 50 s
       and made no update faster, because the slow operations are fused already.
     - threads: the cores that this process may use.
@@ -31,7 +32,7 @@ def resolve(train: TrainConfig, precision_so_far: Precision = "auto") -> TrainCo
     if precision == "auto" and (precision_so_far != "bf16" or can_compute_in_bf16(device)):
         precision = precision_so_far
     if precision == "auto":
-        precision = "bf16" if device.startswith("cuda") else "fp32"
+        precision = "bf16" if device.startswith("cuda") else choose_precision() if device == "cpu" else "fp32"
     gpus = max(1, count_devices("cuda")) if device == "cuda" else 1
     processes = gpus if train.processes == "auto" else train.processes
     if (wrong := explain_uneven(train.batch_size, processes, "processes")) is not None:

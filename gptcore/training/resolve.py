@@ -52,10 +52,11 @@ def find_training_version(train: TrainConfig, is_warm_start: bool) -> int:
     """Return the version of the arithmetic of a training: that of the newest change that concerns its settings.
 
     So a change that gives other weights starts no other training again. Version 3: after a warm-up, which every warm
-    start has, the rate falls from its highest value. Before, it fell from the first update on.
+    start has, the rate falls from its highest value. Before, it fell from the first update on. Muon computes its
+    directions in another order.
     """
-    has_warm_up = train.warmup_steps > 0 or is_warm_start
-    return TRAINING_VERSION if has_warm_up and train.schedule != "constant" else 2
+    falls_after_warm_up = (train.warmup_steps > 0 or is_warm_start) and train.schedule != "constant"
+    return TRAINING_VERSION if falls_after_warm_up or train.optimizer == "muon" else 2
 
 
 def describe_changes(before: TrainConfig, now: TrainConfig) -> str:

@@ -10,7 +10,7 @@ import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import __main__ as program
-from bench import forgetting, plain, report, serving
+from bench import forgetting, muon, plain, report, serving
 from bench.contender import contender
 from bench.encoders import OURS, TIKTOKEN
 from bench.peers import first_weights
@@ -118,3 +118,10 @@ def test_a_served_model_under_load_answers_every_request(
     assert under_load["requests"] == len(under_load["answered"]) >= 5
     for one in under_load["answered"]:
         assert one["num_tokens"] <= serving.NEW_TOKENS and 0 < one["first_seconds"] <= one["seconds"]
+
+
+def test_muons_share_of_a_step_is_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", "bench.muon --threads 1 --rounds 1 --widths 64".split())
+    muon.main()
+    line = capsys.readouterr().out.splitlines()[-1].split()
+    assert line[:2] == ["|", "64"] and 0 < float(line[-2]) < 1

@@ -6,6 +6,7 @@ from torch import nn
 
 from gptcore.config import TrainConfig
 from gptcore.model.gpt import GPTModel
+from gptcore.training import muon
 from gptcore.training.muon import Muon, orthogonalise
 from gptcore.training.optim import learning_rate, make_optimizer, set_learning_rate
 from tests.tiny import TINY_CFG
@@ -104,6 +105,17 @@ def test_muon_makes_every_singular_value_of_its_step_about_one():
         orthogonalise(matrices)[0].flatten(), (left @ right).flatten(), dim=0
     )
     assert cosine > 0.95
+    made = orthogonalise(torch.stack([1e-3 * matrices[0], 0 * matrices[0]]))
+    torch.testing.assert_close(made[0], orthogonalise(matrices)[0], rtol=1e-3, atol=1e-4)
+    assert not made[1].any(), "no gradient, no step"
+
+
+@pytest.mark.parametrize("smallest", [-1, -4])
+def test_muon_gets_the_same_step_by_products_of_small_matrices(monkeypatch, smallest):
+    long = torch.diag(torch.logspace(0, smallest, 16)) @ torch.randn(3, 16, 64)
+    by_small_ones = orthogonalise(long)
+    monkeypatch.setattr(muon, "_iterate_on_gram", muon._iterate)
+    torch.testing.assert_close(by_small_ones, orthogonalise(long), rtol=1e-3, atol=1e-4)
 
 
 def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest():

@@ -320,9 +320,10 @@ def test_a_directory_of_another_training_version_is_refused_with_both_versions(m
         ({"warmup_steps": 3}, False, 3),
         ({}, True, 3),
         ({"warmup_steps": 3, "schedule": "constant"}, True, 2),
+        ({"optimizer": "muon"}, False, 3),
     ],
 )
-def test_a_training_without_warm_up_keeps_the_version_of_earlier_releases(given, is_warm_start, version):
+def test_a_training_by_adamw_without_warm_up_keeps_the_version_of_earlier_releases(given, is_warm_start, version):
     assert find_training_version(TrainConfig(**given), is_warm_start) == version
 
 

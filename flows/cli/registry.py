@@ -85,22 +85,25 @@ def reproduce(uri: str, anyway: bool, file: str | None, json: bool) -> None:
 
 @click.command(short_help="Make a version the champion.")
 @click.argument("model")
-@click.argument("version", type=click.IntRange(1))
+@click.argument("version", type=click.IntRange(1), required=False)
 @REASON
 @FILE
 @JSON
-def promote(model: str, version: int, reason: str, file: str | None, json: bool) -> None:
-    """Make VERSION the champion of MODEL, whatever the gate has decided.
+def promote(model: str, version: int | None, reason: str, file: str | None, json: bool) -> None:
+    """Make VERSION the champion of MODEL, whatever the gate has decided. MODEL/VERSION names it as well.
 
     The champion is the version that the alias @champion names. The gate is the comparison after each training that
     otherwise decides.
 
-    Example: gptflow promote gpt-notes 7 --reason "reads better"
+    Example: gptflow promote gpt-notes/7 --reason "reads better"
     """
     root = open_state_root(file)
     _preload_bundle_imports()
-    from flows.registry import champion
+    from flows.registry import champion, versions
 
+    if version is None:
+        named = versions.resolve(root, model)
+        model, version = named.name, int(named.version)
     move = champion.promote(root, model, str(version), reason, by=user_name())
     if json:
         unchanged = {"from": str(version), "to": str(version), "kind": "unchanged"}

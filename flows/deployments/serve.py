@@ -29,9 +29,11 @@ from prefect.deployments.runner import RunnerDeployment
 from prefect.events import DeploymentEventTrigger
 from prefect.runner import Runner
 from prefect.types.entrypoint import EntrypointType
+from prefect.utilities.callables import ParameterSchema
 
 from flows.config.pipelines import Pipeline, PipelinesFile, TriggerConfig
 from flows.config.schedule import ScheduleConfig, interval_anchor
+from flows.deployments.form import build_form
 from flows.deployments.sync import PAUSED, sync_deployments
 from flows.deployments.up import READY, stop_flow_runs
 from flows.operations.flows import OPERATIONS, SCHEDULES, build_parameters
@@ -153,6 +155,7 @@ def _make_template(flow: Flow[..., Any]) -> RunnerDeployment:
     """Return a deployment of the flow with its form. Making the form takes a tenth of a second."""
     template = flow.to_deployment(flow.name, enforce_parameter_schema=True, entrypoint_type=EntrypointType.MODULE_PATH)
     assert isinstance(template, RunnerDeployment), "no event loop runs here"
+    template._parameter_openapi_schema = ParameterSchema(**build_form(flow.parameters.model_dump(mode="json")))
     template.entrypoint = f"{_ENTRY_MODULES[flow.fn.__module__]}.{flow.fn.__name__}"
     return template
 
@@ -160,7 +163,7 @@ def _make_template(flow: Flow[..., Any]) -> RunnerDeployment:
 @cache
 def _hash_form(flow: Flow[..., Any]) -> str:
     """Return a digest of the form, which changes if a parameter of the flow changes."""
-    return manifest.sha256_of(flow.parameters.model_dump(mode="json"))
+    return manifest.sha256_of(build_form(flow.parameters.model_dump(mode="json")))
 
 
 def _build_deployment(spec: _Spec, root: StateRoot, pool: Pool | None) -> RunnerDeployment:

@@ -10,9 +10,11 @@ import pytest
 
 from flows.config.pipelines import Pipeline, PipelinesFile
 from flows.config.schedule import ScheduleConfig
+from flows.deployments.form import build_form
 from flows.deployments.serve import _build_schedule
 from flows.deployments.sync import PAUSED, _keep_pause
 from flows.operations.flows import promote
+from flows.retrain.flow import retrain
 from flows.retrain.parameters import build_flow_parameters, merge_parameters
 from gptcore.errors import ConfigError
 from tests.servers import Prefect, Serving
@@ -69,6 +71,18 @@ def test_given_parameters_are_merged_over_those_of_the_deployment_field_by_field
     assert merge_parameters(registered, {**registered, "model": {"emb_dim": 30}}).model.shape()["n_heads"] == 2
     with pytest.raises(ConfigError, match="model: emb_dim 31 is not divisible by n_heads 2"):
         merge_parameters(registered, {**registered, "model": {"emb_dim": 31}})
+
+
+def test_the_form_has_titles_for_people_and_begins_with_what_changes_often() -> None:
+    form = build_form(retrain.parameters.model_dump(mode="json"))
+    train, top = form["definitions"]["TrainConfig"]["properties"], form["properties"]
+    assert sorted(top, key=lambda key: top[key]["position"])[:4] == ["force", "accept_text", "train", "corpus"]
+    assert sorted(train, key=lambda key: train[key]["position"])[:3] == ["max_steps", "max_epochs", "learning_rate"]
+    assert (top["train"]["title"], train["learning_rate"]["title"]) == ("Training", "Learning rate")
+    titles = [
+        one["title"] for section in (form, *form["definitions"].values()) for one in section["properties"].values()
+    ]
+    assert not [title for title in titles if "_" in title]
 
 
 @pytest.fixture

@@ -95,7 +95,7 @@ def test_promote_rollback_show_models_and_prune_work_from_the_command_line(tiny_
     for _ in range(3):
         tiny_registry.register()
     promote(tiny_registry.root, MODEL, "1", "first", GATE)
-    done = gptflow(project, "promote", MODEL, "2", "--reason", "nicer")
+    done = gptflow(project, "promote", f"{MODEL}/2", "--reason", "nicer")
     assert (done.returncode, done.stdout) == (0, f"{MODEL}: version 2 is champion, after 1\n"), done.stderr
     done = gptflow(project, "rollback", MODEL, "--reason", "worse", "--json")
     body = json.loads(done.stdout)

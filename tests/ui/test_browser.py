@@ -69,14 +69,14 @@ def picture(page: Page, directory: Path | None, name: str) -> None:
 
 def test_the_form_refuses_a_wrong_value_and_names_the_field_and_the_reason(page: Page, up: Up) -> None:
     open_form(page, up)
-    control(page, "train", "Batch Size").fill("0")
+    control(page, "Training", "Batch size").fill("0")
     page.get_by_role("button", name="Submit").click()
     refused = "Validation failed for field 'train.batch_size'. Failure reason: 0 is less than the minimum of 1"
     expect(page.get_by_text(refused).first).to_be_visible()
-    control(page, "train", "Batch Size").fill("8")
-    control(page, "train", "Max Steps").fill("-5")
+    control(page, "Training", "Batch size").fill("8")
+    control(page, "Training", "Max steps").fill("-5")
     page.get_by_role("button", name="Submit").click()
-    expect(field(page, "train", "Max Steps")).to_contain_text("-5 is not valid")
+    expect(field(page, "Training", "Max steps")).to_contain_text("-5 is not valid")
     assert page.url.endswith("/run") and up.prefect.runs() == []
 
 
@@ -85,17 +85,17 @@ def test_a_run_with_one_value_changed_in_the_form_keeps_the_others_and_shows_its
 ) -> None:
     open_form(page, up)
     shown = {
-        ("corpus", "Tokenizer"): "bytes",
-        ("corpus", "Val Fraction"): "0.15",
-        ("model", "Emb Dim"): "32",
-        ("train", "Learning Rate"): "0.01",
-        ("train", "Max Steps"): "60",
-        ("sample", "Prompts"): "The model",
+        ("Text", "Tokenizer"): "bytes",
+        ("Text", "Share of val"): "0.15",
+        ("Model", "Embedding width"): "32",
+        ("Training", "Learning rate"): "0.01",
+        ("Training", "Max steps"): "60",
+        ("Samples", "Prompts"): "The model",
     }
     for (section, label), value in shown.items():
         expect(control(page, section, label)).to_have_value(value)
-    control(page, "train", "Max Steps").fill(CHANGED)
-    accept = page.get_by_text(re.compile("^accept_text"))
+    control(page, "Training", "Max steps").fill(CHANGED)
+    accept = page.get_by_text(re.compile("^Accept the text"))
     expect(accept.first).to_be_visible()
     accept.first.scroll_into_view_if_needed()
     picture(page, screenshots, "form")

@@ -182,15 +182,9 @@ def test_mlflow_loads_a_version_even_if_a_newer_gptcore_is_imported(earlier: Ear
     )
     given = {"MLFLOW_TRACKING_URI": earlier.root.tracking_uri}
     alone = python(program.format(""), **given)
-    beside = python(program.format("import gptcore.generation.generate, gptcore.bundle\n"), **given)
-    ours = python(
-        "import flows; from gptcore.generation.generate import generate\n"
-        "loaded = flows.load('models:/gpt-tiny/1')\n"
-        "print(loaded.model is not None)",
-        GPTFLOW_HOME=str(earlier.root.path),
-        **given,
-    )
-    assert alone == beside and alone.strip() and ours == "True\n"
+    newer = "import flows, gptcore.generation.generate, gptcore.bundle\nloaded = flows.load('models:/gpt-tiny/1')\n"
+    beside = python(program.format(newer), GPTFLOW_HOME=str(earlier.root.path), **given)
+    assert alone == beside and alone.strip()
 
 
 def test_a_version_is_promoted(earlier: Earlier) -> None:
@@ -209,13 +203,13 @@ def test_a_version_is_reproduced_although_the_code_was_moved(earlier: Earlier) -
 def test_every_stored_entry_point_is_a_flow(earlier: Earlier) -> None:
     stored = {one["name"]: one["entrypoint"] for one in earlier.server.ask("deployments/filter", {})}
     assert {"tiny", "long", "promote", "rollback", "prune"} <= stored.keys()
-    names = python(
+    loaded, *names = python(
+        "import sys, flows.retrain.policy, flows.retrain; print('flows.retrain.flow' in sys.modules)\n"
         "from prefect.flows import load_flow_from_entrypoint\n"
         f"for entry in {sorted({*stored.values(), 'flows.watch.watch'})}: print(load_flow_from_entrypoint(entry).name)"
-    )
-    assert sorted(names.split()) == ["promote", "prune", "retrain", "rollback", "watch"]
-    loaded = python("import sys, flows.retrain.policy, flows.retrain; print('flows.retrain.flow' in sys.modules)")
-    assert loaded == "False\n"
+    ).split()
+    assert sorted(names) == ["promote", "prune", "retrain", "rollback", "watch"]
+    assert loaded == "False"
 
 
 def test_a_run_of_a_deployment_that_the_earlier_release_registered_completes(earlier: Earlier) -> None:

@@ -31,6 +31,8 @@ from tests.state.objects import Objects
 from tests.state.postgres import Postgres
 from tests.tiny import TINY_CFG, TINY_MODEL, make_tokens, write_project
 
+databases.commit_without_waiting()
+
 
 @pytest.fixture(autouse=True)
 def _own_environment() -> Iterator[None]:

@@ -33,7 +33,7 @@ from typing import IO, Any, NoReturn
 
 import psutil
 
-from tests import pictures
+from tests import databases, pictures
 
 PRELOADED = (
     *("torch", "torch._dynamo", "pandas", "fastapi", "httpx", "yaml", "rich.table", "sqlalchemy.ext.asyncio"),
@@ -271,6 +271,7 @@ def main(address: str, *more: str) -> None:
     for name in (*PRELOADED, *more):
         import_module(name)
     import_module("sqlalchemy.orm").configure_mappers()
+    databases.commit_without_waiting()
     psutil.Popen = popen
     vars(import_module("gptcore.evaluation.run_report")).update(pictures.UNDRAWN)
     if more:

@@ -327,6 +327,7 @@ def _score_blocks(loaded: LoadedModel, chosen: Sequence[Block], side: str) -> Se
 
 
 def _set_tags(root: StateRoot, version: ModelVersion, tags: VersionTags) -> None:
-    client = MlflowClient(root.tracking_uri)
+    # Before each tag, MLflow's client asks whether the name is a prompt's, which takes longer than setting the tag.
+    registry = MlflowClient(root.tracking_uri)._get_registry_client()
     for key, value in tags.to_tags().items():
-        client.set_model_version_tag(version.name, str(version.version), key, value)
+        registry.set_model_version_tag(version.name, str(version.version), key, value)

@@ -15,6 +15,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.sorting import FlowRunSort
+from prefect.exceptions import CancelledRun
 
 from flows.config.pipelines import SECTIONS, Pipeline
 from flows.notifications.notify import NotifyConfig
@@ -148,7 +149,7 @@ def test_a_run_killed_before_the_verdict_is_resumed_without_duplicates(
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patched, pytest.raises(CancelledRun):
         patched.setattr("flows.registry.gate.judge_without_champion", killed)
         run(tiny)
     assert versions.find_champion(root, "gpt-tiny") is None
@@ -168,7 +169,7 @@ def test_a_run_killed_after_the_verdict_is_reported_by_the_next_one_without_bein
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patched, pytest.raises(CancelledRun):
         patched.setattr("flows.retrain.decision_card.publish_card", killed)
         run(tiny)
     (interrupted,) = mlflow_runs(root)

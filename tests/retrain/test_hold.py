@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from prefect.exceptions import CancelledRun
 from prefect.logging import disable_run_logger
 
 from flows.cli import exit as cli_exit
@@ -147,11 +148,11 @@ def test_a_run_is_held_and_reported_if_half_of_the_text_is_gone_until_a_person_a
     assert not check.ok and "% of the text of version 1 is gone" in check.message and "--accept-text" in str(check)
 
     # A run that was killed after its acceptance, before or in its training, is resumed without a question.
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patched, pytest.raises(CancelledRun):
         patched.setattr("flows.retrain.attempts.check_fits", killed)
         run(tiny, accept_text=True)
     (project / "text" / "more.txt").write_text(prose(30, 500))
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patched, pytest.raises(CancelledRun):
         patched.setattr("flows.retrain.tasks.train", killed)
         run(tiny)
     name, outcome = run(tiny)

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from flows.cli import doctor, exchange, exit, generate, registry, run
+from flows.cli import doctor, exchange, exit, generate, init, registry, run
 from flows.cli.options import (
     ALLOWED_HOSTS,
     DEVICE,
@@ -34,11 +34,18 @@ def cli() -> None:
     measured in bits per byte on the holdout. The holdout is text that neither version was trained on. Bits per byte say
     how many bits a model needs to encode one byte of text: fewer are better.
 
-    Begin with `gptflow run quickstart`.
+    Begin with `gptflow run quickstart`, or with `gptflow init PATH` for your own text.
     """
 
 
-for _command in (*run.COMMANDS, *doctor.COMMANDS, *generate.COMMANDS, *registry.COMMANDS, *exchange.COMMANDS):
+for _command in (
+    *init.COMMANDS,
+    *run.COMMANDS,
+    *doctor.COMMANDS,
+    *generate.COMMANDS,
+    *registry.COMMANDS,
+    *exchange.COMMANDS,
+):
     cli.add_command(_command)
 
 

@@ -249,7 +249,10 @@ def find_pipelines_file(given: str | None) -> Path:
     path = Path(given or "pipelines.yaml").expanduser().resolve()
     if not path.is_file():
         what = "is not a file" if path.exists() else "does not exist"
-        raise ConfigError(f"{path} {what}. Go to a directory with a pipelines.yaml, or name one with --file.")
+        raise ConfigError(
+            f"{path} {what}. Go to a directory with a pipelines.yaml, name one with --file, or write "
+            "one for your text with `gptflow init PATH`."
+        )
     return path
 
 

@@ -144,6 +144,7 @@ def up(
     type=click.Path(path_type=Path),
     help="File with the key that clients must send. Default: the variable GPTFLOW_API_KEY. Without both, no key.",
 )
+@click.option("--page/--no-page", default=True, show_default=True, help="Serve a page at / where people try the model.")
 @click.option("--no-key", is_flag=True, help="Let anyone who can reach --host use the server.")
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(1, 65535), help="Port to listen at.")
 @ALLOWED_HOSTS

@@ -23,8 +23,8 @@ from flows.endpoint.protocol import error_body
 from gptcore.errors import ConfigError
 
 KEY_VARIABLE = "GPTFLOW_API_KEY"
-_WITHOUT_KEY = ("/health",)
-"""Paths that need no key: what watches the server need not know it."""
+_WITHOUT_KEY = ("/health", "/")
+"""Paths that need no key: what watches the server need not know it, and the page asks its reader for it."""
 _PROBES = ("/health", "/metrics")
 """Paths that programs ask for all the time. Only their failures are logged."""
 _REQUEST_ID = r"[A-Za-z0-9._-]{1,64}"

@@ -6,10 +6,10 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 
-from flows.endpoint import openapi
+from flows.endpoint import openapi, page
 from flows.endpoint.access import AccessLog, KeyCheck
 from flows.endpoint.completion import Completion, EventStream
 from flows.endpoint.followed_version import FollowedVersion
@@ -30,11 +30,12 @@ def create_app(
     host: str = "127.0.0.1",
     allowed_hosts: Collection[str] = (),
     key: str | None = None,
+    has_page: bool = True,
 ) -> FastAPI:
     """Return the application that serves `followed`, behind the guard and, if there is a key, the check of it.
 
     A request may ask for up to `max_tokens` tokens per text. `host` is the address at which the server will listen, and
-    `allowed_hosts` are other names by which clients reach it.
+    `allowed_hosts` are other names by which clients reach it. `has_page` serves the page for people at `/`.
     """
 
     @asynccontextmanager
@@ -56,6 +57,10 @@ def create_app(
     @app.get("/health")
     async def health() -> JSONResponse:
         return JSONResponse(_describe_health(followed, scheduler), 200 if scheduler.accepts_requests else 503)
+
+    if has_page:
+        app.add_api_route("/", page.make_response)
+        app.add_api_route("/card", lambda: PlainTextResponse(followed.current.card))
 
     @app.get("/metrics")
     async def metrics() -> Response:

@@ -15,7 +15,7 @@ from mlflow.entities.model_registry import ModelVersion
 from flows.registry import loading, versions
 from flows.registry.tags import VersionTags
 from flows.state.root import StateRoot
-from gptcore.bundle import LoadedModel
+from gptcore.bundle import CARD, LoadedModel
 from gptcore.generation.quantize import quantize
 
 POLL_SECONDS = 2.0
@@ -35,6 +35,8 @@ class ServedVersion:
     """The first 16 digits of the weights' sha256, or empty."""
     created: int
     """When the version was registered, in seconds since the epoch."""
+    card: str = ""
+    """The model card, in markdown, or empty."""
 
     @property
     def id(self) -> str:
@@ -143,4 +145,13 @@ class FollowedVersion:
             loaded=loaded,
             fingerprint=(VersionTags.from_tags(version.tags).weights_sha256 or "")[:16],
             created=(version.creation_timestamp or 0) // 1000,
+            card=self.read_card(version),
         )
+
+    def read_card(self, version: ModelVersion) -> str:
+        """Return the version's card, or an empty text. Earlier releases wrote none."""
+        try:
+            path = versions.fetch_bundle(self.root, version.name, str(version.version), CARD)
+            return path.read_text(encoding="utf-8", errors="replace")
+        except (versions.RegistryError, OSError):
+            return ""

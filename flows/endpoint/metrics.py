@@ -9,7 +9,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from flows.endpoint.followed_version import FollowedVersion
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
-PATHS = ("/", "/v1/completions", "/v1/models", "/health", "/metrics", "/openapi.json")
+PATHS = ("/", "/v1/completions", "/v1/models", "/card", "/health", "/metrics", "/openapi.json")
 """Paths that are counted under their own name."""
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 """Upper ends of the histograms' buckets."""

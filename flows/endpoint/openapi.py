@@ -34,11 +34,14 @@ def describe() -> dict[str, Any]:
                     "security": [],
                 }
             },
-            "/metrics": {
-                "get": _operation(
-                    "Measure the load for Prometheus.", {"200": {"content": {"text/plain": {"schema": _STRING}}}}
-                )
+            "/": {
+                "get": {
+                    **_operation("Show a page where a person tries the model.", {"200": _text("text/html")}),
+                    "security": [],
+                }
             },
+            "/card": {"get": _operation("Return the model card in markdown.", {"200": _text("text/plain")})},
+            "/metrics": {"get": _operation("Measure the load for Prometheus.", {"200": _text("text/plain")})},
             "/openapi.json": {"get": _operation("Describe this API.", {"200": _json(_OBJECT)})},
         },
         "components": {
@@ -88,6 +91,10 @@ def _operation(summary: str, answers: dict[str, Any], body: Any = None, **more: 
 
 def _json(schema: dict[str, Any]) -> dict[str, Any]:
     return {"description": "", "content": {"application/json": {"schema": schema}}}
+
+
+def _text(kind: str) -> dict[str, Any]:
+    return {"description": "", "content": {kind: {"schema": _STRING}}}
 
 
 def _list_schema() -> dict[str, Any]:

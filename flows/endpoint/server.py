@@ -46,6 +46,8 @@ class Options:
     quantize: str | None
     key: str | None = None
     """The key that clients must send, or None if they need none."""
+    page: bool = True
+    """Whether `/` is a page for people."""
 
 
 def serve(root: StateRoot, uri: str, options: Options) -> None:
@@ -61,14 +63,21 @@ def serve(root: StateRoot, uri: str, options: Options) -> None:
     from flows.endpoint.followed_version import FollowedVersion
     from flows.endpoint.scheduler import Scheduler
 
-    full_uri = uri if uri.startswith("models:/") else f"models:/{uri}"
-    followed = FollowedVersion(root, full_uri, options.device, options.quantize)
+    followed = FollowedVersion(root, complete_uri(uri), options.device, options.quantize)
     scheduler = Scheduler(max_running=options.max_concurrent, max_waiting=options.max_queue)
-    app = create_app(followed, scheduler, options.max_tokens, options.host, options.allowed_hosts, options.key)
+    app = create_app(
+        followed, scheduler, options.max_tokens, options.host, options.allowed_hosts, options.key, options.page
+    )
     followed.start()
     greeting = f"{followed.current.id} is served at {_url_of(listener)}, on {followed.current.loaded.device}"
     _Server(_uvicorn_config(app), scheduler, greeting).run([listener])
     _log.info("stopped")
+
+
+def complete_uri(uri: str) -> str:
+    """Return the URI with `models:/`, and a bare NAME with the alias that it stands for, so that it is followed."""
+    name = uri.removeprefix("models:/")
+    return f"models:/{name}" if "@" in name or "/" in name else f"models:/{name}@champion"
 
 
 class _Server(Server):

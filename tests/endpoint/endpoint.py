@@ -25,7 +25,7 @@ def tiny_version(number: int) -> ServedVersion:
     """Return version `number` of gpt-tiny with its own weights and a byte tokenizer. It never ends a text by itself."""
     torch.manual_seed(number)
     loaded = LoadedModel(endless(GPTModel(CFG)).eval(), get_tokenizer("bytes"), CFG)
-    return ServedVersion("gpt-tiny", str(number), loaded, f"weights-{number}", 1_700_000_000)
+    return ServedVersion("gpt-tiny", str(number), loaded, f"weights-{number}", 1_700_000_000, f"# Card {number}")
 
 
 class FixedVersion:
@@ -41,10 +41,15 @@ class Endpoint:
     """The endpoint: its address, its followed version and its scheduler."""
 
     def __init__(
-        self, max_running: int = 4, max_waiting: int = 8, max_tokens: int = 4096, key: str | None = None
+        self,
+        max_running: int = 4,
+        max_waiting: int = 8,
+        max_tokens: int = 4096,
+        key: str | None = None,
+        page: bool = True,
     ) -> None:
         self.followed, self.scheduler = FixedVersion(tiny_version(1)), Scheduler(max_running, max_waiting)
-        app = create_app(cast(FollowedVersion, self.followed), self.scheduler, max_tokens, key=key)
+        app = create_app(cast(FollowedVersion, self.followed), self.scheduler, max_tokens, key=key, has_page=page)
         self.port = free_ports(1)[0]
         self.url = f"http://127.0.0.1:{self.port}"
         config = Config(app, port=self.port, log_config=None, access_log=False, ws="none", lifespan="on")

@@ -43,7 +43,7 @@ def test_a_request_without_the_key_is_refused(guarded: Endpoint, given: str | No
         error = answer.json()["error"]
         assert (answer.status_code, error["code"], error["type"]) == (401, "invalid_api_key", "invalid_request_error")
         assert answer.headers["www-authenticate"] == "Bearer"
-    for path in ("openapi.json", "metrics"):
+    for path in ("openapi.json", "metrics", "card"):
         assert httpx.get(f"{guarded.url}/{path}", headers=headers).status_code == 401
     assert httpx.get(f"{guarded.url}/health", headers=headers).status_code == 200, "needs no key"
 
@@ -140,7 +140,16 @@ def test_every_request_is_logged_once_with_its_id_and_every_error_has_openais_fo
 def test_the_description_has_all_routes_and_parameters(guarded: Endpoint) -> None:
     described = httpx.get(f"{guarded.url}/openapi.json", headers={"authorization": f"Bearer {KEY}"}).json()
     assert described == openapi.describe() and described["openapi"].startswith("3.1")
-    routes = {"/v1/completions", "/v1/models", "/v1/models/{name}", "/health", "/metrics", "/openapi.json"}
+    routes = {
+        "/v1/completions",
+        "/v1/models",
+        "/v1/models/{name}",
+        "/health",
+        "/metrics",
+        "/openapi.json",
+        "/",
+        "/card",
+    }
     assert set(described["paths"]) == routes
     operation = described["paths"]["/v1/completions"]["post"]
     schema = operation["requestBody"]["content"]["application/json"]["schema"]
@@ -153,3 +162,15 @@ def test_the_description_has_all_routes_and_parameters(guarded: Endpoint) -> Non
     for wrong in ({"n": 0}, {"prompt": []}, {"prompt": [[]]}, {"stop": ["a"] * 5}, {"best_of": 2}, {"x": 1}):
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate({**body, **wrong}, schema)
+
+
+def test_the_page_is_one_file_that_contacts_this_server_only_and_can_be_switched_off(guarded: Endpoint) -> None:
+    page = httpx.get(guarded.url)
+    policy = page.headers["content-security-policy"]
+    assert page.status_code == 200 and page.headers["content-type"].startswith("text/html")
+    assert "default-src 'none'" in policy and "connect-src 'self'" in policy and "unsafe-inline" not in policy
+    assert "http://" not in page.text and "https://" not in page.text
+    card = httpx.get(f"{guarded.url}/card", headers={"authorization": f"Bearer {KEY}"})
+    assert card.text == "# Card 1" and card.headers["content-type"].startswith("text/plain")
+    with endpoint(page=False) as bare:
+        assert [httpx.get(f"{bare.url}/{path}").status_code for path in ("", "card", "health")] == [404, 404, 200]

@@ -4,6 +4,7 @@ import pytest
 from mlflow import MlflowClient
 
 from flows.endpoint.followed_version import FollowedVersion
+from flows.endpoint.server import complete_uri
 from flows.registry.versions import UnknownVersion, fetch_bundle
 from flows.state.root import StateRoot
 from gptcore.errors import CheckpointError
@@ -28,6 +29,12 @@ def move(root: StateRoot, version: str) -> None:
 def damage(root: StateRoot, version: str) -> None:
     weights = fetch_bundle(root, "gpt-tiny", version) / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+
+
+def test_a_bare_name_means_the_champion_and_is_followed() -> None:
+    for given in ("gpt-tiny", "models:/gpt-tiny", "gpt-tiny@champion", "models:/gpt-tiny@champion"):
+        assert complete_uri(given) == "models:/gpt-tiny@champion"
+    assert complete_uri("gpt-tiny/7") == complete_uri("models:/gpt-tiny/7") == "models:/gpt-tiny/7"
 
 
 def test_a_new_champion_is_served_after_the_next_update(champion: TinyRegistry) -> None:

@@ -128,7 +128,7 @@ def test_a_second_signal_stops_the_server_at_once(root: StateRoot, project: Path
 
 def test_a_wrong_model_or_a_port_in_use_is_refused_with_the_fix(root: StateRoot, project: Path) -> None:
     bring_versions(root, "gpt-tiny", 1)
-    refused(gptflow(project, "serve-model", "gpt-tiny"), 2, "gpt-tiny has no version with the alias champion")
+    refused(gptflow(project, "serve-model", "gpt-tiny@/7"), 2, "does not name a version", "NAME@ALIAS")
     refused(gptflow(project, "serve-model", "gpt-tiny/7"), 2, "models:/gpt-tiny/7 does not exist", "gptflow models")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -15,6 +15,7 @@ import torch
 from gptcore import manifest
 from gptcore.config import MachineSettings, TrainConfig
 from gptcore.errors import CheckpointError, ConfigError, CorpusError, GPTCoreError
+from gptcore.processor import choose_precision
 from gptcore.tokens.files import load_tokens
 from gptcore.training import trainer
 from gptcore.training.batches import Batches
@@ -272,7 +273,8 @@ def test_each_start_chooses_what_is_auto_prints_it_and_records_it(make, monkeypa
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
     stop_after(run, 6)
-    assert "chosen on this machine: device cpu, precision fp32, compile False, threads 2\n" in capsys.readouterr().out
+    chosen = f"device cpu, precision {choose_precision()}, compile False, threads 2"
+    assert f"chosen on this machine: {chosen}\n" in capsys.readouterr().out
     assert run.read_config().chosen.threads == torch.get_num_threads() == 2
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0})
     result = finish(run)

@@ -12,7 +12,7 @@ import mlflow
 import pytest
 from mlflow import MlflowClient
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, ArtifactFilterKey
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import CancelledRun
@@ -62,7 +62,9 @@ def test_a_first_run_becomes_champion_and_the_same_run_again_is_skipped(tiny: Pi
     assert re.fullmatch(r"tiny \d{4}-\d\d-\d\d · v1 promoted", shown.name) and shown.tags == ["promoted"]
     with get_client(sync_client=True) as client:
         (progress,) = client.read_artifacts(
-            artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=["tiny-progress"]))
+            artifact_filter=ArtifactFilter(
+                key=ArtifactFilterKey(any_=["tiny-progress"]), flow_run_id=ArtifactFilterFlowRunId(any_=[shown.id])
+            )
         )
     assert str(progress.description).startswith("tiny: step 60 of 60, loss ")
     (done,) = mlflow_runs(root)

@@ -156,8 +156,8 @@ def listening_beyond_this_machine(sockets: list[tuple[int, Any]]) -> list[str]:
 def test_a_training_by_two_processes_that_is_interrupted_and_killed_ends_like_its_twin(
     tokens: Tokens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # On a busy machine this process, which interrupts, may get no time for some hundred updates.
-    given = {**TRAIN, "max_steps": 600, "processes": 2, "checkpoint_steps": 20}
+    # On a busy machine this process, which interrupts, may get no time for a hundred updates.
+    given = {**TRAIN, "max_steps": 250, "processes": 2, "checkpoint_steps": 20}
     twin, run = (prepare(tmp_path / name, tokens, **given) for name in ("twin", "run"))  # with dropout
     train_in_turn(2, (twin, given["max_steps"] + 1))
 

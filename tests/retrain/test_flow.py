@@ -12,7 +12,13 @@ import mlflow
 import pytest
 from mlflow import MlflowClient
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, ArtifactFilterKey
+from prefect.client.schemas.filters import (
+    ArtifactFilter,
+    ArtifactFilterFlowRunId,
+    ArtifactFilterKey,
+    FlowRunFilter,
+    FlowRunFilterEndTime,
+)
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import CancelledRun
@@ -41,8 +47,10 @@ def run(pipeline: Pipeline, force: bool = False, sources_overridden: bool = Fals
 
 
 def newest_flow_run() -> FlowRun:
+    """Return the run that ended last. The server may also know runs of other tests, which may be due later."""
+    ended = FlowRunFilter(end_time=FlowRunFilterEndTime(is_null_=False))
     with get_client(sync_client=True) as client:
-        return client.read_flow_runs(sort=FlowRunSort.START_TIME_DESC, limit=1)[0]
+        return client.read_flow_runs(flow_run_filter=ended, sort=FlowRunSort.END_TIME_DESC, limit=1)[0]
 
 
 def changed(pipeline: Pipeline, **train: object) -> Pipeline:

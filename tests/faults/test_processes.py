@@ -165,20 +165,26 @@ def test_a_training_by_two_processes_that_is_interrupted_and_killed_ends_like_it
         pass
 
     def interrupt(_: list[MetricsLine]) -> None:
-        if updates_of(run) >= 10 and (sockets := internet_sockets(trainers(run))):  # a sample with the connections
+        if updates_of(run) >= 10:
             stores.extend(run.path.glob(".ranks-*"))
-            beyond.extend(listening_beyond_this_machine(sockets))
             raise Interrupted
 
+    def look() -> None:
+        while not ended.wait(0.05):
+            with suppress(psutil.Error, KeyError):  # a process ended, or is about to become a trainer
+                sockets.extend(internet_sockets(trainers(run)))
+
     stores: list[Path] = []
-    beyond: list[str] = []
+    sockets: list[tuple[int, Any]] = []
+    ended = threading.Event()
+    looking = threading.Thread(target=look, daemon=True)
+    looking.start()
     # An environment for several machines does not open the ports of a training on one.
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")
     monkeypatch.setenv("MASTER_ADDR", "0.0.0.0")
     (run.path / ".ranks-of-a-killed-start").write_bytes(b"\0" * 64)
     with pytest.raises(Interrupted):
         trainer_process.train(run, interrupt)
-    assert beyond == []
     assert len(stores) == 1 and not list(run.path.glob(".ranks-*")), "each start meets in a file of its own"
     assert run.saved_step() == len(run.read_metrics()) >= 10, "all ranks stopped after the same update and saved"
 
@@ -193,6 +199,9 @@ def test_a_training_by_two_processes_that_is_interrupted_and_killed_ends_like_it
     said: list[str] = []
     result = trainer_process.train_with_restarts(run, lambda _: None, said.append)
     thread.join()
+    ended.set()
+    looking.join()
+    assert sockets and listening_beyond_this_machine(sockets) == []
     assert len(said) == 2 and all("was killed by signal 9" in each for each in said), said
     assert isinstance(result, Result)
     assert outcome(run) == outcome(twin), "equal to the last bit: dropout depends on seed, step and rank"

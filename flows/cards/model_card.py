@@ -15,7 +15,7 @@ import yaml
 
 from flows.cards.decision import escape, format_interval, list_scores, pick_sources, render_table
 from flows.cards.verdict import describe_share
-from gptcore.corpus.reading import Reading
+from gptcore.corpus.reading import Reading, count_documents
 from gptcore.credentials import strip_secrets
 from gptcore.evaluation.memorization import Memorization
 from gptcore.evaluation.run_report import Scores
@@ -166,7 +166,7 @@ def _render_training_data(lineage: Mapping[str, Any], reading: Reading) -> str:
     settings = ", ".join(f"{key} {value}" for key, value in split.items() if key != "duplicates")
     return "\n\n".join(
         [
-            f"{corpus['documents']:,} documents from:",
+            f"{count_documents(corpus['documents'])} from:",
             "\n".join([*named, *more]),
             *_render_reading(reading),
             render_table(("side", "blocks", "bytes"), sides),

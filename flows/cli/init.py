@@ -171,8 +171,9 @@ def _name_pipeline(path: str) -> str:
 
 
 def _count(found: "Survey") -> str:
-    documents = f"{found.documents:,} document{'s' * (found.documents != 1)}"
-    return f"{documents}, {found.num_bytes / 1000:,.0f} kB of text"
+    from gptcore.corpus.reading import count_documents
+
+    return f"{count_documents(found.documents)}, {found.num_bytes / 1000:,.0f} kB of text"
 
 
 def _quote(text: str) -> str:

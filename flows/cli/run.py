@@ -289,7 +289,8 @@ def _run_flow(pipeline: "Pipeline", root: "StateRoot", flags: dict[str, bool]) -
             return_state=True,
         )
         if state.is_cancelled():
-            raise Interrupted(f"{state.message}. Run the same command again to resume.")
+            what = str(state.message).partition(";")[0]  # without what the next run of a schedule does
+            raise Interrupted(f"{what}. Run the same command again to resume.")
         try:
             outcome = state.result()
         except TextHeld as held:

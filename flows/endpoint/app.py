@@ -54,21 +54,10 @@ def create_app(
     app.add_exception_handler(HTTPException, _answer_http_error)
     app.add_exception_handler(Exception, _answer_other_error)
 
-    @app.get("/health")
-    async def health() -> JSONResponse:
-        return JSONResponse(_describe_health(followed, scheduler), 200 if scheduler.accepts_requests else 503)
-
+    _add_status(app, followed, scheduler)
     if has_page:
         app.add_api_route("/", page.make_response)
         app.add_api_route("/card", lambda: PlainTextResponse(followed.current.card))
-
-    @app.get("/metrics")
-    async def metrics() -> Response:
-        return Response(scheduler.metrics.render(followed, *scheduler.counts), media_type=CONTENT_TYPE)
-
-    @app.get("/openapi.json")
-    async def description() -> dict[str, Any]:
-        return openapi.describe()
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -91,6 +80,22 @@ def create_app(
         return EventStream(completion) if request.stream else await completion.respond(http_request)
 
     return app
+
+
+def _add_status(app: FastAPI, followed: FollowedVersion, scheduler: Scheduler) -> None:
+    """Add the routes that say how the server does and what it can do."""
+
+    @app.get("/health")
+    async def health() -> JSONResponse:
+        return JSONResponse(_describe_health(followed, scheduler), 200 if scheduler.accepts_requests else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(scheduler.metrics.render(followed, *scheduler.counts), media_type=CONTENT_TYPE)
+
+    @app.get("/openapi.json")
+    async def description() -> dict[str, Any]:
+        return openapi.describe()
 
 
 def _check_name(followed: FollowedVersion, name: str) -> None:

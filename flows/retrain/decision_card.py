@@ -8,7 +8,7 @@ gone, its column stays empty and the card gives the reason.
 
 import base64
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from flows.registry.loading import load_verified
 from flows.retrain.trainer_process import artifact_key
 from flows.state.root import StateRoot
 from flows.tracking import errors, runs
+from gptcore.corpus.reading import count_documents
 from gptcore.corpus.snapshot import Snapshot
 from gptcore.errors import GPTCoreError
 from gptcore.evaluation.run_report import Scores, plot_against_champion, read_samples, sample_champion
@@ -102,16 +103,19 @@ def _build_side(root: StateRoot, name: str, version: str, samples: Path | str | 
 
 def _format_facts(lineage: Mapping[str, Any]) -> dict[str, str]:
     """Format the facts of a lineage that the card compares. The lineage of an imported version has few of them."""
-    formats = {
-        "tokenizer": "{tokenizer}",
-        "parameters": "{parameters:,}",
-        "training": "{steps:,} steps, best at step {best_step:,}",
-        "corpus": "{corpus[documents]:,} documents, {corpus[bytes][train]:,} bytes to train on",
+    forms: dict[str, Callable[[], str]] = {
+        "tokenizer": lambda: str(lineage["tokenizer"]),
+        "parameters": lambda: f"{lineage['parameters']:,}",
+        "training": lambda: f"{lineage['steps']:,} steps, best at step {lineage['best_step']:,}",
+        "corpus": lambda: (
+            f"{count_documents(lineage['corpus']['documents'])}, {lineage['corpus']['bytes']['train']:,} bytes to "
+            "train on"
+        ),
     }
     facts = {}
-    for fact, form in formats.items():
+    for fact, write in forms.items():
         try:
-            facts[fact] = form.format_map(lineage)
+            facts[fact] = write()
         except (KeyError, TypeError, ValueError):
             continue
     return facts

@@ -20,6 +20,7 @@ from flows.retrain import trainer_process
 from flows.retrain.policy import Reason, find_reason
 from flows.tracking.errors import is_transient
 from gptcore.corpus.ingest import ingest as ingest_corpus
+from gptcore.corpus.reading import count_documents
 from gptcore.corpus.snapshot import Snapshot
 from gptcore.evaluation import run_report
 from gptcore.evaluation.run_report import read_samples, read_scores
@@ -64,7 +65,7 @@ gate = _make_task(judge, "gate")
 def describe_snapshot(snapshot: Snapshot) -> str:
     """Return a line like `78 documents: train 351 kB, val 31 kB, holdout 27 kB`."""
     sizes = ", ".join(f"{side} {size / 1000:,.0f} kB" for side, size in snapshot.bytes.items())
-    return f"{snapshot.documents:,} documents: {sizes}"
+    return f"{count_documents(snapshot.documents)}: {sizes}"
 
 
 def describe_reason(reason: Reason) -> str:

@@ -24,6 +24,11 @@ _REPORTED = ("empty", "duplicate", "skipped", "bad", "foreign", "replaced")
 _OTHER = "other suffixes"
 
 
+def count_documents(number: int) -> str:
+    """Return `1 document` or `2,404 documents`."""
+    return f"{number:,} document{'s' * (number != 1)}"
+
+
 @dataclass(frozen=True)
 class Reading:
     """What became of the files and documents of a corpus."""
